@@ -1,0 +1,58 @@
+"""Composable self-supervised-learning parts for PyTorch.
+
+Each public name is imported from its own module on first use, so that ``import sslkit`` costs
+next to nothing and pulls in neither Triton, timm nor torchvision.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Assignments": "assignments",
+    "CyclicMaskGenerator": "masking",
+    "DINOLoss": "losses",
+    "EMACentering": "centering",
+    "EMATeacher": "teacher",
+    "KoLeoLoss": "losses",
+    "MatryoshkaProjector": "matryoshka",
+    "RASAProjector": "rasa",
+    "SinkhornKnopp": "sinkhorn",
+    "iBOTLoss": "losses",
+    "sinkhorn_many": "sinkhorn",
+}
+
+__all__ = [
+    "Assignments",
+    "CyclicMaskGenerator",
+    "DINOLoss",
+    "EMACentering",
+    "EMATeacher",
+    "KoLeoLoss",
+    "MatryoshkaProjector",
+    "RASAProjector",
+    "SinkhornKnopp",
+    "iBOTLoss",
+    "sinkhorn_many",
+]
+
+if TYPE_CHECKING:
+    from sslkit.assignments import Assignments
+    from sslkit.centering import EMACentering
+    from sslkit.losses import DINOLoss, KoLeoLoss, iBOTLoss
+    from sslkit.masking import CyclicMaskGenerator
+    from sslkit.matryoshka import MatryoshkaProjector
+    from sslkit.rasa import RASAProjector
+    from sslkit.sinkhorn import SinkhornKnopp, sinkhorn_many
+    from sslkit.teacher import EMATeacher
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sslkit' has no attribute {name!r}; it has {__all__}")
+    return getattr(import_module(f"sslkit.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
