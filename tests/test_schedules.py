@@ -1,0 +1,79 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sslkit.schedules import cosine, linear_warmup, sqrt_batch_scaling, unfreeze, warmup_cosine
+from tests.oracles.schedules import schedule
+
+values = st.floats(-10, 10)
+
+
+@given(values, values, values, st.integers(0, 40), st.integers(0, 40))
+def test_warmup_cosine_is_the_array_of_dinov2(start, peak, final, warmup_steps, decay_steps):
+    total_steps = warmup_steps + decay_steps
+    settings = {"start": start, "peak": peak, "final": final}
+    expected = schedule(total_steps=total_steps, warmup_steps=warmup_steps, **settings)
+    actual = [
+        warmup_cosine(step, total_steps=total_steps, warmup_steps=warmup_steps, **settings)
+        for step in range(total_steps)
+    ]
+    assert actual == pytest.approx(expected, abs=1e-14)
+
+
+@given(values, values, st.integers(1, 1000))
+def test_ends_are_exact_and_held(start, end, steps):
+    assert cosine(0, start=start, end=end, total_steps=steps) == start
+    for step in (steps, steps + 1, 10**9):
+        assert cosine(step, start=start, end=end, total_steps=steps) == end
+        assert linear_warmup(step, start=start, end=end, warmup_steps=steps) == end
+        assert warmup_cosine(step, peak=start, final=end, total_steps=steps) == end
+    assert linear_warmup(0, start=start, end=end, warmup_steps=steps) == start
+    assert linear_warmup(max(steps - 1, 1), start=start, end=end, warmup_steps=steps) == end
+    settings = {"peak": start, "final": end, "total_steps": 2 * steps, "warmup_steps": steps}
+    assert warmup_cosine(steps, **settings) == start
+
+
+@given(values, values, st.integers(1, 100), st.integers(0, 120))
+def test_never_leaves_the_range(start, end, steps, step):
+    low, high = sorted((start, end))
+    assert low <= cosine(step, start=start, end=end, total_steps=steps) <= high
+    assert low <= linear_warmup(step, start=start, end=end, warmup_steps=steps) <= high
+    assert cosine(step, start=start, end=start, total_steps=steps) == start
+
+
+def test_last_step_is_one_short_of_the_end():
+    last = cosine(99, start=0.04, end=0.2, total_steps=100)
+    assert last == pytest.approx(0.2 - 0.16 * (1 - math.cos(math.pi / 100)) / 2)
+    assert last < 0.2
+
+
+@pytest.mark.parametrize(("freeze_steps", "frozen"), [(0, 0), (1, 1), (3, 3)])
+def test_unfreeze(freeze_steps, frozen):
+    factors = [unfreeze(step, freeze_steps=freeze_steps) for step in range(5)]
+    assert factors == [0.0] * frozen + [1.0] * (5 - frozen)
+
+
+def test_sqrt_batch_scaling():
+    assert sqrt_batch_scaling(7.01e-4, 2048) == pytest.approx(7.01e-4 * 2**0.5)
+    assert sqrt_batch_scaling(0.5, 64, reference=256) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: cosine(-1, start=0, end=1, total_steps=2), "step must not be negative, got -1"),
+        (lambda: cosine(0, start=0, end=1, total_steps=-2), "total_steps must not be negative"),
+        (lambda: linear_warmup(0, start=0, end=1, warmup_steps=-3), "warmup_steps .* got -3"),
+        (lambda: unfreeze(0, freeze_steps=-1), "freeze_steps must not be negative"),
+        (
+            lambda: warmup_cosine(0, peak=1, final=0, total_steps=4, warmup_steps=5),
+            "warmup_steps=5 is longer than total_steps=4",
+        ),
+        (lambda: sqrt_batch_scaling(1e-3, 0), "batch_size and reference .* got 0 and 1024"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,236 @@
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from sslkit.teacher import EMATeacher
+from tests.oracles.teacher import ema
+
+numbers = st.floats(-100, 100)
+momenta = st.floats(0, 1)
+
+
+def make_student() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 2))
+
+
+def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def randomise_(module: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+
+
+@given(numbers, st.lists(st.tuples(numbers, momenta), max_size=8))
+def test_equals_the_closed_form(start, updates):
+    student = nn.ParameterDict({"w": nn.Parameter(torch.tensor([start], dtype=torch.float64))})
+    teacher = EMATeacher(student)
+    for value, momentum in updates:
+        student["w"].data.fill_(value)
+        teacher.update(student, momentum)
+    expected = ema(start, [value for value, _ in updates], [momentum for _, momentum in updates])
+    assert teacher.module["w"].item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("momentum", [0.0, 1.0])
+def test_ends_are_exact_and_equal_tensors_stay(dtype, momentum):
+    student = make_student().to(dtype)
+    teacher = EMATeacher(student)
+    start = snapshot(teacher.module)
+    teacher.update(student, 0.3)
+    assert all(torch.equal(start[k], v) for k, v in teacher.module.state_dict().items())
+    randomise_(student)
+    teacher.update(student, momentum)
+    expected = start if momentum else snapshot(student)
+    assert all(torch.equal(expected[k], v) for k, v in teacher.module.state_dict().items())
+
+
+def test_buffers_are_copied_parameters_are_not_and_the_student_is_left_alone():
+    student = make_student()
+    teacher = EMATeacher(student, momentum=0.75)
+    old = snapshot(teacher.module)
+    randomise_(student)
+    student(torch.randn(8, 4) + 3)  # moves the running statistics
+    new = snapshot(student)
+    teacher.update(student)
+    assert all(torch.equal(new[name], value) for name, value in student.state_dict().items())
+    now = teacher.module.state_dict()
+    assert now["1.num_batches_tracked"] == 1
+    for name in ("1.running_mean", "1.running_var"):
+        assert torch.equal(now[name], new[name])
+        assert not torch.equal(now[name], old[name])
+    for name, _ in student.named_parameters():
+        torch.testing.assert_close(now[name], 0.75 * old[name] + 0.25 * new[name])
+
+
+def test_default_momentum_and_override():
+    student = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(student.weight)
+    teacher = EMATeacher(student)
+    nn.init.ones_(student.weight)
+    teacher.update(student)
+    assert teacher.module.weight.item() == pytest.approx(1 - 0.996)
+    teacher.update(student, momentum=0.5)
+    assert teacher.module.weight.item() == pytest.approx(0.5 + 0.5 * (1 - 0.996))
+
+
+def test_frozen_in_eval_mode_without_gradients_whatever_train_says():
+    student = make_student().train()
+    student(torch.randn(8, 4)).sum().backward()
+    teacher = EMATeacher(student)
+    around = nn.ModuleList([student, teacher]).train()
+    assert student.training
+    assert around.training
+    assert not any(module.training for module in teacher.modules())
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    assert all(p.grad is not None for p in student.parameters())
+
+    x = torch.randn(8, 4, requires_grad=True)
+    before = snapshot(teacher.module)
+    output = teacher(x)
+    assert not output.requires_grad
+    assert torch.equal(output, student.eval()(x))
+    assert all(torch.equal(before[k], v) for k, v in teacher.module.state_dict().items())
+    # its outputs may be saved for a student's backward pass, which inference tensors may not
+    (student(x) * output).sum().backward()
+
+
+def test_mixed_dtypes():
+    """Each parameter in its own precision; the teacher's holds where the student's is lower."""
+    student = nn.ModuleDict(
+        {"a": nn.Linear(2, 2), "b": nn.Linear(2, 2).double(), "c": nn.Linear(2, 2).bfloat16()}
+    )
+    teacher = EMATeacher(student, momentum=0.5)
+    old = snapshot(teacher.module)
+    student["a"].bfloat16()
+    randomise_(student)
+    teacher.update(student)
+    for name, value in teacher.module.named_parameters():
+        assert value.dtype == old[name].dtype
+        expected = 0.5 * old[name].double() + 0.5 * student.get_parameter(name).double()
+        torch.testing.assert_close(value, expected.to(value.dtype))
+
+
+def test_tied_parameters_are_moved_once():
+    student = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    student[1].weight = student[0].weight
+    teacher = EMATeacher(student, momentum=0.5)
+    assert teacher.module[1].weight is teacher.module[0].weight
+    old = teacher.module[0].weight.clone()
+    randomise_(student)
+    teacher.update(student)
+    torch.testing.assert_close(
+        teacher.module[1].weight, 0.5 * old + 0.5 * student[0].weight.detach()
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_student_that_keeps_tensors_of_its_graph():
+    """Weight norm stores the product it computes, which deepcopy alone refuses to copy."""
+    student = torch.nn.utils.weight_norm(nn.Linear(3, 2))
+    student(torch.randn(1, 3))
+    assert not student.weight.is_leaf
+    teacher = EMATeacher(student, momentum=0.0)
+    randomise_(student)
+    teacher.update(student)
+    x = torch.randn(4, 3)
+    assert torch.equal(teacher(x), student(x))
+    assert not teacher.module.weight.requires_grad
+
+
+def test_state_dict_round_trip():
+    student = make_student()
+    teacher, other = EMATeacher(student), EMATeacher(make_student())
+    randomise_(teacher)
+    other.load_state_dict(teacher.state_dict())
+    assert list(teacher.state_dict()) == [f"module.{name}" for name in student.state_dict()]
+    x = torch.randn(2, 4)
+    assert torch.equal(teacher(x), other(x))
+
+
+class Wrapper(nn.Module):
+    """Renames like DistributedDataParallel."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (Wrapper, r"missing in the student \['0.weight', .* unexpected \['module.0.weight'"),
+        (lambda s: s[:3], r"parameter names .* missing .*'3.weight', '3.bias'\], unexpected \[\]"),
+        (lambda s: s.append(nn.PReLU()), r"missing in the student \[\], unexpected \['4.weight'\]"),
+        (
+            lambda s: nn.Sequential(nn.Linear(5, 3), *s[1:]),
+            r"parameter '0.weight' has shape \(3, 5\) in the student and \(3, 4\) in the teacher",
+        ),
+        (
+            lambda s: nn.Sequential(s[0], nn.BatchNorm1d(3, track_running_stats=False), *s[2:]),
+            r"buffer names .* missing .*'1.running_mean'",
+        ),
+    ],
+)
+def test_update_refuses_a_different_student_and_changes_nothing(change, message):
+    teacher = EMATeacher(make_student())
+    before = snapshot(teacher)
+    student = change(make_student())
+    randomise_(student)
+    with pytest.raises(ValueError, match=message):
+        teacher.update(student)
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])
+def test_bad_momentum(momentum):
+    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\], got"):
+        EMATeacher(make_student(), momentum=momentum)
+    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\], got"):
+        EMATeacher(make_student()).update(make_student(), momentum)
+
+
+def sharded_update(rank: int, init_file: str) -> None:
+    """Two processes: the shards move as the whole would, among plain parameters too."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    student = make_student()
+    teacher = EMATeacher(student, momentum=0.75)
+    old = snapshot(teacher.module)
+
+    fully_shard(student[0], mesh=mesh)
+    with pytest.raises(ValueError, match=r"'0.weight' is a DTensor .* shard both in the same way"):
+        teacher.update(student)
+    fully_shard(teacher.module[0], mesh=mesh, reshard_after_forward=True)
+
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    student[1].running_mean.fill_(5.0)
+    for _ in range(2):  # with a forward between them, as in training
+        teacher(torch.randn(2, 4))
+        teacher.update(student)
+    for name, value in teacher.module.named_parameters():
+        assert isinstance(value, DTensor) == name.startswith("0.")
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        torch.testing.assert_close(whole, old[name] + (1 - 0.75**2), rtol=1e-6, atol=1e-6)
+    assert (teacher.module[1].running_mean == 5).all()
+    dist.barrier()  # a rank that leaves earlier aborts now and then in gloo's threads at exit
+    dist.destroy_process_group()
+
+
+def test_sharded_parameters(tmp_path):
+    mp.spawn(sharded_update, args=(str(tmp_path / "init"),), nprocs=2)
