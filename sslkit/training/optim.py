@@ -1,0 +1,226 @@
+"""Parameter groups of AdamW, their hyper-parameters at each step, gradient clipping.
+
+The rules are those of the released DINOv2, which the released Franca configuration keeps
+(layer-wise decay 1.0, patch-embedding rate x 0.2, clip 3.0 per submodule).
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_TOKENS = {"cls_token", "mask_token", "reg_token", "register_tokens", "pos_embed"}
+_EMBEDDING = {"patch_embed", "norm_pre"} | _TOKENS
+_LAST_LAYERS = {"prototypes", "last_layer"}
+_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+_GROUP_KEYS = ("lr_scale", "weight_decay_scale", "is_last_layer")
+
+
+def parameter_groups(
+    model: nn.Module, *, layer_decay: float = 1.0, patch_embed_lr_scale: float = 0.2
+) -> list[dict[str, Any]]:
+    """Sort the trainable parameters of a student into a few groups for an optimizer.
+
+    Parameters with the same three settings share a group, so that an optimizer handles them in one
+    foreach call. The rules read the dotted name of a parameter, wherever in ``model`` it is:
+
+    ``lr_scale``
+        ``layer_decay ** (depth + 1 - layer)`` where the embedding (``patch_embed``, ``pos_embed``,
+        class, mask and register tokens, ``norm_pre``) is layer 0, ``blocks.i`` is layer i + 1, and
+        everything else (the final norm, the heads) is layer depth + 1. ``depth`` is the number of
+        blocks. Times ``patch_embed_lr_scale`` for weight and bias of ``patch_embed``.
+    ``weight_decay_scale``
+        0 for biases and for every other vector or scalar: norms and LayerScale. 1 for the rest: all
+        matrices, ``pos_embed`` and, as in DINOv2, the class, mask and register tokens (ours are
+        partly stored as vectors).
+    ``is_last_layer``
+        True for what lies under ``prototypes`` (:class:`~sslkit.matryoshka.MatryoshkaProjector`)
+        or ``last_layer`` (a DINO head): :func:`set_hyperparameters` gives it a rate of its own.
+
+    Args:
+        model: the student; ``backbone``, ``dino_head``, ``ibot_head`` or any other submodules.
+        layer_decay: above 0, at most 1. Franca pretrains with 1.0; fine-tuning uses about 0.75.
+        patch_embed_lr_scale: not negative.
+
+    Returns:
+        Groups with the keys ``params``, ``names`` (of the parameters, in the same order) and the
+        three above, in the order in which their first parameters appear in ``model``.
+
+    Raises:
+        ValueError: an argument is out of range; nothing is trainable; ``layer_decay`` is below 1
+            and the model has no ``blocks.i``, or several stacks of them, so that a layer's number
+            would have no meaning.
+
+    >>> model = nn.ModuleDict({"patch_embed": nn.Linear(3, 4), "prototypes": nn.Linear(4, 9)})
+    >>> for group in parameter_groups(model):
+    ...     print(*group["names"], *(group[key] for key in list(group)[2:]))
+    patch_embed.weight 0.2 1.0 False
+    patch_embed.bias 0.2 0.0 False
+    prototypes.weight 1.0 1.0 True
+    prototypes.bias 1.0 0.0 True
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must be above 0 and at most 1, got {layer_decay}")
+    if patch_embed_lr_scale < 0:
+        raise ValueError(f"patch_embed_lr_scale must not be negative, got {patch_embed_lr_scale}")
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError("model has no parameter with requires_grad=True, so nothing to optimize")
+    depth = _depth([name for name, _ in named], layer_decay)
+
+    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    for name, parameter in named:
+        parts = set(name.split("."))
+        lr_scale = layer_decay ** (depth + 1 - _layer(name, depth))
+        if "patch_embed" in parts:
+            lr_scale *= patch_embed_lr_scale
+        key = (lr_scale, _weight_decay_scale(name, parameter), bool(parts & _LAST_LAYERS))
+        empty = {"params": [], "names": [], **dict(zip(_GROUP_KEYS, key, strict=True))}
+        group = groups.setdefault(key, empty)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def set_hyperparameters(
+    optimizer: Optimizer, *, lr: float, weight_decay: float, last_layer_lr: float
+) -> None:
+    """Give each group its learning rate and weight decay for the coming step.
+
+    ``lr * lr_scale`` (``last_layer_lr * lr_scale`` where ``is_last_layer``) and
+    ``weight_decay * weight_decay_scale``. ``last_layer_lr=0`` freezes the last layers exactly
+    (AdamW also multiplies its decay by the rate); their moments go on being averaged, as in DINOv2.
+
+    Raises:
+        ValueError: a group does not come from :func:`parameter_groups`; or ``last_layer_lr``
+            differs from ``lr`` and no group is a last layer, so that it would have no effect.
+
+    >>> from torch.optim import AdamW
+    >>> model = nn.ModuleDict({"trunk": nn.Linear(2, 2), "prototypes": nn.Linear(2, 9)})
+    >>> optimizer = AdamW(parameter_groups(model))
+    >>> set_hyperparameters(optimizer, lr=1e-3, weight_decay=0.04, last_layer_lr=0.0)
+    >>> [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    [(0.001, 0.04), (0.001, 0.0), (0.0, 0.04), (0.0, 0.0)]
+    """
+    _require_groups(optimizer)
+    groups = optimizer.param_groups
+    if last_layer_lr != lr and not any(group["is_last_layer"] for group in groups):
+        raise ValueError(
+            f"last_layer_lr={last_layer_lr} would have no effect: no group has is_last_layer, "
+            f"as no parameter lies under {' or '.join(sorted(_LAST_LAYERS))}; pass last_layer_lr=lr"
+        )
+    for group in groups:
+        group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * group["lr_scale"]
+        group["weight_decay"] = weight_decay * group["weight_decay_scale"]
+
+
+def load_optimizer_strictly(
+    optimizer: Optimizer, state_dict: Mapping[str, Any], *, what: str = "optimizer"
+) -> None:
+    """Load the moments of a saved optimizer, matching parameters by name.
+
+    Only the state of each parameter is taken. Settings (betas, scales, ``fused``, ...) stay those
+    of ``optimizer``, and parameters may be grouped differently from the saved run, so that a
+    changed ``layer_decay`` takes effect. ``Optimizer.load_state_dict`` matches by position, brings
+    the old settings back and does not look at shapes.
+
+    Args:
+        optimizer: built from :func:`parameter_groups`.
+        state_dict: ``state_dict()`` of an optimizer built from :func:`parameter_groups`.
+        what: how error messages name it, e.g. the file that it came from.
+
+    Raises:
+        ValueError: the two have different parameter names or shapes, or no names.
+    """
+    _require_groups(optimizer)
+    if any("names" not in group for group in state_dict["param_groups"]):
+        raise ValueError(f"{what}: the saved groups have no names; use groups of parameter_groups")
+    saved = {
+        name: state_dict["state"].get(index)
+        for group in state_dict["param_groups"]
+        for name, index in zip(group["names"], group["params"], strict=True)
+    }
+    current = optimizer.state_dict()
+    parameters = {
+        name: (index, parameter)
+        for own, group in zip(current["param_groups"], optimizer.param_groups, strict=True)
+        for name, index, parameter in zip(own["names"], own["params"], group["params"], strict=True)
+    }
+    problems = [f"missing: {name}" for name in parameters if name not in saved]
+    problems += [f"unexpected: {name}" for name in saved if name not in parameters]
+    for name in parameters.keys() & saved.keys():
+        shape = tuple(parameters[name][1].shape)
+        for key, value in (saved[name] or {}).items():
+            if isinstance(value, Tensor) and value.ndim > 0 and tuple(value.shape) != shape:
+                problems.append(
+                    f"shape: {key} of {name} is {tuple(value.shape)}, its parameter {shape}"
+                )
+    if problems:
+        raise ValueError(f"{what} does not fit this model:\n  " + "\n  ".join(sorted(problems)))
+    state = {index: saved[name] for name, (index, _) in parameters.items() if saved[name]}
+    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+
+
+def clip_gradients(modules: Mapping[str, nn.Module], max_norm: float) -> dict[str, Tensor]:
+    """Scale the gradients of each module so that their joint L2 norm is at most ``max_norm``.
+
+    ``grad *= min(1, max_norm / (norm + 1e-6))`` with one norm per module. Nothing is copied to the
+    host. A non-finite norm makes the gradients of its module NaN or zero: give the norms to
+    :func:`~sslkit.training.monitor.require_finite` before the optimizer's step.
+
+    Args:
+        modules: by name; modules that share parameters would clip them twice.
+        max_norm: positive; 3.0 for each of backbone, DINO head, iBOT head in DINOv2 and Franca.
+
+    Returns:
+        The norm of each module before clipping, a 0-dimensional tensor; 0 without gradients.
+
+    >>> module = nn.Linear(1, 2, bias=False)
+    >>> module.weight.grad = Tensor([[3.0], [4.0]])
+    >>> clip_gradients({"backbone": module}, 1.0), module.weight.grad.norm().round(decimals=4)
+    ({'backbone': tensor(5.)}, tensor(1.))
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be positive, got {max_norm}")
+    return {
+        name: nn.utils.clip_grad_norm_(list(module.parameters()), max_norm)
+        for name, module in modules.items()
+    }
+
+
+def _depth(names: list[str], layer_decay: float) -> int:
+    """The number of blocks in the one stack of them; 0 without any."""
+    blocks = [(name, match) for name in names if (match := _BLOCK.search(name))]
+    stacks = sorted({name[: match.start(1)] for name, match in blocks})
+    if layer_decay < 1 and len(stacks) != 1:
+        raise ValueError(
+            f"layer_decay={layer_decay} needs exactly one stack of parameters named 'blocks.0...', "
+            f"'blocks.1...', found {stacks or 'none'}; pass layer_decay=1.0"
+        )
+    return 1 + max((int(match.group(1)) for _, match in blocks), default=-1)
+
+
+def _layer(name: str, depth: int) -> int:
+    match = _BLOCK.search(name)
+    if match:
+        return int(match.group(1)) + 1
+    return 0 if _EMBEDDING & set(name.split(".")) else depth + 1
+
+
+def _weight_decay_scale(name: str, parameter: Tensor) -> float:
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf in _TOKENS:
+        return 1.0
+    return 0.0 if parameter.ndim < 2 or leaf.endswith("bias") else 1.0
+
+
+def _require_groups(optimizer: Optimizer) -> None:
+    for i, group in enumerate(optimizer.param_groups):
+        missing = [key for key in ("names", *_GROUP_KEYS) if key not in group]
+        if missing:
+            raise ValueError(
+                f"group {i} of the optimizer has no {', '.join(missing)}; build the optimizer from "
+                "parameter_groups(model)"
+            )
