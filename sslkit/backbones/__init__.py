@@ -1,0 +1,12 @@
+"""Vision Transformers as masked, multi-crop token encoders.
+
+A token encoder is any module with ``forward(images, masks=None) -> Tokens`` and
+``forward_many(images, masks=None) -> list[Tokens]``.
+"""
+
+from sslkit.backbones.checkpoint import load, read_metadata, save
+from sslkit.backbones.encoder import ViTEncoder
+from sslkit.backbones.factory import create
+from sslkit.backbones.tokens import Tokens
+
+__all__ = ["Tokens", "ViTEncoder", "create", "load", "read_metadata", "save"]

@@ -1,0 +1,365 @@
+"""ViTEncoder: a timm VisionTransformer as a masked, multi-crop token encoder."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.layers.patch_embed import PatchEmbed
+from timm.layers.pos_embed import resample_abs_pos_embed_nhwc
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sslkit.backbones.blocks import Lengths, PackedBlock, can_pack, run_block
+from sslkit.backbones.swiglu import FusedSwiGLU
+from sslkit.backbones.tokens import Tokens
+
+_SUPPORTED = (
+    "ViTEncoder wraps timm.models.vision_transformer.VisionTransformer with an unchanged forward "
+    "pass and a plain convolutional PatchEmbed: learned absolute positions, with or without class "
+    "token and registers, any block class"
+)
+
+
+class ViTEncoder(nn.Module):
+    """A token encoder around a timm ``VisionTransformer``.
+
+    The encoder takes ``vit`` over and changes it in three ways, none of which touches a weight:
+    head and attention pooling are removed; blocks that :func:`~sslkit.backbones.blocks.can_pack`
+    accepts are rebuilt as :class:`~sslkit.backbones.blocks.PackedBlock` around the same submodules
+    (same parameter names); a norm that timm puts after the pooling (``fc_norm``) is moved in front
+    of it, to ``vit.norm``, so that every token comes out normalised.
+
+    Other blocks (parallel, post-norm, differential attention, attention dropout, ...) run as they
+    are, one resolution at a time: the same result with less sharing. ``packed_blocks`` says which.
+    The encoder is in training mode if ``vit`` is.
+
+    Position embeddings are resampled (bicubic, antialiased) from the grid of ``img_size`` to the
+    grid of each image. The learned ``mask_token`` [D] (zeros at first, as in DINOv2) replaces the
+    embeddings of masked patches before the positions are added.
+
+    Args:
+        vit: the network; see the errors for what cannot be wrapped.
+        activation_checkpointing: in training, keep only the input of each block and recompute the
+            rest in the backward pass: same gradients, less memory, one more forward pass of time.
+        settings: keyword arguments of :func:`sslkit.backbones.create` that rebuild this network;
+            ``create`` fills them in. Without them the encoder cannot be saved.
+
+    Raises:
+        TypeError: ``vit`` is not a timm VisionTransformer, or a subclass or patch embedding with a
+            forward pass of its own.
+        ValueError: ``vit`` drops patches (``patch_drop_rate``), which leaves no patch grid.
+
+    >>> vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+    >>> encoder = ViTEncoder(vit)
+    >>> tokens = encoder(torch.randn(2, 3, 24, 40))
+    >>> tokens.cls.shape, tokens.registers.shape, tokens.patches.shape
+    (torch.Size([2, 16]), torch.Size([2, 0, 16]), torch.Size([2, 3, 5, 16]))
+    """
+
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        *,
+        activation_checkpointing: bool = False,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        _require_supported(vit)
+        vit.reset_classifier(0, global_pool="")
+        if isinstance(vit.norm, nn.Identity):
+            vit.norm, vit.fc_norm = vit.fc_norm, nn.Identity()
+        for i, block in enumerate(vit.blocks):
+            if can_pack(block, token_wise_mlps=(FusedSwiGLU,)):
+                vit.blocks[i] = PackedBlock(block)
+        self.vit = vit
+        self.mask_token = nn.Parameter(vit.patch_embed.proj.weight.new_zeros(vit.embed_dim))
+        self.activation_checkpointing = activation_checkpointing
+        self._settings = None if settings is None else dict(settings)
+        self.train(vit.training)
+
+    @property
+    def embed_dim(self) -> int:
+        """D, the width of every token."""
+        return self.vit.embed_dim
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.vit.blocks)
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of a block."""
+        heads = (getattr(module, "num_heads", None) for module in self.vit.blocks.modules())
+        return next(h for h in heads if h is not None)
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of an image."""
+        return self.vit.patch_embed.proj.in_channels
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        ph, pw = self.vit.patch_embed.patch_size
+        return ph, pw
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """Height and width of the images that the position embedding was made for."""
+        h, w = self.vit.patch_embed.img_size
+        return h, w
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the stored position embedding."""
+        H, W = self.vit.patch_embed.grid_size
+        return H, W
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: the class token, then the registers."""
+        return self.vit.num_prefix_tokens
+
+    @property
+    def packed_blocks(self) -> tuple[bool, ...]:
+        """For each block, whether it takes crops of all resolutions in one call."""
+        return tuple(isinstance(block, PackedBlock) for block in self.vit.blocks)
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """Arguments of ``create`` that rebuild this network; None if it came another way."""
+        if self._settings is None:
+            return None
+        return {
+            **self._settings,
+            "img_size": self.img_size,
+            "activation_checkpointing": self.activation_checkpointing,
+        }
+
+    def forward(self, images: Tensor, masks: Tensor | None = None) -> Tokens:
+        """Encode images of one resolution.
+
+        Args:
+            images: ``[B, C, h, w]``, floating point, h and w multiples of the patch size.
+            masks: bool ``[B, H, W]``, True where the mask token replaces the patch; None for none.
+
+        Returns:
+            :class:`Tokens` ``(cls [B, D], registers [B, R, D], patches [B, H, W, D])``.
+
+        Raises:
+            ValueError: the shape of ``images`` does not fit the network, or ``masks`` the images.
+            TypeError: ``images`` is not floating point.
+        """
+        return self.forward_many([images], [masks])[0]
+
+    def forward_many(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
+    ) -> list[Tokens]:
+        """Encode several batches of images, each of its own resolution, in one pass.
+
+        All tokens are packed, batch after batch, to ``[T, D]``. In evaluation the result equals
+        separate calls of :meth:`forward`. Neighbours of equal resolution share an attention call.
+
+        Args:
+            images: batches ``[B_i, C, h_i, w_i]``.
+            masks: one bool ``[B_i, H_i, W_i]`` or None for each batch; None for no mask at all.
+
+        Returns:
+            One :class:`Tokens` for each batch, in order.
+
+        Raises:
+            ValueError: ``images`` is empty, ``masks`` is not as long, or as in :meth:`forward`.
+            TypeError: a batch is not floating point.
+        """
+        x, lengths, grids = self._pack(images, masks)
+        for block in self.vit.blocks:
+            x = self._run(block, x, lengths)
+        return self._unpack(x, grids)
+
+    def intermediate(self, images: Tensor, n: int) -> list[Tokens]:
+        """Tokens of the last ``n`` blocks, shallow to deep, each after the final norm.
+
+        ``intermediate(images, n)[-1]`` equals ``forward(images)``.
+        """
+        if not 1 <= n <= self.depth:
+            raise ValueError(f"n must be between 1 and the {self.depth} blocks, got {n}")
+        x, lengths, grids = self._pack([images], None)
+        outputs = []
+        for i, block in enumerate(self.vit.blocks):
+            x = self._run(block, x, lengths)
+            if i >= self.depth - n:
+                outputs.append(self._unpack(x, grids)[0])
+        return outputs
+
+    def queries_keys(self, images: Tensor, block: int = -1) -> tuple[Tensor, Tensor]:
+        """Queries and keys of a block, for attention maps.
+
+        Args:
+            images: ``[B, C, h, w]``.
+            block: its index, from 0; negative counts from the end.
+
+        Returns:
+            ``q`` and ``k``, each ``[B, heads, T, head_dim]``, T = ``num_prefix_tokens`` + H * W,
+            after the q and k norms and before the scale: the attention of the block is
+            ``softmax(q @ k.mT * head_dim ** -0.5)``.
+
+        Raises:
+            IndexError: there is no such block.
+            TypeError: the block is not a packed one, so that what its queries are is not known.
+        """
+        if not -self.depth <= block < self.depth:
+            raise IndexError(f"block must be in [{-self.depth}, {self.depth - 1}], got {block}")
+        chosen = self.vit.blocks[block]
+        if not isinstance(chosen, PackedBlock):
+            raise TypeError(
+                f"queries_keys: block {block} is a {type(chosen).__name__}; queries and keys are "
+                "known for timm's standard Block with its standard Attention"
+            )
+        x, lengths, _ = self._pack([images], None)
+        for earlier in self.vit.blocks[:block]:
+            x = self._run(earlier, x, lengths)
+        qkv = chosen.attn.project(chosen.norm1(x))  # [B * T, 3, h, d]
+        qkv = qkv.unflatten(0, (len(images), -1))  # [B, T, 3, h, d]
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, T, d]
+        return q, k
+
+    def set_img_size_(self, img_size: int | tuple[int, int]) -> None:
+        """Resample the stored position embedding to the grid of ``img_size``, in place.
+
+        Not needed to encode images of another size, which resamples on the fly; it makes the new
+        grid the one that is trained and saved. ``vit.pos_embed`` becomes a new parameter, so build
+        the optimizer afterwards.
+        """
+        h, w = (img_size, img_size) if isinstance(img_size, int) else img_size
+        H, W = self._grid(h, w, "img_size")
+        vit = self.vit
+        if vit.pos_embed is not None:
+            prefix, patches = self._positions(vit.pos_embed, H, W)
+            resampled = torch.cat([prefix, patches], dim=1).detach().clone()
+            vit.pos_embed = nn.Parameter(resampled, requires_grad=vit.pos_embed.requires_grad)
+        vit.patch_embed.set_input_size(img_size=(h, w))
+
+    def _grid(self, h: int, w: int, name: str) -> tuple[int, int]:
+        ph, pw = self.patch_size
+        if h % ph or w % pw or h < ph or w < pw:
+            raise ValueError(
+                f"{name}: height and width must be positive multiples of the patch size "
+                f"{ph} x {pw}, got {h} x {w}; resize or crop to {max(h // ph, 1) * ph} x "
+                f"{max(w // pw, 1) * pw}"
+            )
+        return h // ph, w // pw
+
+    def _positions(self, positions: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
+        """``vit.pos_embed`` as that of the prefix tokens (perhaps none) and of an H x W grid."""
+        vit = self.vit
+        num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        prefix, patches = positions.tensor_split((num_prefix,), dim=1)
+        grid = patches.unflatten(1, self.grid_size)  # [1, N, D] -> [1, H0, W0, D]
+        return prefix, resample_abs_pos_embed_nhwc(grid, [H, W]).flatten(1, 2)
+
+    def _check(self, images: Tensor, masks: Tensor | None, name: str) -> tuple[int, int]:
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(
+                f"{name} must be [B, {self.in_chans}, h, w], got {list(images.shape)}; the number "
+                "of channels is in_chans of create()"
+            )
+        if not images.is_floating_point():
+            raise TypeError(f"{name} must be floating point (normalised), got {images.dtype}")
+        H, W = self._grid(images.shape[2], images.shape[3], name)
+        if masks is not None:
+            expected = [len(images), H, W]
+            if masks.dtype != torch.bool or list(masks.shape) != expected:
+                raise ValueError(
+                    f"{name.replace('images', 'masks')} must be bool {expected}, the patch grid of "
+                    f"{name} {list(images.shape)}, got {masks.dtype} {list(masks.shape)}"
+                )
+        return H, W
+
+    def _embed(self, images: Tensor, masks: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        """Images to the input of the first block, ``[B, P + N, D]``, P prefix tokens."""
+        vit = self.vit
+        x = vit.patch_embed.proj(images).flatten(2).transpose(1, 2)  # [B, D, H, W] -> [B, N, D]
+        x = vit.patch_embed.norm(x)
+        if masks is not None:
+            x = torch.where(masks.flatten(1)[:, :, None], self.mask_token, x)
+        prefix: list[Tensor] = [
+            token for token in (vit.cls_token, vit.reg_token) if token is not None
+        ]
+        if vit.pos_embed is not None:
+            prefix_positions, positions = self._positions(vit.pos_embed, *grid)
+            x = x + positions
+            if prefix and not vit.no_embed_class:
+                prefix = [torch.cat(prefix, dim=1) + prefix_positions]
+        if prefix:
+            x = torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), x], dim=1)
+        return vit.norm_pre(vit.pos_drop(x))
+
+    def _pack(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None
+    ) -> tuple[Tensor, Lengths, list[tuple[int, int, int]]]:
+        """All tokens ``[T, D]``, the length of each crop, and ``(B_i, H_i, W_i)`` of each batch."""
+        if not images:
+            raise ValueError("forward_many: images is empty; give at least one batch of images")
+        masks = [None] * len(images) if masks is None else masks
+        if len(masks) != len(images):
+            raise ValueError(
+                f"masks must hold one mask or None for each of the {len(images)} batches in "
+                f"images, got {len(masks)}"
+            )
+        packed, grids = [], []
+        lengths: Lengths = ()
+        for i, (batch, mask) in enumerate(zip(images, masks, strict=True)):
+            grid = self._check(batch, mask, "images" if len(images) == 1 else f"images[{i}]")
+            x = self._embed(batch, mask, grid)
+            B, length, _ = x.shape
+            packed.append(x.flatten(0, 1))
+            lengths += (length,) * B
+            grids.append((B, *grid))
+        return (packed[0] if len(packed) == 1 else torch.cat(packed)), lengths, grids
+
+    def _run(self, block: nn.Module, x: Tensor, lengths: Lengths) -> Tensor:
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(run_block, block, x, lengths, use_reentrant=False)
+        return run_block(block, x, lengths)
+
+    def _unpack(self, x: Tensor, grids: Sequence[tuple[int, int, int]]) -> list[Tokens]:
+        """Final norm, then the packed ``[T, D]`` tokens as one :class:`Tokens` for each batch."""
+        x = self.vit.norm(x)
+        P = self.num_prefix_tokens
+        num_cls = int(self.vit.has_class_token)
+        tokens = []
+        for part, (B, H, W) in zip(
+            x.split([B * (P + H * W) for B, H, W in grids]), grids, strict=True
+        ):
+            part = part.unflatten(0, (B, P + H * W))  # [B, P + N, D]
+            cls, registers, patches = part.tensor_split((num_cls, P), dim=1)
+            tokens.append(
+                Tokens(
+                    cls[:, 0] if num_cls else patches.mean(dim=1),
+                    registers,
+                    patches.unflatten(1, (H, W)),
+                )
+            )
+        return tokens
+
+
+def _require_supported(vit: nn.Module) -> None:
+    if not isinstance(vit, VisionTransformer):
+        raise TypeError(f"cannot wrap a {type(vit).__name__}: {_SUPPORTED}")
+    for method in ("_pos_embed", "forward_features"):
+        if getattr(type(vit), method) is not getattr(VisionTransformer, method):
+            raise TypeError(
+                f"cannot wrap a {type(vit).__name__}, which has its own {method}: {_SUPPORTED}"
+            )
+    if type(vit.patch_embed).forward is not PatchEmbed.forward:
+        raise TypeError(
+            f"cannot wrap a {type(vit).__name__} with a {type(vit.patch_embed).__name__}: "
+            f"{_SUPPORTED}"
+        )
+    if not isinstance(vit.patch_drop, nn.Identity):
+        raise ValueError(
+            "cannot wrap a VisionTransformer with patch_drop_rate > 0: dropped patches leave no "
+            "patch grid; build it with patch_drop_rate=0 and pass masks instead"
+        )
