@@ -1,0 +1,356 @@
+"""Multi-crop augmentation of DINO (arXiv 2104.14294) with the constants of DINOv2 and Franca.
+
+A view is a random resized crop, then flip, colour jitter, grey, blur, solarising and
+normalisation, in this order. What to do is drawn first (:meth:`MultiCrop.draw`, plain numbers)
+and done afterwards (:meth:`MultiCrop.render`), so that a view can be inspected or repeated.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as vision
+
+from sslkit.data import pixels
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Size = int | tuple[int, int]
+
+_CROP_ATTEMPTS = 10  # torchvision's: then the largest central crop of an allowed aspect ratio
+_JITTER_ORDERS = tuple(itertools.permutations(range(4)))
+_JITTER = (
+    pixels.adjust_brightness_,
+    pixels.adjust_contrast_,
+    pixels.adjust_saturation_,
+    pixels.shift_hue_,
+)
+_DRAWS_PER_VIEW = 2 * _CROP_ATTEMPTS + 13
+
+
+class View(NamedTuple):
+    """What one view does to its image.
+
+    Attributes:
+        box: (top, left, height, width) of the crop in source pixels.
+        flip: mirror left and right.
+        jitter: factors of (brightness, contrast, saturation) and hue shift in turns, or None.
+        jitter_order: the order in which these four (0..3) are applied.
+        grey: drop the colour.
+        blur_sigma: in pixels of the view, or None for no blur.
+        solarise: invert the bright half.
+    """
+
+    box: tuple[int, int, int, int]
+    flip: bool
+    jitter: tuple[float, float, float, float] | None
+    jitter_order: tuple[int, ...]
+    grey: bool
+    blur_sigma: float | None
+    solarise: bool
+
+
+class Crops(NamedTuple):
+    """Normalised views of one image: ``globals_`` [V_g, C, h, w], ``locals_`` [V_l, C, h, w]."""
+
+    globals_: Tensor
+    locals_: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiCrop:
+    """Draw and render the views of one image: ``crops(image, generator=g) -> Crops``.
+
+    Sizes are a side or (height, width), in pixels. ``scale`` is the range of the crop's area as a
+    share of the image, uniform; ``aspect_ratio`` the range of its width over height *relative to
+    that of the view*, log-uniform, so that a non-square view is stretched no more than a square
+    one. Both as in torchvision's ``RandomResizedCrop``, ten attempts and central fallback included.
+    Resizing is bicubic with antialiasing.
+
+    Attributes:
+        global_size, global_scale, num_global: the global views.
+        local_size, local_scale, num_local: the local views; ``num_local`` may be 0.
+        aspect_ratio: see above.
+        flip_probability: of mirroring left and right.
+        jitter: half-widths of brightness, contrast, saturation (factors around 1) and of the hue
+            shift in turns, applied in random order.
+        jitter_probability, grey_probability: of all four together; of dropping the colour.
+        blur_probability: of (the first global, every other global, every local) view.
+        blur_sigma: range of the Gaussian's standard deviation, in pixels of the view.
+        blur_kernel_size: odd number of taps; None is the largest odd number up to a tenth of the
+            view's shorter side, within 3..9: 9 for views of 90 pixels and more, as published,
+            5 at 64, 3 below 50.
+        solarise_probability: of every global view but the first; bright values from 128 up invert.
+        mean, std: of the normalisation, one value a channel, for images in 0..1; None is ImageNet's
+            for RGB and the average of its three for any other number of channels.
+
+    The values are those of DINOv2 (arXiv 2304.07193) and of Franca (arXiv 2507.14137, §4). Images
+    may have any number of channels; saturation, hue and grey leave all but RGB alone.
+
+    Raises:
+        ValueError: a size, range or probability out of bounds.
+
+    >>> crops = MultiCrop(global_size=32, local_size=(12, 16), num_local=4)
+    >>> image = torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8)
+    >>> views = crops(image, generator=torch.Generator().manual_seed(0))
+    >>> views.globals_.shape, views.locals_.shape
+    (torch.Size([2, 3, 32, 32]), torch.Size([4, 3, 12, 16]))
+    """
+
+    global_size: Size = 224
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    num_global: int = 2
+    local_size: Size = 98
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    num_local: int = 8
+    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_probability: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter_probability: float = 0.8
+    grey_probability: float = 0.2
+    blur_probability: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_kernel_size: int | None = None
+    solarise_probability: float = 0.2
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_global < 1 or self.num_local < 0:
+            raise ValueError(
+                f"num_global must be at least 1 and num_local at least 0, got {self.num_global} "
+                f"and {self.num_local}"
+            )
+        for name in ("global_scale", "local_scale", "aspect_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (name.endswith("scale") and high > 1):
+                bound = " <= 1" if name.endswith("scale") else ""
+                raise ValueError(f"{name} must satisfy 0 < low <= high{bound}, got {(low, high)}")
+        for name in ("flip", "jitter", "grey", "blur", "solarise"):
+            probability = getattr(self, f"{name}_probability")
+            each = probability if isinstance(probability, tuple) else (probability,)
+            if not all(0 <= p <= 1 for p in each):
+                raise ValueError(f"{name}_probability must lie in 0..1, got {probability}")
+        if not (all(0 <= width <= 1 for width in self.jitter) and self.jitter[3] <= 0.5):
+            raise ValueError(f"jitter must lie in 0..1 and its hue in 0..0.5, got {self.jitter}")
+        if self.blur_kernel_size is not None and self.blur_kernel_size % 2 != 1:
+            raise ValueError(f"blur_kernel_size must be odd, got {self.blur_kernel_size}")
+        for name in ("global_size", "local_size"):
+            shorter = min(_height_width(getattr(self, name)))
+            if shorter <= self._kernel_size(shorter) // 2:
+                raise ValueError(f"{name} {getattr(self, name)} is too small for the blur")
+
+    def __call__(self, image: Tensor, *, generator: torch.Generator) -> Crops:
+        """The views of ``image`` uint8 [C, h, w], a function of it and the generator's state."""
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.numel() == 0:
+            raise ValueError(
+                f"image must be a non-empty uint8 tensor [C, h, w], got {image.dtype} "
+                f"{list(image.shape)}"
+            )
+        channels, height, width = image.shape
+        mean, std = _normalisation(channels, self.mean, self.std)
+        scale, shift = 1 / (255 * std), -mean / std
+        views = self.draw(height, width, generator=generator)
+        groups = []
+        for size, group in (
+            (self.global_size, views[: self.num_global]),
+            (self.local_size, views[self.num_global :]),
+        ):
+            out = torch.empty(len(group), channels, *_height_width(size))
+            for view, target in zip(group, out, strict=True):
+                torch.addcmul(shift, self.render(image, view, size), scale, out=target)
+            groups.append(out)
+        return Crops(*groups)
+
+    def draw(self, height: int, width: int, *, generator: torch.Generator) -> list[View]:
+        """Choose the global views, then the local ones, for an image of ``height`` x ``width``.
+
+        Takes the same number of random values whatever the image and the choices.
+        """
+        num_views = self.num_global + self.num_local
+        draws = torch.rand(num_views, _DRAWS_PER_VIEW, dtype=torch.float64, generator=generator)
+        return [self._draw_one(i, height, width, row) for i, row in enumerate(draws.tolist())]
+
+    def render(self, image: Tensor, view: View, size: Size) -> Tensor:
+        """One view of ``image`` uint8 [C, h, w]: float32 [C, *size], values in 0..255."""
+        x = vision.resized_crop(
+            image,
+            *view.box,
+            size=list(_height_width(size)),
+            interpolation=InterpolationMode.BICUBIC,
+            antialias=True,
+        )
+        if view.flip:
+            x = x.flip(-1)
+        x = x.to(torch.float32, memory_format=torch.contiguous_format)
+        if view.jitter is not None:
+            for i in view.jitter_order:
+                x = _JITTER[i](x, view.jitter[i])
+        if view.grey:
+            x = pixels.to_grey_(x)
+        if view.blur_sigma is not None:
+            x = pixels.gaussian_blur(x, self._kernel_size(min(x.shape[1:])), view.blur_sigma)
+        if view.solarise:
+            x = pixels.solarise(x)
+        return x
+
+    def _draw_one(self, index: int, height: int, width: int, draws: list[float]) -> View:
+        """View ``index`` from uniform numbers in [0, 1), each with one use."""
+        down, right, flip, jitter, brightness, contrast, saturation, hue, *rest = draws
+        order, grey, blur, sigma, solarise, *shape_draws = rest
+        is_global = index < self.num_global
+        view_height, view_width = _height_width(self.global_size if is_global else self.local_size)
+        box = _draw_box(
+            height,
+            width,
+            scale=self.global_scale if is_global else self.local_scale,
+            ratio=tuple(bound * view_width / view_height for bound in self.aspect_ratio),
+            place=(down, right),
+            shape_draws=shape_draws,
+        )
+        blur_probability = self.blur_probability[min(index, 1) if is_global else 2]
+        factors = (
+            _between(1 - self.jitter[0], 1 + self.jitter[0], brightness),
+            _between(1 - self.jitter[1], 1 + self.jitter[1], contrast),
+            _between(1 - self.jitter[2], 1 + self.jitter[2], saturation),
+            _between(-self.jitter[3], self.jitter[3], hue),
+        )
+        return View(
+            box=box,
+            flip=flip < self.flip_probability,
+            jitter=factors if jitter < self.jitter_probability else None,
+            jitter_order=_JITTER_ORDERS[int(order * len(_JITTER_ORDERS))],
+            grey=grey < self.grey_probability,
+            blur_sigma=_between(*self.blur_sigma, sigma) if blur < blur_probability else None,
+            solarise=is_global and index > 0 and solarise < self.solarise_probability,
+        )
+
+    def _kernel_size(self, side: int) -> int:
+        if self.blur_kernel_size is not None:
+            return self.blur_kernel_size
+        tenth = side // 10
+        return min(max(tenth - (tenth + 1) % 2, 3), 9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalTransform:
+    """Resize, centre crop and normalise: uint8 [C, h, w] -> float32 [C, H, W].
+
+    The image is resized (bicubic, antialiased) by one factor for both axes, the smallest for which
+    it covers ``resize``, and its central ``size`` is cut out; for square sizes that is the usual
+    "resize the shorter side to 256, crop 224".
+
+    Attributes:
+        size: of the result, a side or (H, W), in pixels.
+        resize: what the resized image must cover, at least ``size``; None is 256/224 of ``size``.
+        mean, std: as in :class:`MultiCrop`.
+
+    >>> EvalTransform(size=(28, 42))(torch.zeros(3, 60, 50, dtype=torch.uint8)).shape
+    torch.Size([3, 28, 42])
+    """
+
+    size: Size = 224
+    resize: Size | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        cover, (height, width) = self._cover(), _height_width(self.size)
+        if cover[0] < height or cover[1] < width:
+            raise ValueError(f"resize {self.resize} must be at least size {self.size} on each axis")
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Transform one image, uint8 [C, h, w]."""
+        channels, height, width = image.shape
+        cover_height, cover_width = self._cover()
+        factor = max(cover_height / height, cover_width / width)
+        resized = vision.resize(
+            image,
+            [max(round(height * factor), cover_height), max(round(width * factor), cover_width)],
+            interpolation=InterpolationMode.BICUBIC,
+            antialias=True,
+        )
+        x = vision.center_crop(resized, list(_height_width(self.size))).to(
+            torch.float32, memory_format=torch.contiguous_format
+        )
+        mean, std = _normalisation(channels, self.mean, self.std)
+        return x.div_(255).sub_(mean).div_(std)
+
+    def _cover(self) -> tuple[int, int]:
+        if self.resize is not None:
+            return _height_width(self.resize)
+        height, width = _height_width(self.size)
+        return round(height * 256 / 224), round(width * 256 / 224)
+
+
+def denormalize(
+    images: Tensor, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> Tensor:
+    """Undo the normalisation for pictures: [..., C, h, w] -> the same shape, within 0..1.
+
+    >>> image = torch.full((3, 4, 4), 51, dtype=torch.uint8)
+    >>> round(denormalize(EvalTransform(size=4)(image)).mean().item(), 4)
+    0.2
+    """
+    channel_mean, channel_std = _normalisation(images.shape[-3], mean, std)
+    channel_mean, channel_std = channel_mean.to(images), channel_std.to(images)
+    return (images * channel_std + channel_mean).clamp(0, 1)
+
+
+def _normalisation(
+    channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[Tensor, Tensor]:
+    """(mean, std), each [C, 1, 1]."""
+    result = []
+    for name, given, imagenet in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
+        if given is None:
+            given = imagenet if channels == 3 else (sum(imagenet) / 3,) * channels
+        if len(given) != channels:
+            raise ValueError(
+                f"{name} has {len(given)} value(s) but the image has {channels} channel(s); give "
+                f"one value a channel, or None for the default"
+            )
+        result.append(torch.tensor(given, dtype=torch.float32).view(channels, 1, 1))
+    return result[0], result[1]
+
+
+def _draw_box(
+    height: int,
+    width: int,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, ...],
+    place: tuple[float, float],
+    shape_draws: list[float],
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random crop, as torchvision's RandomResizedCrop draws it."""
+    low, high = ratio
+    for area_draw, ratio_draw in zip(shape_draws[::2], shape_draws[1::2], strict=True):
+        area = height * width * _between(*scale, area_draw)
+        box_ratio = math.exp(_between(math.log(low), math.log(high), ratio_draw))
+        box_height = round(math.sqrt(area / box_ratio))
+        box_width = round(math.sqrt(area * box_ratio))
+        if 0 < box_height <= height and 0 < box_width <= width:
+            top = int(place[0] * (height - box_height + 1))
+            left = int(place[1] * (width - box_width + 1))
+            return top, left, box_height, box_width
+    box_height, box_width = height, width
+    if width < low * height:
+        box_height = max(round(width / low), 1)
+    elif width > high * height:
+        box_width = max(round(height * high), 1)
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def _between(low: float, high: float, fraction: float) -> float:
+    return low + (high - low) * fraction
+
+
+def _height_width(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size

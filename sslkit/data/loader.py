@@ -1,0 +1,399 @@
+"""An endless, sample-exact stream of multi-crop batches.
+
+What a training step sees is a function of (seed, number of samples consumed so far) alone: not of
+the number of worker processes, of ranks, of restarts, or of what workers had prefetched when a run
+was stopped. A run resumes with ``make_loader(..., start_sample=step * batch_size)``.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sslkit.data.crops import Crops, MultiCrop
+from sslkit.data.decode import UnreadableImage
+from sslkit.data.seeds import sample_seed
+from sslkit.data.sources import Source
+
+_MAX_REPLACEMENTS = 64
+_PERMUTATION, _VIEWS, _REPLACEMENT = range(3)  # keep the random streams of one seed apart
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A broken image that a sample met: its index in the source, its name, and the reason."""
+
+    index: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image's views. ``index`` is the image shown, ``unreadable`` what it had to replace."""
+
+    crops: Crops
+    label: int
+    epoch: int
+    index: int
+    unreadable: tuple[Unreadable, ...]
+
+
+class Batch(NamedTuple):
+    """Views of B images.
+
+    Attributes:
+        global_crops: float32 [V_g, B, C, h, w], normalised.
+        local_crops: float32 [V_l, B, C, h, w]; V_l may be 0.
+        labels: int64 [B], -1 where there is none.
+        epochs: int64 [B], the pass over the source that each sample belongs to.
+        indices: int64 [B], the images shown, as indices of the source.
+        unreadable: the broken images met on the way, each replaced by another image.
+    """
+
+    global_crops: Tensor
+    local_crops: Tensor
+    labels: Tensor
+    epochs: Tensor
+    indices: Tensor
+    unreadable: tuple[Unreadable, ...]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+        """The batch with all tensors on ``device``."""
+        global_crops, local_crops, labels, epochs, indices = (
+            tensor.to(device, non_blocking=non_blocking)
+            for tensor in (
+                self.global_crops,
+                self.local_crops,
+                self.labels,
+                self.epochs,
+                self.indices,
+            )
+        )
+        return Batch(global_crops, local_crops, labels, epochs, indices, self.unreadable)
+
+
+class SampleStream(Sampler[list[tuple[int, int]]]):
+    """Endless batches of (epoch, index): the stream of all samples, from ``start_sample`` on.
+
+    Sample ``p`` of the stream belongs to epoch ``e = p // num_images`` and has index
+    ``permutation_e[p % num_images]``, where ``permutation_e`` is a function of (seed, e). Batch
+    ``g`` is the ``batch_size`` samples from ``start_sample + g * batch_size`` on, so batches run
+    across the end of an epoch and are never short. ``rank`` takes every ``world_size``-th of them,
+    starting at its own number.
+
+    Args:
+        num_images: length of the source.
+        batch_size: samples a batch, *over all ranks*; a multiple of ``world_size``.
+        start_sample: samples that training has consumed before, over all ranks.
+        seed: of the permutations.
+        rank, world_size: this process and how many share each batch.
+
+    >>> stream = iter(SampleStream(5, batch_size=4, seed=0))
+    >>> first, second = next(stream), next(stream)
+    >>> [epoch for epoch, _ in first + second]
+    [0, 0, 0, 0, 0, 1, 1, 1]
+    >>> next(iter(SampleStream(5, batch_size=4, start_sample=4, seed=0))) == second
+    True
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        *,
+        batch_size: int,
+        start_sample: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1, got {num_images}")
+        if start_sample < 0:
+            raise ValueError(f"start_sample must be at least 0, got {start_sample}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in 0..{world_size - 1}, got {rank}")
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(
+                f"batch_size counts the samples of all ranks: it must be a positive multiple of "
+                f"world_size {world_size}, got {batch_size}"
+            )
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.start_sample = start_sample
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        position = self.start_sample
+        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        while True:
+            batch = []
+            for p in range(position + self.rank, position + self.batch_size, self.world_size):
+                if p // self.num_images != epoch:
+                    epoch = p // self.num_images
+                    order = self.permutation(epoch)
+                batch.append((epoch, int(order[p % self.num_images])))
+            yield batch
+            position += self.batch_size
+
+    def permutation(self, epoch: int) -> Tensor:
+        """The order of the images in ``epoch``, int64 [num_images]."""
+        seed = sample_seed(self.seed, _PERMUTATION, epoch)
+        return torch.randperm(self.num_images, generator=torch.Generator().manual_seed(seed))
+
+
+class MultiCropDataset(Dataset[Sample]):
+    """The views of ``source[index]`` in ``epoch``: ``dataset[epoch, index] -> Sample``.
+
+    The random choices are a function of (seed, epoch, index). An unreadable image is replaced by
+    another one, drawn from the whole source by the same rule, and reported in the sample.
+
+    Raises:
+        RuntimeError: on access, when 64 images drawn one after the other are all unreadable.
+    """
+
+    def __init__(self, source: Source, crops: MultiCrop, *, seed: int = 0):
+        self.source = source
+        self.crops = crops
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        unreadable: dict[int, Unreadable] = {}
+        shown = index
+        for attempt in range(_MAX_REPLACEMENTS):
+            try:
+                image, label = self.source[shown]
+            except UnreadableImage as error:
+                unreadable[shown] = Unreadable(shown, error.name, error.reason)
+                shown = sample_seed(self.seed, _REPLACEMENT, epoch, index, attempt) % len(
+                    self.source
+                )
+                continue
+            seed = sample_seed(self.seed, _VIEWS, epoch, index)
+            crops = self.crops(image, generator=torch.Generator().manual_seed(seed))
+            return Sample(crops, label, epoch, shown, tuple(unreadable.values()))
+        first = unreadable[index]
+        raise RuntimeError(
+            f"{_MAX_REPLACEMENTS} images drawn in a row are unreadable ({len(unreadable)} "
+            f"different ones of {len(self.source)}), the first of them {first.name}: "
+            f"{first.reason}"
+        )
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples, views first: B of [V, C, h, w] -> [V, B, C, h, w].
+
+    Raises:
+        ValueError: the images have different numbers of channels.
+    """
+    channels = {sample.crops.globals_.shape[1] for sample in samples}
+    if len(channels) > 1:
+        raise ValueError(f"one batch holds images of different channel counts: {sorted(channels)}")
+    return Batch(
+        global_crops=torch.stack([sample.crops.globals_ for sample in samples], dim=1),
+        local_crops=torch.stack([sample.crops.locals_ for sample in samples], dim=1),
+        labels=torch.tensor([sample.label for sample in samples]),
+        epochs=torch.tensor([sample.epoch for sample in samples]),
+        indices=torch.tensor([sample.index for sample in samples]),
+        unreadable=tuple(each for sample in samples for each in sample.unreadable),
+    )
+
+
+def make_loader(
+    dataset: MultiCropDataset,
+    *,
+    batch_size: int,
+    start_sample: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    prefetch_batches: int = 2,
+    pin_memory: bool | None = None,
+) -> Iterable[Batch]:
+    """A torch ``DataLoader`` over the endless stream of ``dataset``; iterate over it once.
+
+    Args:
+        dataset: the views; its seed also orders the images.
+        batch_size: samples a batch over all ranks; this rank's :class:`Batch` holds
+            ``batch_size // world_size`` of them. See :class:`SampleStream`.
+        start_sample: where to start: the samples consumed so far, over all ranks.
+        rank, world_size: this process and how many share each batch.
+        num_workers: processes that make batches, with one thread each; 0 makes them in this one.
+        prefetch_batches: how many batches each worker makes ahead.
+        pin_memory: None pins it when CUDA is available.
+
+    >>> from sslkit.data.sources import ImageArray
+    >>> images = ImageArray(torch.zeros(10, 16, 16, 3, dtype=torch.uint8).numpy())
+    >>> crops = MultiCrop(global_size=16, local_size=8, num_local=3)
+    >>> batch = next(iter(make_loader(MultiCropDataset(images, crops), batch_size=4)))
+    >>> batch.global_crops.shape, batch.local_crops.shape
+    (torch.Size([2, 4, 3, 16, 16]), torch.Size([3, 4, 3, 8, 8]))
+    """
+    stream = SampleStream(
+        len(dataset.source),
+        batch_size=batch_size,
+        start_sample=start_sample,
+        seed=dataset.seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    loader: DataLoader = DataLoader(
+        dataset,
+        batch_sampler=stream,
+        collate_fn=collate,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_batches if num_workers else None,
+        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+        generator=torch.Generator(),  # else iter() takes a draw from torch's global generator
+    )
+    return loader
+
+
+class UnreadableLog:
+    """Counts the broken images of a run: names each once, and stops the run when they are many.
+
+    With s distinct images seen so far (on this rank), b of them unreadable, and t the threshold,
+    ``update`` raises when b >= 2 and
+
+    - s has reached the whole source and ``b > t * s``, or
+    - s >= 20 and ``b > t * s + 3 * sqrt(t * (1 - t) * s)``: more than a share t of the source could
+      explain by three standard deviations.
+
+    Args:
+        num_images: length of the source.
+        threshold: the share t that is put up with.
+
+    >>> log = UnreadableLog(100)
+    >>> log.update(torch.tensor([3, 4, 3]), unreadable=())
+    >>> log.num_seen, log.num_unreadable
+    (2, 0)
+    """
+
+    def __init__(self, num_images: int, *, threshold: float = 0.05):
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold is a share and must lie in 0..1, got {threshold}")
+        self.threshold = threshold
+        self.num_seen = 0
+        self.names: dict[int, str] = {}
+        self._seen = torch.zeros(num_images, dtype=torch.bool)
+
+    @property
+    def num_unreadable(self) -> int:
+        """Distinct broken images so far."""
+        return len(self.names)
+
+    def update(self, indices: Iterable[int] | Tensor, unreadable: Iterable[Unreadable]) -> None:
+        """Take note of the ``indices`` and ``unreadable`` of a batch.
+
+        Warns once for every new broken image.
+
+        Raises:
+            RuntimeError: too many are broken; see the class.
+        """
+        unreadable = list(unreadable)
+        seen = torch.as_tensor([*map(int, indices), *(each.index for each in unreadable)]).unique()
+        self.num_seen += int((~self._seen[seen]).sum())
+        self._seen[seen] = True
+        for each in unreadable:
+            if each.index not in self.names:
+                self.names[each.index] = each.name
+                warnings.warn(
+                    f"skipped unreadable image {each.name}: {each.reason}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        if self._too_many():
+            raise RuntimeError(
+                f"{self.num_unreadable} of the {self.num_seen} images seen so far are unreadable, "
+                f"more than the {self.threshold:.1%} put up with; the last one is "
+                f"{list(self.names.values())[-1]}. Repair or remove them, or raise the threshold"
+            )
+
+    def _too_many(self) -> bool:
+        seen, share = self.num_seen, self.threshold
+        if self.num_unreadable < 2:
+            return False
+        if seen == len(self._seen):
+            return self.num_unreadable > share * seen
+        margin = 3 * math.sqrt(share * (1 - share) * seen)
+        return seen >= 20 and self.num_unreadable > share * seen + margin
+
+
+class Images(NamedTuple):
+    """Transformed images [B, C, h, w], labels int64 [B], and indices int64 [B] in the source."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+def iterate_images(
+    source: Source,
+    transform: Callable[[Tensor], Tensor],
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    unreadable_threshold: float = 0.05,
+) -> Iterator[Images]:
+    """Every readable image of ``source`` once, in order, for evaluation.
+
+    ``transform`` maps uint8 [C, h, w] to a tensor of one shape, as
+    :class:`~sslkit.data.crops.EvalTransform` does. Unreadable images are left out, with the
+    warnings and the limit of :class:`UnreadableLog`.
+
+    Raises:
+        RuntimeError: too many images are unreadable, or all of them.
+    """
+    loader = DataLoader(
+        _TransformedImages(source, transform),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=_collate_images,
+        generator=torch.Generator(),  # else iter() takes a draw from torch's global generator
+    )
+    log = UnreadableLog(len(source), threshold=unreadable_threshold)
+    any_readable = False
+    for images, unreadable in loader:
+        log.update([] if images is None else images.indices, unreadable)
+        if images is not None:
+            any_readable = True
+            yield images
+    if not any_readable:
+        raise RuntimeError(
+            f"none of the {len(source)} images is readable, as {list(log.names.values())[:3]}"
+        )
+
+
+class _TransformedImages(Dataset):
+    def __init__(self, source: Source, transform: Callable[[Tensor], Tensor]):
+        self.source = source
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int] | Unreadable:
+        try:
+            image, label = self.source[index]
+        except UnreadableImage as error:
+            return Unreadable(index, error.name, error.reason)
+        return self.transform(image), label, index
+
+
+def _collate_images(
+    items: Sequence[tuple[Tensor, int, int] | Unreadable],
+) -> tuple[Images | None, tuple[Unreadable, ...]]:
+    unreadable = tuple(item for item in items if isinstance(item, Unreadable))
+    readable = [item for item in items if not isinstance(item, Unreadable)]
+    if not readable:
+        return None, unreadable
+    images, labels, indices = zip(*readable, strict=True)
+    return Images(torch.stack(images), torch.tensor(labels), torch.tensor(indices)), unreadable

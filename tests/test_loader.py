@@ -1,0 +1,355 @@
+"""The stream of batches: exact under restarts, ranks and workers; broken images are survived."""
+
+import itertools
+import traceback
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from sslkit.data.crops import EvalTransform, MultiCrop
+from sslkit.data.decode import UnreadableImage
+from sslkit.data.loader import (
+    MultiCropDataset,
+    SampleStream,
+    Unreadable,
+    UnreadableLog,
+    iterate_images,
+    make_loader,
+)
+from sslkit.data.sources import ImageArray, ImageFolder
+
+CROPS = MultiCrop(global_size=(12, 16), local_size=8, num_local=3)
+
+
+class Broken:
+    """An image array some of whose images cannot be read."""
+
+    num_classes, class_names = 7, None
+
+    def __init__(self, size, broken):
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (size, 20, 24, 3), np.uint8)
+        self.images = ImageArray(images, np.arange(size) % 7)
+        self.broken = set(broken)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise UnreadableImage(self.name(index), "truncated")
+        return self.images[index]
+
+    def name(self, index):
+        return f"photo_{index}.jpg"
+
+
+def dataset(size=11, broken=(), seed=5):
+    return MultiCropDataset(Broken(size, broken), CROPS, seed=seed)
+
+
+def take(iterable, count):
+    return list(itertools.islice(iter(iterable), count))
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        for name, value in batch._asdict().items():
+            counterpart = getattr(other, name)
+            same = torch.equal(value, counterpart) if name != "unreadable" else value == counterpart
+            assert same, name
+
+
+# --- order ---------------------------------------------------------------------------------------
+
+
+@given(
+    num_images=st.integers(1, 12),
+    batch_size=st.integers(1, 9),
+    start_batch=st.integers(0, 5),
+    seed=st.integers(-(2**70), 2**70),
+)
+def test_stream_is_whole_epochs_one_after_the_other(num_images, batch_size, start_batch, seed):
+    stream = SampleStream(num_images, batch_size=batch_size, seed=seed)
+    samples = list(itertools.chain(*take(stream, start_batch + 3 * num_images)))
+    for epoch in range(len(samples) // num_images):
+        chunk = samples[epoch * num_images : (epoch + 1) * num_images]
+        assert {e for e, _ in chunk} == {epoch}
+        assert sorted(index for _, index in chunk) == list(range(num_images))
+    start = start_batch * batch_size
+    resumed = SampleStream(num_images, batch_size=batch_size, seed=seed, start_sample=start)
+    continued = list(itertools.chain(*take(resumed, 3)))
+    assert continued == samples[start : start + 3 * batch_size]
+
+
+def test_start_need_not_be_a_multiple_of_the_batch():
+    samples = list(itertools.chain(*take(SampleStream(7, batch_size=4), 6)))
+    resumed = SampleStream(7, batch_size=2, start_sample=5)
+    assert list(itertools.chain(*take(resumed, 4))) == samples[5:13]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_global_batches_do_not_depend_on_the_number_of_ranks(world_size):
+    whole = take(SampleStream(11, batch_size=6, seed=2), 5)
+    ranks = [
+        take(SampleStream(11, batch_size=6, seed=2, rank=rank, world_size=world_size), 5)
+        for rank in range(world_size)
+    ]
+    for step, batch in enumerate(whole):
+        parts = [rank[step] for rank in ranks]
+        assert [part[i] for i in range(6 // world_size) for part in parts] == batch
+
+
+def test_epochs_and_seeds_are_ordered_differently():
+    orders = {
+        tuple(SampleStream(50, batch_size=1, seed=seed).permutation(epoch).tolist())
+        for seed in range(3)
+        for epoch in range(3)
+    }
+    assert len(orders) == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_images": 0}, "num_images must be at least 1"),
+        ({"batch_size": 0}, "positive multiple of world_size 1, got 0"),
+        ({"batch_size": 5, "world_size": 2}, "positive multiple of world_size 2, got 5"),
+        ({"rank": 2, "world_size": 2}, r"rank must lie in 0\.\.1, got 2"),
+        ({"start_sample": -1}, "start_sample must be at least 0"),
+    ],
+)
+def test_refused_streams(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SampleStream(**{"num_images": 4, "batch_size": 4, **arguments})
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+def test_batch_layout():
+    data = dataset()
+    (batch,) = take(make_loader(data, batch_size=4), 1)
+    assert batch.global_crops.shape == (2, 4, 3, 12, 16)
+    assert batch.local_crops.shape == (3, 4, 3, 8, 8)
+    assert batch.unreadable == ()
+    for b in range(4):
+        epoch, index = int(batch.epochs[b]), int(batch.indices[b])
+        sample = data[epoch, index]
+        assert torch.equal(batch.global_crops[:, b], sample.crops.globals_)
+        assert torch.equal(batch.local_crops[:, b], sample.crops.locals_)
+        assert batch.labels[b] == index % 7 == data.source[index][1]
+    moved = batch.to("meta")
+    assert moved.global_crops.device.type == moved.indices.device.type == "meta"
+    assert moved._fields == batch._fields
+
+
+def test_no_local_crops():
+    data = MultiCropDataset(Broken(5, ()), MultiCrop(global_size=12, num_local=0))
+    (batch,) = take(make_loader(data, batch_size=2), 1)
+    assert batch.local_crops.shape[:2] == (0, 2)
+
+
+def test_views_change_with_epoch_index_and_seed():
+    keys = [(0, 1), (1, 1), (0, 2)]
+    views = [dataset(broken=(), seed=seed)[key] for seed in (0, 1) for key in keys]
+    pictures = {sample.crops.globals_.numpy().tobytes() for sample in views}
+    assert len(pictures) == len(views)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_batches_do_not_depend_on_workers_or_restarts(num_workers):
+    data = dataset(broken=(2, 6))
+    reference = take(make_loader(data, batch_size=4), 7)
+    loader = make_loader(data, batch_size=4, num_workers=num_workers, prefetch_batches=3)
+    assert_same(take(loader, 4), reference[:4])
+    # Stopped after 4 batches, with others prefetched: the position is what was consumed.
+    resumed = make_loader(data, batch_size=4, start_sample=16, num_workers=num_workers)
+    assert_same(take(resumed, 3), reference[4:])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_torchs_global_generator_is_left_alone(num_workers):
+    before = torch.get_rng_state()
+    take(make_loader(dataset(), batch_size=4, num_workers=num_workers), 1)
+    list(iterate_images(Broken(3, ()), EvalTransform(size=8), batch_size=2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_ranks_share_the_same_global_batches():
+    data = dataset()
+    whole = take(make_loader(data, batch_size=6), 4)
+    ranks = [take(make_loader(data, batch_size=6, rank=r, world_size=2), 4) for r in range(2)]
+    for step, batch in enumerate(whole):
+        for rank in range(2):
+            assert torch.equal(ranks[rank][step].global_crops, batch.global_crops[:, rank::2])
+            assert torch.equal(ranks[rank][step].indices, batch.indices[rank::2])
+
+
+def test_mixed_channel_counts(tmp_path):
+    class Mixed(Broken):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return image[: 1 + 2 * (index % 2)], label
+
+    data = MultiCropDataset(Mixed(4, ()), CROPS)
+    with pytest.raises(ValueError, match=r"different channel counts: \[1, 3\]"):
+        take(make_loader(data, batch_size=4), 1)
+
+
+# --- unreadable images ---------------------------------------------------------------------------
+
+
+def test_unreadable_image_is_replaced_and_reported():
+    data = dataset(broken=(4,))
+    sample = data[3, 4]
+    assert sample.unreadable == (Unreadable(4, "photo_4.jpg", "truncated"),)
+    assert sample.index != 4
+    assert sample.label == sample.index % 7
+    again = data[3, 4]
+    assert torch.equal(again.crops.globals_, sample.crops.globals_)
+    # The replacement shows the other image under the random choices of the original sample.
+    assert len({data[epoch, 4].index for epoch in range(30)}) > 5
+
+
+def test_all_but_one_unreadable():
+    data = dataset(size=3, broken=(0, 1))
+    sample = data[0, 0]
+    assert sample.index == 2
+    assert {each.index for each in sample.unreadable} <= {0, 1}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_all_unreadable_ends_with_an_error(num_workers):
+    loader = make_loader(dataset(size=3, broken=range(3)), batch_size=2, num_workers=num_workers)
+    message = r"64 images drawn in a row.*\(3 different ones of 3\)"
+    with pytest.raises(RuntimeError, match=message) as caught:
+        take(loader, 1)
+    # Frees the iterator here; left to the garbage collector, its workers take 5 s to stop.
+    traceback.clear_frames(caught.tb)
+
+
+def test_other_errors_are_not_taken_for_broken_images():
+    data = dataset()
+    data.source.images = None
+    with pytest.raises(TypeError):
+        data[0, 0]
+
+
+def test_log_names_each_image_once():
+    log = UnreadableLog(1000)
+    broken = Unreadable(7, "photos/7.jpg", "truncated")
+    with pytest.warns(RuntimeWarning, match="skipped unreadable image photos/7.jpg: truncated"):
+        log.update([1, 2], [broken, broken])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log.update(torch.tensor([2, 3]), [broken])
+    assert (log.num_seen, log.num_unreadable) == (4, 1)
+    assert log.names == {7: "photos/7.jpg"}
+
+
+def run_log(num_images, broken, threshold=0.05, batch=1):
+    """Show the images in order, as a run would; the number seen when the log raised, or None."""
+    log = UnreadableLog(num_images, threshold=threshold)
+    message = None
+    for start in range(0, num_images, batch):
+        indices = range(start, min(start + batch, num_images))
+        bad = [Unreadable(i, f"{i}.jpg", "cut") for i in indices if i in broken]
+        try:
+            log.update([i for i in indices if i not in broken], bad)
+        except RuntimeError as error:
+            message = str(error)
+            break
+    if message is None:
+        return None
+    assert message.startswith(f"{log.num_unreadable} of the {log.num_seen} images seen so far")
+    assert f"the last one is {max(log.names)}.jpg" in message
+    return log.num_seen
+
+
+@pytest.mark.filterwarnings("ignore:skipped unreadable")
+@pytest.mark.parametrize(
+    ("num_images", "broken", "threshold", "expected"),
+    [
+        (10, {3}, 0.05, None),  # one broken file never stops a run
+        (10, {3, 4}, 0.05, 10),  # a small set is judged when all of it has been seen
+        (100, set(range(0, 100, 20)), 0.05, None),  # exactly the threshold
+        (100, set(range(95, 100)) | {0}, 0.05, 100),
+        (100, set(range(4)), 0.05, 20),  # 4 > 0.05 * 20 + 3 * sqrt(0.05 * 0.95 * 20) = 3.9
+        (100, {0, 1, 2}, 0.05, None),
+        (100, {0, 1}, 0.0, 20),
+        (100, set(range(100)), 1.0, None),
+    ],
+)
+def test_log_stops_the_run(num_images, broken, threshold, expected):
+    assert run_log(num_images, broken, threshold) == expected
+
+
+@pytest.mark.filterwarnings("ignore:skipped unreadable")
+def test_log_is_rarely_wrong():
+    rng = np.random.default_rng(0)
+    stopped = {
+        share: sum(
+            run_log(2000, set(np.flatnonzero(rng.random(2000) < share).tolist()), batch=50)
+            is not None
+            for _ in range(20)
+        )
+        for share in (0.02, 0.1)
+    }
+    assert stopped == {0.02: 0, 0.1: 20}
+
+
+def test_log_refuses_a_threshold_in_percent():
+    with pytest.raises(ValueError, match=r"a share and must lie in 0\.\.1, got 5"):
+        UnreadableLog(10, threshold=5)
+
+
+def test_a_folder_with_a_broken_file_trains(tmp_path):
+    for i in range(6):
+        Image.new("RGB", (20, 16), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    content = (tmp_path / "3.png").read_bytes()
+    (tmp_path / "3.png").write_bytes(content[:40])
+    source = ImageFolder(tmp_path)
+    log = UnreadableLog(len(source), threshold=0.2)
+    with warnings.catch_warnings(record=True) as caught:
+        for batch in take(make_loader(MultiCropDataset(source, CROPS), batch_size=4), 6):
+            assert 3 not in batch.indices
+            log.update(batch.indices, batch.unreadable)
+    assert [str(each.message).count("3.png") for each in caught] == [1], caught
+    assert (log.num_seen, log.num_unreadable) == (6, 1)
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_iterate_images_in_order_without_the_broken(num_workers):
+    source = Broken(11, {2, 4, 5})
+    transform = EvalTransform(size=(16, 12))
+    with pytest.warns(RuntimeWarning, match=r"photo_\d.jpg") as caught:
+        batches = list(
+            iterate_images(
+                source, transform, batch_size=2, num_workers=num_workers, unreadable_threshold=0.5
+            )
+        )
+    indices = torch.cat([batch.indices for batch in batches]).tolist()
+    assert indices == [0, 1, 3, 6, 7, 8, 9, 10]
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [i % 7 for i in indices]
+    images = torch.cat([batch.images for batch in batches])
+    assert images.shape == (8, 3, 16, 12)
+    for image, index in zip(images, indices, strict=True):
+        assert torch.equal(image, transform(source[index][0]))
+    assert len([each for each in caught if each.category is RuntimeWarning]) == 3
+
+
+@pytest.mark.filterwarnings("ignore:skipped unreadable")
+@pytest.mark.parametrize(("size", "message"), [(1, "none of the 1 images"), (5, "5 of the 5")])
+def test_iterate_images_stops(size, message):
+    with pytest.raises(RuntimeError, match=message):
+        list(iterate_images(Broken(size, range(size)), EvalTransform(size=8), batch_size=5))
