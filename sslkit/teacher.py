@@ -3,13 +3,15 @@
 import copy
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Student = TypeVar("Student", bound=nn.Module)
 
-class EMATeacher(nn.Module):
+
+class EMATeacher(nn.Module, Generic[Student]):
     """A frozen copy of ``student`` whose parameters follow it slowly.
 
     ``update(student)`` after each optimizer step moves every parameter and copies every buffer::
@@ -44,7 +46,9 @@ class EMATeacher(nn.Module):
     [[3.0, 3.0]]
     """
 
-    def __init__(self, student: nn.Module, *, momentum: float = 0.996) -> None:
+    module: Student
+
+    def __init__(self, student: Student, *, momentum: float = 0.996) -> None:
         super().__init__()
         self.momentum = _checked_momentum(momentum)
         self.module = _frozen_copy(student)
@@ -76,7 +80,7 @@ class EMATeacher(nn.Module):
         for mine, theirs in buffers:
             mine.copy_(theirs)
 
-    def train(self, mode: bool = True) -> "EMATeacher":
+    def train(self, mode: bool = True) -> "EMATeacher[Student]":
         """Stay in eval mode, whatever ``mode`` is."""
         return super().train(False)
 
@@ -106,7 +110,7 @@ def ema_(pairs: list[tuple[Tensor, Tensor]], momentum: float) -> None:
         torch._foreach_lerp_(firsts, seconds, 1 - momentum)
 
 
-def _frozen_copy(student: nn.Module) -> nn.Module:
+def _frozen_copy(student: Student) -> Student:
     # Modules may keep results of their last forward (weight norm does): tensors inside an autograd
     # graph, which deepcopy refuses. They are handed over detached.
     memo: dict[int, Any] = {
