@@ -1,0 +1,215 @@
+"""What a teacher hands to a loss: soft assignments of samples to prototypes, never written out.
+
+Balancing (Sinkhorn-Knopp) and centering both end in the same form,
+
+    probs[b, k] = softmax_k(logits[b, k] / temperature + bias[k]),
+
+so an assignment of B samples to K prototypes is the teacher's logits, which exist anyway, and K
+numbers. Losses read that form directly; `Assignments.probs` writes the matrix out.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements of the float32 block that long loops over [B, K] work in. On a CPU it stays in the cache
+# (1 MiB); on an accelerator it is large enough to fill the device and still a bounded temporary.
+_BLOCK_ELEMENTS_CPU = 1 << 18
+_BLOCK_ELEMENTS_DEVICE = 1 << 26
+
+
+def block_elements(device: torch.device) -> int:
+    """Number of elements that a working block on ``device`` should have."""
+    return _BLOCK_ELEMENTS_CPU if device.type == "cpu" else _BLOCK_ELEMENTS_DEVICE
+
+
+def row_blocks(rows: int, row_length: int, device: torch.device) -> Iterator[slice]:
+    """Cut ``range(rows)`` into slices whose rows of ``row_length`` elements fill one block.
+
+    >>> list(row_blocks(5, 1 << 17, torch.device("cpu")))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    step = max(1, block_elements(device) // max(1, row_length))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def score_dtype(logits: Tensor) -> torch.dtype:
+    """Type that scores of ``logits`` are computed in: float32, or float64 for float64 logits."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def scores(logits: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
+    """``logits / temperature + bias`` in float32 (float64 stays): what the softmax is taken of."""
+    if bias is None:
+        return logits.to(score_dtype(logits)) * (1.0 / temperature)
+    # Adding in the bias's type promotes 16-bit logits inside the kernel: no separate copy.
+    return torch.add(bias.to(score_dtype(logits)), logits, alpha=1.0 / temperature)
+
+
+def check_temperature(temperature: float, name: str = "temperature") -> None:
+    """Raise ValueError unless ``temperature`` is a positive finite number."""
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"{name} must be positive and finite, got {temperature!r}")
+
+
+def check_logits(logits: Tensor, name: str = "logits") -> None:
+    """Raise unless ``logits`` is a floating-point matrix with at least one column."""
+    if not logits.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {logits.dtype}")
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(
+            f"{name} must have shape [rows, prototypes] with at least one prototype, got "
+            f"{tuple(logits.shape)}; flatten the leading axes first"
+        )
+
+
+class Usage(NamedTuple):
+    """How a batch of assignments uses its prototypes; three 0-dimensional tensors.
+
+    Collapse onto few prototypes shows as a low ``entropy`` and ``fraction_used``; collapse onto the
+    uniform assignment shows as a ``target_entropy`` of ln K.
+    """
+
+    entropy: Tensor
+    """Entropy in nats of the mean assignment ``probs.mean(0)``; ln K when use is balanced."""
+    target_entropy: Tensor
+    """Mean over the samples of the entropy in nats of their assignments; 0 when all are one-hot."""
+    fraction_used: Tensor
+    """Share of the K prototypes that are the ``argmax`` of at least one sample."""
+
+
+@dataclass(frozen=True, eq=False)
+class Assignments:
+    """Soft assignments ``softmax_k(logits / temperature + bias)`` of B samples to K prototypes.
+
+    Args:
+        logits: ``[B, K]`` teacher scores before the softmax, any floating-point type.
+        bias: ``[K]`` added to every row: the log prototype scaling of Sinkhorn-Knopp,
+            ``-center / temperature`` of centering, zeros for a plain softmax.
+        temperature: positive; divides the logits.
+
+    Raises:
+        ValueError: a shape, the device of the bias or the temperature is not as above.
+        TypeError: logits or bias are not floating point.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0], [3.0, 0.0]])
+        >>> targets = Assignments(logits, bias=torch.tensor([0.0, 1.0]), temperature=1.0)
+        >>> targets.probs()
+        tensor([[0.2689, 0.7311],
+                [0.8808, 0.1192]])
+        >>> targets.argmax()
+        tensor([1, 0])
+    """
+
+    logits: Tensor
+    bias: Tensor
+    temperature: float
+
+    def __post_init__(self) -> None:
+        check_logits(self.logits)
+        check_temperature(self.temperature)
+        K = self.logits.shape[1]
+        if not self.bias.is_floating_point():
+            raise TypeError(f"bias must be floating point, got {self.bias.dtype}")
+        if self.bias.shape != (K,):
+            raise ValueError(
+                f"bias must have shape [K] = ({K},), one number for each column of logits "
+                f"{tuple(self.logits.shape)}, got {tuple(self.bias.shape)}"
+            )
+        if self.bias.device != self.logits.device:
+            raise ValueError(
+                f"bias is on {self.bias.device} and logits are on {self.logits.device}; "
+                "move them to one device"
+            )
+
+    def __len__(self) -> int:
+        """B, the number of samples."""
+        return self.logits.shape[0]
+
+    @property
+    def num_prototypes(self) -> int:
+        """K, the number of prototypes."""
+        return self.logits.shape[1]
+
+    def probs(self) -> Tensor:
+        """Write the assignments out: ``[B, K]``, float32 (float64 for float64 logits)."""
+        return torch.softmax(scores(self.logits, self.temperature, self.bias), dim=-1)
+
+    def argmax(self) -> Tensor:
+        """Most probable prototype of each sample, ``[B]`` int64, without writing ``probs``."""
+        B, K = self.logits.shape
+        winners = torch.empty(B, dtype=torch.int64, device=self.logits.device)
+        for rows in row_blocks(B, K, self.logits.device):
+            winners[rows] = scores(self.logits[rows], self.temperature, self.bias).argmax(dim=-1)
+        return winners
+
+    def select(self, rows: Tensor) -> "Assignments":
+        """Assignments of some samples: ``rows`` is a bool mask ``[B]`` or int64 indices ``[R]``.
+
+        Row ``r`` of the result is sample ``rows[r]`` (for a mask: the r-th True).
+        """
+        if rows.dtype == torch.bool and rows.shape != (len(self),):
+            raise ValueError(
+                f"a boolean rows must have shape [B] = ({len(self)},), got {tuple(rows.shape)}"
+            )
+        if rows.dtype not in (torch.bool, torch.int64) or rows.ndim != 1:
+            raise ValueError(
+                "rows must be a bool mask [B] or int64 indices [R], got "
+                f"{rows.dtype} of shape {tuple(rows.shape)}"
+            )
+        return Assignments(self.logits[rows], self.bias, self.temperature)
+
+    def chunk(self, num_views: int) -> tuple["Assignments", ...]:
+        """Undo the concatenation of ``num_views`` equal batches: view v is rows [v·B/V, (v+1)·B/V).
+
+        >>> a, b = Assignments(torch.zeros(6, 4), torch.zeros(4), 1.0).chunk(2)
+        >>> a.logits.shape
+        torch.Size([3, 4])
+        """
+        if num_views < 1 or len(self) % num_views != 0:
+            raise ValueError(
+                f"cannot cut {len(self)} rows into {num_views} equal views; num_views must divide "
+                "the number of rows"
+            )
+        rows_per_view = len(self) // num_views
+        return tuple(
+            Assignments(
+                self.logits[v * rows_per_view : (v + 1) * rows_per_view],
+                self.bias,
+                self.temperature,
+            )
+            for v in range(num_views)
+        )
+
+    @torch.no_grad()
+    def usage(self) -> Usage:
+        """Statistics for collapse monitoring, see `Usage`; without writing ``probs``.
+
+        Without samples the two entropies are means of nothing: NaN.
+
+        >>> one_hot = Assignments(100.0 * torch.eye(4), torch.zeros(4), temperature=1.0)
+        >>> usage = one_hot.usage()
+        >>> round(usage.entropy.exp().item()), usage.fraction_used.item()
+        (4, 1.0)
+        """
+        B, K = self.logits.shape
+        device, dtype = self.logits.device, score_dtype(self.logits)
+        prob_sum = torch.zeros(K, device=device, dtype=dtype)
+        entropy_sum = torch.zeros((), device=device, dtype=dtype)
+        used = torch.zeros(K, dtype=torch.bool, device=device)
+        for rows in row_blocks(B, K, device):
+            probs = torch.softmax(scores(self.logits[rows], self.temperature, self.bias), dim=-1)
+            prob_sum += probs.sum(dim=0)
+            used[probs.argmax(dim=-1)] = True
+            entropy_sum += torch.special.entr(probs).sum()
+        return Usage(
+            entropy=torch.special.entr(prob_sum / B).sum(),
+            target_entropy=entropy_sum / B,
+            fraction_used=used.to(dtype).mean(),
+        )

@@ -1,0 +1,102 @@
+"""EMA centering of teacher logits (DINO, Caron et al. 2021, section 3.1, equation 4)."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sslkit.assignments import Assignments, check_logits, row_blocks
+from sslkit.ops.collectives import all_reduce_packed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class EMACentering(nn.Module):
+    """Keep the teacher from favouring one prototype by subtracting a running mean of its logits.
+
+    ``forward(logits, temperature)`` gives ``softmax((logits - center) / temperature)`` as
+    `Assignments` with ``bias = -center / temperature``. It changes nothing; ``update(logits)``
+    moves, from zeros and with the mean over the rows of all ranks of ``group``,
+
+        center ← momentum · center + (1 - momentum) · mean_b logits[b].
+
+    DINO assigns with the centre of the previous steps: call ``forward``, then ``update``.
+
+    Args:
+        num_prototypes: K.
+        momentum: in [0, 1]; 0.9 in DINO.
+        group: process group whose ranks share one centre; None uses the rows of this process alone,
+            and warns once if there are other processes.
+
+    Attributes:
+        center: buffer ``[K]``, float32, saved in the state dict.
+
+    Example:
+        >>> centering = EMACentering(num_prototypes=2, momentum=0.5)
+        >>> teacher_logits = torch.tensor([[2.0, 0.0], [4.0, 0.0]])
+        >>> targets = centering(teacher_logits, temperature=0.04)
+        >>> centering.update(teacher_logits)
+        >>> centering.center
+        tensor([1.5000, 0.0000])
+    """
+
+    center: Tensor
+
+    def __init__(
+        self,
+        num_prototypes: int,
+        *,
+        momentum: float = 0.9,
+        group: "ProcessGroup | None" = None,
+    ) -> None:
+        super().__init__()
+        if num_prototypes < 1:
+            raise ValueError(f"num_prototypes must be at least 1, got {num_prototypes}")
+        if not 0.0 <= momentum <= 1.0:
+            raise ValueError(f"momentum must be in [0, 1], got {momentum}")
+        self.momentum = momentum
+        self.group = group
+        self.register_buffer("center", torch.zeros(num_prototypes))
+
+    def forward(self, logits: Tensor, temperature: float) -> Assignments:
+        """Assignments of ``logits [B, K]`` around the present centre, without gradients."""
+        self._check(logits)
+        return Assignments(logits.detach(), -self.center / temperature, temperature)
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, row_mask: Tensor | None = None) -> None:
+        """Move the centre towards the mean of ``logits [B, K]``.
+
+        Rows where ``row_mask`` (bool ``[B]``) is True take no part, whatever they hold. A batch
+        without rows on any rank leaves the centre where it is. The mean is taken in float32.
+        """
+        self._check(logits)
+        B, K = logits.shape
+        if row_mask is not None and (row_mask.dtype != torch.bool or row_mask.shape != (B,)):
+            raise ValueError(
+                f"row_mask must be bool of shape [B] = ({B},), True for rows left out, got "
+                f"{row_mask.dtype} of shape {tuple(row_mask.shape)}"
+            )
+        total = torch.zeros_like(self.center)
+        for rows in row_blocks(B, K, logits.device):
+            block = logits[rows]
+            if row_mask is not None:
+                block = block.masked_fill(row_mask[rows, None], 0.0)
+            total += block.sum(dim=0, dtype=total.dtype)
+        count = total.new_tensor(B) if row_mask is None else (~row_mask).sum().to(total.dtype)
+        total, count = all_reduce_packed([total, count], "sum", self.group)
+        step = (1.0 - self.momentum) * (count > 0).to(total.dtype)
+        self.center.lerp_(total / count.clamp(min=1), step)
+
+    def _check(self, logits: Tensor) -> None:
+        check_logits(logits)
+        if logits.shape[1] != self.center.shape[0]:
+            raise ValueError(
+                f"logits have {logits.shape[1]} prototypes, shape {tuple(logits.shape)}, but the "
+                f"centre was made for {self.center.shape[0]}"
+            )
+
+    def extra_repr(self) -> str:
+        """Settings shown by ``repr``."""
+        return f"num_prototypes={self.center.shape[0]}, momentum={self.momentum}"

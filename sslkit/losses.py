@@ -1,0 +1,296 @@
+"""The losses of DINO, iBOT and KoLeo.
+
+DINO and iBOT losses are plain means of a cross-entropy; the targets' centering, balancing and
+temperature are decided before, by `sslkit.sinkhorn` or `sslkit.centering`. Student first, targets
+second, as in DINOv2 and DINOv3 (lightly's losses take the teacher first and centre inside).
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslkit.assignments import Assignments, check_temperature, score_dtype
+from sslkit.ops import soft_cross_entropy
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class DINOLoss(nn.Module):
+    """Cross-entropy between views of the same image (DINO, Caron et al. 2021, equations 1-3).
+
+    With ``p = softmax(student_logits / student_temp)`` and ``q`` the targets' probabilities::
+
+        total, pairs = 0, 0
+        for s in range(V_s):
+            for t in range(V_t):
+                if ignore_diagonal and s == t:
+                    continue
+                pairs += 1
+                for b in range(B):
+                    total -= sum_k(q[t, b, k] * log(p[s, b, k]))
+        loss = total / (pairs * B)
+
+    The first V_t student views are taken to be the crops that the targets were made from, so
+    ``ignore_diagonal`` leaves out the comparison of a crop with itself. All pairs weigh the same,
+    local and global crops alike: for 2 global and 8 local crops the mean is over 2 + 16 pairs, as
+    in DINOv2 and Franca, which write it as two terms.
+
+    Args:
+        student_temp: positive; divides the student's logits.
+
+    Shapes:
+        student_logits ``[V_s, B, K]``, any floating-point type; targets `Assignments` over
+        ``[V_t * B, K]`` rows, view after view, or probabilities ``[V_t, B, K]``
+        → 0-dimensional, float32 (float64 for float64 logits). Targets get no gradient.
+
+    Example:
+        >>> student_logits = torch.randn(10, 4, 16, requires_grad=True)  # 2 global + 8 local crops
+        >>> targets = Assignments(torch.randn(2 * 4, 16), torch.zeros(16), temperature=0.04)
+        >>> DINOLoss(student_temp=0.1)(student_logits, targets).backward()
+    """
+
+    def __init__(self, *, student_temp: float = 0.1) -> None:
+        super().__init__()
+        check_temperature(student_temp, "student_temp")
+        self.student_temp = student_temp
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        targets: Assignments | Tensor,
+        *,
+        ignore_diagonal: bool = True,
+    ) -> Tensor:
+        """Mean over samples and view pairs of the cross-entropy; see the class."""
+        if student_logits.ndim != 3:
+            raise ValueError(
+                f"student_logits must have shape [V_s, B, K], got {tuple(student_logits.shape)}"
+            )
+        V_s, B, K = student_logits.shape
+        targets, V_t = _flatten_target_views(targets, B, K)
+        pairs = V_s * V_t - (min(V_s, V_t) if ignore_diagonal else 0)
+        if pairs == 0:
+            raise ValueError(
+                f"no pair of views is left: {V_s} student views, {V_t} target views, "
+                f"ignore_diagonal={ignore_diagonal}; give more student views than one, or pass "
+                "ignore_diagonal=False"
+            )
+
+        # target_rows[s, b, t] = t * B + b, the row of target view t of sample b
+        views = torch.arange(V_t, device=student_logits.device)
+        samples = torch.arange(B, device=student_logits.device)
+        target_rows = (views * B + samples[:, None]).repeat(V_s, 1, 1)  # [V_s, B, V_t]
+        if ignore_diagonal:
+            own_view = torch.arange(min(V_s, V_t), device=student_logits.device)
+            target_rows[own_view, :, own_view] = -1
+        losses = soft_cross_entropy(
+            student_logits.reshape(V_s * B, K),
+            self.student_temp,
+            targets,
+            target_rows=target_rows.view(V_s * B, V_t),
+        )
+        return losses.sum() / (pairs * B)
+
+    def extra_repr(self) -> str:
+        """Settings shown by ``repr``."""
+        return f"student_temp={self.student_temp}"
+
+
+def _flatten_target_views(
+    targets: Assignments | Tensor, B: int, K: int
+) -> tuple[Assignments | Tensor, int]:
+    """Targets as ``V_t * B`` rows, view after view, and V_t."""
+    if B == 0:
+        raise ValueError("student_logits [V_s, B, K] has B = 0: a mean over no samples")
+    if isinstance(targets, Tensor):
+        if targets.ndim != 3 or targets.shape[1:] != (B, K):
+            raise ValueError(
+                f"dense targets must have shape [V_t, B, K] = (V_t, {B}, {K}), got "
+                f"{tuple(targets.shape)}"
+            )
+        return targets.reshape(-1, K), targets.shape[0]  # [V_t * B, K]
+    if not isinstance(targets, Assignments):
+        raise TypeError(
+            f"targets must be Assignments or a [V_t, B, K] tensor, got {type(targets)}; "
+            "for several levels call the loss once a level"
+        )
+    if len(targets) % B != 0 or targets.num_prototypes != K:
+        raise ValueError(
+            f"targets over {tuple(targets.logits.shape)} do not fit student_logits "
+            f"[V_s, {B}, {K}]: expected [V_t * {B}, {K}], view after view"
+        )
+    return targets, len(targets) // B
+
+
+class iBOTLoss(nn.Module):
+    """Cross-entropy on the masked patches (iBOT, Zhou et al. 2022, equation 2).
+
+    Row m of the student and of the targets is the m-th True of ``masks`` in row-major order, that
+    is image by image. With ``p = softmax(student_logits / student_temp)``, ``q`` the targets'
+    probabilities and ``M_b`` the number of masked patches of image b::
+
+        loss = 0
+        for m, (b, n) in enumerate(masks.nonzero()):
+            loss -= sum_k(q[m, k] * log(p[m, k])) / (M_b * B)
+
+    Each image's masked patches are averaged, the images summed, and the sum divided by B: images
+    without a masked patch add nothing and do count in B. An image weighs the same however much of
+    it is masked (DINOv2's ``masks_weight``).
+
+    Args:
+        student_temp: positive; divides the student's logits.
+
+    Shapes:
+        student_logits ``[M, K]``, any floating-point type; targets `Assignments` over M rows or
+        probabilities ``[M, K]``; masks bool ``[B, N]`` or ``[B, H, W]``, True = masked, M True
+        in all, on any device (on the CPU no synchronisation is needed to check M)
+        → 0-dimensional, float32 (float64 for float64 logits). With M = 0 it is a zero that can be
+        differentiated. Targets get no gradient.
+
+    Example:
+        >>> masks = torch.tensor([[True, True, False], [False, False, False]])
+        >>> student_logits = torch.zeros(2, 4, requires_grad=True)
+        >>> targets = torch.full((2, 4), 0.25)
+        >>> loss = iBOTLoss()(student_logits, targets, masks)  # ln(4) of one image in two
+        >>> round(loss.item(), 4)
+        0.6931
+    """
+
+    def __init__(self, *, student_temp: float = 0.1) -> None:
+        super().__init__()
+        check_temperature(student_temp, "student_temp")
+        self.student_temp = student_temp
+
+    def forward(
+        self, student_logits: Tensor, targets: Assignments | Tensor, masks: Tensor
+    ) -> Tensor:
+        """Mean over images of their masked patches' mean cross-entropy; see the class."""
+        if masks.dtype != torch.bool or masks.ndim not in (2, 3) or masks.shape[0] == 0:
+            raise ValueError(
+                "masks must be bool [B, N] or [B, H, W] with B >= 1, got "
+                f"{masks.dtype} of shape {tuple(masks.shape)}"
+            )
+        B = masks.shape[0]
+        num_masked = masks.flatten(start_dim=1).sum(dim=1)  # [B]
+        M = int(num_masked.sum())
+        if student_logits.shape[0] != M:
+            raise ValueError(
+                f"student_logits {tuple(student_logits.shape)} must have one row for each of the "
+                f"{M} True entries of masks {tuple(masks.shape)}"
+            )
+        image_weights = 1.0 / (num_masked.clamp(min=1) * B).to(score_dtype(student_logits))
+        row_weights = image_weights.repeat_interleave(num_masked, output_size=M)  # [M]
+        losses = soft_cross_entropy(
+            student_logits,
+            self.student_temp,
+            targets,
+            row_weights.to(student_logits.device, non_blocking=True),
+        )
+        return losses.sum()
+
+    def extra_repr(self) -> str:
+        """Settings shown by ``repr``."""
+        return f"student_temp={self.student_temp}"
+
+
+class KoLeoLoss(nn.Module):
+    """Spread features apart: minus the mean log distance to the nearest neighbour.
+
+    The Kozachenko-Leonenko entropy estimator as a regulariser (Sablayrolles et al. 2019, "Spreading
+    vectors for similarity search"; DINOv2, section 4). With ``z = x / max(|x|, eps)`` row by row::
+
+        for i in range(B):
+            j = argmax over j != i of z[i] · z[j]
+            loss -= log(|z[i] - z[j]| + eps) / B
+
+    The gradient flows into both ends of a pair, the choice of j has none. Equal rows have distance
+    0, which costs -log(eps) and has gradient 0. With fewer than two rows the loss is 0.
+
+    Computed in float32 whatever the type of x and inside autocast too (float64 stays float64).
+
+    Args:
+        group: process group over whose ranks' rows (uneven and empty ranks included) neighbours are
+            searched. Rank r then returns ``W / B`` times the sum over *its* rows, for W ranks and B
+            rows in all. The mean of the losses over the ranks, and the gradient averaged over the
+            ranks as DistributedDataParallel does, are those of one process on all rows. Every rank
+            must run forward and backward. None searches the rows of this process only.
+        eps: floor of the norm and of the distance.
+
+    Shapes:
+        x ``[B, D]`` → 0-dimensional.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0], [0.0, 3.0]])
+        >>> loss = KoLeoLoss()(x)  # distances 0, 0, sqrt(2) and sqrt(2)
+        >>> round(loss.item(), 3)
+        9.037
+    """
+
+    def __init__(self, *, group: "ProcessGroup | None" = None, eps: float = 1e-8) -> None:
+        super().__init__()
+        if eps <= 0:
+            raise ValueError(f"eps must be positive, got {eps}")
+        self.group = group
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Minus the mean log distance of the rows of ``x [B, D]`` to their nearest neighbours."""
+        if x.ndim != 2 or not x.is_floating_point():
+            raise ValueError(
+                f"x must be a floating-point [B, D] tensor, got {x.dtype} of shape {tuple(x.shape)}"
+            )
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(score_dtype(x))
+            z = F.normalize(x, dim=-1, eps=self.eps)
+            if self.group is None:
+                everyone, first, num_ranks = z, 0, 1
+            else:
+                everyone, first = _gather_rows(z, self.group)
+                num_ranks = dist.get_world_size(self.group)
+            if len(everyone) < 2:
+                return (everyone * 0.0).sum()
+            with torch.no_grad():
+                similarity = z @ everyone.T  # [B, rows of all ranks]
+                similarity.diagonal(offset=first).fill_(-torch.inf)
+                nearest = similarity.argmax(dim=-1)
+            distance = torch.linalg.vector_norm(z - everyone[nearest], dim=-1)
+            return -torch.log(distance + self.eps).sum() * (num_ranks / len(everyone))
+
+    def extra_repr(self) -> str:
+        """Settings shown by ``repr``."""
+        return f"eps={self.eps}"
+
+
+def _gather_rows(rows: Tensor, group: "ProcessGroup") -> tuple[Tensor, int]:
+    """Rows of all ranks ``[B_0 + B_1 + ..., D]`` in rank order, and where this rank's begin."""
+    W, rank = dist.get_world_size(group), dist.get_rank(group)
+    counts = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(W)]
+    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device), group=group)
+    lengths = [int(count) for count in torch.stack(counts)]
+    return _GatherRows.apply(rows, lengths, group), sum(lengths[:rank])
+
+
+class _GatherRows(torch.autograd.Function):
+    """Concatenate the rows of all ranks; the gradient of a row is summed over all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, lengths: list[int], group: "ProcessGroup") -> Tensor:
+        rank = dist.get_rank(group)
+        ctx.own = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
+        ctx.group = group
+        padded = rows.new_zeros(max(lengths), rows.shape[1])
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(gathered, padded, group=group)
+        return torch.cat([g[:n] for g, n in zip(gathered, lengths, strict=True)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[ctx.own], None, None

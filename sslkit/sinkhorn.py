@@ -1,0 +1,145 @@
+"""Balanced assignments by Sinkhorn-Knopp (Cuturi 2013; SwAV, Caron et al. 2020, section 3.1).
+
+The result is a bias for each prototype, not a matrix; `sslkit.ops.sinkhorn` derives it.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sslkit.assignments import Assignments
+from sslkit.ops.collectives import all_reduce_packed
+from sslkit.ops.sinkhorn import sinkhorn_biases
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@torch.no_grad()
+def sinkhorn_many(
+    logits: Sequence[Tensor],
+    temperatures: Sequence[float] | float,
+    *,
+    num_iterations: int = 3,
+    row_masks: Sequence[Tensor | None] | None = None,
+    group: "ProcessGroup | None" = None,
+    impl: str = "auto",
+) -> list[Assignments]:
+    """Balance several independent sets of logits (levels, losses) in step.
+
+    Each entry i is balanced as `SinkhornKnopp` does; together they need ``num_iterations + 1``
+    collectives over ``group``, however many entries there are.
+
+    Args:
+        logits: L tensors ``[B_i, K_i]`` of any floating-point types, on one device. All ranks pass
+            the same L and K_i; B_i may differ from rank to rank and may be 0.
+        temperatures: positive; one for each entry or one for all.
+        num_iterations: column-then-row normalisations, at least 1.
+        row_masks: for each entry None or bool ``[B_i]``; rows that are True take no part, whatever
+            they hold (padding). Their own assignment is still readable and means nothing.
+        group: process group whose ranks' rows are balanced together; None balances the rows of this
+            process alone, and warns once if there are other processes.
+        impl: ``"auto"``, ``"torch"`` or ``"triton"``.
+
+    Returns:
+        L `Assignments` over all ``B_i`` local rows, detached from the graph.
+
+    Example:
+        >>> coarse, fine = torch.randn(8, 4), torch.randn(8, 16)
+        >>> targets = sinkhorn_many([coarse, fine], temperatures=0.5)
+        >>> [tuple(target.probs().shape) for target in targets]
+        [(8, 4), (8, 16)]
+    """
+    if len(logits) == 0:
+        raise ValueError("logits is empty; expected at least one [B, K] tensor")
+    if not isinstance(temperatures, Sequence):
+        temperatures = [temperatures] * len(logits)
+    if row_masks is None:
+        row_masks = [None] * len(logits)
+    for name, values in (("temperatures", temperatures), ("row_masks", row_masks)):
+        if len(values) != len(logits):
+            raise ValueError(
+                f"{name} has {len(values)} entries for {len(logits)} logits; one each is needed"
+            )
+    biases = sinkhorn_biases(
+        logits,
+        temperatures,
+        num_iterations=num_iterations,
+        row_masks=row_masks,
+        all_reduce=partial(all_reduce_packed, group=group),
+        impl=impl,
+    )
+    return [
+        Assignments(x.detach(), bias, temperature)
+        for x, bias, temperature in zip(logits, biases, temperatures, strict=True)
+    ]
+
+
+class SinkhornKnopp(nn.Module):
+    """Assign samples to prototypes so that every prototype gets the same share of the batch.
+
+    ``forward`` starts from ``Q[b, k] = exp(logits[b, k] / temperature)`` and repeats
+    ``num_iterations`` times: divide each column by its sum, then each row by its sum. The result is
+    returned as `Assignments`, whose rows sum to one exactly and whose columns approach ``B / K`` as
+    the number of iterations grows.
+
+    - Any floating-point input; computed in the log domain in float32 (float64 for float64). Finite
+      for all finite logits, ±1e4 at temperature 0.04 included.
+    - Unchanged by adding a constant to all logits or to those of one prototype. *Not* unchanged by
+      adding one to those of a single row, unless the iterations have converged.
+    - A prototype at ``-inf`` in all rows gets probability 0. NaN or ``+inf`` in a row that takes
+      part, or a row of ``-inf`` only, makes the result NaN: nothing hides it.
+
+    Args:
+        num_iterations: at least 1; 3 in SwAV, DINOv2 and Franca.
+        group: process group over whose ranks' rows the balance holds, any split of the rows, empty
+            ranks included; see `sinkhorn_many`.
+        impl: ``"auto"``, ``"torch"`` or ``"triton"``.
+
+    Shapes:
+        logits ``[B, K]``, temperature float, row_mask bool ``[B]`` or None (True: takes no part)
+        → `Assignments` over ``[B, K]``, without gradients.
+
+    Example:
+        >>> teacher_logits = torch.tensor([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+        >>> targets = SinkhornKnopp(num_iterations=50)(teacher_logits, temperature=0.5)
+        >>> targets.probs().sum(dim=0).round(decimals=4)  # two samples for each
+        tensor([2., 2.])
+        >>> targets.argmax()
+        tensor([0, 0, 1, 1])
+    """
+
+    def __init__(
+        self,
+        num_iterations: int = 3,
+        *,
+        group: "ProcessGroup | None" = None,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if num_iterations < 1:
+            raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
+        self.num_iterations = num_iterations
+        self.group = group
+        self.impl = impl
+
+    def forward(
+        self, logits: Tensor, temperature: float, *, row_mask: Tensor | None = None
+    ) -> Assignments:
+        """Balance ``logits [B, K]``; rows where ``row_mask [B]`` is True take no part."""
+        (assignments,) = sinkhorn_many(
+            [logits],
+            temperature,
+            num_iterations=self.num_iterations,
+            row_masks=[row_mask],
+            group=self.group,
+            impl=self.impl,
+        )
+        return assignments
+
+    def extra_repr(self) -> str:
+        """Settings shown by ``repr``."""
+        return f"num_iterations={self.num_iterations}, impl={self.impl!r}"
