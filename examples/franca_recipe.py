@@ -1,0 +1,1363 @@
+"""Franca from images to report: the whole method of arXiv 2507.14137 in one file.
+
+    python examples/franca_recipe.py --preset demo --output runs/demo
+    python examples/franca_recipe.py --preset vitb14_in21k --data /images --output runs/vitb
+    torchrun --nproc-per-node 8 examples/franca_recipe.py --preset vitl14_in21k ...
+
+Top to bottom: settings and presets, networks, targets, losses, the training loop, then
+high-resolution adaptation, RASA, evaluation and the report. Every stage writes what the next one
+reads into `--output`, so that each can be run alone on a finished one's result (`--stages`), and
+`--resume` continues an interrupted run: on a CPU, with bit-identical weights.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
+
+from sslkit import (
+    Assignments,
+    CyclicMaskGenerator,
+    DINOLoss,
+    EMACentering,
+    EMATeacher,
+    KoLeoLoss,
+    MatryoshkaProjector,
+    RASAProjector,
+    backbones,
+    iBOTLoss,
+    sinkhorn_many,
+)
+from sslkit.backbones import ViTEncoder
+from sslkit.data import (
+    Batch,
+    MultiCrop,
+    MultiCropDataset,
+    Scenes,
+    Source,
+    UnreadableLog,
+    make_loader,
+    open_source,
+    sample_seed,
+)
+from sslkit.evaluation import figures as draw
+from sslkit.evaluation.attention import cls_attention
+from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
+from sslkit.evaluation.features import EvalTransform, Features, extract
+from sslkit.evaluation.in_context import in_context_segmentation
+from sslkit.evaluation.knn import knn_accuracy
+from sslkit.evaluation.matryoshka import matryoshka_curve
+from sslkit.evaluation.pca import pca_maps
+from sslkit.evaluation.position import position_probe
+from sslkit.evaluation.report import format_table, write_report
+from sslkit.schedules import cosine, linear_warmup, sqrt_batch_scaling, unfreeze, warmup_cosine
+from sslkit.training.checkpoint import CheckpointError, Checkpoints, atomic_write, load_strictly
+from sslkit.training.metrics import MetricsWriter, read_metrics
+from sslkit.training.monitor import CollapseMonitor, NonFiniteLoss, feature_std, require_finite
+from sslkit.training.optim import (
+    clip_gradients,
+    load_optimizer_strictly,
+    parameter_groups,
+    set_hyperparameters,
+)
+from sslkit.training.parallel import Parallel, replicate, start, stop
+from sslkit.training.progress import TrainingProgress
+from sslkit.training.random_state import get_random_state, set_random_state
+
+SUBMODULES = ("backbone", "dino_head", "ibot_head")  # gradients are clipped in each by itself
+NUM_GLOBAL = 2  # global crops of an image; the teacher sees these alone
+PresetName = Literal["demo", "smoke", "vitb14_in21k", "vitl14_in21k", "vitg14_laion"]
+Stage = Literal["pretrain", "highres", "rasa", "evaluate", "report"]
+
+# ------------------------------------------------------------------------------------ settings
+
+
+@dataclass(frozen=True)
+class Model:
+    """The encoder and its two nested heads."""
+
+    backbone: str = "franca_vitb14"
+    """A name of sslkit.backbones or any timm ViT."""
+    in_chans: int = 3
+    drop_path: float = 0.1
+    """Stochastic depth of the student (paper section 4)."""
+    activation_checkpointing: bool = False
+    num_prototypes: int = 131072
+    """Of the finest level; a level of m of D features has int(K * m / D)."""
+    nesting_dims: tuple[int, ...] = ()
+    """Features of each level, coarse to fine; empty: D/16, D/8, D/4, D/2, D (paper section 4)."""
+    nesting: Literal["slice", "slice_linear", "linear"] = "slice"
+    """The paper slices; the two released versions are `linear` and `slice_linear`."""
+    head_hidden_dim: int = 2048
+    head_layers: int = 3
+    dino_bottleneck: int = 384
+    ibot_bottleneck: int = 256
+    normalize: bool = True
+    """Bounded scores as in DINO; False: the released head, with unbounded ones."""
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Multi-crop (DINOv2 and the released configuration)."""
+
+    global_size: int = 224
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    local_size: int = 98
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    num_local: int = 8
+
+
+@dataclass(frozen=True)
+class Masks:
+    """CyclicMask (paper section 3.2)."""
+
+    kind: Literal["inverse_block", "block", "random"] = "inverse_block"
+    shift: bool = True
+    ratio: tuple[float, float] = (0.1, 0.65)
+    probability: float = 0.5
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the teacher hands to the losses."""
+
+    kind: Literal["sinkhorn", "centering"] = "sinkhorn"
+    sinkhorn_iterations: int = 3
+    centering_momentum: float = 0.9
+    start_temperature: float = 0.04
+    temperature: float = 0.07
+    temperature_warmup: float = 30 / 500
+    """Share of the steps over which the teacher temperature rises linearly."""
+    student_temperature: float = 0.1
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Weights of the three terms; DINO and iBOT are sums over the nesting levels."""
+
+    dino: float = 1.0
+    ibot: float = 1.0
+    koleo: float = 0.1
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW and the teacher's average. Shares are of the number of steps."""
+
+    base_lr: float = 7.01e-4
+    """At batch 1024; scaled by sqrt(batch / 1024)."""
+    final_lr: float = 1e-6
+    lr_warmup: float = 80 / 500
+    weight_decay: tuple[float, float] = (0.04, 0.2)
+    betas: tuple[float, float] = (0.9, 0.999)
+    layer_decay: float = 1.0
+    patch_embed_lr_scale: float = 0.2
+    clip: float = 3.0
+    """Largest gradient norm of each of backbone, DINO head, iBOT head."""
+    freeze_prototypes: float = 1 / 500
+    """Share of the steps during which the last layers keep their initial value."""
+    momentum: tuple[float, float] = (0.994, 1.0)
+
+
+@dataclass(frozen=True)
+class HighRes:
+    """High-resolution adaptation (paper section 4): the same training, schedules compressed."""
+
+    steps: int = 20_000
+    global_size: int = 518
+    local_size: int = 98
+    batch_size: int = 2048
+    lr_scale: float = 0.1
+    """Of the pretraining base_lr (REFERENCE: about a tenth)."""
+    temperature_warmup: float = 0.5
+    """The teacher's warm-up: 10 K of 20 K iterations."""
+
+
+@dataclass(frozen=True)
+class Rasa:
+    """Removal of absolute spatial attributes (paper section 3.3)."""
+
+    num_iterations: int = 9
+    num_images: int = 10_000
+    """Random crops that the planes are fitted on."""
+    crop_scale: tuple[float, float] = (0.32, 1.0)
+    solver: Literal["auto", "adamw"] = "auto"
+    """`adamw` is the paper's schedule; the default converges whatever the number of images."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """k-NN, in-context segmentation and the position probe, on frozen features."""
+
+    num_train: int = 100_000
+    """Images of the training split that k-NN looks its neighbours up in."""
+    num_test: int = 10_000
+    num_dense: int = 200
+    """Images of each split whose patches enter the dense scores."""
+    batch_size: int = 64
+    knn: int = 20
+    """Neighbours that vote."""
+    resize_over_crop: float = 256 / 224
+    """Evaluation views: shorter side resized to this multiple of the crop."""
+    online_every: int = 12_500
+    """Steps between two k-NN scores of the teacher during training; 0: none."""
+    online_train: int = 20_000
+    online_test: int = 2_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Franca: pretraining, high-resolution adaptation, RASA, evaluation, report."""
+
+    preset: PresetName = "demo"
+    """Where the defaults come from; every other setting overrides it."""
+    data: str = "scenes"
+    """A folder of images, a torchvision dataset by name, a .npy/.npz file, or `scenes`."""
+    output: Path = Path("runs/franca")
+    """Every stage reads and writes here."""
+    stages: tuple[Stage, ...] = ("pretrain", "highres", "rasa", "evaluate", "report")
+    """Each needs the results of those before it, from this call or an earlier one."""
+    resume: bool = False
+    """Continue the run in --output from its last checkpoint."""
+    seed: int = 0
+    steps: int = 625_000
+    """Optimizer steps of the pretraining."""
+    batch_size: int = 2048
+    """Images an optimizer step, over all processes and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches a step. The targets are balanced over all of them; only KoLeo differs."""
+    workers: int = 8
+    """Processes that load images, for each training process."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the encoder; auto: bfloat16 autocast on a GPU, float32 on a CPU."""
+    scene_size: int = 256
+    """Pixels a side of an image of `--data scenes`."""
+    num_scenes: int = 100_000
+    test_fraction: float = 0.1
+    """Share of the images held out for evaluation where --data has no test split of its own."""
+    max_unreadable: float = 0.05
+    """Share of unreadable images above which the run stops."""
+    log_every: int = 10
+    checkpoint_every: int = 1250
+    keep_last: int = 2
+    keep_every: int = 62_500
+    """Checkpoints of every so many steps are kept for good (Franca publishes them); 0: none."""
+    model: Model = field(default_factory=Model)
+    crops: Crops = field(default_factory=Crops)
+    masks: Masks = field(default_factory=Masks)
+    targets: Targets = field(default_factory=Targets)
+    losses: Losses = field(default_factory=Losses)
+    optim: Optim = field(default_factory=Optim)
+    highres: HighRes = field(default_factory=HighRes)
+    rasa: Rasa = field(default_factory=Rasa)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+
+# The defaults above are ViT-B on ImageNet-21K. Each value is in both the paper's section 4 and the
+# released configuration, or only in the latter, unless a comment here says otherwise.
+#
+#                          paper                        released configuration      taken
+#   steps, ViT-B           625 K (500 epochs)           1 M (800 epochs of 1250)    paper
+#   steps, ViT-L           625 K                        20 K in the file (16)       paper
+#   warm-up                80 epochs of 500             128 of 800 (B): the same    80 / 500
+#   base lr, ViT-B         1e-3 at batch 2048           7.01e-4 at 1024: the same   7.01e-4
+#   base lr, ViT-L, -g     3.5e-4 at batch 3072         2.0e-4 at 1024: the same    2.0e-4
+#   nesting                slice                        linear, later slice_linear  paper
+#   head                   L2-normalised (DINO, iBOT)   unbounded, GELU at the end  normalised
+#   high resolution        20 K steps, 518 px           lr about a tenth            both
+PRESETS: dict[PresetName, Settings] = {
+    "vitb14_in21k": Settings(preset="vitb14_in21k", data="/data/imagenet21k"),
+    "vitl14_in21k": Settings(
+        preset="vitl14_in21k",
+        data="/data/imagenet21k",
+        batch_size=3072,
+        model=Model(backbone="franca_vitl14", drop_path=0.4),
+        optim=Optim(base_lr=2.0e-4),
+        highres=HighRes(batch_size=3072),
+    ),
+    "vitg14_laion": Settings(
+        preset="vitg14_laion",
+        data="/data/laion600m",
+        batch_size=3072,
+        model=Model(backbone="franca_vitg14", drop_path=0.4, activation_checkpointing=True),
+        # The released LAION crops: global area .45-1, local .05-.45.
+        crops=Crops(global_scale=(0.45, 1.0), local_scale=(0.05, 0.45)),
+        optim=Optim(base_lr=2.0e-4),
+        highres=HighRes(batch_size=3072),
+    ),
+    # Two CPU cores, minutes: 32 px views of 48 px scenes, and every part of the method.
+    "demo": Settings(
+        preset="demo",
+        steps=500,
+        batch_size=48,
+        workers=1,
+        scene_size=48,
+        num_scenes=4000,
+        log_every=10,
+        checkpoint_every=100,
+        keep_every=0,
+        model=Model(
+            backbone="sslkit_vit_tiny",
+            drop_path=0.0,
+            num_prototypes=1024,
+            head_hidden_dim=256,
+            dino_bottleneck=64,
+            ibot_bottleneck=64,
+        ),
+        crops=Crops(global_size=32, local_size=16, num_local=4),
+        optim=Optim(base_lr=6e-3, momentum=(0.98, 1.0)),
+        highres=HighRes(steps=40, global_size=48, local_size=16, batch_size=48),
+        rasa=Rasa(num_images=500),
+        evaluation=Evaluation(
+            num_train=3000,
+            num_test=1000,
+            num_dense=300,
+            online_train=1000,
+            online_test=500,
+            online_every=100,
+            resize_over_crop=1.0,
+        ),
+    ),
+}
+PRESETS["smoke"] = replace(
+    PRESETS["demo"],
+    preset="smoke",
+    steps=12,
+    batch_size=16,
+    num_scenes=200,
+    log_every=2,
+    checkpoint_every=6,
+    model=replace(PRESETS["demo"].model, backbone="sslkit_vit_micro", num_prototypes=64),
+    highres=replace(PRESETS["demo"].highres, steps=4, batch_size=16),
+    rasa=replace(PRESETS["demo"].rasa, num_images=64),
+    evaluation=Evaluation(
+        num_train=150,
+        num_test=50,
+        num_dense=50,
+        online_train=100,
+        online_test=50,
+        online_every=6,
+        resize_over_crop=1.0,
+    ),
+)
+
+
+# ------------------------------------------------------------------------------------ networks
+
+
+class Scores(NamedTuple):
+    """One pass of the network over V global and V_l local crops of B images."""
+
+    cls: Tensor  # [V * B, D], of the global crops
+    dino: tuple[Tensor, ...]  # L x [(V + V_l) * B, K_l]
+    ibot: tuple[Tensor, ...]  # L x [M, K_l], in row-major order of the masks
+
+
+class FrancaNetwork(nn.Module):
+    """A ViT and two nested heads: one for class tokens, one for masked patches."""
+
+    def __init__(self, model: Model, global_size: int) -> None:
+        super().__init__()
+        self.backbone = backbones.create(
+            model.backbone,
+            img_size=global_size,
+            in_chans=model.in_chans,
+            drop_path_rate=model.drop_path,
+            activation_checkpointing=model.activation_checkpointing,
+        )
+        head = partial(
+            MatryoshkaProjector,
+            self.backbone.embed_dim,
+            model.num_prototypes,
+            nesting_dims=model.nesting_dims or None,
+            nesting=model.nesting,
+            hidden_dim=model.head_hidden_dim,
+            num_layers=model.head_layers,
+            normalize=model.normalize,
+        )
+        self.dino_head = head(bottleneck_dim=model.dino_bottleneck)
+        self.ibot_head = head(bottleneck_dim=model.ibot_bottleneck)
+
+    def forward(self, crops: list[Tensor], masks: Tensor, *, hide: bool) -> Scores:
+        """Scores of crops ([V * B, C, g, g], then local ones) with masks bool [V * B, H, W].
+
+        The student's masked patches are hidden from it (`hide`); the teacher sees them.
+        """
+        hidden = [masks if hide else None, *(None for _ in crops[1:])]
+        tokens = self.backbone.forward_many(crops, hidden)
+        cls = [t.cls.float() for t in tokens]
+        # Scores and losses are float32, also where the encoder runs in bfloat16.
+        with torch.autocast(masks.device.type, enabled=False):
+            dino = self.dino_head(torch.cat(cls))
+            ibot = self.ibot_head(tokens[0].patches[masks].float())
+        return Scores(cls[0], dino, ibot)
+
+
+# ------------------------------------------------------------------------------------- targets
+
+
+class TeacherTargets(nn.Module):
+    """Teacher scores of every level of both heads -> Assignments, by Sinkhorn or centering."""
+
+    def __init__(self, targets: Targets, num_prototypes: list[int], group: ProcessGroup | None):
+        super().__init__()
+        self.iterations = targets.sinkhorn_iterations
+        self.group = group
+        self.centers = nn.ModuleList(
+            EMACentering(k, momentum=targets.centering_momentum, group=group)
+            for k in num_prototypes * (targets.kind == "centering")
+        )
+
+    @torch.no_grad()
+    def forward(self, logits: list[Tensor], temperature: float) -> list[Assignments]:
+        """One `Assignments` for each [rows, K_l]; the centers, if any, then move."""
+        if not self.centers:
+            return sinkhorn_many(
+                logits, temperature, num_iterations=self.iterations, group=self.group
+            )
+        centers = cast(list[EMACentering], list(self.centers))
+        pairs = list(zip(centers, logits, strict=True))
+        assignments = [center(scores, temperature) for center, scores in pairs]
+        for center, scores in pairs:
+            center.update(scores)
+        return assignments
+
+
+# -------------------------------------------------------------------------------------- losses
+
+
+class FrancaLoss(nn.Module):
+    """Every term of the loss by name: DINO and iBOT at each nesting level, and KoLeo."""
+
+    def __init__(self, student_temperature: float, group: ProcessGroup | None) -> None:
+        super().__init__()
+        self.dino = DINOLoss(student_temp=student_temperature)
+        self.ibot = iBOTLoss(student_temp=student_temperature)
+        self.koleo = KoLeoLoss(group=group)
+
+    def forward(
+        self, scores: Scores, dino: list[Assignments], ibot: list[Assignments], masks: Tensor
+    ) -> dict[str, Tensor]:
+        """Unweighted terms, for masks bool [V * B, H, W]."""
+        num_images = len(masks) // NUM_GLOBAL
+        terms = {}
+        for level, (logits, targets) in enumerate(zip(scores.dino, dino, strict=True)):
+            views = logits.unflatten(0, (-1, num_images))  # [V + V_l, B, K]
+            terms[f"dino/level_{level}"] = self.dino(views, targets)
+        for level, (logits, targets) in enumerate(zip(scores.ibot, ibot, strict=True)):
+            terms[f"ibot/level_{level}"] = self.ibot(logits, targets, masks)
+        terms["koleo"] = torch.stack([self.koleo(x) for x in scores.cls.chunk(NUM_GLOBAL)]).sum()
+        return terms
+
+
+def weighted_sum(terms: dict[str, Tensor], weights: Losses) -> Tensor:
+    """The loss: levels weigh the same, so each term has the weight of its kind."""
+    kinds = dataclasses.asdict(weights)
+    return torch.stack([kinds[name.split("/")[0]] * term for name, term in terms.items()]).sum()
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What distinguishes pretraining from high-resolution adaptation."""
+
+    name: str
+    steps: int
+    batch_size: int
+    global_size: int
+    local_size: int
+    base_lr: float
+    temperature_warmup: float
+
+
+def pretraining(settings: Settings) -> Plan:
+    """The first stage."""
+    return Plan(
+        name="pretrain",
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        global_size=settings.crops.global_size,
+        local_size=settings.crops.local_size,
+        base_lr=settings.optim.base_lr,
+        temperature_warmup=settings.targets.temperature_warmup,
+    )
+
+
+def high_resolution(settings: Settings) -> Plan:
+    """The same training on larger crops: schedules compressed, a long teacher warm-up."""
+    highres = settings.highres
+    return Plan(
+        name="highres",
+        steps=highres.steps,
+        batch_size=highres.batch_size,
+        global_size=highres.global_size,
+        local_size=highres.local_size,
+        base_lr=settings.optim.base_lr * highres.lr_scale,
+        temperature_warmup=highres.temperature_warmup,
+    )
+
+
+class Schedule(NamedTuple):
+    """The hyper-parameters of one step."""
+
+    lr: float
+    last_layer_lr: float
+    weight_decay: float
+    momentum: float
+    teacher_temperature: float
+
+
+def schedule(step: int, plan: Plan, settings: Settings) -> Schedule:
+    """Every schedule is a function of the step, so a resumed run needs no other state."""
+    optim, targets, total = settings.optim, settings.targets, plan.steps
+    lr = warmup_cosine(
+        step,
+        peak=sqrt_batch_scaling(plan.base_lr, plan.batch_size),
+        final=optim.final_lr,
+        total_steps=total,
+        warmup_steps=round(optim.lr_warmup * total),
+    )
+    start, end = optim.weight_decay
+    return Schedule(
+        lr=lr,
+        last_layer_lr=lr * unfreeze(step, freeze_steps=round(optim.freeze_prototypes * total)),
+        weight_decay=cosine(step, start=start, end=end, total_steps=total),
+        momentum=cosine(step, start=optim.momentum[0], end=optim.momentum[1], total_steps=total),
+        teacher_temperature=linear_warmup(
+            step,
+            start=targets.start_temperature,
+            end=targets.temperature,
+            warmup_steps=round(plan.temperature_warmup * total),
+        ),
+    )
+
+
+class Seen(NamedTuple):
+    """What one step leaves to watch."""
+
+    terms: dict[str, Tensor]  # unweighted, means over micro-batches and processes
+    loss: Tensor
+    schedule: Schedule
+    gradient_norms: dict[str, Tensor]
+    targets: dict[str, Assignments]  # by the names of their loss terms
+    cls: Tensor  # [V * B, D] of the last micro-batch
+    masked_images: float  # share of the global crops that have a mask
+
+
+class Trainer:
+    """Student, teacher, targets, losses and optimizer of one stage, and one step of them."""
+
+    def __init__(self, plan: Plan, settings: Settings, parallel: Parallel) -> None:
+        self.plan, self.settings, self.parallel = plan, settings, parallel
+        torch.manual_seed(settings.seed)
+        self.student = FrancaNetwork(settings.model, settings.crops.global_size)
+        for size in (plan.global_size, plan.local_size):
+            if any(size % patch for patch in self.student.backbone.patch_size):
+                raise SettingsError(
+                    f"{plan.name}: crops of {size} pixels do not divide into patches of "
+                    f"{self.student.backbone.patch_size}"
+                )
+        self.student.to(parallel.device)
+        self.teacher = EMATeacher(self.student)
+        levels = {
+            "dino": self.student.dino_head.num_prototypes_per_level,
+            "ibot": self.student.ibot_head.num_prototypes_per_level,
+        }
+        self.num_prototypes = {
+            f"{kind}/level_{level}": k
+            for kind, counts in levels.items()
+            for level, k in enumerate(counts)
+        }
+        self.targets = TeacherTargets(
+            settings.targets, list(self.num_prototypes.values()), parallel.group
+        ).to(parallel.device)
+        self.loss = FrancaLoss(settings.targets.student_temperature, parallel.group)
+        pretrained = None
+        if plan.name == "highres":
+            pretrained = last_checkpoint("pretrain", settings)
+            self.load_weights(pretrained)
+            for network in (self.student, self.teacher.module):
+                network.backbone.set_img_size_(plan.global_size)
+        groups = parameter_groups(
+            self.student,
+            layer_decay=settings.optim.layer_decay,
+            patch_embed_lr_scale=settings.optim.patch_embed_lr_scale,
+        )
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.optim.betas)
+        if pretrained is not None:
+            moments = without_position_embedding(pretrained["optimizer"])
+            load_optimizer_strictly(self.optimizer, moments)
+        self.replica = replicate(self.student, parallel)
+        self.draw_masks = mask_generator(self.student.backbone.grid_size, settings.masks)
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Student, teacher and centers, each tensor accounted for."""
+        load_strictly(self.student, state["student"], what="student")
+        load_strictly(self.teacher.module, state["teacher"], what="teacher")
+        load_strictly(self.targets, state["targets"], what="centers")
+
+    def state(self) -> dict[str, Any]:
+        """Everything the next step depends on, but for the step number, which fixes the data."""
+        return {
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.module.state_dict(),
+            "targets": self.targets.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": get_random_state(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from `state()`."""
+        self.load_weights(state)
+        load_optimizer_strictly(self.optimizer, state["optimizer"])
+        set_random_state(state["random"])
+
+    def step(self, step: int, batch: Batch) -> Seen:
+        """One optimizer step, counted from 0."""
+        now = schedule(step, self.plan, self.settings)
+        set_hyperparameters(
+            self.optimizer,
+            lr=now.lr,
+            weight_decay=now.weight_decay,
+            last_layer_lr=now.last_layer_lr,
+        )
+        all_masks = self.masks(step, batch)
+        micro = self.micro_batches(batch, all_masks)
+
+        # The teacher sees every micro-batch first: targets are balanced over all of them.
+        with self.autocast():
+            teacher = [self.teacher([crops[0]], masks, hide=False) for crops, masks in micro]
+        scores = [s.dino + s.ibot for s in teacher]
+        logits = [torch.cat(parts) for parts in zip(*scores, strict=True)]
+        targets = self.targets(logits, now.teacher_temperature)
+
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        rows = [0] * len(targets)
+        for i, ((crops, masks), scores) in enumerate(zip(micro, teacher, strict=True)):
+            own = []  # the targets of this micro-batch
+            for level, part in enumerate(scores.dino + scores.ibot):
+                stop_row = rows[level] + len(part)
+                own.append(
+                    replace(targets[level], logits=targets[level].logits[rows[level] : stop_row])
+                )
+                rows[level] = stop_row
+            with self.synchronised(last=i == len(micro) - 1):
+                with self.autocast():
+                    student = self.replica(crops, masks, hide=True)
+                levels = len(scores.dino)
+                terms = self.loss(student, own[:levels], own[levels:], masks)
+                (weighted_sum(terms, self.settings.losses) / len(micro)).backward()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + term.detach() / len(micro)
+        means = self.parallel.mean(torch.stack(list(sums.values())))
+        sums = dict(zip(sums, means, strict=True))
+        parts = {name: getattr(self.student, name) for name in SUBMODULES}
+        norms = clip_gradients(parts, self.settings.optim.clip)
+        require_finite({**sums, **{f"gradient of {name}": n for name, n in norms.items()}}, step)
+        self.optimizer.step()
+        self.teacher.update(self.student, now.momentum)
+        return Seen(
+            terms=sums,
+            loss=weighted_sum(sums, self.settings.losses),
+            schedule=now,
+            gradient_norms=norms,
+            targets=dict(zip(self.num_prototypes, targets, strict=True)),
+            cls=student.cls.detach(),
+            masked_images=all_masks.flatten(2).any(2).float().mean().item(),
+        )
+
+    def masks(self, step: int, batch: Batch) -> Tensor:
+        """Bool [V, B, H, W], from (seed, stage, step, rank) alone."""
+        seed = sample_seed(self.settings.seed, len(self.plan.name), step, self.parallel.rank)
+        V, B = batch.global_crops.shape[:2]
+        masks = self.draw_masks(V * B, generator=torch.Generator().manual_seed(seed))
+        return masks.unflatten(0, (V, B))
+
+    def micro_batches(self, batch: Batch, masks: Tensor) -> list[tuple[list[Tensor], Tensor]]:
+        """Equal shares of the images, as (crops by resolution, masks), each view-major."""
+        device, count = self.parallel.device, self.settings.accumulation
+        views = [c for c in (batch.global_crops, batch.local_crops) if len(c)]
+        crops = [c.to(device, non_blocking=True).chunk(count, dim=1) for c in views]
+        shares = zip(zip(*crops, strict=True), masks.chunk(count, dim=1), strict=True)
+        return [
+            ([c.flatten(0, 1) for c in own], own_masks.flatten(0, 1).to(device))
+            for own, own_masks in shares
+        ]
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 for the encoder, where `precision` asks for it."""
+        device = self.parallel.device.type
+        bfloat16 = {"auto": device == "cuda", "bfloat16": True, "float32": False}
+        return torch.autocast(device, torch.bfloat16, enabled=bfloat16[self.settings.precision])
+
+    def synchronised(self, *, last: bool) -> AbstractContextManager:
+        """Gradients cross processes once a step, with the last micro-batch."""
+        if isinstance(self.replica, DistributedDataParallel) and not last:
+            return self.replica.no_sync()
+        return nullcontext()
+
+
+def mask_generator(grid_size: tuple[int, int], masks: Masks) -> CyclicMaskGenerator:
+    """CyclicMask on the grid of the global crops."""
+    return CyclicMaskGenerator(
+        grid_size,
+        mask_ratio=masks.ratio,
+        mask_probability=masks.probability,
+        kind=masks.kind,
+        shift=masks.shift,
+    )
+
+
+def without_position_embedding(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """A saved AdamW state in which the position embedding, which changes shape, starts afresh."""
+    names = {
+        index: name
+        for group in optimizer["param_groups"]
+        for index, name in zip(group["params"], group["names"], strict=True)
+    }
+    kept = {i: s for i, s in optimizer["state"].items() if not names[i].endswith("pos_embed")}
+    return {**optimizer, "state": kept}
+
+
+def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
+    """One stage of training, from its last checkpoint if it has any, to `<stage>.safetensors`."""
+    export = settings.output / f"{plan.name}.safetensors"
+    if export.exists():
+        print(f"{plan.name}: finished already, {export}")
+        return
+    folder = settings.output / plan.name
+    checkpoints = Checkpoints(
+        folder / "checkpoints", keep_last=settings.keep_last, keep_every=settings.keep_every
+    )
+    sources = open_data(settings)
+    trainer = Trainer(plan, settings, parallel)
+    latest = checkpoints.latest()
+    state = None if latest is None else checkpoints.load(latest)
+    start = 0 if state is None else state["step"]
+    batches = iter(
+        make_loader(
+            MultiCropDataset(sources.train, multi_crop(plan, settings), seed=settings.seed),
+            batch_size=plan.batch_size,
+            start_sample=start * plan.batch_size,
+            rank=parallel.rank,
+            world_size=parallel.world_size,
+            num_workers=settings.workers,
+        )
+    )
+    if state is None:
+        torch.manual_seed(sample_seed(settings.seed, parallel.rank))
+    else:
+        trainer.load(state)  # after the loader, whose start draws from torch's generator
+        if not parallel.is_main:  # the checkpoint has the main process's random state
+            torch.manual_seed(sample_seed(settings.seed, parallel.rank, start))
+    unreadable = UnreadableLog(len(sources.train), threshold=settings.max_unreadable)
+    monitor = CollapseMonitor(
+        trainer.num_prototypes, grace_steps=round(1.25 * settings.optim.lr_warmup * plan.steps)
+    )
+    if not parallel.is_main:
+        for step in range(start, plan.steps):
+            trainer.step(step, next(batches))
+        return
+    if settings.accumulation > 1 and settings.losses.koleo > 0:
+        print("accumulation: KoLeo sees the neighbours within each micro-batch; all else is exact")
+    with (
+        MetricsWriter(folder, resume_step=start) as metrics,
+        TrainingProgress(plan.steps, start_step=start, description=plan.name) as progress,
+    ):
+        for step in range(start, plan.steps):
+            batch = next(batches)
+            unreadable.update(batch.indices, batch.unreadable)
+            seen = trainer.step(step, batch)
+            done = step + 1
+            progress.update(done, loss=seen.loss, images=plan.batch_size)
+            record: dict[str, float] = {}
+            if due(done, settings.log_every, plan.steps):
+                record, warnings = watch(seen, monitor, done, settings)
+                record["images_per_second"] = progress.images_per_second
+                for warning in warnings:
+                    progress.message(f"warning: {warning}")
+            if due(done, settings.evaluation.online_every, plan.steps) and sources.labelled:
+                k = settings.evaluation.knn
+                record[f"knn/{k}"] = online_knn(trainer.teacher, plan, settings, sources)
+                progress.message(f"step {done}: k-NN accuracy {100 * record[f'knn/{k}']:.1f} %")
+            if record:
+                metrics.log(done, record)
+            if due(done, settings.checkpoint_every, plan.steps):
+                checkpoints.save(done, {"step": done, **trainer.state()})
+    described = {"stage": plan.name, "step": str(plan.steps), "settings": as_json(settings)}
+    backbones.save(trainer.teacher.module.backbone, export, described)
+
+
+def due(step: int, interval: int, last: int) -> bool:
+    """Every `interval` steps and at the last one; never if `interval` is 0."""
+    return interval > 0 and (step % interval == 0 or step == last)
+
+
+def watch(
+    seen: Seen, monitor: CollapseMonitor, step: int, settings: Settings
+) -> tuple[dict[str, float], list[str]]:
+    """One line of metrics.jsonl, and warnings if the run collapses."""
+    terms = {name: term.item() for name, term in seen.terms.items()}
+    usage = {name: targets.usage() for name, targets in seen.targets.items()}
+    spread = feature_std(seen.cls).item()
+    record = {
+        "loss": seen.loss.item(),
+        **terms,
+        **seen.schedule._asdict(),
+        "student_temperature": settings.targets.student_temperature,
+        **{f"gradient_norm/{name}": norm.item() for name, norm in seen.gradient_norms.items()},
+        **{f"target_entropy/{name}": u.target_entropy.item() for name, u in usage.items()},
+        **{f"prototypes_used/{name}": u.fraction_used.item() for name, u in usage.items()},
+        "feature_std": spread,
+    }
+    # iBOT counts images without a mask as 0; a uniform student's cross-entropy is ln K elsewhere.
+    cross_entropies = {
+        name: terms[name] / (1 if name.startswith("dino") else seen.masked_images or math.nan)
+        for name in usage
+    }
+    warnings = monitor.update(
+        step,
+        target_entropy={name: u.target_entropy.item() for name, u in usage.items()},
+        mean_entropy={name: u.entropy.item() for name, u in usage.items()},
+        losses=cross_entropies,
+        spread=spread,
+    )
+    return record, warnings
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+class Sources(NamedTuple):
+    """The images to learn from, and held-out ones to evaluate on."""
+
+    train: Source
+    test: Source
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are classes for k-NN to tell apart."""
+        return self.train.num_classes > 1
+
+
+def open_data(settings: Settings) -> Sources:
+    """Both splits of `--data`."""
+    try:
+        train, test = (
+            open_source(
+                settings.data,
+                split=split,
+                seed=settings.seed,
+                scene_size=(settings.scene_size, settings.scene_size),
+                num_scenes=settings.num_scenes,
+                test_fraction=settings.test_fraction,
+            )
+            for split in ("train", "test")
+        )
+    except (FileNotFoundError, ValueError) as error:
+        raise SettingsError(f"--data: {error}") from error
+    return Sources(train, test)
+
+
+def multi_crop(plan: Plan, settings: Settings) -> MultiCrop:
+    """Two global and several local views of an image."""
+    return MultiCrop(
+        global_size=plan.global_size,
+        global_scale=settings.crops.global_scale,
+        num_global=NUM_GLOBAL,
+        local_size=plan.local_size,
+        local_scale=settings.crops.local_scale,
+        num_local=settings.crops.num_local,
+    )
+
+
+def last_checkpoint(stage: str, settings: Settings) -> dict[str, Any]:
+    """The state in which a training stage ended."""
+    checkpoints = Checkpoints(settings.output / stage / "checkpoints")
+    latest = checkpoints.latest()
+    if latest is None or not (settings.output / f"{stage}.safetensors").exists():
+        raise SettingsError(f"{settings.output} has no finished {stage}: run --stages {stage}")
+    return checkpoints.load(latest)
+
+
+def spread(population: int, count: int) -> list[int]:
+    """At most `count` indices, evenly spaced, so that sorted classes are all in the sample."""
+    count = min(population, count)
+    return [i * population // count for i in range(count)]
+
+
+# ---------------------------------------------------------------------------------------- RASA
+
+
+def remove_position(settings: Settings, parallel: Parallel) -> None:
+    """Fit the planes of position on random crops; write the encoder that carries them."""
+    plan = final_plan(settings)
+    encoder = load_encoder(plan.name, settings)
+    random_crop = MultiCrop(
+        global_size=plan.global_size,
+        global_scale=settings.rasa.crop_scale,
+        num_global=1,
+        local_size=plan.local_size,
+        num_local=0,
+        jitter_probability=0.0,
+        grey_probability=0.0,
+        blur_probability=(0.0, 0.0, 0.0),
+    )
+    generator = torch.Generator().manual_seed(settings.seed)
+    train = open_data(settings).train
+    features = extract(
+        encoder.to(parallel.device),
+        train,
+        transform=lambda image: random_crop(image, generator=generator).globals_[0],
+        indices=spread(len(train), settings.rasa.num_images),
+        batch_size=settings.evaluation.batch_size,
+        want=("patches",),
+        device=parallel.device,
+        dtype=torch.float16,
+    )
+    rasa = RASAProjector(encoder.embed_dim, num_iterations=settings.rasa.num_iterations)
+    errors = rasa.fit(features.patches.split(128), solver=settings.rasa.solver)
+    for iteration, error in enumerate(errors, start=1):
+        print(f"rasa: iteration {iteration}, position error {error:.5f}")
+    encoder = encoder.cpu()
+    encoder.vit = cast(VisionTransformer, rasa.fold_into_vit(encoder.vit))
+    path = settings.output / "rasa.safetensors"
+    backbones.save(encoder, path, {"stage": "rasa", "position_errors": json.dumps(errors)})
+
+
+# ---------------------------------------------------------------------------------- evaluation
+
+
+def final_plan(settings: Settings) -> Plan:
+    """The last training stage that is finished."""
+    for plan in (high_resolution(settings), pretraining(settings)):
+        if (settings.output / f"{plan.name}.safetensors").exists():
+            return plan
+    raise SettingsError(f"{settings.output} has no trained encoder; run --stages pretrain first")
+
+
+def load_encoder(stage: str, settings: Settings) -> ViTEncoder:
+    """The encoder that a stage exported."""
+    return backbones.load(settings.output / f"{stage}.safetensors").eval()
+
+
+def eval_view(size: int, settings: Settings) -> EvalTransform:
+    """The deterministic view of an image that evaluations use."""
+    return EvalTransform(size, resize=round(size * settings.evaluation.resize_over_crop))
+
+
+def knn_score(
+    train_labels: Tensor, test_labels: Tensor, train: Tensor, test: Tensor, *, k: int
+) -> float:
+    """Top-1 accuracy of weighted k-NN."""
+    return knn_accuracy(train, train_labels, test, test_labels, ks=(k,))[k]
+
+
+def online_knn(
+    teacher: EMATeacher[FrancaNetwork], plan: Plan, settings: Settings, sources: Sources
+) -> float:
+    """k-NN of the teacher's class token on a sample of the images, while it trains."""
+    options = settings.evaluation
+    train, test = (
+        extract(
+            teacher.module.backbone,
+            source,
+            transform=eval_view(plan.global_size, settings),
+            indices=spread(len(source), count),
+            batch_size=options.batch_size,
+            want=("cls",),
+            device=next(teacher.parameters()).device,
+        )
+        for source, count in zip(sources, (options.online_train, options.online_test), strict=True)
+    )
+    return knn_score(train.labels, test.labels, train.cls, test.cls, k=options.knn)
+
+
+def evaluate(settings: Settings, parallel: Parallel) -> None:
+    """Scores of the untrained encoder and of every stage's, in `results.json`."""
+    options, sources = settings.evaluation, open_data(settings)
+    torch.manual_seed(settings.seed)
+    untrained = FrancaNetwork(settings.model, settings.crops.global_size).backbone
+    plan = final_plan(settings)
+    first, last = (eval_view(p.global_size, settings) for p in (pretraining(settings), plan))
+    contestants = {"random init": (untrained, first)}
+    for stage, view in (("pretrain", first), ("highres", last), ("rasa", last)):
+        if (settings.output / f"{stage}.safetensors").exists():
+            contestants[stage] = (load_encoder(stage, settings), view)
+
+    results: dict[str, Any] = {"knn": {}, "matryoshka": {}, "in_context": {}, "position_r2": {}}
+    if sources.labelled:
+        results["knn"]["raw pixels"] = raw_pixel_knn(sources, first, options)
+    for name, (encoder, view) in contestants.items():
+        print(f"evaluate: {name}")
+        encode = partial(
+            extract,
+            encoder.to(parallel.device),
+            transform=view,
+            batch_size=options.batch_size,
+            device=parallel.device,
+        )
+        if sources.labelled:
+            train, test = (
+                encode(source, want=("cls",), indices=spread(len(source), count))
+                for source, count in zip(
+                    sources, (options.num_train, options.num_test), strict=True
+                )
+            )
+            score = partial(knn_score, train.labels, test.labels, k=options.knn)
+            results["knn"][name] = score(train.cls, test.cls)
+            results["matryoshka"][name] = matryoshka_curve(
+                train.cls, test.cls, score=score, sizes=settings.model.nesting_dims or None
+            )
+        train, test = (
+            encode(source, want=("patches",), indices=spread(len(source), options.num_dense))
+            for source in sources
+        )
+        results["position_r2"][name] = position_probe(train.patches, test.patches).r2
+        if isinstance(sources.train, Scenes) and isinstance(sources.test, Scenes):
+            results["in_context"][name] = in_context_segmentation(
+                train.patches,
+                scene_masks(sources.train, train, view),
+                test.patches,
+                scene_masks(sources.test, test, view),
+                sources.train.num_classes + 1,
+            ).mean_iou
+    with atomic_write(settings.output / "results.json") as file:
+        file.write(json.dumps(results, indent=2).encode())
+
+
+def raw_pixel_knn(sources: Sources, view: EvalTransform, options: Evaluation) -> float:
+    """k-NN on the normalised pixels: the floor that features have to beat."""
+    pixels, labels = [], []
+    for source, count in zip(sources, (options.num_train, options.num_test), strict=True):
+        items = [source[i] for i in spread(len(source), count)]
+        pixels.append(torch.stack([view(image).flatten() for image, _ in items]))
+        labels.append(torch.tensor([label for _, label in items]))
+    return knn_score(*labels, *pixels, k=options.knn)
+
+
+def scene_masks(source: Scenes, features: Features, view: EvalTransform) -> Tensor:
+    """The true classes [B, h, w] under the views that the features come from."""
+    return torch.stack([view.mask(source.scene(i).mask) for i in features.indices.tolist()])
+
+
+# -------------------------------------------------------------------------------------- report
+
+
+def summary(results: dict[str, Any], last: str, k: int) -> list[tuple[str, str]]:
+    """The short table: every score, from the untrained network to the last stage."""
+
+    def chain(scores: dict[str, float]) -> str:
+        return " -> ".join(f"{name} {100 * score:.1f} %" for name, score in scores.items())
+
+    rows = []
+    if results["knn"]:
+        rows.append((f"k-NN accuracy (k = {k})", chain(results["knn"])))
+        curve = results["matryoshka"][last].items()
+        sizes = ", ".join(f"{size}: {100 * score:.1f} %" for size, score in curve)
+        rows.append((f"k-NN accuracy by embedding size ({last})", sizes))
+    if results["in_context"]:
+        rows.append(("in-context segmentation, mIoU", chain(results["in_context"])))
+    r2 = results["position_r2"]
+    if "rasa" in r2:
+        rows.append(("position R2, before -> after RASA", f"{r2[last]:.3f} -> {r2['rasa']:.3f}"))
+    return rows
+
+
+def report(settings: Settings, parallel: Parallel) -> None:
+    """`report.md`: the scores, and pictures of what was learned."""
+    del parallel  # pictures are drawn on the CPU
+    path = settings.output / "results.json"
+    if not path.exists():
+        raise SettingsError(f"{path} is missing; run --stages evaluate first")
+    results = json.loads(path.read_text())
+    plan = final_plan(settings)
+    shown = [
+        name for name in (plan.name, "rasa") if (settings.output / f"{name}.safetensors").exists()
+    ]
+    if missing := [name for name in shown if name not in results["position_r2"]]:
+        raise SettingsError(f"{path} is older than {missing[0]}; run --stages evaluate report")
+    rows = summary(results, plan.name, settings.evaluation.knn)
+    figures = {
+        **training_pictures(settings, results, plan.name),
+        **view_pictures(settings),
+        **feature_pictures(settings, results, plan),
+    }
+    page = write_report(
+        settings.output,
+        title=f"Franca on {settings.data}",
+        settings=dataclasses.asdict(settings),
+        results=rows,
+        figures=figures,
+    )
+    print(format_table(rows))
+    print(f"report: {page}")
+
+
+def training_pictures(settings: Settings, results: dict[str, Any], last: str) -> dict[str, Figure]:
+    """Curves of the losses, of the online k-NN, and over embedding sizes."""
+    records = read_metrics(settings.output / "pretrain" / "metrics.jsonl")
+    figures = {"losses": draw.loss_curves(records)}
+    key = f"knn/{settings.evaluation.knn}"
+    if online := [(record["step"], record[key]) for record in records if key in record]:
+        steps, accuracy = zip(*online, strict=True)
+        figures["online_knn"] = draw.online_knn(
+            steps,
+            accuracy,
+            k=settings.evaluation.knn,
+            random_init=results["knn"]["random init"],
+            floor=results["knn"]["raw pixels"],
+        )
+    if curves := results["matryoshka"]:
+        names = {last: "trained", "random init": "random initialisation"}
+        figures["matryoshka"] = draw.matryoshka(
+            {names[k]: {int(m): score for m, score in curves[k].items()} for k in names}
+        )
+    return figures
+
+
+def view_pictures(settings: Settings) -> dict[str, Figure]:
+    """What the student sees: crops, masks, and how often each position is masked."""
+    train = open_data(settings).train
+    generator = torch.Generator().manual_seed(settings.seed)
+    crop = multi_crop(pretraining(settings), settings)
+    views = [crop(train[i][0], generator=generator) for i in spread(len(train), 4)]
+    grid = load_encoder("pretrain", settings).grid_size
+    masked = replace(settings.masks, probability=1.0)
+    masks = mask_generator(grid, masked)(NUM_GLOBAL * len(views), generator=generator)
+    exposure = [
+        mask_generator(grid, replace(masked, shift=shift))(2000, generator=generator)
+        for shift in (True, False)
+    ]
+    return {
+        "crops_and_masks": draw.crops_and_masks(
+            list(torch.stack([v.globals_ for v in views], dim=1)),
+            list(torch.stack([v.locals_ for v in views], dim=1)),
+            list(masks.unflatten(0, (NUM_GLOBAL, -1))),
+        ),
+        "mask_exposure": draw.mask_exposure(*(m.float().mean(0) for m in exposure)),
+    }
+
+
+def feature_pictures(settings: Settings, results: dict[str, Any], plan: Plan) -> dict[str, Figure]:
+    """What the last encoder sees in held-out images, before and after RASA."""
+    test = open_data(settings).test
+    view = eval_view(plan.global_size, settings)
+    encoder = load_encoder(plan.name, settings)
+    images = torch.stack([view(test[i][0]) for i in spread(len(test), 6)])
+    with torch.no_grad():
+        patches = encoder(images).patches
+        q, k = encoder.queries_keys(images)
+    H, W = patches.shape[1:3]
+    attention = cls_attention(q, k, num_prefix_tokens=encoder.num_prefix_tokens, grid=(H, W))
+    figures = {
+        "attention": draw.attention_maps(images, attention),
+        "pca": draw.pca_maps(images, pca_maps(patches).rgb),
+    }
+    if (settings.output / "rasa.safetensors").exists():
+        errors = json.loads(
+            backbones.read_metadata(settings.output / "rasa.safetensors")["position_errors"]
+        )
+        r2 = results["position_r2"]
+        figures["rasa"] = draw.position_error(errors, r2={"linear": (r2[plan.name], r2["rasa"])})
+        figures["cluster_entropy"] = cluster_entropy_picture(settings, plan)
+    return figures
+
+
+def cluster_entropy_picture(settings: Settings, plan: Plan) -> Figure:
+    """Where in the image the teacher's patch clusters fire, before and after RASA.
+
+    At the finest level that has, on average, a patch for each cluster and position.
+    """
+    test, view = open_data(settings).test, eval_view(plan.global_size, settings)
+    network = FrancaNetwork(settings.model, plan.global_size).eval()
+    load_strictly(network, last_checkpoint(plan.name, settings)["teacher"], what="teacher")
+    counts = network.ibot_head.num_prototypes_per_level
+    images = spread(len(test), settings.evaluation.num_dense)
+    level = max((level for level, k in enumerate(counts) if k <= len(images)), default=0)
+    ids = []
+    for stage in (plan.name, "rasa"):
+        patches = extract(
+            load_encoder(stage, settings),
+            test,
+            transform=view,
+            indices=images,
+            batch_size=settings.evaluation.batch_size,
+            want=("patches",),
+        ).patches
+        with torch.no_grad():
+            nearest = [network.ibot_head(x)[level].argmax(-1) for x in patches.split(8)]
+        ids.append(torch.cat(nearest))  # [B, H, W]
+    generator = torch.Generator().manual_seed(settings.seed)
+    entropies = [
+        position_entropy(x, counts[level], minimum_count=x[0].numel())
+        for x in (*ids, shuffled(ids[0], generator=generator))
+    ]
+    return draw.cluster_entropy(entropies[0], entropies[1], shuffled=entropies[2])
+
+
+# ---------------------------------------------------------------------------------------- main
+
+
+class SettingsError(ValueError):
+    """Settings that contradict one another, or what is on the disk."""
+
+
+STAGES: dict[Stage, Callable[[Settings, Parallel], None]] = {
+    "pretrain": lambda settings, parallel: train(pretraining(settings), settings, parallel),
+    "highres": lambda settings, parallel: train(high_resolution(settings), settings, parallel),
+    "rasa": remove_position,
+    "evaluate": evaluate,
+    "report": report,
+}
+
+# What may differ between two calls on one --output without changing the training.
+FREE_SETTINGS = {
+    *("output", "stages", "resume", "workers", "device", "log_every", "checkpoint_every"),
+    *("keep_last", "keep_every", "max_unreadable", "rasa", "evaluation"),
+}
+
+
+def run(settings: Settings) -> None:
+    """Every stage of `--stages`, in order."""
+    parallel = start(settings.device)
+    try:
+        check(settings, parallel.world_size)
+        if parallel.is_main:
+            settings.output.mkdir(parents=True, exist_ok=True)
+            with atomic_write(settings.output / "settings.json") as file:
+                file.write(as_json(settings).encode())
+        parallel.wait()
+        for name, stage in STAGES.items():
+            if name in settings.stages and (parallel.is_main or name in ("pretrain", "highres")):
+                stage(settings, parallel)
+    finally:
+        stop(parallel)
+
+
+def check(settings: Settings, world_size: int) -> None:
+    """Refuse settings that cannot work, and output folders that hold another run."""
+    problems = []
+    positive = ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_last")
+    problems += [f"--{name} must be at least 1" for name in positive if getattr(settings, name) < 1]
+    if not settings.stages:
+        problems.append(f"--stages is empty; choose from {', '.join(STAGES)}")
+    batches = {"--batch-size": settings.batch_size}
+    if "highres" in settings.stages:
+        batches["--highres.batch-size"] = settings.highres.batch_size
+        if settings.highres.steps < 1:
+            problems.append("--stages has highres, but --highres.steps is below 1")
+    share = world_size * max(settings.accumulation, 1)
+    problems += [
+        f"{name} {size} does not divide into {world_size} processes of "
+        f"{settings.accumulation} micro-batches"
+        for name, size in batches.items()
+        if size % share
+    ]
+    if all(weight == 0 for weight in dataclasses.astuple(settings.losses)):
+        problems.append("--losses.* are all 0: there is nothing to learn from")
+    if settings.targets.kind == "sinkhorn" and settings.targets.sinkhorn_iterations < 1:
+        problems.append("--targets.sinkhorn-iterations must be at least 1")
+    if problems:
+        raise SettingsError("; ".join(problems))
+
+    stored = read_settings(settings.output)
+    if stored is None and settings.resume:
+        raise SettingsError(f"--resume: {settings.output} holds no run")
+    if stored is None or not (settings.output / "pretrain").exists():
+        return  # nothing there, or settings that never came as far as a first step
+    if "pretrain" in settings.stages and not settings.resume:
+        raise SettingsError(
+            f"{settings.output} holds a run already: continue it with --resume, run its later "
+            "stages with --stages, or choose another --output"
+        )
+    free = FREE_SETTINGS | ({"highres"} - {p.name for p in settings.output.iterdir()})
+    changed = [
+        f"{name} was {old!r}, is {new!r}"
+        for name, old, new in differences(stored, settings)
+        if name.split(".")[0] not in free
+    ]
+    if changed:
+        raise SettingsError(
+            f"{settings.output} was made with other settings: {'; '.join(changed)}. Leave them as "
+            "they were, or choose another --output"
+        )
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every field, by its dotted name, whose value differs between two settings."""
+    for f in dataclasses.fields(old):
+        a, b = getattr(old, f.name), getattr(new, f.name)
+        if dataclasses.is_dataclass(a):
+            yield from differences(a, b, f"{prefix}{f.name}.")
+        elif a != b:
+            yield f"{prefix}{f.name}", a, b
+
+
+def as_json(settings: Settings) -> str:
+    """Settings as text."""
+    return json.dumps(dataclasses.asdict(settings), indent=2, default=str)
+
+
+def read_settings(output: Path) -> Settings | None:
+    """The settings that a run in `output` was started with."""
+    path = output / "settings.json"
+    return _restore(Settings(), json.loads(path.read_text())) if path.exists() else None
+
+
+def _restore(default: Any, values: dict[str, Any]) -> Any:
+    """`default` with the values of a JSON object in place of its own."""
+    restored = {}
+    for name, value in values.items():
+        own = getattr(default, name)
+        if dataclasses.is_dataclass(own):
+            restored[name] = _restore(own, value)
+        elif isinstance(own, tuple):
+            restored[name] = tuple(value)
+        else:
+            restored[name] = type(own)(value)
+    return replace(default, **restored)
+
+
+def parse(arguments: Sequence[str]) -> Settings:
+    """The command line over the settings of the run in --output, or of --preset."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--output", type=Path, default=Settings().output)
+    first.add_argument("--preset", choices=list(PRESETS), default=None)
+    known, _ = first.parse_known_args(arguments)
+    default = PRESETS[known.preset or "demo"]
+    if known.preset is None:
+        default = read_settings(known.output) or default
+    return tyro.cli(Settings, default=replace(default, resume=False), args=arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    settings = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        run(settings)
+    except (SettingsError, NonFiniteLoss, CheckpointError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
