@@ -34,8 +34,8 @@ VIT_SIZES = {
     "franca_vitl14": ViTSize(width=1024, depth=24, heads=16),
     "franca_vitg14": ViTSize(width=1536, depth=40, heads=24),
     # A LayerScale of 1e-5 keeps blocks near the identity for much of a run of some thousand steps.
-    "sslkit_vit_tiny": ViTSize(128, 4, 4, patch_size=4, img_size=32, layer_scale=0.1),
-    "sslkit_vit_micro": ViTSize(32, 2, 2, patch_size=4, img_size=32, layer_scale=0.1),
+    "sslkit_vit_tiny": ViTSize(128, 4, 4, patch_size=4, img_size=32, layer_scale=1.0),
+    "sslkit_vit_micro": ViTSize(32, 2, 2, patch_size=4, img_size=32, layer_scale=1.0),
 }
 
 
