@@ -129,11 +129,22 @@ def test_position_in_several_forms_is_removed():
     assert abs(position_probe(rasa(train), rasa(test)).r2) < 0.02
 
 
+@pytest.mark.parametrize("ridge", [0.0, 0.01])
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_the_last_plane_takes_what_the_others_left(num_iterations, ridge):
+    (train, _), (test, _) = planted(400), planted(400, seed=1)
+    rasa = RASAProjector(D, num_iterations=num_iterations)
+    errors = rasa.fit([train], ridge=ridge, tolerance=0.0)
+    assert position_probe(rasa(train), rasa(test)).r2 > 0.1
+    assert rasa.fit([train], ridge=ridge) == errors  # of the heads before the ridge is raised
+    assert position_probe(rasa(train), rasa(test)).r2 < 0.02
+
+
 def test_heads_minimise_the_oracles_loss():
     """No small change of the fitted head, in any direction tried, has a lower loss."""
     x, _ = planted(2, grid=(2, 3))
     rasa, ridge = RASAProjector(D, num_iterations=1), 0.5
-    (error,) = rasa.fit([x], ridge=ridge)
+    (error,) = rasa.fit([x], ridge=ridge, tolerance=0.0)
     features, targets = x.double().reshape(-1, D).tolist(), oracle.positions(2, 3) * 2
     penalty = ridge * oracle.mean_variance(features) / 16
     # The head itself is not kept, but its rows span the basis: the best head in that plane must
