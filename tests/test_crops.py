@@ -16,10 +16,8 @@ from sslkit.data import pixels
 from sslkit.data.crops import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    EvalTransform,
     MultiCrop,
     View,
-    denormalize,
 )
 from sslkit.data.seeds import sample_seed
 
@@ -398,56 +396,6 @@ def test_refused_settings(arguments, message):
 def test_refused_images(image, message):
     with pytest.raises(ValueError, match=message):
         MultiCrop(mean=IMAGENET_MEAN, std=IMAGENET_STD)(image, generator=seeded(0))
-
-
-# --- evaluation transform ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (64, 1000), (20, 30)])
-def test_eval_transform_is_resize_and_centre_crop(height, width):
-    image = random_image(height, width)
-    resized = vision.resize(image, [256], vision.InterpolationMode.BICUBIC, antialias=True)
-    expected = vision.normalize(
-        vision.center_crop(resized, [224, 224]).float() / 255,
-        list(IMAGENET_MEAN),
-        list(IMAGENET_STD),
-    )
-    got = EvalTransform()(image)
-    # torchvision floors the longer side and this rounds it: pixels may move by less than one.
-    if max(height, width) * 256 % min(height, width) == 0:
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    assert got.shape == (3, 224, 224)
-    assert (denormalize(got) - denormalize(expected)).mean().abs() < 1e-3
-
-
-@given(
-    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    image=st.tuples(st.integers(1, 90), st.integers(1, 90)),
-)
-def test_eval_transform_of_any_shape(size, image):
-    result = EvalTransform(size=size)(random_image(*image))
-    assert result.shape == (3, *size)
-
-
-def test_eval_transform_keeps_an_image_of_its_size():
-    image = random_image(32, 48)
-    result = denormalize(EvalTransform(size=(32, 48), resize=(32, 48))(image))
-    torch.testing.assert_close(result, image / 255, atol=1e-6, rtol=0)
-
-
-def test_eval_transform_refuses_a_small_resize():
-    with pytest.raises(ValueError, match="resize 200 must be at least size 224"):
-        EvalTransform(size=224, resize=200)
-
-
-@pytest.mark.parametrize("channels", [1, 3, 6])
-def test_denormalize_inverts_a_batch(channels):
-    images = torch.stack([random_image(16, 16, channels, seed) for seed in range(4)])
-    transform = EvalTransform(size=16, resize=16)
-    restored = denormalize(
-        torch.stack([transform(image) for image in images]).view(2, 2, channels, 16, 16)
-    )
-    torch.testing.assert_close(restored.view_as(images), images / 255, atol=1e-6, rtol=0)
 
 
 # --- seeds ---------------------------------------------------------------------------------------

@@ -11,14 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sslkit.data.crops import EvalTransform, MultiCrop
+from sslkit.data.crops import MultiCrop
 from sslkit.data.decode import UnreadableImage
 from sslkit.data.loader import (
     MultiCropDataset,
     SampleStream,
     Unreadable,
     UnreadableLog,
-    iterate_images,
     make_loader,
 )
 from sslkit.data.sources import ImageArray, ImageFolder
@@ -178,7 +177,6 @@ def test_batches_do_not_depend_on_workers_or_restarts(num_workers):
 def test_torchs_global_generator_is_left_alone(num_workers):
     before = torch.get_rng_state()
     take(make_loader(dataset(), batch_size=4, num_workers=num_workers), 1)
-    list(iterate_images(Broken(3, ()), EvalTransform(size=8), batch_size=2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -323,33 +321,3 @@ def test_a_folder_with_a_broken_file_trains(tmp_path):
             log.update(batch.indices, batch.unreadable)
     assert [str(each.message).count("3.png") for each in caught] == [1], caught
     assert (log.num_seen, log.num_unreadable) == (6, 1)
-
-
-# --- evaluation ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_iterate_images_in_order_without_the_broken(num_workers):
-    source = Broken(11, {2, 4, 5})
-    transform = EvalTransform(size=(16, 12))
-    with pytest.warns(RuntimeWarning, match=r"photo_\d.jpg") as caught:
-        batches = list(
-            iterate_images(
-                source, transform, batch_size=2, num_workers=num_workers, unreadable_threshold=0.5
-            )
-        )
-    indices = torch.cat([batch.indices for batch in batches]).tolist()
-    assert indices == [0, 1, 3, 6, 7, 8, 9, 10]
-    assert torch.cat([batch.labels for batch in batches]).tolist() == [i % 7 for i in indices]
-    images = torch.cat([batch.images for batch in batches])
-    assert images.shape == (8, 3, 16, 12)
-    for image, index in zip(images, indices, strict=True):
-        assert torch.equal(image, transform(source[index][0]))
-    assert len([each for each in caught if each.category is RuntimeWarning]) == 3
-
-
-@pytest.mark.filterwarnings("ignore:skipped unreadable")
-@pytest.mark.parametrize(("size", "message"), [(1, "none of the 1 images"), (5, "5 of the 5")])
-def test_iterate_images_stops(size, message):
-    with pytest.raises(RuntimeError, match=message):
-        list(iterate_images(Broken(size, range(size)), EvalTransform(size=8), batch_size=5))

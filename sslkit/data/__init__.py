@@ -4,9 +4,7 @@ from sslkit.data.crops import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Crops,
-    EvalTransform,
     MultiCrop,
-    denormalize,
 )
 from sslkit.data.decode import UnreadableImage, read_image
 from sslkit.data.loader import (
@@ -15,7 +13,6 @@ from sslkit.data.loader import (
     SampleStream,
     UnreadableLog,
     collate,
-    iterate_images,
     make_loader,
 )
 from sslkit.data.scenes import Scene, Scenes
@@ -35,7 +32,6 @@ __all__ = [
     "IMAGENET_STD",
     "Batch",
     "Crops",
-    "EvalTransform",
     "ImageArray",
     "ImageFolder",
     "MultiCrop",
@@ -49,8 +45,6 @@ __all__ = [
     "UnreadableImage",
     "UnreadableLog",
     "collate",
-    "denormalize",
-    "iterate_images",
     "make_loader",
     "open_source",
     "read_image",

@@ -154,7 +154,7 @@ class MultiCrop:
                 f"{list(image.shape)}"
             )
         channels, height, width = image.shape
-        mean, std = _normalisation(channels, self.mean, self.std)
+        mean, std = normalisation(channels, self.mean, self.std)
         scale, shift = 1 / (255 * std), -mean / std
         views = self.draw(height, width, generator=generator)
         groups = []
@@ -238,75 +238,16 @@ class MultiCrop:
         return min(max(tenth - (tenth + 1) % 2, 3), 9)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalTransform:
-    """Resize, centre crop and normalise: uint8 [C, h, w] -> float32 [C, H, W].
-
-    The image is resized (bicubic, antialiased) by one factor for both axes, the smallest for which
-    it covers ``resize``, and its central ``size`` is cut out; for square sizes that is the usual
-    "resize the shorter side to 256, crop 224".
-
-    Attributes:
-        size: of the result, a side or (H, W), in pixels.
-        resize: what the resized image must cover, at least ``size``; None is 256/224 of ``size``.
-        mean, std: as in :class:`MultiCrop`.
-
-    >>> EvalTransform(size=(28, 42))(torch.zeros(3, 60, 50, dtype=torch.uint8)).shape
-    torch.Size([3, 28, 42])
-    """
-
-    size: Size = 224
-    resize: Size | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        cover, (height, width) = self._cover(), _height_width(self.size)
-        if cover[0] < height or cover[1] < width:
-            raise ValueError(f"resize {self.resize} must be at least size {self.size} on each axis")
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """Transform one image, uint8 [C, h, w]."""
-        channels, height, width = image.shape
-        cover_height, cover_width = self._cover()
-        factor = max(cover_height / height, cover_width / width)
-        resized = vision.resize(
-            image,
-            [max(round(height * factor), cover_height), max(round(width * factor), cover_width)],
-            interpolation=InterpolationMode.BICUBIC,
-            antialias=True,
-        )
-        x = vision.center_crop(resized, list(_height_width(self.size))).to(
-            torch.float32, memory_format=torch.contiguous_format
-        )
-        mean, std = _normalisation(channels, self.mean, self.std)
-        return x.div_(255).sub_(mean).div_(std)
-
-    def _cover(self) -> tuple[int, int]:
-        if self.resize is not None:
-            return _height_width(self.resize)
-        height, width = _height_width(self.size)
-        return round(height * 256 / 224), round(width * 256 / 224)
-
-
-def denormalize(
-    images: Tensor, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
-) -> Tensor:
-    """Undo the normalisation for pictures: [..., C, h, w] -> the same shape, within 0..1.
-
-    >>> image = torch.full((3, 4, 4), 51, dtype=torch.uint8)
-    >>> round(denormalize(EvalTransform(size=4)(image)).mean().item(), 4)
-    0.2
-    """
-    channel_mean, channel_std = _normalisation(images.shape[-3], mean, std)
-    channel_mean, channel_std = channel_mean.to(images), channel_std.to(images)
-    return (images * channel_std + channel_mean).clamp(0, 1)
-
-
-def _normalisation(
+def normalisation(
     channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[Tensor, Tensor]:
-    """(mean, std), each [C, 1, 1]."""
+    """Mean and standard deviation [C, 1, 1] that images in 0..1 are normalised with.
+
+    None is ImageNet's for RGB, and the average of its three for any other number of channels.
+
+    >>> normalisation(1, None, (0.5,))[1].shape
+    torch.Size([1, 1, 1])
+    """
     result = []
     for name, given, imagenet in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
         if given is None:

@@ -7,7 +7,7 @@ was stopped. A run resumes with ``make_loader(..., start_sample=step * batch_siz
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -325,75 +325,3 @@ class UnreadableLog:
             return self.num_unreadable > share * seen
         margin = 3 * math.sqrt(share * (1 - share) * seen)
         return seen >= 20 and self.num_unreadable > share * seen + margin
-
-
-class Images(NamedTuple):
-    """Transformed images [B, C, h, w], labels int64 [B], and indices int64 [B] in the source."""
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-
-
-def iterate_images(
-    source: Source,
-    transform: Callable[[Tensor], Tensor],
-    *,
-    batch_size: int,
-    num_workers: int = 0,
-    unreadable_threshold: float = 0.05,
-) -> Iterator[Images]:
-    """Every readable image of ``source`` once, in order, for evaluation.
-
-    ``transform`` maps uint8 [C, h, w] to a tensor of one shape, as
-    :class:`~sslkit.data.crops.EvalTransform` does. Unreadable images are left out, with the
-    warnings and the limit of :class:`UnreadableLog`.
-
-    Raises:
-        RuntimeError: too many images are unreadable, or all of them.
-    """
-    loader = DataLoader(
-        _TransformedImages(source, transform),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=_collate_images,
-        generator=torch.Generator(),  # else iter() takes a draw from torch's global generator
-    )
-    log = UnreadableLog(len(source), threshold=unreadable_threshold)
-    any_readable = False
-    for images, unreadable in loader:
-        log.update([] if images is None else images.indices, unreadable)
-        if images is not None:
-            any_readable = True
-            yield images
-    if not any_readable:
-        raise RuntimeError(
-            f"none of the {len(source)} images is readable, as {list(log.names.values())[:3]}"
-        )
-
-
-class _TransformedImages(Dataset):
-    def __init__(self, source: Source, transform: Callable[[Tensor], Tensor]):
-        self.source = source
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int] | Unreadable:
-        try:
-            image, label = self.source[index]
-        except UnreadableImage as error:
-            return Unreadable(index, error.name, error.reason)
-        return self.transform(image), label, index
-
-
-def _collate_images(
-    items: Sequence[tuple[Tensor, int, int] | Unreadable],
-) -> tuple[Images | None, tuple[Unreadable, ...]]:
-    unreadable = tuple(item for item in items if isinstance(item, Unreadable))
-    readable = [item for item in items if not isinstance(item, Unreadable)]
-    if not readable:
-        return None, unreadable
-    images, labels, indices = zip(*readable, strict=True)
-    return Images(torch.stack(images), torch.tensor(labels), torch.tensor(indices)), unreadable

@@ -1,0 +1,93 @@
+"""The confusion matrix that every segmentation score is read from."""
+
+import torch
+from torch import Tensor
+
+
+def confusion_matrix(
+    truth: Tensor, prediction: Tensor, num_classes: int, *, ignore_index: int = 255
+) -> Tensor:
+    """Counts, int64 [C, C]: element (i, j) is how often true class i was predicted as j.
+
+    Args:
+        truth: integers of any shape, in 0..C-1, or ``ignore_index``: these are not counted.
+        prediction: integers of the same shape, in 0..C-1 wherever the truth is counted.
+        num_classes: C.
+        ignore_index: the label of what does not count.
+
+    >>> confusion_matrix(torch.tensor([0, 1, 1, 255]), torch.tensor([0, 0, 1, 1]), 2)
+    tensor([[1, 0],
+            [1, 1]])
+    """
+    if truth.shape != prediction.shape:
+        raise ValueError(
+            f"truth and prediction differ in shape: {list(truth.shape)}, {list(prediction.shape)}"
+        )
+    counted = truth != ignore_index
+    truth, prediction = truth[counted].long(), prediction[counted].long()
+    for name, classes in (("truth", truth), ("prediction", prediction)):
+        wrong = classes[(classes < 0) | (classes >= num_classes)]
+        if len(wrong):
+            raise ValueError(
+                f"{name} holds class {int(wrong[0])}, but num_classes={num_classes}: classes must "
+                f"be 0..{num_classes - 1} (ignore_index={ignore_index} excepted, in truth only)"
+            )
+    cells = truth * num_classes + prediction
+    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def iou(confusion: Tensor) -> Tensor:
+    """Intersection over union of each class, float64 [C], from a confusion matrix [C, C].
+
+    NaN for a class that is neither in the truth nor predicted; 0 for one that is in the truth
+    only, or predicted only.
+
+    >>> iou(torch.tensor([[1, 0, 0], [1, 2, 0], [0, 0, 0]]))
+    tensor([0.5000, 0.6667,    nan], dtype=torch.float64)
+    """
+    confusion = _square(confusion).double()
+    intersection = confusion.diagonal()
+    return intersection / (confusion.sum(0) + confusion.sum(1) - intersection)
+
+
+def mean_iou(confusion: Tensor, *, absent_as_zero: bool = False) -> float:
+    """Mean of `iou` over the classes that are in the truth or predicted.
+
+    ``absent_as_zero`` counts classes that are in neither as 0 and divides by C, as the published
+    in-context code does.
+
+    >>> mean_iou(torch.tensor([[1, 0, 0], [1, 3, 0], [0, 0, 0]]))
+    0.625
+    """
+    per_class = iou(confusion)
+    if not confusion.sum():
+        raise ValueError(
+            "the confusion matrix is empty: every pixel was ignored, or there was none"
+        )
+    if absent_as_zero:
+        return per_class.nan_to_num(0).mean().item()
+    return per_class.nanmean().item()
+
+
+def match_predictions(confusion: Tensor) -> Tensor:
+    """Reorder the columns of a confusion matrix so that the mean IoU is largest (Hungarian method).
+
+    For predictions whose numbers have no meaning, such as as many clusters as classes. A class in
+    neither truth nor prediction counts as 0. Needs SciPy.
+
+    >>> match_predictions(torch.tensor([[0, 5], [3, 1]]))
+    tensor([[5, 0],
+            [1, 3]])
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    counts = _square(confusion).double()
+    pairwise = counts / (counts.sum(0) + counts.sum(1, keepdim=True) - counts).clamp(min=1)
+    _, columns = linear_sum_assignment(pairwise.cpu().numpy(), maximize=True)
+    return confusion[:, torch.from_numpy(columns).to(confusion.device)]
+
+
+def _square(confusion: Tensor) -> Tensor:
+    if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
+        raise ValueError(f"a confusion matrix is [C, C], got {list(confusion.shape)}")
+    return confusion

@@ -1,0 +1,242 @@
+"""In-context segmentation: a segmentation read off a memory of labelled patches, untrained.
+
+Balazevic et al. 2023 (Hummingbird, arXiv 2306.01667, section 3.2); the Franca paper's Table 4.
+Constants as in the public reimplementation that the paper used (Pariza et al. 2024).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslkit.evaluation.confusion import confusion_matrix, iou, match_predictions, mean_iou
+from sslkit.evaluation.knn import cosine_neighbours
+
+
+@dataclass(frozen=True)
+class Memory:
+    """M labelled patches: features ``keys`` [M, D] and class frequencies ``labels`` [M, C]."""
+
+    keys: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True)
+class InContextResult:
+    """The mean IoU, the IoU of each class (NaN: absent), and the predicted masks [Q, h, w]."""
+
+    mean_iou: float
+    iou: Tensor
+    predictions: Tensor
+    memory_size: int
+
+
+def patch_class_frequencies(
+    masks: Tensor, grid: tuple[int, int], num_classes: int, *, ignore_index: int = 255
+) -> Tensor:
+    """Share of each class among the pixels under each patch, float32 [B, H, W, C].
+
+    Pixels of ``ignore_index`` are not counted; a patch that has no other pixel is all 0.
+
+    Args:
+        masks: integer classes [B, h, w], with h divisible by H and w by W.
+        grid: ``(H, W)``, patches down and across.
+        num_classes: C.
+        ignore_index: the label of pixels that belong to no class.
+
+    >>> mask = torch.tensor([[[0, 1, 255, 255], [0, 0, 255, 2]]])
+    >>> patch_class_frequencies(mask, (1, 2), 3)
+    tensor([[[[0.7500, 0.2500, 0.0000],
+              [0.0000, 0.0000, 1.0000]]]])
+    """
+    B, h, w = masks.shape
+    H, W = grid
+    if h % H or w % W:
+        raise ValueError(
+            f"masks are {h} by {w} pixels, which the patch grid {H} by {W} does not divide: "
+            "crop images and masks to a multiple of the patch size"
+        )
+    known = masks != ignore_index
+    wrong = masks[known & ((masks < 0) | (masks >= num_classes))]
+    if len(wrong):
+        raise ValueError(
+            f"masks hold class {int(wrong[0])}, but num_classes={num_classes} and "
+            f"ignore_index={ignore_index}"
+        )
+    patch = torch.arange(B * H * W, device=masks.device).view(B, H, W)
+    patch = patch.repeat_interleave(h // H, dim=1).repeat_interleave(w // W, dim=2)  # [B, h, w]
+    cells = (patch * num_classes + masks.long())[known]
+    counts = torch.bincount(cells, minlength=B * H * W * num_classes).view(B, H, W, num_classes)
+    return counts / counts.sum(-1, keepdim=True).clamp(min=1)
+
+
+def build_memory(
+    patches: Tensor,
+    masks: Tensor,
+    num_classes: int,
+    *,
+    patches_per_image: int | None = None,
+    ignore_index: int = 255,
+    generator: torch.Generator | None = None,
+) -> Memory:
+    """Memory of the labelled patches of some images.
+
+    With ``patches_per_image``, each image keeps that many patches (or all that carry a label, if
+    they are fewer), rare classes first: with ``f_c`` the number of the image's patches that
+    contain class c, the patches with the lowest ``u * sum_{c in patch} f_c`` are kept, where u is
+    uniform in [0, 1) for each patch. Patches under ``ignore_index`` alone are left out.
+
+    Args:
+        patches: features [B, H, W, D].
+        masks: integer classes [B, h, w]; see `patch_class_frequencies`.
+        num_classes: C.
+        patches_per_image: default: every patch.
+        ignore_index: the label of pixels that belong to no class.
+        generator: of u, on the CPU; needed when ``patches_per_image`` is given.
+
+    >>> memory = build_memory(torch.rand(2, 4, 6, 8), torch.zeros(2, 8, 12, dtype=torch.long), 3)
+    >>> memory.keys.shape, memory.labels.shape
+    (torch.Size([48, 8]), torch.Size([48, 3]))
+    """
+    B, H, W, D = patches.shape
+    if len(masks) != B:
+        raise ValueError(f"there are {B} images of patches but {len(masks)} masks")
+    frequencies = patch_class_frequencies(masks, (H, W), num_classes, ignore_index=ignore_index)
+    frequencies = frequencies.view(B, H * W, num_classes).to(patches.device)
+    present = frequencies > 0  # [B, N, C]
+    keep = present.any(-1)  # [B, N]
+    if patches_per_image is not None:
+        if generator is None:
+            raise ValueError("generator is needed to choose patches_per_image patches of an image")
+        if patches_per_image < 1:
+            raise ValueError(f"patches_per_image must be at least 1, got {patches_per_image}")
+        class_counts = present.sum(1, keepdim=True)  # [B, 1, C]
+        score = (present * class_counts).sum(-1).float()  # [B, N]
+        score *= torch.rand(score.shape, generator=generator).to(score)
+        score[~keep] = torch.inf
+        lowest = score.topk(min(patches_per_image, H * W), largest=False).indices
+        keep &= torch.zeros_like(keep).scatter_(1, lowest, True)
+    if not keep.any():
+        raise ValueError(f"the memory is empty: every pixel of the masks is {ignore_index}")
+    return Memory(patches.view(B, H * W, D)[keep], frequencies[keep])
+
+
+def segment(
+    memory: Memory,
+    patches: Tensor,
+    size: tuple[int, int],
+    *,
+    num_neighbours: int = 30,
+    temperature: float = 0.02,
+    chunk_size: int = 1024,
+) -> Tensor:
+    """Predicted class of every pixel, int64 [Q, h, w].
+
+    Each patch's class scores are the labels of its ``num_neighbours`` most similar memory patches
+    (cosine), weighted by softmax(similarity / temperature); they are resized bilinearly (pixel
+    centres aligned, ``align_corners=False``) to h × w, and the highest one is taken.
+
+    Args:
+        memory: from `build_memory`.
+        patches: features of the images to segment, [Q, H, W, D].
+        size: ``(h, w)`` of the result, in pixels.
+        num_neighbours: clipped to the size of the memory.
+        temperature: divides the similarities.
+        chunk_size: patches compared with the memory at once.
+
+    >>> memory = Memory(torch.eye(2), torch.eye(2))
+    >>> segment(memory, torch.tensor([[[[1.0, 0.1], [0.1, 1.0]]]]), (2, 4))
+    tensor([[[0, 0, 1, 1],
+             [0, 0, 1, 1]]])
+    """
+    Q, H, W, D = patches.shape
+    similarity, index = cosine_neighbours(
+        patches.reshape(Q * H * W, D),
+        memory.keys,
+        min(num_neighbours, len(memory)),
+        chunk_size=chunk_size,
+    )
+    weights = (similarity / temperature).softmax(dim=1)  # [Q*H*W, k]
+    scores = torch.cat(
+        [
+            torch.einsum("qk,qkc->qc", weight, memory.labels[neighbours].float())
+            for weight, neighbours in zip(
+                weights.split(chunk_size), index.split(chunk_size), strict=True
+            )
+        ]
+    )
+    maps = scores.view(Q, H, W, -1).permute(0, 3, 1, 2)  # [Q, C, H, W]
+    return torch.cat(
+        [F.interpolate(one, size, mode="bilinear").argmax(dim=1) for one in maps.split(1)]
+    )
+
+
+def in_context_segmentation(
+    train_patches: Tensor,
+    train_masks: Tensor,
+    test_patches: Tensor,
+    test_masks: Tensor,
+    num_classes: int,
+    *,
+    patches_per_image: int | None = None,
+    num_neighbours: int = 30,
+    temperature: float = 0.02,
+    ignore_index: int = 255,
+    generator: torch.Generator | None = None,
+    reference_quirks: bool = False,
+) -> InContextResult:
+    """Segment test images from a memory of training patches and score the result.
+
+    The mean IoU is over all test pixels but those of ``ignore_index``, and over the classes that
+    are in the truth or predicted.
+
+    ``reference_quirks`` gives the number that the published code gives: pixels to be ignored
+    count as class 0 in the memory; predicted classes are matched to true ones by the Hungarian
+    method though they are labels already (this can only raise the score); classes in neither
+    truth nor prediction count as 0. ``iou`` is that of the matched classes.
+
+    Args:
+        train_patches: [B, H, W, D].
+        train_masks: integer classes [B, h, w].
+        test_patches: [Q, H', W', D].
+        test_masks: integer classes [Q, h', w'].
+        num_classes: C.
+        patches_per_image, generator: see `build_memory`.
+        num_neighbours, temperature: see `segment`.
+        ignore_index: the label of pixels that belong to no class.
+        reference_quirks: see above.
+
+    >>> masks = torch.randint(2, (3, 4, 6), generator=torch.Generator().manual_seed(0))
+    >>> patches = F.one_hot(masks, 2).float()
+    >>> in_context_segmentation(patches, masks, patches, masks, 2).mean_iou
+    1.0
+    """
+    if len(test_patches) != len(test_masks):
+        raise ValueError(
+            f"there are {len(test_patches)} images of patches but {len(test_masks)} masks to test"
+        )
+    if reference_quirks:
+        train_masks = train_masks.masked_fill(train_masks == ignore_index, 0)
+    memory = build_memory(
+        train_patches,
+        train_masks,
+        num_classes,
+        patches_per_image=patches_per_image,
+        ignore_index=ignore_index,
+        generator=generator,
+    )
+    size = (test_masks.shape[1], test_masks.shape[2])
+    predictions = segment(
+        memory, test_patches, size, num_neighbours=num_neighbours, temperature=temperature
+    )
+    confusion = confusion_matrix(
+        test_masks.to(predictions.device), predictions, num_classes, ignore_index=ignore_index
+    )
+    if reference_quirks:
+        confusion = match_predictions(confusion)
+    score = mean_iou(confusion, absent_as_zero=reference_quirks)
+    return InContextResult(score, iou(confusion), predictions, len(memory))

@@ -1,0 +1,175 @@
+"""Weighted k-nearest-neighbour classification on frozen features.
+
+The protocol of DINO and DINOv2 (Wu et al. 2018, arXiv 1805.01978, section 3.4): cosine
+similarity, votes weighted by softmax(similarity / 0.07) over the nearest 200.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_KEYS_AT_ONCE = 65_536
+
+
+def cosine_neighbours(
+    queries: Tensor, keys: Tensor, k: int, *, chunk_size: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Similarities and indices [Q, k] of each query's k most similar keys, most similar first.
+
+    Exact search. Both sides are L2-normalised here and compared in float32, whatever they are
+    stored in; a vector of zeros has similarity 0 to everything. Equal similarities come in no
+    particular order. At most ``chunk_size`` × 65,536 similarities are held at once.
+
+    Args:
+        queries: [Q, D].
+        keys: [N, D], with N >= k.
+        k: neighbours a query.
+        chunk_size: queries compared at once.
+
+    >>> keys = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])
+    >>> cosine_neighbours(torch.tensor([[5.0, 0.0]]), keys, 2)
+    (tensor([[1., 0.]]), tensor([[0, 1]]))
+    """
+    if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1]:
+        raise ValueError(
+            f"queries and keys must be [Q, D] and [N, D] with the same D, got "
+            f"{list(queries.shape)} and {list(keys.shape)}"
+        )
+    if not 1 <= k <= len(keys):
+        raise ValueError(
+            f"k={k} neighbours were asked for, but there are {len(keys)} keys: "
+            f"k must be between 1 and {len(keys)}"
+        )
+    for name, x in (("queries", queries), ("keys", keys)):
+        if not x.isfinite().all():
+            raise ValueError(f"{name} hold NaN or infinite values")
+    similarities, indices = [], []
+    for query in queries.split(chunk_size):
+        query = F.normalize(query.float(), dim=1)
+        best = query.new_empty(len(query), 0)
+        where = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
+        for start in range(0, len(keys), _KEYS_AT_ONCE):
+            key = F.normalize(keys[start : start + _KEYS_AT_ONCE].float(), dim=1)
+            similarity, index = (query @ key.T).topk(min(k, len(key)))
+            # The best so far, and the best of these keys: the k best of both.
+            candidates = torch.cat([best, similarity], dim=1)
+            best, order = candidates.topk(min(k, candidates.shape[1]))
+            where = torch.cat([where, index + start], dim=1).gather(1, order)
+        similarities.append(best)
+        indices.append(where)
+    if not similarities:
+        return queries.new_empty(0, k, dtype=torch.float32), torch.empty(0, k, dtype=torch.int64)
+    return torch.cat(similarities), torch.cat(indices)
+
+
+def knn_predict(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    *,
+    ks: Sequence[int] = (10, 20, 100, 200),
+    num_classes: int | None = None,
+    temperature: float = 0.07,
+    num_neighbours: int = 200,
+    chunk_size: int = 1024,
+) -> dict[int, Tensor]:
+    """Predicted class of each test item, for several k at once.
+
+    With ``s_1 >= s_2 >= ...`` the cosine similarities of a test item to the training items, and
+    T = min(num_neighbours, N)::
+
+        w_i = exp(s_i / temperature) / sum_{j <= T} exp(s_j / temperature)
+        predicted = argmax_c  sum_{i <= k, label_i = c} w_i
+
+    Of classes with equal votes, the one with the smallest index is predicted.
+
+    Args:
+        train_features: [N, D], normalised here.
+        train_labels: int [N], all >= 0.
+        test_features: [Q, D], normalised here.
+        ks: the numbers of neighbours; none larger than ``min(num_neighbours, N)``.
+        num_classes: default: the largest training label + 1.
+        temperature: divides the similarities.
+        num_neighbours: how many neighbours the softmax is over.
+        chunk_size: test items compared at once.
+
+    Returns:
+        For each k, int64 [Q].
+
+    >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+    >>> knn_predict(features, torch.tensor([0, 0, 1]), torch.tensor([[0.1, 1.0]]), ks=(1, 3))
+    {1: tensor([1]), 3: tensor([1])}
+    """
+    _check_labels("train", train_features, train_labels)
+    num_neighbours = min(num_neighbours, len(train_features))
+    if not ks or min(ks) < 1 or max(ks) > num_neighbours:
+        raise ValueError(
+            f"ks={tuple(ks)} must be between 1 and {num_neighbours}, the neighbours in the vote: "
+            f"the least of num_neighbours and the {len(train_features)} training items"
+        )
+    if int(train_labels.min()) < 0:
+        raise ValueError("train_labels holds a negative label: leave unlabelled items out")
+    num_labels = int(train_labels.max()) + 1
+    num_classes = num_labels if num_classes is None else num_classes
+    if num_labels > num_classes:
+        raise ValueError(f"train_labels holds {num_labels - 1}, but num_classes={num_classes}")
+    similarity, index = cosine_neighbours(
+        test_features, train_features, num_neighbours, chunk_size=chunk_size
+    )
+    weights = (similarity / temperature).softmax(dim=1)  # [Q, T]
+    classes = train_labels.to(index.device, torch.int64)[index]  # [Q, T]
+    votes = weights.new_zeros(len(weights), num_classes)
+    predictions: dict[int, Tensor] = {}
+    counted = 0
+    for k in sorted(set(ks)):
+        votes.scatter_add_(1, classes[:, counted:k], weights[:, counted:k])
+        predictions[k] = votes.argmax(dim=1)
+        counted = k
+    return predictions
+
+
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    ks: Sequence[int] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+    num_neighbours: int = 200,
+    chunk_size: int = 1024,
+) -> dict[int, float]:
+    """Top-1 accuracy, in 0..1, of `knn_predict` for each k.
+
+    A test item whose class is not in the training set counts as wrong.
+
+    >>> features, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
+    >>> knn_accuracy(features, labels, features, labels, ks=(1,))
+    {1: 1.0}
+    """
+    _check_labels("test", test_features, test_labels)
+    predictions = knn_predict(
+        train_features,
+        train_labels,
+        test_features,
+        ks=ks,
+        temperature=temperature,
+        num_neighbours=num_neighbours,
+        chunk_size=chunk_size,
+    )
+    return {
+        k: (predicted == test_labels.to(predicted.device)).double().mean().item()
+        for k, predicted in predictions.items()
+    }
+
+
+def _check_labels(split: str, features: Tensor, labels: Tensor) -> None:
+    if len(features) == 0:
+        raise ValueError(f"{split}_features is empty: k-NN needs at least one item")
+    if labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"{split}_labels must be [{len(features)}], one for each of {split}_features, "
+            f"got {list(labels.shape)}"
+        )

@@ -1,0 +1,60 @@
+"""Matryoshka curves: how much of a score survives when only the first features are kept.
+
+Kusupati et al. 2022 (arXiv 2205.13147); the Franca paper's Figure 3.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def matryoshka_curve(
+    train_features: Tensor,
+    test_features: Tensor,
+    *,
+    score: Callable[[Tensor, Tensor], float],
+    sizes: Sequence[int] | None = None,
+) -> dict[int, float]:
+    """Score of each prefix of the features.
+
+    For each size m, both sets are cut to ``x[..., :m]``, L2-normalised, and handed to ``score``.
+
+    Args:
+        train_features: [..., D].
+        test_features: [..., D].
+        score: any protocol, as a function of (training features, test features).
+        sizes: default: D/16, D/8, D/4, D/2 and D, the nesting of the Franca paper.
+
+    >>> import torch
+    >>> from sslkit.evaluation.knn import knn_accuracy
+    >>> labels = torch.arange(4)
+    >>> def score(train, test):
+    ...     return knn_accuracy(train, labels, test, labels, ks=(1,))[1]
+    >>> matryoshka_curve(torch.eye(4), torch.eye(4), score=score, sizes=(2, 4))
+    {2: 0.5, 4: 1.0}
+    """
+    D = train_features.shape[-1]
+    if test_features.shape[-1] != D:
+        raise ValueError(
+            f"training and test features differ in size: {D} and {test_features.shape[-1]}"
+        )
+    sizes = nesting_sizes(D) if sizes is None else sizes
+    if not sizes or min(sizes) < 1 or max(sizes) > D:
+        raise ValueError(f"sizes={tuple(sizes)} must be between 1 and the feature size {D}")
+    return {
+        m: score(
+            F.normalize(train_features[..., :m], dim=-1),
+            F.normalize(test_features[..., :m], dim=-1),
+        )
+        for m in sizes
+    }
+
+
+def nesting_sizes(dim: int) -> tuple[int, ...]:
+    """D/16, D/8, D/4, D/2, D: the paper's nesting sizes, those below 1 left out.
+
+    >>> nesting_sizes(768)
+    (48, 96, 192, 384, 768)
+    """
+    return tuple(size for size in (dim // 16, dim // 8, dim // 4, dim // 2, dim) if size)

@@ -1,0 +1,94 @@
+"""PCA maps: what patch features distinguish, as colours (the Franca paper's Figure 9)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PCAMaps:
+    """Colours of patches, and which of them are foreground.
+
+    Attributes:
+        rgb: float32 [B, H, W, 3] in 0..1; the background is black.
+        foreground: bool [B, H, W].
+        explained: float64 [3]: the share of the foreground's variance in each colour.
+    """
+
+    rgb: Tensor
+    foreground: Tensor
+    explained: Tensor
+
+
+def pca_maps(patches: Tensor, *, threshold: float = 0.0, clip: float = 0.01) -> PCAMaps:
+    """Colour the foreground patches of some images by their first three principal components.
+
+    All images are taken together, so that equal colours mean like features across them:
+
+    1. The first principal component of all patches is thresholded. Its sign is arbitrary: the
+       foreground is the side that holds fewer of the patches on the images' borders (if both hold
+       as many, the smaller side). ``threshold`` counts from the mean, in standard deviations of
+       the component, on the foreground side; the paper's is 0.
+    2. A second PCA, of the foreground patches alone, gives red, green and blue, each stretched
+       linearly so that the quantiles ``clip`` and ``1 - clip`` become 0 and 1.
+
+    The sign of each component is chosen so that its largest entry is positive: colours do not
+    depend on the solver. A component without variance is 0.5 everywhere.
+
+    Args:
+        patches: [B, H, W, D] with D >= 3.
+        threshold: see above; 0 splits at the mean.
+        clip: share of patches at either end that the colours saturate on; 0: none.
+
+    >>> patches = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    >>> maps = pca_maps(patches)
+    >>> maps.rgb.shape, maps.foreground.shape
+    (torch.Size([2, 4, 6, 3]), torch.Size([2, 4, 6]))
+    """
+    B, H, W, D = patches.shape
+    if D < 3:
+        raise ValueError(f"three colours need at least 3 features, patches have D={D}")
+    if not 0 <= clip < 0.5:
+        raise ValueError(f"clip must be at least 0 and below 0.5, got {clip}")
+    x = patches.reshape(B * H * W, D).double()
+    first = _project(x, 1)[0].view(B, H, W)
+    scale = first.std(correction=0)
+    if scale <= torch.finfo(torch.float32).eps * x.abs().max():
+        raise ValueError("all patches are the same: there is no foreground to find")
+    foreground = _inner_side(first, threshold * scale)
+    if foreground.sum() < 2:
+        raise ValueError(
+            f"threshold={threshold} leaves {int(foreground.sum())} foreground patches of "
+            f"{B * H * W}: choose a lower one"
+        )
+    components, explained = _project(x[foreground.flatten()], 3)
+    ends = torch.tensor([clip, 1 - clip], dtype=torch.float64, device=x.device)
+    low, high = torch.quantile(components, ends, dim=0)
+    flat = high - low <= 1e-9 * scale
+    colours = ((components - low) / (high - low).where(~flat, torch.ones_like(low))).clamp(0, 1)
+    colours[:, flat] = 0.5
+    rgb = torch.zeros(B, H, W, 3, device=x.device)
+    rgb[foreground] = colours.float()
+    return PCAMaps(rgb, foreground, explained)
+
+
+def _project(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """First principal components [n, count] of rows x [n, D], and their shares of the variance."""
+    centred = x - x.mean(0)
+    variances, directions = torch.linalg.eigh(centred.T @ centred)  # ascending
+    largest = directions[:, -count:].flip(1)
+    top = largest.gather(0, largest.abs().argmax(0, keepdim=True))  # [1, count]
+    explained = variances[-count:].flip(0).clamp(min=0) / variances.sum().clamp(min=1e-300)
+    return centred @ (largest * top.sign()), explained
+
+
+def _inner_side(component: Tensor, threshold: Tensor) -> Tensor:
+    """Of both sides of a component [B, H, W], the one with fewer patches on the border."""
+    border = torch.ones(component.shape[1:], dtype=torch.bool, device=component.device)
+    border[1:-1, 1:-1] = False
+    positive, negative = component > 0, component < 0
+    on_border = [int((side & border).sum()) for side in (positive, negative)]
+    totals = [int(side.sum()) for side in (positive, negative)]
+    flipped = (on_border[1], totals[1]) < (on_border[0], totals[0])
+    return (-component if flipped else component) > threshold

@@ -1,0 +1,127 @@
+"""A report of a run in Markdown: a table of scores, pictures, and what is needed to repeat it."""
+
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from sslkit import __version__
+from sslkit.training.checkpoint import atomic_write
+
+
+def format_table(rows: Sequence[tuple[str, str]]) -> str:
+    """Two aligned columns of text, for a console and, fenced, for Markdown.
+
+    >>> print(format_table([("k-NN", "31.0 %"), ("position R2", "0.62 -> 0.01")]))
+    k-NN         31.0 %
+    position R2  0.62 -> 0.01
+    """
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def write_report(
+    directory: str | Path,
+    *,
+    title: str,
+    results: Sequence[tuple[str, str]],
+    figures: Mapping[str, Figure],
+    settings: Mapping[str, Any],
+) -> Path:
+    """Write ``report.md`` and ``figures/<name>.png``, each in place of an earlier one.
+
+    Results come first, then the pictures, which carry their own titles and say what to look for,
+    then the command, the versions, the machine and the settings. Every file is replaced as a
+    whole, ``report.md`` last, so that whoever reads it while it is written sees a complete page.
+
+    Args:
+        directory: made if missing.
+        title: the heading.
+        results: name and value of each row of the table; `format_table` prints the same.
+        figures: by file name without ``.png``, in the order in which they are shown. A figure's
+            label (``Figure.get_label()``), or else its name, is the text in place of the picture.
+        settings: plain values, and mappings of them, written as ``outer.inner``.
+
+    Returns:
+        The path of ``report.md``.
+
+    Raises:
+        ValueError: the name of a figure is not a plain file name.
+
+    >>> import tempfile
+    >>> path = write_report(
+    ...     tempfile.mkdtemp(), title="Run", results=[("k-NN", "31 %")], figures={}, settings={}
+    ... )
+    >>> path.read_text().splitlines()[4:7]
+    ['| Score | Value |', '| :-- | :-- |', '| k-NN | 31 % |']
+    """
+    directory = Path(directory)
+    for name in figures:
+        if name != Path(name).name or not name.strip("."):
+            raise ValueError(
+                f"the figure's name {name!r} is not a plain file name: leave out paths"
+            )
+    sections = [f"# {_one_line(title)}", "## Results", _markdown_table(results)]
+    if figures:
+        (directory / "figures").mkdir(parents=True, exist_ok=True)
+        sections += ["## Pictures", *(_picture(directory, *item) for item in figures.items())]
+    sections += ["## How it was made", _fenced(_provenance())]
+    if settings:
+        sections += ["Settings:", _fenced(_flat(settings))]
+    path = directory / "report.md"
+    directory.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(("\n\n".join(sections) + "\n").encode())
+    return path
+
+
+def _picture(directory: Path, name: str, figure: Figure) -> str:
+    """Save a figure, and the Markdown that shows it."""
+    place = f"figures/{name}.png"
+    with atomic_write(directory / place) as file:
+        figure.savefig(file, format="png", dpi="figure")
+    alt = _one_line(str(figure.get_label()) or name.replace("_", " "))
+    return f"![{alt.replace('[', '(').replace(']', ')')}](<{place}>)"
+
+
+def _markdown_table(rows: Sequence[tuple[str, str]]) -> str:
+    cells = [[_one_line(cell).replace("|", r"\|") for cell in row] for row in rows]
+    lines = [["Score", "Value"], [":--", ":--"], *cells]
+    return "\n".join(f"| {name} | {value} |" for name, value in lines)
+
+
+def _fenced(rows: Sequence[tuple[str, str]]) -> str:
+    return f"```text\n{format_table(rows)}\n```"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _provenance() -> list[tuple[str, str]]:
+    machine = f"{platform.platform()}, {platform.processor() or platform.machine()}"
+    return [
+        ("command", shlex.join([Path(sys.executable).name, *sys.argv])),
+        ("sslkit", __version__),
+        ("torch", torch.__version__),
+        ("timm", version("timm")),
+        ("python", platform.python_version()),
+        ("machine", f"{machine}, {torch.get_num_threads()} threads"),
+    ]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (dotted name, value)."""
+    rows: list[tuple[str, str]] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", _one_line(str(value))))
+    return rows

@@ -1,0 +1,255 @@
+"""Evaluation views against torchvision's; features of every image of a source, in its order."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torchvision.transforms.v2.functional as vision
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from sslkit import backbones
+from sslkit.data.crops import IMAGENET_MEAN, IMAGENET_STD
+from sslkit.data.sources import UnreadableImage
+from sslkit.evaluation.features import EvalTransform, Features, extract, extract_batches, frozen
+
+
+def image(height=40, width=56, channels=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (channels, height, width), dtype=torch.uint8, generator=generator)
+
+
+# --- the view ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "resize"),
+    [
+        ((375, 500), (224, 224), None),
+        ((500, 375), (224, 224), None),
+        ((64, 1000), (56, 70), 60),
+        ((20, 30), (28, 42), 32),
+        ((300, 301), (30, 20), 30),
+    ],
+)
+def test_view_is_resize_centre_crop_normalise(size, crop, resize):
+    picture = image(*size)
+    shorter = 256 if resize is None else resize
+    bicubic = vision.InterpolationMode.BICUBIC
+    resized = vision.resize(picture.float(), [shorter], bicubic, antialias=True).clamp(0, 255)
+    top, left = ((full - cut) // 2 for full, cut in zip(resized.shape[1:], crop, strict=True))
+    cut = resized[:, top : top + crop[0], left : left + crop[1]]
+    expected = vision.normalize(cut / 255, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    found = EvalTransform(crop, resize)(picture)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@given(
+    size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    crop=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    resize=st.none() | st.integers(1, 60),
+    channels=st.sampled_from([1, 3, 5]),
+)
+def test_view_of_any_shape(size, crop, resize, channels):
+    view = EvalTransform(crop, resize)
+    found = view(image(*size, channels))
+    assert (found.shape, found.dtype) == ((channels, *crop), torch.float32)
+    assert found.isfinite().all()
+    assert view.mask(torch.zeros(size, dtype=torch.uint8)).shape == crop
+
+
+def test_an_image_of_the_crops_size_is_only_normalised():
+    picture = image(32, 48, channels=2)
+    found = EvalTransform((32, 48), resize=32, mean=(0.5, 0.25), std=(1, 2))(picture)
+    expected = (picture / 255 - torch.tensor([0.5, 0.25])[:, None, None]) / torch.tensor(
+        [1.0, 2.0]
+    ).view(2, 1, 1)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_mask_is_cut_where_the_image_is():
+    mask = torch.zeros(60, 90, dtype=torch.uint8)
+    mask[10:40, 30:70] = 200  # a class above 127
+    picture = mask.expand(3, -1, -1)
+    view = EvalTransform((28, 35), resize=32, mean=(0, 0, 0), std=(1, 1, 1))
+    found = view.mask(mask)
+    assert found.dtype == torch.uint8
+    assert set(found.unique().tolist()) == {0, 200}
+    bright = view(picture)[0] > 100 / 255
+    assert (bright == (found == 200)).float().mean() > 0.98
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: EvalTransform(0), ValueError, "must be positive, got crop=0"),
+        (lambda: EvalTransform((8, -1)), ValueError, r"crop=\(8, -1\)"),
+        (lambda: EvalTransform(8, resize=0), ValueError, "resize=0"),
+        (lambda: EvalTransform(8)(torch.zeros(3, 9, 9)), TypeError, "uint8 .* got torch.float32"),
+        (lambda: EvalTransform(8)(image()[0]), TypeError, r"\[C, h, w\], got .* \[40, 56\]"),
+        (
+            lambda: EvalTransform(8, mean=(0, 0, 0))(image(channels=4)),
+            ValueError,
+            r"mean has 3 value\(s\) but the image has 4",
+        ),
+        (lambda: EvalTransform(8, std=(1,))(image()), ValueError, r"std has 1 value\(s\)"),
+        (
+            lambda: EvalTransform(8).mask(image()),
+            ValueError,
+            r"must be \[h, w\], got \[3, 40, 56\]",
+        ),
+    ],
+)
+def test_refused_views(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+# --- features ------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Patch means; class token: their mean. Remembers how it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.norm = nn.BatchNorm2d(3)
+        self.batch_sizes = []
+
+    def forward(self, images):
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        self.batch_sizes.append(len(images))
+        patches = nn.functional.avg_pool2d(self.scale * images, 4).movedim(1, -1)
+        return SimpleNamespace(cls=patches.mean((1, 2)), patches=patches)
+
+
+class Source:
+    """Images, some of them broken."""
+
+    num_classes, class_names = 7, None
+
+    def __init__(self, size, broken=()):
+        self.images = [image(20, 24 + i, seed=i) for i in range(size)]
+        self.broken = set(broken)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise UnreadableImage(self.name(index), "truncated")
+        return self.images[index], index % 7
+
+    def name(self, index):
+        return f"photo_{index}.jpg"
+
+
+VIEW = EvalTransform((8, 12))
+
+
+def expected_patches(source, indices):
+    views = torch.stack([VIEW(source[i][0]) for i in indices])
+    return nn.functional.avg_pool2d(views, 4).movedim(1, -1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_features_come_in_order_without_the_broken(num_workers):
+    source = Source(11, {2, 4, 5})
+    encoder = Encoder()
+    with pytest.warns(UserWarning, match=r"3 of 11 images .* photo_2.jpg") as caught:
+        features = extract(encoder, source, transform=VIEW, batch_size=2, num_workers=num_workers)
+    readable = [0, 1, 3, 6, 7, 8, 9, 10]
+    assert len(caught) == 1
+    assert features.indices.tolist() == readable
+    assert features.labels.tolist() == [i % 7 for i in readable]
+    assert (len(features), features.num_unreadable) == (8, 3)
+    assert encoder.batch_sizes == [2, 1, 2, 2, 1]  # the batch of the images 4 and 5 is empty
+    patches = expected_patches(source, readable)
+    torch.testing.assert_close(features.patches, patches)
+    torch.testing.assert_close(features.cls, patches.mean((1, 2)))
+
+
+def test_chosen_images_tokens_and_type():
+    source = Source(6, {3})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # image 3 is not asked for
+        features = extract(
+            Encoder(),
+            source,
+            transform=VIEW,
+            indices=[5, 0],
+            want=("patches",),
+            dtype=torch.float16,
+        )
+    assert features.indices.tolist() == [5, 0]
+    assert features.patches.dtype == torch.float16
+    expected = expected_patches(source, [5, 0])
+    torch.testing.assert_close(features.patches.float(), expected, atol=2e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"hold \['patches'\], not 'cls'.*want="):
+        _ = features.cls
+
+
+def test_a_list_of_pairs_is_a_source():
+    pairs = [(image(8, 12), 1), (image(12, 8), -1)]
+    assert extract(Encoder(), pairs, transform=VIEW).labels.tolist() == [1, -1]
+
+
+def test_a_vit_is_an_encoder():
+    encoder = backbones.create("sslkit_vit_micro", img_size=(8, 12))
+    features = extract(encoder, Source(3), transform=VIEW, batch_size=2)
+    assert features.cls.shape == (3, 32)
+    assert features.patches.shape == (3, 2, 3, 32)
+    views = torch.stack(
+        [VIEW(source_image) for source_image, _ in (Source(3)[i] for i in range(3))]
+    )
+    torch.testing.assert_close(features.cls, encoder.eval()(views).cls.detach())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_torchs_global_generator_is_left_alone(num_workers):
+    before = torch.get_rng_state()
+    extract(Encoder(), Source(2), transform=VIEW, num_workers=num_workers)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_modes_are_given_back_after_an_error():
+    encoder = Encoder()
+    encoder.norm.eval()
+
+    def fail():
+        with frozen(encoder):
+            assert not encoder.training
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert encoder.training
+    assert not encoder.norm.training
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: extract(Encoder(), [], transform=VIEW), "the list of indices, is empty"),
+        (lambda: extract(Encoder(), Source(2), transform=VIEW, indices=[]), "is empty"),
+        (
+            lambda: extract(Encoder(), Source(2, {0, 1}), transform=VIEW),
+            "none of the 2 images can be read; .*photo_0.jpg.*truncated",
+        ),
+        (lambda: extract(Encoder(), Source(2), transform=VIEW, want=("registers",)), "want must"),
+        (lambda: extract(Encoder(), Source(2), transform=VIEW, want=()), r"both, got \(\)"),
+        (lambda: extract_batches(Encoder(), []), "batches is empty"),
+        (
+            lambda: Features({"cls": torch.zeros(1, 2)}, torch.zeros(1), torch.zeros(1)).patches,
+            r"hold \['cls'\], not 'patches'",
+        ),
+    ],
+)
+def test_refused_features(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
