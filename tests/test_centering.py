@@ -1,0 +1,91 @@
+"""EMACentering against DINO's equation 4."""
+
+import pytest
+import torch
+
+from sslkit import EMACentering
+
+
+def test_follows_the_equation():
+    generator = torch.Generator().manual_seed(0)
+    centering = EMACentering(3, momentum=0.8)
+    center = [0.0, 0.0, 0.0]
+    for B in (4, 1, 7):
+        logits = torch.randn(B, 3, generator=generator)
+        targets = centering(logits, temperature=0.5)
+        expected = torch.softmax((logits.double() - torch.tensor(center).double()) / 0.5, dim=-1)
+        torch.testing.assert_close(targets.probs().double(), expected, rtol=1e-5, atol=1e-6)
+
+        centering.update(logits)
+        for k in range(3):
+            mean = sum(float(logits[b, k]) for b in range(B)) / B
+            center[k] = 0.8 * center[k] + 0.2 * mean
+        torch.testing.assert_close(centering.center, torch.tensor(center))
+
+
+def test_forward_changes_nothing():
+    centering = EMACentering(3)
+    centering.update(torch.randn(4, 3, generator=torch.Generator().manual_seed(1)))
+    before = centering.center.clone()
+    targets = centering(torch.zeros(4, 3, requires_grad=True), 0.1)
+    assert torch.equal(centering.center, before)
+    assert not targets.logits.requires_grad
+
+
+def test_targets_keep_their_centre_when_it_moves_on():
+    centering = EMACentering(2, momentum=0.0)
+    targets = centering(torch.zeros(1, 2), 1.0)
+    centering.update(torch.tensor([[5.0, 0.0]]))
+    assert targets.probs().tolist() == [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_mean_is_taken_in_float32(dtype):
+    logits = torch.full((3000, 2), 30.0, dtype=dtype)  # the sum, 9e4, overflows float16
+    centering = EMACentering(2, momentum=0.0)
+    centering.update(logits)
+    assert centering.center.tolist() == [30.0, 30.0]
+    assert centering.center.dtype == torch.float32
+
+
+def test_masked_rows_take_no_part():
+    logits = torch.tensor([[1.0, 2.0], [float("nan"), float("inf")], [3.0, 4.0]])
+    centering = EMACentering(2, momentum=0.5)
+    centering.update(logits, torch.tensor([False, True, False]))
+    assert centering.center.tolist() == [1.0, 1.5]
+
+
+@pytest.mark.parametrize("row_mask", [None, torch.tensor([True, True])])
+def test_a_batch_without_rows_leaves_the_centre(row_mask):
+    centering = EMACentering(2)
+    centering.update(torch.tensor([[1.0, 2.0]]))
+    before = centering.center.clone()
+    centering.update(torch.full((0 if row_mask is None else 2, 2), float("nan")), row_mask)
+    assert torch.equal(centering.center, before)
+
+
+def test_centre_is_saved():
+    centering = EMACentering(2)
+    centering.update(torch.ones(3, 2))
+    restored = EMACentering(2)
+    restored.load_state_dict(centering.state_dict())
+    assert torch.equal(restored.center, centering.center)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: EMACentering(0), "num_prototypes must be at least 1, got 0"),
+        (lambda: EMACentering(2, momentum=1.5), r"momentum must be in \[0, 1\], got 1.5"),
+        (lambda: EMACentering(2)(torch.zeros(4, 3), 0.1), "3 prototypes.*made for 2"),
+        (lambda: EMACentering(2).update(torch.zeros(4, 3)), "3 prototypes.*made for 2"),
+        (lambda: EMACentering(2)(torch.zeros(4, 2), -1.0), "temperature must be positive"),
+        (
+            lambda: EMACentering(2).update(torch.zeros(4, 2), torch.zeros(3, dtype=torch.bool)),
+            r"row_mask must be bool of shape \[B\] = \(4,\)",
+        ),
+    ],
+)
+def test_bad_arguments(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()

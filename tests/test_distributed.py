@@ -1,0 +1,124 @@
+"""Targets and losses on rows split over 1 to 4 ranks (gloo) equal one process on all rows."""
+
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from sslkit import EMACentering, KoLeoLoss, SinkhornKnopp, sinkhorn_many
+
+# Rows of ranks 0 to 3 in each problem: uneven splits, empty ranks, and nobody at all.
+SPLITS = ((5, 0, 1, 8), (0, 4, 3, 2), (7, 7, 7, 7), (0, 0, 0, 0))
+# Every size, and members whose rank in the group is not their global one.
+GROUPS = ([0, 1, 2, 3], [0, 1, 2], [1, 3], [0, 2], [3])
+PROTOTYPES = (4, 6, 3, 2)
+TEMPERATURES = (0.04, 0.1, 1.0, 0.1)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def own_rows(x: Tensor, members: list[int], split: tuple[int, ...]) -> Tensor:
+    """The part of ``x`` that this rank holds when ``x`` is split over ``members``."""
+    lengths = [split[member] for member in members]
+    return x.split(lengths)[members.index(dist.get_rank())]
+
+
+def check_sinkhorn(group: dist.ProcessGroup, members: list[int]) -> None:
+    logits, row_masks = [], []
+    for seed, (split, K) in enumerate(zip(SPLITS, PROTOTYPES, strict=True)):
+        B = sum(split[member] for member in members)
+        logits.append(normal(seed, B, K))
+        row_masks.append(normal(seed + 10, B) > 0.8)
+    logits[0][:1] *= 1e4  # one rank needs a shift, the others do not
+    logits[1][1:, 2] = -torch.inf  # reachable from one rank at most
+    logits[2][row_masks[2]] = torch.nan
+
+    expected = sinkhorn_many(logits, TEMPERATURES, row_masks=row_masks)
+    calls = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: calls.append(args) or all_reduce(*args, **kwargs)
+    try:
+        actual = sinkhorn_many(
+            [own_rows(x, members, split) for x, split in zip(logits, SPLITS, strict=True)],
+            TEMPERATURES,
+            row_masks=[
+                own_rows(row_mask, members, split)
+                for row_mask, split in zip(row_masks, SPLITS, strict=True)
+            ],
+            group=group,
+        )
+    finally:
+        dist.all_reduce = all_reduce
+    assert len(calls) == 3 + 1
+    for single, split in zip(expected, actual, strict=True):
+        torch.testing.assert_close(split.bias, single.bias, rtol=1e-5, atol=1e-5)
+
+
+def check_centering(group: dist.ProcessGroup, members: list[int]) -> None:
+    single, shared = EMACentering(5), EMACentering(5, group=group)
+    for seed, split in enumerate(SPLITS):
+        logits = normal(seed, sum(split[member] for member in members), 5)
+        row_mask = normal(seed + 10, len(logits)) > 0.8
+        logits[row_mask] = torch.nan
+        single.update(logits, row_mask)
+        shared.update(own_rows(logits, members, split), own_rows(row_mask, members, split))
+        torch.testing.assert_close(shared.center, single.center, rtol=1e-5, atol=1e-6)
+
+
+def check_koleo(group: dist.ProcessGroup, members: list[int], split: tuple[int, ...]) -> None:
+    """The loss of a linear map of the rows, with its gradient averaged as DDP does."""
+    inputs = normal(0, sum(split[member] for member in members), 6).double()
+    initial = normal(1, 6, 3).double()
+
+    weight = initial.clone().requires_grad_()
+    loss = KoLeoLoss()(inputs @ weight)
+    loss.backward()
+
+    own_weight = initial.clone().requires_grad_()
+    own_loss = KoLeoLoss(group=group)(own_rows(inputs, members, split) @ own_weight)
+    own_loss.backward()
+    mean_loss, mean_grad = own_loss.detach().clone(), own_weight.grad.clone()
+    for value in (mean_loss, mean_grad):
+        dist.all_reduce(value, group=group)
+        value /= len(members)
+    torch.testing.assert_close(mean_loss, loss.detach())
+    torch.testing.assert_close(mean_grad, weight.grad)
+
+
+def check_warning() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            SinkhornKnopp()(torch.zeros(2, 3), 0.1)
+            EMACentering(3).update(torch.zeros(2, 3))
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == 1
+    assert "4 ranks but group=None" in messages[0]
+
+
+def run_checks(rank: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=4)
+    check_warning()
+    for members in GROUPS:
+        group = dist.new_group(members)
+        if rank in members:
+            check_sinkhorn(group, members)
+            check_centering(group, members)
+            for split in (*SPLITS, (1, 0, 0, 0)):
+                check_koleo(group, members, split)
+    dist.barrier()  # leave together: no tensor is in a gloo thread when an interpreter exits
+    dist.destroy_process_group()
+
+
+def test_any_split_equals_one_process(tmp_path: Path) -> None:
+    """Four processes serve all groups, and are forked from one that has imported torch."""
+    mp.set_forkserver_preload([__name__])
+    mp.start_processes(
+        run_checks, (str(tmp_path / "rendezvous"),), nprocs=4, start_method="forkserver"
+    )

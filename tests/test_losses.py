@@ -1,0 +1,270 @@
+"""DINOLoss, iBOTLoss and KoLeoLoss against double loops, and their gradients."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sslkit import Assignments, DINOLoss, KoLeoLoss, iBOTLoss
+from tests.oracles import losses as oracle
+
+seeds = st.integers(0, 2**31)
+
+
+def generator_of(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_targets(seed: int, rows: int, K: int) -> Assignments:
+    generator = generator_of(seed)
+    logits = torch.randn(rows, K, generator=generator, dtype=torch.float64)
+    return Assignments(logits, torch.randn(K, generator=generator, dtype=torch.float64), 0.3)
+
+
+def random_masks(seed: int, B: int, H: int, W: int) -> Tensor:
+    """Some images without a masked patch."""
+    generator = generator_of(seed)
+    masked = torch.rand(B, H, W, generator=generator) < 0.4
+    return masked & (torch.rand(B, 1, 1, generator=generator) < 0.7)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator_of(seed), dtype=torch.float64)
+
+
+@given(
+    st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), seeds, st.booleans()
+)
+def test_dino_equals_the_double_loop(V_s, V_t, B, K, seed, ignore_diagonal):
+    if ignore_diagonal and V_s == V_t == 1:
+        V_s = 2
+    student_logits = normal(seed, V_s, B, K)
+    targets = random_targets(seed + 1, V_t * B, K)
+    dense = targets.probs().view(V_t, B, K)
+    expected = oracle.dino(student_logits, 0.1, dense, ignore_diagonal)
+    loss = DINOLoss(student_temp=0.1)
+    for given_targets in (targets, dense):
+        value = loss(student_logits, given_targets, ignore_diagonal=ignore_diagonal)
+        assert value.item() == pytest.approx(expected, rel=1e-12)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(2, 6), seeds)
+def test_ibot_equals_the_double_loop(B, H, W, K, seed):
+    masks = random_masks(seed, B, H, W)
+    M = int(masks.sum())
+    student_logits = normal(seed, M, K)
+    targets = random_targets(seed + 1, M, K)
+    expected = oracle.ibot(student_logits, 0.1, targets.probs(), masks)
+    loss = iBOTLoss(student_temp=0.1)
+    for given_targets in (targets, targets.probs()):
+        for given_masks in (masks, masks.flatten(1)):
+            value = loss(student_logits, given_targets, given_masks)
+            assert value.item() == pytest.approx(expected, rel=1e-12)
+
+
+@given(st.integers(2, 7), st.integers(1, 5), seeds)
+def test_koleo_equals_the_double_loop(B, D, seed):
+    x = normal(seed, B, D)
+    # acos of rounding: distances come from differences here as in the oracle, so no cancellation
+    assert KoLeoLoss()(x).item() == pytest.approx(oracle.koleo(x, 1e-8), rel=1e-9)
+
+
+def test_gradients():
+    targets = random_targets(0, 2 * 3, 5)
+    dino_logits = normal(1, 4, 3, 5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: DINOLoss()(x, targets), dino_logits)
+
+    masks = torch.tensor([[[True, False, True]], [[False, False, False]], [[True, False, False]]])
+    ibot_targets = random_targets(2, 3, 5).probs()
+    ibot_logits = normal(3, 3, 5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: iBOTLoss()(x, ibot_targets, masks), ibot_logits)
+
+    assert torch.autograd.gradcheck(KoLeoLoss(), normal(4, 6, 3).requires_grad_())
+
+
+def test_targets_get_no_gradient():
+    student_logits = normal(0, 2, 3, 4).requires_grad_()
+    targets = normal(1, 1, 3, 4).softmax(-1).requires_grad_()
+    DINOLoss()(student_logits, targets).backward()
+    assert targets.grad is None
+    assert student_logits.grad is not None
+
+
+@given(st.integers(2, 5), seeds, st.randoms(use_true_random=False))
+def test_losses_do_not_depend_on_the_batch_order(B, seed, random):
+    order = random.sample(range(B), B)
+    student, teacher = normal(seed, 4, B, 5), normal(seed + 1, 2, B, 5).softmax(-1)
+    torch.testing.assert_close(
+        DINOLoss()(student[:, order], teacher[:, order]), DINOLoss()(student, teacher)
+    )
+
+    masks = random_masks(seed, B, 2, 3)
+    patches, patch_targets = normal(seed + 2, B, 2, 3, 5), normal(seed + 3, B, 2, 3, 5).softmax(-1)
+    in_order = iBOTLoss()(patches[masks], patch_targets[masks], masks)
+    permuted = masks[order]
+    torch.testing.assert_close(
+        iBOTLoss()(patches[order][permuted], patch_targets[order][permuted], permuted), in_order
+    )
+
+    x = normal(seed + 4, B, 3)
+    torch.testing.assert_close(KoLeoLoss()(x[order]), KoLeoLoss()(x))
+
+
+def test_dino_leaves_out_exactly_the_same_crop():
+    """Moving the target of view 0 changes views 1 and 2 and leaves the gradient of view 0 alone."""
+    student = normal(0, 3, 2, 4)
+    teacher = normal(1, 2, 2, 4).softmax(-1)
+    other = teacher.clone()
+    other[0] = normal(2, 2, 4).softmax(-1)
+
+    def gradient(targets: Tensor) -> Tensor:
+        x = student.clone().requires_grad_()
+        DINOLoss()(x, targets).backward()
+        return x.grad
+
+    changed = (gradient(teacher) != gradient(other)).flatten(1).any(dim=1)
+    assert changed.tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("masks", [torch.zeros(2, 6, dtype=torch.bool)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ibot_without_masked_patches_is_a_differentiable_zero(masks, dtype):
+    student_logits = torch.empty(0, 4, dtype=dtype, requires_grad=True)
+    loss = iBOTLoss()(student_logits, torch.empty(0, 4), masks)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert student_logits.grad.shape == (0, 4)
+
+
+def test_ibot_weighs_images_alike_however_much_is_masked():
+    masks = torch.tensor([[True, True, True, True], [True, False, False, False]])
+    x = torch.zeros(5, 3, requires_grad=True)
+    iBOTLoss()(x, torch.eye(3)[torch.tensor([0, 0, 0, 0, 0])], masks).backward()
+    first, second = x.grad[:4].sum(dim=0), x.grad[4]
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_logits_give_the_float32_loss_of_the_same_numbers(dtype):
+    x = normal(0, 3, 4, 50).to(dtype).requires_grad_()
+    targets = Assignments(normal(1, 8, 50).to(dtype), torch.zeros(50), 0.04)
+    loss = DINOLoss()(x, targets)
+    loss.backward()
+    exact = x.detach().double().requires_grad_()
+    expected = DINOLoss()(exact, targets.probs().view(2, 4, 50).double())
+    expected.backward()
+    assert loss.dtype == torch.float32
+    assert x.grad.dtype == dtype
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    # smaller entries fall among float16's subnormal numbers
+    eps, smallest = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=eps, atol=eps * smallest)
+
+
+def test_dino_at_extreme_logits_is_exact():
+    """Certain and wrong by 2e4 logits at temperature 0.1: the loss is 2e5, not inf."""
+    student = torch.tensor([[1e4, -1e4]]).expand(2, 1, 2).clone().requires_grad_()
+    teacher = torch.tensor([[0.0, 1.0]]).expand(1, 1, 2)
+    loss = DINOLoss()(student, teacher)
+    loss.backward()
+    assert loss.item() == pytest.approx(2e5)
+    assert student.grad[1, 0].tolist() == pytest.approx([10.0, -10.0])
+
+
+class TestKoLeo:
+    @pytest.mark.parametrize("B", [0, 1])
+    def test_fewer_than_two_rows(self, B):
+        x = torch.ones(B, 3, requires_grad=True)
+        loss = KoLeoLoss()(x)
+        loss.backward()
+        assert loss.item() == 0.0
+        assert torch.equal(x.grad, torch.zeros(B, 3))
+
+    @pytest.mark.parametrize("x", [torch.ones(4, 3), torch.zeros(4, 3), torch.eye(3).repeat(2, 1)])
+    def test_identical_rows(self, x):
+        x.requires_grad_()
+        loss = KoLeoLoss()(x)
+        loss.backward()
+        assert loss.item() == pytest.approx(-math.log(1e-8), rel=1e-6)
+        assert x.grad.isfinite().all()
+
+    def test_nearly_identical_rows(self):
+        x = (torch.ones(4, 3) + 1e-7 * torch.arange(12.0).view(4, 3)).requires_grad_()
+        loss = KoLeoLoss()(x)
+        loss.backward()
+        assert loss.isfinite()
+        assert x.grad.isfinite().all()
+
+    def test_float32_inside_autocast(self):
+        x = normal(0, 16, 8).float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = KoLeoLoss()(x)
+        assert loss.dtype == torch.float32
+        assert torch.equal(loss, KoLeoLoss()(x))
+
+    def test_gradient_step_spreads(self):
+        x = normal(1, 8, 3).requires_grad_()
+        before = KoLeoLoss()(x)
+        before.backward()
+        assert KoLeoLoss()(x.detach() - 0.01 * x.grad) < before
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: DINOLoss(student_temp=0), ValueError, "student_temp must be positive"),
+        (lambda: iBOTLoss(student_temp=-1), ValueError, "student_temp must be positive"),
+        (lambda: KoLeoLoss(eps=0), ValueError, "eps must be positive"),
+        (
+            lambda: DINOLoss()(torch.zeros(4, 3), torch.zeros(1, 4, 3)),
+            ValueError,
+            r"student_logits must have shape \[V_s, B, K\], got \(4, 3\)",
+        ),
+        (
+            lambda: DINOLoss()(torch.zeros(2, 0, 3), torch.zeros(1, 0, 3)),
+            ValueError,
+            "mean over no samples",
+        ),
+        (
+            lambda: DINOLoss()(torch.zeros(1, 4, 3), torch.zeros(1, 4, 3)),
+            ValueError,
+            "no pair of views is left: 1 student views, 1 target views",
+        ),
+        (
+            lambda: DINOLoss()(torch.zeros(2, 4, 3), torch.zeros(4, 3)),
+            ValueError,
+            r"\(V_t, 4, 3\), got \(4, 3\)",
+        ),
+        (
+            lambda: DINOLoss()(torch.zeros(2, 4, 3), (torch.zeros(1, 4, 3),)),
+            TypeError,
+            "once a level",
+        ),
+        (
+            lambda: DINOLoss()(
+                torch.zeros(2, 4, 3), Assignments(torch.zeros(6, 3), torch.zeros(3), 1.0)
+            ),
+            ValueError,
+            r"\(6, 3\) do not fit student_logits \[V_s, 4, 3\]",
+        ),
+        (
+            lambda: iBOTLoss()(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 2)),
+            ValueError,
+            "masks must be bool",
+        ),
+        (
+            lambda: iBOTLoss()(
+                torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 2, dtype=torch.bool)
+            ),
+            ValueError,
+            "one row for each of the 4 True entries",
+        ),
+        (lambda: KoLeoLoss()(torch.zeros(3)), ValueError, r"x must be.*\(3,\)"),
+    ],
+)
+def test_bad_arguments(call, error, match):
+    with pytest.raises(error, match=match):
+        call()

@@ -1,0 +1,228 @@
+"""sslkit.ops: dispatch, torch.library registration, and soft_cross_entropy itself."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sslkit import Assignments
+from sslkit.ops import column_logsumexp, column_mass, sinkhorn_bias, soft_cross_entropy
+from tests.oracles.losses import cross_entropy
+
+seeds = st.integers(0, 2**31)
+CALLS = {
+    "column_logsumexp": lambda **kw: column_logsumexp(torch.zeros(2, 3), 1.0, **kw),
+    "column_mass": lambda **kw: column_mass(torch.zeros(2, 3), 1.0, torch.zeros(3), **kw),
+    "sinkhorn_bias": lambda **kw: sinkhorn_bias(torch.zeros(2, 3), 1.0, **kw),
+    "soft_cross_entropy": lambda **kw: soft_cross_entropy(
+        torch.zeros(2, 3), 1.0, torch.zeros(2, 3), **kw
+    ),
+}
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_dispatch(name):
+    for auto, explicit in zip(
+        torch.utils._pytree.tree_leaves(CALLS[name](impl="auto")),
+        torch.utils._pytree.tree_leaves(CALLS[name](impl="torch")),
+        strict=True,
+    ):
+        assert torch.equal(auto, explicit)
+    with pytest.raises(ValueError, match=r"impl must be one of.*'auto', 'torch', 'triton'.*'cuda'"):
+        CALLS[name](impl="cuda")
+    with pytest.raises(RuntimeError, match="no Triton body"):
+        CALLS[name](impl="triton")
+
+
+@given(st.integers(0, 5), st.integers(1, 6), seeds, st.booleans())
+def test_column_operations_equal_their_definition(B, K, seed, masked):
+    logits, bias = normal(seed, B, K), normal(seed + 1, K)
+    row_mask = normal(seed + 2, B) > 0 if masked else None
+    kept = logits if row_mask is None else logits[~row_mask]
+    column_max, column_sum = column_logsumexp(logits, 0.3, row_mask)
+    torch.testing.assert_close(
+        column_max + column_sum.log(), torch.logsumexp(kept / 0.3, dim=0), rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(
+        column_mass(logits, 0.3, bias, row_mask),
+        torch.softmax(kept / 0.3 + bias, dim=-1).sum(dim=0),
+        rtol=1e-12,
+        atol=0,
+    )
+
+
+@given(
+    st.integers(0, 5),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 6),
+    seeds,
+    st.sampled_from(["assignments", "dense"]),
+)
+def test_soft_cross_entropy_equals_the_loop(M, R, T, K, seed, kind):
+    student_logits, weights = normal(seed, M, K), normal(seed + 1, M)
+    targets = Assignments(normal(seed + 2, R, K), normal(seed + 3, K), 0.5)
+    probs = targets.probs()
+    if kind == "dense":
+        targets = probs = 0.7 * probs  # rows that do not sum to one
+    target_rows = torch.randint(
+        -1, R, (M, T), generator=torch.Generator().manual_seed(seed), dtype=torch.int64
+    )
+    losses = soft_cross_entropy(student_logits, 0.1, targets, weights, target_rows=target_rows)
+    expected = [
+        weights[m].item()
+        * sum(
+            cross_entropy(student_logits[m].tolist(), 0.1, probs[r].tolist())
+            for r in target_rows[m].tolist()
+            if r >= 0
+        )
+        for m in range(M)
+    ]
+    torch.testing.assert_close(
+        losses, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("kind", ["assignments", "dense"])
+@pytest.mark.parametrize("target_rows", [None, [[0, -1], [2, 2], [-1, -1], [1, 3]]])
+def test_soft_cross_entropy_gradient(kind, target_rows):
+    targets = Assignments(normal(0, 4, 5), normal(1, 5), 0.5)
+    rows = None if target_rows is None else torch.tensor(target_rows)
+
+    def loss(student_logits: Tensor, weights: Tensor) -> Tensor:
+        q = 0.7 * targets.probs() if kind == "dense" else targets
+        return soft_cross_entropy(student_logits, 0.2, q, weights, target_rows=rows)
+
+    inputs = (normal(2, 4, 5).requires_grad_(), normal(3, 4).requires_grad_())
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_soft_cross_entropy_over_several_blocks():
+    M, K = 700, 1000
+    student_logits = normal(0, M, K).float().requires_grad_()
+    targets = Assignments(normal(1, M, K).float(), torch.zeros(K), 0.1)
+    losses = soft_cross_entropy(student_logits, 0.1, targets)
+    losses.mean().backward()
+    exact = student_logits.detach().double().requires_grad_()
+    expected = -(targets.probs().double() * torch.log_softmax(exact / 0.1, -1)).sum(-1)
+    expected.mean().backward()
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(student_logits.grad.double(), exact.grad, rtol=1e-4, atol=1e-9)
+
+
+def test_soft_cross_entropy_changes_none_of_its_inputs():
+    dense = normal(0, 3, 4).softmax(-1)
+    student_logits = normal(1, 3, 4).requires_grad_()
+    before = dense.clone(), student_logits.detach().clone()
+    soft_cross_entropy(student_logits, 0.1, dense).sum().backward()
+    assert torch.equal(dense, before[0])
+    assert torch.equal(student_logits.detach(), before[1])
+
+
+def test_second_derivative_is_refused():
+    student_logits = normal(0, 2, 3).requires_grad_()
+    loss = soft_cross_entropy(student_logits, 0.1, normal(1, 2, 3).softmax(-1)).sum()
+    (grad,) = torch.autograd.grad(loss, student_logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()
+
+
+def test_memory_stays_within_a_block():
+    """Beside the gradient nothing of the size of the matrix is allocated."""
+    B, K = 2048, 1024
+    student_logits = torch.zeros(B, K, dtype=torch.bfloat16, requires_grad=True)
+    targets = Assignments(torch.zeros(B, K, dtype=torch.bfloat16), torch.zeros(K), 0.1)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        sinkhorn_bias(targets.logits, 0.1)
+        soft_cross_entropy(student_logits, 0.1, targets).sum().backward()
+    allocations = sorted(event.self_cpu_memory_usage for event in profile.events())
+    assert allocations[-1] == 2 * B * K  # the gradient, bfloat16
+    assert allocations[-2] == 1 << 20  # one block, float32
+
+
+OPCHECKS = {
+    "column_logsumexp": (normal(0, 4, 3), 0.1, torch.tensor([True, False, False, True])),
+    "column_mass": (normal(0, 4, 3), 0.1, normal(1, 3), None),
+    "soft_cross_entropy": (
+        normal(0, 4, 3).requires_grad_(),
+        0.1,
+        normal(1, 5, 3),
+        normal(2, 3),
+        0.2,
+        torch.tensor([[0], [4], [-1], [1]]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPCHECKS)
+def test_registration(name):
+    torch.library.opcheck(getattr(torch.ops.sslkit, name).default, OPCHECKS[name])
+
+
+def test_compiles_without_a_graph_break():
+    targets = normal(0, 4, 3)
+
+    def step(student_logits: Tensor) -> Tensor:
+        bias = sinkhorn_bias(targets, 0.1)
+        return soft_cross_entropy(student_logits, 0.1, Assignments(targets, bias, 0.1)).mean()
+
+    eager, compiled = normal(1, 4, 3).requires_grad_(), normal(1, 4, 3).requires_grad_()
+    step(eager).backward()
+    torch.compile(step, fullgraph=True, backend="aot_eager")(compiled).backward()
+    torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    targets, student = normal(0, 6, 5).to(dtype), normal(1, 6, 5).to(dtype)
+
+    def losses() -> Tensor:
+        bias = sinkhorn_bias(targets, 0.1)
+        return soft_cross_entropy(student, 0.1, Assignments(targets, bias, 0.1))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = losses()
+    assert under_autocast.dtype == torch.float32
+    assert torch.equal(under_autocast, losses())
+
+
+def call(x: Tensor, targets: object, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    return soft_cross_entropy(x, 0.1, targets, *args, **kwargs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "match"),
+    [
+        (lambda x: soft_cross_entropy(x, 0.0, x), ValueError, "student_temp must be positive"),
+        (lambda x: call(x[0], x), ValueError, "student_logits must have shape"),
+        (lambda x: call(x, x[:, :2]), ValueError, "disagree on the number of prototypes"),
+        (lambda x: call(x, x[:2]), ValueError, "4 student rows.*with 2 targets; pass target_rows"),
+        (lambda x: call(x, [x]), TypeError, "once a level"),
+        (lambda x: call(x, x, torch.ones(3)), ValueError, r"row_weights.*\(4,\)"),
+        (
+            lambda x: call(x, x, target_rows=torch.zeros(4, dtype=torch.int64)),
+            ValueError,
+            r"target_rows must be int64 of shape \[M, T\] with M = 4",
+        ),
+        (
+            lambda x: call(x, x[:0], target_rows=torch.zeros(4, 1, dtype=torch.int64)),
+            ValueError,
+            "targets has no rows for 4 student rows",
+        ),
+        (
+            lambda x: call(x, x, target_rows=torch.full((4, 1), 4)),
+            IndexError,
+            "index 4 is out of bounds",
+        ),
+        (lambda x: column_mass(x, 0.1, torch.zeros(2)), ValueError, "bias must have shape"),
+    ],
+)
+def test_bad_arguments(bad, error, match):
+    with pytest.raises(error, match=match):
+        bad(torch.zeros(4, 3))
