@@ -54,6 +54,7 @@ from sslkit.data import (
     open_source,
     sample_seed,
 )
+from sslkit.data.crops import normalisation
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.attention import cls_attention
 from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
@@ -64,6 +65,7 @@ from sslkit.evaluation.matryoshka import matryoshka_curve
 from sslkit.evaluation.pca import pca_maps
 from sslkit.evaluation.position import position_probe
 from sslkit.evaluation.report import format_table, write_report
+from sslkit.rasa import patch_positions
 from sslkit.schedules import cosine, linear_warmup, sqrt_batch_scaling, unfreeze, warmup_cosine
 from sslkit.training.checkpoint import CheckpointError, Checkpoints, atomic_write, load_strictly
 from sslkit.training.metrics import MetricsWriter, read_metrics
@@ -301,8 +303,9 @@ PRESETS: dict[PresetName, Settings] = {
         highres=HighRes(batch_size=3072),
     ),
     # Two CPU cores, minutes: 32 px views of 48 px scenes, and every part of the method. Changed for
-    # short runs of small batches (docs/cifar10.md): a sharper teacher, a faster average, a shorter
-    # warm-up, a full learning rate for the patch embedding, less iBOT, larger local crops.
+    # short runs of small batches (docs/cifar10.md): as many prototypes as the batch has rows, a
+    # sharper teacher, a faster average, a shorter warm-up, a full learning rate for the patch
+    # embedding, less iBOT, larger local crops.
     "demo": Settings(
         preset="demo",
         steps=300,
@@ -316,20 +319,20 @@ PRESETS: dict[PresetName, Settings] = {
         model=Model(
             backbone="sslkit_vit_tiny",
             drop_path=0.0,
-            num_prototypes=512,
+            num_prototypes=128,
             head_hidden_dim=256,
             dino_bottleneck=64,
             ibot_bottleneck=64,
         ),
         crops=Crops(
             global_size=32,
-            global_scale=(0.4, 1.0),
+            global_scale=(0.5, 1.0),
             local_size=16,
-            local_scale=(0.15, 0.4),
+            local_scale=(0.2, 0.5),
             num_local=4,
         ),
         targets=Targets(temperature=0.04),
-        losses=Losses(ibot=0.5),
+        losses=Losses(ibot=0.2),
         optim=Optim(
             base_lr=6e-3,
             lr_warmup=0.05,
@@ -355,10 +358,10 @@ PRESETS["cifar10"] = replace(
     PRESETS["demo"],
     preset="cifar10",
     data="cifar10.npz",
-    steps=3200,
+    steps=2000,
     batch_size=64,
     log_every=20,
-    checkpoint_every=320,
+    checkpoint_every=200,
     crops=replace(PRESETS["demo"].crops, global_size=24, local_size=12),
     highres=HighRes(steps=100, global_size=32, local_size=12, batch_size=64),
     evaluation=Evaluation(
@@ -367,7 +370,7 @@ PRESETS["cifar10"] = replace(
         num_dense=500,
         online_train=5_000,
         online_test=2_000,
-        online_every=160,
+        online_every=85,
         resize_over_crop=1.0,
     ),
 )
@@ -1088,7 +1091,7 @@ def pixel_knn(sources: Sources, view: EvalTransform, options: Evaluation) -> dic
         items = [source[i] for i in spread(len(source), count)]
         pixels.append(torch.stack([view(image) for image, _ in items]))
         labels.append(torch.tensor([label for _, label in items]))
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (view.mean, view.std))
+    mean, std = normalisation(pixels[0].shape[1], view.mean, view.std)
     return {
         "raw pixels": knn_score(
             *labels, *((x * std + mean).flatten(1) for x in pixels), k=options.knn
@@ -1158,7 +1161,11 @@ def report(settings: Settings, parallel: Parallel) -> None:
 def training_pictures(settings: Settings, results: dict[str, Any], last: str) -> dict[str, Figure]:
     """Curves of the losses, of the online k-NN, and over embedding sizes."""
     records = read_metrics(settings.output / "pretrain" / "metrics.jsonl")
-    figures = {"losses": draw.loss_curves(records)}
+    with torch.device("meta"):
+        head = FrancaNetwork(settings.model, settings.crops.global_size).dino_head
+    figures = {
+        "losses": draw.loss_curves(records, num_prototypes={"dino": head.num_prototypes_per_level})
+    }
     key = f"knn/{settings.evaluation.knn}"
     if online := [(record["step"], record[key]) for record in records if key in record]:
         steps, accuracy = zip(*online, strict=True)
@@ -1220,7 +1227,11 @@ def feature_pictures(settings: Settings, results: dict[str, Any], plan: Plan) ->
             backbones.read_metadata(settings.output / "rasa.safetensors")["position_errors"]
         )
         r2 = results["position_r2"]
-        figures["rasa"] = draw.position_error(errors, r2={"linear": (r2[plan.name], r2["rasa"])})
+        figures["rasa"] = draw.position_error(
+            errors,
+            r2={"linear": (r2[plan.name], r2["rasa"])},
+            chance=patch_positions(H, W).flatten(0, 1).var(0, correction=0).mean().item(),
+        )
         figures["cluster_entropy"] = cluster_entropy_picture(settings, plan)
     return figures
 
