@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -49,6 +50,7 @@ from sslkit.data import (
     MultiCropDataset,
     Scenes,
     Source,
+    UnreadableImage,
     UnreadableLog,
     make_loader,
     open_source,
@@ -1084,19 +1086,31 @@ def evaluate(settings: Settings, parallel: Parallel) -> None:
         file.write(json.dumps(results, indent=2).encode())
 
 
+class Pixels(nn.Module):
+    """Images in place of class tokens."""
+
+    def forward(self, images: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(cls=images)
+
+
 def pixel_knn(sources: Sources, view: EvalTransform, options: Evaluation) -> dict[str, float]:
     """k-NN without a network, on pixels in 0..1 and standardised: what features have to beat."""
-    pixels, labels = [], []
-    for source, count in zip(sources, (options.num_train, options.num_test), strict=True):
-        items = [source[i] for i in spread(len(source), count)]
-        pixels.append(torch.stack([view(image) for image, _ in items]))
-        labels.append(torch.tensor([label for _, label in items]))
-    mean, std = normalisation(pixels[0].shape[1], view.mean, view.std)
+    train, test = (
+        extract(
+            Pixels(),
+            source,
+            transform=view,
+            indices=spread(len(source), count),
+            batch_size=options.batch_size,
+            want=("cls",),
+        )
+        for source, count in zip(sources, (options.num_train, options.num_test), strict=True)
+    )
+    mean, std = normalisation(train.cls.shape[1], view.mean, view.std)
+    score = partial(knn_score, train.labels, test.labels, k=options.knn)
     return {
-        "raw pixels": knn_score(
-            *labels, *((x * std + mean).flatten(1) for x in pixels), k=options.knn
-        ),
-        "standardised pixels": knn_score(*labels, *(x.flatten(1) for x in pixels), k=options.knn),
+        "raw pixels": score(*((x.cls * std + mean).flatten(1) for x in (train, test))),
+        "standardised pixels": score(*(x.cls.flatten(1) for x in (train, test))),
     }
 
 
@@ -1158,6 +1172,19 @@ def report(settings: Settings, parallel: Parallel) -> None:
     print(f"report: {page}")
 
 
+def some_images(source: Source, count: int) -> list[Tensor]:
+    """At most `count` images, evenly spaced; for a broken one, the next that can be read."""
+    images = []
+    for first in spread(len(source), count):
+        for i in range(first, len(source)):
+            try:
+                images.append(source[i][0])
+            except UnreadableImage:
+                continue
+            break
+    return images
+
+
 def training_pictures(settings: Settings, results: dict[str, Any], last: str) -> dict[str, Figure]:
     """Curves of the losses, of the online k-NN, and over embedding sizes."""
     records = read_metrics(settings.output / "pretrain" / "metrics.jsonl")
@@ -1189,7 +1216,7 @@ def view_pictures(settings: Settings) -> dict[str, Figure]:
     train = open_data(settings).train
     generator = torch.Generator().manual_seed(settings.seed)
     crop = multi_crop(pretraining(settings), settings)
-    views = [crop(train[i][0], generator=generator) for i in spread(len(train), 4)]
+    views = [crop(image, generator=generator) for image in some_images(train, 4)]
     grid = load_encoder("pretrain", settings).grid_size
     masked = replace(settings.masks, probability=1.0)
     masks = mask_generator(grid, masked)(NUM_GLOBAL * len(views), generator=generator)
@@ -1212,7 +1239,7 @@ def feature_pictures(settings: Settings, results: dict[str, Any], plan: Plan) ->
     test = open_data(settings).test
     view = eval_view(plan.global_size, settings)
     encoder = load_encoder(plan.name, settings)
-    images = torch.stack([view(test[i][0]) for i in spread(len(test), 6)])
+    images = torch.stack([view(image) for image in some_images(test, 6)])
     with torch.no_grad():
         patches = encoder(images).patches
         q, k = encoder.queries_keys(images)

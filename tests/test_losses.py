@@ -68,7 +68,6 @@ def test_ibot_equals_the_double_loop(B, H, W, K, seed):
 @given(st.integers(2, 7), st.integers(1, 5), seeds)
 def test_koleo_equals_the_double_loop(B, D, seed):
     x = normal(seed, B, D)
-    # acos of rounding: distances come from differences here as in the oracle, so no cancellation
     assert KoLeoLoss()(x).item() == pytest.approx(oracle.koleo(x, 1e-8), rel=1e-9)
 
 
@@ -129,9 +128,9 @@ def test_dino_leaves_out_exactly_the_same_crop():
     assert changed.tolist() == [False, True, True]
 
 
-@pytest.mark.parametrize("masks", [torch.zeros(2, 6, dtype=torch.bool)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ibot_without_masked_patches_is_a_differentiable_zero(masks, dtype):
+def test_ibot_without_masked_patches_is_a_differentiable_zero(dtype):
+    masks = torch.zeros(2, 6, dtype=torch.bool)
     student_logits = torch.empty(0, 4, dtype=dtype, requires_grad=True)
     loss = iBOTLoss()(student_logits, torch.empty(0, 4), masks)
     loss.backward()
@@ -199,7 +198,7 @@ class TestKoLeo:
         assert x.grad.isfinite().all()
 
     def test_float32_inside_autocast(self):
-        x = normal(0, 16, 8).float()
+        x = normal(0, 256, 3).float()  # so close that bfloat16 would name other neighbours
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = KoLeoLoss()(x)
         assert loss.dtype == torch.float32

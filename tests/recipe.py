@@ -1,0 +1,111 @@
+"""The recipe as a module, and the smallest settings and batches that its tests train on."""
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslkit.data import Batch
+from sslkit.training.parallel import Parallel
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+RECIPE = EXAMPLES / "franca_recipe.py"
+ALONE = Parallel(rank=0, world_size=1, device=torch.device("cpu"), group=None)
+
+
+def load_example(name: str) -> ModuleType:
+    """``examples/<name>.py`` as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look the module up by its name
+    spec.loader.exec_module(module)
+    return module
+
+
+recipe = load_example("franca_recipe")
+
+
+def smoke(output: Path | str, *arguments: str) -> list[str]:
+    """The command line of a run of seconds: 8 images of 32 px a step, two local crops."""
+    tiny = "--batch-size 8 --scene-size 32 --num-scenes 60 --crops.num-local 2 --workers 0"
+    tiny += " --highres.batch-size 8 --evaluation.online-every 0 --log-every 1"
+    return ["--preset", "smoke", "--output", str(output), *tiny.split(), *arguments]
+
+
+def tiny(**sections: dict[str, Any] | Any) -> Any:
+    """12 steps of 8 images, the rest as in the paper; ``optim={"clip": 1.0}`` changes a field."""
+    settings = recipe.Settings(
+        steps=12,
+        batch_size=8,
+        device="cpu",
+        precision="float32",
+        model=recipe.Model(
+            backbone="sslkit_vit_micro",
+            drop_path=0.0,
+            num_prototypes=64,
+            head_hidden_dim=128,
+            dino_bottleneck=32,
+            ibot_bottleneck=32,
+        ),
+        crops=recipe.Crops(global_size=32, local_size=16, num_local=2),
+        optim=recipe.Optim(base_lr=6e-3),
+    )
+    for name, value in sections.items():
+        if isinstance(value, dict):
+            value = replace(getattr(settings, name), **value)
+        settings = replace(settings, **{name: value})
+    return settings
+
+
+def trainer(settings: Any) -> Any:
+    """The pretraining of ``settings`` in this process, at its first step."""
+    return recipe.Trainer(recipe.pretraining(settings), settings, ALONE)
+
+
+def batches(size: int, *, global_size: int = 32, local_size: int = 16) -> Iterator[Batch]:
+    """Crops of 64 smooth random pictures, with two global and two local views of each.
+
+    They need nothing but PyTorch's generator: the same numbers with any torchvision or Pillow.
+    """
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(64, 3, 5, 5, generator=generator)
+    pictures = F.interpolate(coarse, (48, 48), mode="bilinear", align_corners=False)
+
+    def views(indices: Tensor, crop: int) -> Tensor:
+        crops = []
+        for index in [*indices.tolist(), *indices.tolist()]:
+            top, left = torch.randint(48 - crop + 1, (2,), generator=generator).tolist()
+            crops.append(pictures[index, :, top : top + crop, left : left + crop])
+        noise = 0.2 * torch.randn(len(crops), 3, crop, crop, generator=generator)
+        return (torch.stack(crops) + noise).unflatten(0, (2, -1))  # [V, B, C, crop, crop]
+
+    while True:
+        indices = torch.randperm(64, generator=generator)[:size]
+        yield Batch(
+            global_crops=views(indices, global_size),
+            local_crops=views(indices, local_size),
+            labels=torch.full((size,), -1),
+            epochs=torch.zeros(size, dtype=torch.int64),
+            indices=indices,
+            unreadable=(),
+        )
+
+
+def batch(size: int = 8) -> Batch:
+    """The first of :func:`batches`."""
+    return next(batches(size))
+
+
+def start_process(arguments: list[str], *, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    """The recipe in a process of its own, its output to this test's."""
+    return subprocess.Popen([sys.executable, *launcher, str(RECIPE), *arguments])

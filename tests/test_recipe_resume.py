@@ -1,0 +1,196 @@
+"""A run of the recipe that is killed, resumed, poisoned or watched ends where it should."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sslkit.training.checkpoint import Checkpoints
+from sslkit.training.metrics import read_metrics
+from tests.recipe import recipe, smoke, start_process
+
+# Stochastic depth makes the weights depend on the random state; EMACentering adds a state.
+TRAINING = "--stages pretrain highres --model.drop-path 0.3 --targets.kind centering"
+TRAINING += " --checkpoint-every 3 --highres.steps 5 --evaluation.num-train 20"
+TRAINING += " --evaluation.online-train 20 --evaluation.online-test 10 --evaluation.knn 5"
+ENDS = {"pretrain": 12, "highres": 5}
+
+
+def train(output: Path, *arguments: str) -> Path:
+    recipe.main(smoke(output, *TRAINING.split(), *arguments))
+    return output
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("uninterrupted") / "run")
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every tensor and plain value of a nested state, by its place."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from leaves(item, f"{name}/{key}")
+    else:
+        yield name, value
+
+
+def assert_same_run(output: Path, expected: Path, *, stages: dict[str, int] = ENDS) -> None:
+    """The last checkpoint, the exported encoder and the metrics, bit by bit."""
+    for stage, last in stages.items():
+        states = []
+        for run in (output, expected):
+            checkpoints = Checkpoints(run / stage / "checkpoints")
+            assert checkpoints.latest() == checkpoints.directory / f"step_{last:08d}.pt"
+            state = checkpoints.load(checkpoints.latest())
+            state["random"] = state["random"]["torch"]  # nothing draws from the other generators
+            states.append(dict(leaves(state)))
+        own, other = states
+        assert own.keys() == other.keys()
+        for name, value in own.items():
+            same = (
+                torch.equal(value, other[name])
+                if isinstance(value, Tensor)
+                else (value == other[name])
+            )
+            assert same, f"{stage}: {name}"
+        kinds = {name.split("/")[1] for name in own}
+        assert kinds == {"step", "student", "teacher", "targets", "optimizer", "random"}
+
+        name = f"{stage}.safetensors"
+        own, other = (recipe.backbones.load(run / name).state_dict() for run in (output, expected))
+        assert own.keys() == other.keys()
+        assert all(torch.equal(own[key], other[key]) for key in own)
+
+        own, other = (read_metrics(run / stage / "metrics.jsonl") for run in (output, expected))
+        assert [row["step"] for row in own] == list(range(1, last + 1))
+        for a, b in zip(own, other, strict=True):
+            for row in (a, b):
+                assert row.pop("images_per_second") != 0
+            assert a == b
+
+
+def kill_after(output: Path, stage: str, step: int, *arguments: str) -> None:
+    """Run the recipe in a process and SIGKILL it once it has logged ``step`` of ``stage``."""
+    metrics = output / stage / "metrics.jsonl"
+    process = start_process(smoke(output, *TRAINING.split(), *arguments))
+    try:
+        while not metrics.exists() or all(row["step"] < step for row in read_metrics(metrics)):
+            assert process.poll() is None, f"the run ended before step {step} of {stage}"
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def test_a_run_killed_four_times_ends_like_an_uninterrupted_one(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    kill_after(output, "pretrain", 2)  # before the first checkpoint
+    kill_after(output, "pretrain", 9, "--resume", "--workers", "1")  # while it writes one
+    kill_after(output, "highres", 1, "--resume")
+    kill_after(output, "highres", 4, "--resume", "--workers", "1")
+    assert Checkpoints(output / "highres" / "checkpoints").latest() is not None
+    train(output, "--resume", "--workers", "1")
+    assert_same_run(output, uninterrupted)
+
+
+def test_online_knn_does_not_disturb_the_training(uninterrupted: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    recipe.main(
+        smoke(output, *TRAINING.split(), "--stages", "pretrain", "--evaluation.online-every", "3")
+    )
+    path = output / "pretrain" / "metrics.jsonl"
+    rows = read_metrics(path)
+    assert [row["step"] for row in rows if "knn/5" in row] == [3, 6, 9, 12]
+    lines = [{k: v for k, v in row.items() if k != "knn/5"} for row in rows]
+    path.write_text("".join(f"{recipe.json.dumps(line)}\n" for line in lines))
+    assert_same_run(output, uninterrupted, stages={"pretrain": 12})
+
+
+def test_finished_stages_are_left_alone(
+    uninterrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*.pt")}
+    train(uninterrupted, "--resume")
+    assert capsys.readouterr().out.count("finished already") == 2
+    assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*.pt")}
+
+
+def test_a_resumed_run_needs_no_settings_but_the_output(
+    uninterrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe.main(["--output", str(uninterrupted), "--resume"])
+    assert capsys.readouterr().out.count("finished already") == 2
+
+
+def test_a_poisoned_weight_stops_the_run_by_name_and_spares_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_as_it_is = recipe.Trainer.step
+
+    def poisoned(self: Any, step: int, batch: Any) -> Any:
+        if step == 4:
+            with torch.no_grad():
+                self.student.dino_head.prototypes[2].weight[0, 0] = torch.nan
+        return step_as_it_is(self, step, batch)
+
+    monkeypatch.setattr(recipe.Trainer, "step", poisoned)
+    with pytest.raises(SystemExit, match=r"error: step 4: not finite: dino/level_2,") as exit_:
+        train(tmp_path / "run")
+    assert "dino/level_1" not in str(exit_.value)
+    assert "ibot" not in str(exit_.value).split("The step")[0]
+
+    checkpoints = Checkpoints(tmp_path / "run" / "pretrain" / "checkpoints")
+    state = checkpoints.load(checkpoints.latest())
+    assert state["step"] == 3
+    assert all(x.isfinite().all() for _, x in leaves(state) if isinstance(x, Tensor))
+    assert not (tmp_path / "run" / "pretrain.safetensors").exists()
+    monkeypatch.undo()
+    train(tmp_path / "run", "--resume")
+
+
+def test_a_collapsing_run_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A teacher that gives every image the uniform target.
+    hot = "--stages pretrain --targets.start-temperature 100 --targets.temperature 100"
+    recipe.main(smoke(tmp_path / "run", *hot.split(), "--optim.lr-warmup", "0"))
+    assert "warning: step 3: uniform targets" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def split_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One and two processes; without masks and KoLeo nothing depends on how images are split."""
+    one, two = (tmp_path_factory.mktemp("processes") / name for name in ("one", "two"))
+    unsplit = "--stages pretrain --steps 2 --losses.koleo 0 --masks.probability 0"
+    arguments = [*unsplit.split(), "--optim.lr-warmup", "0"]
+    recipe.main(smoke(one, *arguments))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    process = start_process(smoke(two, *arguments), launcher=launcher)
+    try:
+        assert process.wait(timeout=240) == 0
+    finally:
+        process.kill()
+    return one, two
+
+
+def test_two_processes_end_with_a_checkpoint_and_an_encoder(split_runs: tuple[Path, Path]) -> None:
+    _, two = split_runs
+    checkpoints = Checkpoints(two / "pretrain" / "checkpoints")
+    assert checkpoints.load(checkpoints.latest())["step"] == 2
+    assert recipe.backbones.load(two / "pretrain.safetensors").embed_dim == 32
+
+
+def test_two_processes_have_the_losses_and_gradients_of_one(split_runs: tuple[Path, Path]) -> None:
+    one, two = (read_metrics(run / "pretrain" / "metrics.jsonl") for run in split_runs)
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two, strict=True):
+        for name in a:
+            if name == "loss" or name.startswith(("dino/", "gradient_norm/", "lr", "momentum")):
+                assert a[name] == pytest.approx(b[name], rel=1e-4), name

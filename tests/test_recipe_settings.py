@@ -1,0 +1,134 @@
+"""The command line of the recipe: what it refuses, and with which words."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.recipe import recipe, smoke
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Path:
+    """An output folder with the settings of a run that was killed before its first checkpoint."""
+    output = tmp_path / "run"
+    (output / "pretrain").mkdir(parents=True)
+    settings = recipe.parse(smoke(output))
+    (output / "settings.json").write_text(recipe.as_json(settings))
+    return output
+
+
+def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        recipe.main(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out.replace("-", "_")
+    for field in dataclasses.fields(recipe.Settings):
+        assert f"__{field.name}" in text, field.name
+        if dataclasses.is_dataclass(section := getattr(recipe.Settings(), field.name)):
+            for inner in dataclasses.fields(section):
+                assert f"__{field.name}.{inner.name}" in text, inner.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--optim.learning-rate 1", "--optim.learning-rate"),
+        ("--preset huge", "huge"),
+        ("--steps many", "--steps"),
+        ("--stages pretrain fly", "fly"),
+        ("--masks.kind spiral", "spiral"),
+        ("--targets.kind kmeans", "kmeans"),
+    ],
+)
+def test_what_does_not_parse(
+    arguments: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        recipe.main([*smoke(tmp_path), *arguments.split()])
+    assert exit_.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--accumulation 3", "--batch-size 8 does not divide into 1 processes of 3 micro-batches"),
+        ("--highres.batch-size 6 --accumulation 4", "--highres.batch-size 6 does not divide"),
+        ("--losses.dino 0 --losses.ibot 0 --losses.koleo 0", r"--losses\.\* are all 0"),
+        ("--highres.steps 0", r"--highres\.steps is below 1"),
+        ("--targets.sinkhorn-iterations 0", "--targets.sinkhorn-iterations must be at least 1"),
+        ("--steps 0", "--steps must be at least 1"),
+        ("--batch-size 0", "--batch.size must be at least 1"),
+        ("--checkpoint-every 0", "--checkpoint.every must be at least 1"),
+        ("--stages", "--stages is empty"),
+        ("--resume", "--resume: .* holds no run"),
+        ("--stages evaluate", "no trained encoder; run --stages pretrain first"),
+        ("--stages rasa", "no trained encoder; run --stages pretrain first"),
+        ("--stages report", r"results\.json is missing; run --stages evaluate first"),
+        ("--stages highres", "no finished pretrain: run --stages pretrain"),
+        ("--data /nowhere", "no data '/nowhere'"),
+        ("--num-scenes 0", "num_"),
+        ("--crops.global-size 30", r"pretrain: crops of 30 pixels do not divide into patches"),
+        ("--masks.ratio 0.9 0.1", "mask_ratio"),
+        ("--model.nesting-dims 4 4", "nesting_dims must rise strictly"),
+        ("--test-fraction 2 --data FOLDER", "test_fraction must lie between 0 and 1, got 2"),
+    ],
+)
+def test_what_cannot_work(arguments: str, message: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for i in range(4):
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{i}.png")
+    output = tmp_path / "run"
+    words = arguments.replace("FOLDER", str(tmp_path)).split()
+    with pytest.raises((SystemExit, ValueError), match=message):
+        recipe.main(smoke(output, *words))
+    # Once repaired, the same command may use the same folder.
+    recipe.check(recipe.parse(smoke(output)), world_size=1)
+
+
+def test_a_run_is_not_overwritten(started: Path) -> None:
+    with pytest.raises(SystemExit, match="holds a run already: continue it with --resume"):
+        recipe.main(smoke(started))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("--optim.clip 1.5", r"optim\.clip was 3\.0, is 1\.5"),
+        ("--seed 4", "seed was 0, is 4"),
+        ("--steps 13", "steps was 12, is 13"),
+        ("--data elsewhere", "data was 'scenes', is 'elsewhere'"),
+        ("--masks.ratio 0.2 0.5", r"masks\.ratio was \(0\.1, 0\.65\), is \(0\.2, 0\.5\)"),
+    ],
+)
+def test_settings_that_change_the_training_are_refused_on_resume(
+    changed: str, message: str, started: Path
+) -> None:
+    before = (started / "settings.json").read_text()
+    with pytest.raises(SystemExit, match=message):
+        recipe.main(smoke(started, "--resume", *changed.split()))
+    assert (started / "settings.json").read_text() == before
+
+
+def test_settings_that_do_not_change_the_training_may_differ_on_resume(started: Path) -> None:
+    free = "--workers 3 --log-every 7 --rasa.num-iterations 2 --evaluation.knn 5"
+    free += " --highres.steps 9"  # free until the stage has begun
+    recipe.check(recipe.parse(smoke(started, "--resume", *free.split())), world_size=1)
+    (started / "highres").mkdir()
+    with pytest.raises(recipe.SettingsError, match=r"highres\.steps was 4, is 9"):
+        recipe.check(recipe.parse(smoke(started, "--resume", *free.split())), world_size=1)
+
+
+def test_settings_come_back_from_the_output(started: Path) -> None:
+    assert recipe.parse(["--output", str(started)]) == recipe.parse(smoke(started))
+    for preset, settings in recipe.PRESETS.items():
+        (started / "settings.json").write_text(recipe.as_json(settings))
+        assert recipe.read_settings(started) == settings, preset
+
+
+def test_settings_are_json(started: Path) -> None:
+    stored = json.loads((started / "settings.json").read_text())
+    assert stored["model"]["backbone"] == "sslkit_vit_micro"
