@@ -84,7 +84,7 @@ def loss_curves(
     groups: dict[str, list[str]] = {}
     for key in sorted({key for record in records for key in record}, key=_natural):
         name, separator, level = key.partition("/level_")
-        if separator and level.isdigit():
+        if separator and level.isdigit() and "/" not in name:  # not target_entropy/dino/level_0
             groups.setdefault(name, []).append(key)
     singles = [key for key in _SINGLE_LOSSES if any(key in record for record in records)]
     count = len(groups) + len(singles)
