@@ -1419,7 +1419,10 @@ def _restore(default: Any, values: dict[str, Any]) -> Any:
 
 
 def parse(arguments: Sequence[str]) -> Settings:
-    """The command line over the settings of the run in --output, or of --preset."""
+    """The command line over the settings of the run in --output, or of --preset.
+
+    Which stages to run, and whether to resume, is asked anew in each call.
+    """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--output", type=Path, default=Settings().output)
     first.add_argument("--preset", choices=list(PRESETS), default=None)
@@ -1427,7 +1430,8 @@ def parse(arguments: Sequence[str]) -> Settings:
     default = PRESETS[known.preset or "demo"]
     if known.preset is None:
         default = read_settings(known.output) or default
-    return tyro.cli(Settings, default=replace(default, resume=False), args=arguments)
+    default = replace(default, resume=False, stages=tuple(STAGES))
+    return tyro.cli(Settings, default=default, args=arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

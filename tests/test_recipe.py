@@ -13,8 +13,9 @@ from tests.recipe import ALONE, batch, batches, recipe, tiny, trainer
 
 LEVELS = range(5)
 HEADS = ("dino", "ibot")
-# Float32 on one thread of an x86 CPU. The largest relative difference was 1e-7 with two threads and
-# 6e-7 from weights that differ in their last bit; a student temperature .5 % off gives 2e-3.
+# Float32 on one thread of an x86 CPU, torch 2.15. The largest relative difference was 1e-7 with two
+# threads and 6e-7 from weights that differ in their last bit; a student temperature .5 % off gives
+# 2e-3. The tolerance leaves room for the sums of other CPUs and torch versions.
 GOLDEN = {
     0: {"loss": 27.919401, "dino/level_0": 2.278440, "ibot/level_4": 2.680196, "koleo": 2.852923},
     9: {"loss": 21.525127, "dino/level_0": 1.413563, "ibot/level_4": 2.215578, "koleo": 2.689670},
@@ -59,7 +60,7 @@ def test_golden_losses() -> None:
         if step in GOLDEN:
             found = {"loss": seen.loss, **seen.terms}
             found = {name: found[name].item() for name in GOLDEN[step]}
-            assert found == pytest.approx(GOLDEN[step], rel=1e-5), f"step {step}"
+            assert found == pytest.approx(GOLDEN[step], rel=5e-4), f"step {step}"
 
 
 # ---------------------------------------------------------------------------------- accumulation
@@ -69,7 +70,7 @@ def test_golden_losses() -> None:
 def test_accumulation_does_not_change_the_gradients(kind: str) -> None:
     settings = tiny(losses={"koleo": 0.0}, targets={"kind": kind})
     whole = gradients(settings)
-    # Measured: 2e-7 with Sinkhorn, the rounding of float32 sums. KoLeo would change them by .03.
+    # The rounding of float32 sums; KoLeo alone would differ by over 1e-2 (the next test).
     assert distance(whole, gradients(recipe.replace(settings, accumulation=4))) < 3e-6
 
 
