@@ -7,7 +7,7 @@
 Top to bottom: settings and presets, networks, targets, losses, the training loop, then
 high-resolution adaptation, RASA, evaluation and the report. Every stage writes what the next one
 reads into `--output`, so that each can be run alone on a finished one's result (`--stages`), and
-`--resume` continues an interrupted run: on a CPU, with bit-identical weights.
+`--resume` continues an interrupted run: on a CPU with as many threads, with bit-identical weights.
 """
 
 import argparse

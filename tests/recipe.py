@@ -1,6 +1,7 @@
 """The recipe as a module, and the smallest settings and batches that its tests train on."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -107,5 +108,9 @@ def batch(size: int = 8) -> Batch:
 
 
 def start_process(arguments: list[str], *, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    """The recipe in a process of its own, its output to this test's."""
-    return subprocess.Popen([sys.executable, *launcher, str(RECIPE), *arguments])
+    """The recipe in a process of its own, its output to this test's.
+
+    With one thread, as the tests themselves have: sums over more are rounded differently.
+    """
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *launcher, str(RECIPE), *arguments], env=one_thread)
