@@ -807,7 +807,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     if state is None:
         torch.manual_seed(sample_seed(settings.seed, parallel.rank))
     else:
-        trainer.load(state)  # after the loader, whose start draws from torch's generator
+        trainer.load(state)
         if not parallel.is_main:  # the checkpoint has the main process's random state
             torch.manual_seed(sample_seed(settings.seed, parallel.rank, start))
     unreadable = UnreadableLog(len(sources.train), threshold=settings.max_unreadable)
