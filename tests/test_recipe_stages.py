@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,8 @@ def test_metrics_have_everything_that_is_watched(finished: Path) -> None:
 def test_results_have_every_score_of_every_stage(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     stages = {"random init", "pretrain", "highres", "rasa"}
-    assert set(results) == {"knn", "matryoshka", "in_context", "position_r2"}
+    assert set(results) == {"knn", "online_knn", "matryoshka", "in_context", "position_r2"}
+    assert set(results["online_knn"]) == {"raw pixels", "standardised pixels", "random init"}
     assert set(results["knn"]) == stages | {"raw pixels", "standardised pixels"}
     for score in ("matryoshka", "in_context", "position_r2"):
         assert set(results[score]) == stages, score
@@ -149,6 +151,17 @@ def test_a_report_of_older_scores_is_refused(finished: Path) -> None:
             recipe.main(["--output", str(finished), "--stages", "report"])
     finally:
         path.write_text(before)
+
+
+def test_a_rasa_of_an_older_encoder_is_refused(finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    path = output / "rasa.safetensors"
+    described = {"stage": "rasa", "of": "pretrain", "position_errors": "[0.1]"}
+    backbones.save(backbones.load(path), path, described)
+    for stage in ("evaluate", "report"):
+        with pytest.raises(SystemExit, match="was fitted on pretrain, and highres has been"):
+            recipe.main(["--output", str(output), "--stages", stage])
 
 
 def write_images(folder: Path, count: int) -> None:

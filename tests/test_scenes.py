@@ -1,5 +1,6 @@
 """The built-in scenes: the same everywhere, balanced, without short cuts, and with true labels."""
 
+import colorsys
 import subprocess
 import sys
 import zlib
@@ -10,10 +11,16 @@ import pytest
 import torch
 
 from sslkit.data.scene_layout import (
+    CLASS_HUES,
     CLASS_NAMES,
     CLASS_TEXTURES,
+    HUE_SPREAD,
     MIN_MAIN_VISIBLE,
     MIN_OTHER_VISIBLE,
+    TYPICAL_HUE_SHARE,
+    TYPICAL_TEXTURE_SHARE,
+    Layout,
+    SceneObject,
     draw_layout,
 )
 from sslkit.data.scene_shapes import SHAPES, inside
@@ -31,6 +38,11 @@ def some_scenes(count: int = 25) -> list[Scene]:
         for size in [(64, 64), (48, 80), (96, 40)]
         for i in range(count)
     ]
+
+
+def main_object(layout: Layout) -> SceneObject:
+    (item,) = (item for item in layout.objects if item.label == layout.label)
+    return item
 
 
 def assert_same(a: Scene, b: Scene) -> None:
@@ -168,40 +180,53 @@ def test_another_resolution_shows_the_same_scene(size, factor):
 
 
 @pytest.fixture(scope="module")
-def many_small() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels, centres of the main object's visible box over the image's size, mean colours."""
-    scenes = Scenes(2400, size=(20, 32), seed=11)
-    labels, centres, colours = [], [], []
-    for i in range(len(scenes)):
-        scene = scenes.scene(i)
-        (box,) = (b for b in scene.boxes if b.label == scene.label)
-        labels.append(scene.label)
-        centres.append([(box.y0 + box.y1) / 2 / 20, (box.x0 + box.x1) / 2 / 32])
-        colours.append(scene.image.double().mean(dim=(1, 2)).numpy() / 255)
-    return np.array(labels), np.array(centres), np.array(colours)
+def layouts() -> list[Layout]:
+    return [draw_layout(np.random.default_rng(i), 1.6, 1.0) for i in range(2400)]
 
 
-def test_labels_are_uniform(many_small):
-    labels, _, _ = many_small
-    counts = np.bincount(labels, minlength=len(CLASS_NAMES))
-    expected = len(labels) / len(CLASS_NAMES)
+def test_labels_are_uniform(layouts):
+    counts = np.bincount([layout.label for layout in layouts], minlength=len(CLASS_NAMES))
+    expected = len(layouts) / len(CLASS_NAMES)
     assert ((counts - expected) ** 2 / expected).sum() < CHI_SQUARE_11_DF
 
 
-@pytest.mark.parametrize("which", [1, 2], ids=["position", "mean colour"])
-def test_class_does_not_show_in_the_mean(many_small, which):
-    labels, values = many_small[0], many_small[which]
+NOT_OF_THE_CLASS = {
+    "place": lambda layout: main_object(layout).centre,
+    "ground": lambda layout: layout.ground.texture.colours.ravel(),
+    "light": lambda layout: layout.light.tint,
+    "haze": lambda layout: layout.light.haze,
+}
+
+
+@pytest.mark.parametrize("what", NOT_OF_THE_CLASS)
+def test_class_does_not_show_in(what, layouts):
+    labels = np.array([layout.label for layout in layouts])
+    values = np.array([NOT_OF_THE_CLASS[what](layout) for layout in layouts])
     for k in range(len(CLASS_NAMES)):
         members = values[labels == k]
         error = values.std(axis=0) / np.sqrt(len(members))
-        # 4.5 standard errors: 24 or 36 comparisons by chance exceed it once in 4000 runs.
+        # 4.5 standard errors: 24 to 72 comparisons by chance exceed it once in 2000 runs.
         np.testing.assert_array_less(
             np.abs(members.mean(axis=0) - values.mean(axis=0)), 4.5 * error
         )
 
 
-def test_objects_lie_all_over_the_image(many_small):
-    _, centres, _ = many_small
+def test_a_class_usually_has_its_hue_and_its_texture(layouts):
+    of_its_hue = of_its_texture = 0
+    for layout in layouts:
+        item, name = main_object(layout), CLASS_NAMES[layout.label]
+        hue, _, _ = colorsys.rgb_to_hsv(*item.texture.colours[1])
+        of_its_hue += abs((hue - CLASS_HUES[name] + 0.5) % 1 - 0.5) < 3 * HUE_SPREAD
+        of_its_texture += item.texture.family == CLASS_TEXTURES[name]
+    # A hue drawn from all of them lies within 3 spreads of any by chance, a texture is 1 of 12.
+    hue_share = TYPICAL_HUE_SHARE + (1 - TYPICAL_HUE_SHARE) * 6 * HUE_SPREAD
+    texture_share = TYPICAL_TEXTURE_SHARE + (1 - TYPICAL_TEXTURE_SHARE) / 12
+    assert of_its_hue / len(layouts) == pytest.approx(hue_share, abs=0.03)  # 3.8 standard errors
+    assert of_its_texture / len(layouts) == pytest.approx(texture_share, abs=0.025)
+
+
+def test_objects_lie_all_over_the_image(layouts):
+    centres = np.array([main_object(layout).centre / [1.6, 1.0] for layout in layouts])
     np.testing.assert_allclose(centres.mean(axis=0), 0.5, atol=0.02)
     assert (centres.std(axis=0) > 0.1).all()
 
@@ -252,9 +277,9 @@ def test_the_ground_is_a_plane_seen_in_perspective():
 
 
 def around(point, mask):
-    """The mask in the 3 x 3 pixels about a key point, for a thin tip may miss its own pixel."""
+    """The mask in the 5 x 5 pixels about a key point: a tip is thinner than a pixel at its end."""
     row, column = int(point.y), int(point.x)
-    return mask[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
+    return mask[max(row - 2, 0) : row + 3, max(column - 2, 0) : column + 3]
 
 
 def test_keypoints_are_those_of_the_boxes_objects():

@@ -7,6 +7,7 @@ aspect ratio.
 
 from __future__ import annotations
 
+import colorsys
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sslkit.data.scene_shapes import SHAPES, Floats, inside
-from sslkit.data.scene_textures import FAMILIES, Texture, draw_colour, draw_texture
+from sslkit.data.scene_textures import FAMILIES, Texture, draw_texture
 
 CLASS_NAMES = tuple(SHAPES)
 CLASS_TEXTURES = {
@@ -39,9 +40,27 @@ TYPICAL_TEXTURE_SHARE = 0.9
 CLOUDY_GROUND_SHARE = 0.5
 """How often the ground is sure to be fractal noise; else it draws from all families."""
 
-GROUND_GREYS = (0.03, 0.55)
-OBJECT_GREYS = (0.4, 1.0)
-"""Range of each colour channel: objects are mostly brighter than the ground they stand out from."""
+CLASS_HUES = {name: k / len(CLASS_NAMES) for k, name in enumerate(CLASS_NAMES)}
+"""class name -> the hue, in turns of the colour circle from red, that it is usually of."""
+
+TYPICAL_HUE_SHARE = 0.8
+"""How often an object is sure to be of about its class's hue; else it draws from all of them."""
+
+HUE_SPREAD = 0.02
+"""Standard deviation of a typical hue about the class's, in turns."""
+
+OBJECT_SATURATIONS = (0.6, 1.0)
+OBJECT_VALUES = (0.6, 1.0)
+OBJECT_SHADES = (0.15, 0.5)
+"""Range of the darker of an object's two colours over the lighter one."""
+
+GROUND_GREYS = (0.1, 0.6)
+GROUND_CHROMA = 0.15
+"""Each channel of the ground is its grey, changed by up to this share: objects are the colourful
+things."""
+
+GROUND_SHADES = (0.6, 1.4)
+"""Range of the second of the ground's two colours over the first."""
 
 MAIN_SIZES = (0.36, 0.66)
 """Range of the square root of the main object's area."""
@@ -146,14 +165,12 @@ def draw_layout(rng: np.random.Generator, width: float, height: float) -> Layout
 
     room = np.array([width, height])
     size = rng.uniform(*MAIN_SIZES)
-    objects = [_draw_object(rng, label, main_depth, size, room, ground.texture.colours)]
+    objects = [_draw_object(rng, label, main_depth, size, room)]
     for k in range(rng.integers(len(other_labels) + 1)):
         other_size = size * rng.uniform(*OTHER_SIZES)
         trial = [
             *objects,
-            _draw_object(
-                rng, other_labels[k], other_depths[k], other_size, room, ground.texture.colours
-            ),
+            _draw_object(rng, other_labels[k], other_depths[k], other_size, room),
         ]
         main_share, *other_shares = (visible_share(item, trial, room) for item in trial)
         if main_share >= MIN_MAIN_VISIBLE and min(other_shares) >= MIN_OTHER_VISIBLE:
@@ -185,7 +202,6 @@ def _draw_object(
     depth: float,
     size: float,
     room: Floats,
-    ground_colours: Floats,
 ) -> SceneObject:
     """Draw an object of area ``size ** 2``; the image border cuts at most a part of it."""
     name = CLASS_NAMES[label]
@@ -199,20 +215,27 @@ def _draw_object(
     centre = margin + rng.uniform(0, 1, size=2) * (room - 2 * margin)
 
     typical = rng.uniform() < TYPICAL_TEXTURE_SHARE
-    first = draw_colour(rng, OBJECT_GREYS, ground_colours)
-    second = draw_colour(rng, OBJECT_GREYS, first[None])
+    if rng.uniform() < TYPICAL_HUE_SHARE:
+        hue = rng.normal(CLASS_HUES[name], HUE_SPREAD) % 1
+    else:
+        hue = rng.uniform()
+    light = np.array(
+        colorsys.hsv_to_rgb(hue, rng.uniform(*OBJECT_SATURATIONS), rng.uniform(*OBJECT_VALUES))
+    )
+    dark = light * rng.uniform(*OBJECT_SHADES)
     texture = draw_texture(
         rng,
         CLASS_TEXTURES[name] if typical else _any_family(rng),
         frequency=rng.uniform(5, 8),
-        colours=np.stack([first, second]),
+        colours=np.stack([dark, light]),
     )
     return SceneObject(label, matrix, centre, depth, texture)
 
 
 def _draw_ground(rng: np.random.Generator) -> Ground:
-    first = rng.uniform(*GROUND_GREYS, size=3)
-    second = first + rng.uniform(0.15, 0.6) * (draw_colour(rng, GROUND_GREYS, first[None]) - first)
+    chroma = rng.uniform(-GROUND_CHROMA, GROUND_CHROMA, size=3)
+    first = rng.uniform(*GROUND_GREYS) * (1 + chroma)
+    second = first * rng.uniform(*GROUND_SHADES)
     texture = draw_texture(
         rng,
         "clouds" if rng.uniform() < CLOUDY_GROUND_SHARE else _any_family(rng),

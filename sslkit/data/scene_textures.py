@@ -132,13 +132,6 @@ _NOISY: dict[str, Callable[[Floats, Floats, Floats], Floats]] = {
 FAMILIES = (*_REGULAR, *_NOISY)
 
 
-def draw_colour(rng: np.random.Generator, between: tuple[float, float], avoid: Floats) -> Floats:
-    """Of five colours drawn ``between`` two greys, the one farthest from all ``avoid [n, 3]``."""
-    candidates = rng.uniform(*between, size=(5, 3))
-    gaps = np.linalg.norm(candidates[:, None] - avoid[None], axis=2).min(axis=1)  # [5, n] -> [5]
-    return candidates[gaps.argmax()]
-
-
 def draw_texture(
     rng: np.random.Generator, family: str, *, frequency: float, colours: Floats
 ) -> Texture:

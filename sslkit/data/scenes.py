@@ -1,10 +1,11 @@
 """Pictures with ground truth, drawn from a seed: no download, no disk, any size.
 
 A scene shows one to three textured objects before a textured ground that recedes. The class of
-an object is its silhouette (:mod:`sslkit.data.scene_shapes`), which usually wears the texture
-of its class (:mod:`sslkit.data.scene_textures`). Place, size, turn, stretch, colours and light
-are drawn alike for all classes (:mod:`sslkit.data.scene_layout`), so that none of them gives the
-class away; nor does a texture alone, which may as well be the ground's or another object's.
+an object is its silhouette (:mod:`sslkit.data.scene_shapes`). As in photographs, things of a class
+tend to look alike: an object usually wears the texture of its class
+(:mod:`sslkit.data.scene_textures`) and usually is of about its hue, but never surely so, and
+another object in the picture has those of another class. Place, size, turn, stretch, ground and
+light are drawn alike for all classes (:mod:`sslkit.data.scene_layout`).
 
 Depth shows in the picture as occlusion, as the shrinking texture of the ground, as haze, and as
 the distance of an object from its shadow.
