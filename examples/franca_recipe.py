@@ -1273,7 +1273,7 @@ def feature_pictures(settings: Settings, results: dict[str, Any], plan: Plan) ->
     attention = cls_attention(q, k, num_prefix_tokens=encoder.num_prefix_tokens, grid=(H, W))
     figures = {
         "attention": draw.attention_maps(images, attention),
-        "pca": draw.pca_maps(images, pca_maps(patches).rgb),
+        "pca": draw.pca_maps(images, pca_maps(patches, threshold=None).rgb),
     }
     if (settings.output / "rasa.safetensors").exists():
         errors = json.loads(

@@ -51,6 +51,15 @@ def test_colours_are_scikit_learns_components():
     np.testing.assert_allclose(maps.explained.numpy(), model.explained_variance_ratio_, rtol=1e-6)
 
 
+def test_without_a_threshold_every_patch_is_coloured():
+    patches, _ = planted()
+    maps = pca_maps(patches, threshold=None, clip=0.0)
+    assert maps.foreground.all()
+    expected = PCA(3, svd_solver="full").fit_transform(patches.flatten(0, 2).double().numpy())
+    for component, colour in zip(expected.T, maps.rgb.flatten(0, 2).numpy().T, strict=True):
+        assert abs(np.corrcoef(component, colour)[0, 1]) > 0.999999
+
+
 def test_threshold_is_in_standard_deviations_of_the_first_component():
     patches = noise(3, 5, 7, 6)
     patches[..., 0] *= 10

@@ -328,8 +328,8 @@ def pca_maps(
     aspect = images.shape[-2] / images.shape[-1]
     figure = _figure(
         "PCA of patch features",
-        "Like parts should have like colours, within an image and across images; black is what "
-        "the first component calls background. Smooth gradients from edge to edge mean position.",
+        "Like parts should have like colours, within an image and across images. Smooth gradients "
+        "from edge to edge mean position.",
         height=aspect * WIDTH / (2 * pairs) * rows + 0.2,
     )
     grid = figure.subplots(rows, 2 * pairs, squeeze=False).reshape(-1, 2)

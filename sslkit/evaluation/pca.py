@@ -21,7 +21,7 @@ class PCAMaps:
     explained: Tensor
 
 
-def pca_maps(patches: Tensor, *, threshold: float = 0.0, clip: float = 0.01) -> PCAMaps:
+def pca_maps(patches: Tensor, *, threshold: float | None = 0.0, clip: float = 0.01) -> PCAMaps:
     """Colour the foreground patches of some images by their first three principal components.
 
     All images are taken together, so that equal colours mean like features across them:
@@ -29,7 +29,8 @@ def pca_maps(patches: Tensor, *, threshold: float = 0.0, clip: float = 0.01) -> 
     1. The first principal component of all patches is thresholded. Its sign is arbitrary: the
        foreground is the side that holds fewer of the patches on the images' borders (if both hold
        as many, the smaller side). ``threshold`` counts from the mean, in standard deviations of
-       the component, on the foreground side; the paper's is 0.
+       the component, on the foreground side; the paper's is 0. Without a threshold (None) every
+       patch is foreground.
     2. A second PCA, of the foreground patches alone, gives red, green and blue, each stretched
        linearly so that the quantiles ``clip`` and ``1 - clip`` become 0 and 1.
 
@@ -38,7 +39,7 @@ def pca_maps(patches: Tensor, *, threshold: float = 0.0, clip: float = 0.01) -> 
 
     Args:
         patches: [B, H, W, D] with D >= 3.
-        threshold: see above; 0 splits at the mean.
+        threshold: see above; 0 splits at the mean, None does not split.
         clip: share of patches at either end that the colours saturate on; 0: none.
 
     >>> patches = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
@@ -56,7 +57,10 @@ def pca_maps(patches: Tensor, *, threshold: float = 0.0, clip: float = 0.01) -> 
     scale = first.std(correction=0)
     if scale <= torch.finfo(torch.float32).eps * x.abs().max():
         raise ValueError("all patches are the same: there is no foreground to find")
-    foreground = _inner_side(first, threshold * scale)
+    if threshold is None:
+        foreground = torch.ones_like(first, dtype=torch.bool)
+    else:
+        foreground = _inner_side(first, threshold * scale)
     if foreground.sum() < 2:
         raise ValueError(
             f"threshold={threshold} leaves {int(foreground.sum())} foreground patches of "
