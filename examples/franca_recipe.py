@@ -1005,7 +1005,7 @@ def final_plan(settings: Settings) -> Plan:
 
 def finished_stages(settings: Settings) -> list[str]:
     """The stages that exported an encoder, in order; a RASA of an older encoder is refused."""
-    exports = {name: settings.output / f"{name}.safetensors" for name in STAGES}
+    exports: dict[str, Path] = {n: settings.output / f"{n}.safetensors" for n in STAGES}
     finished = [name for name, path in exports.items() if path.exists()]
     if "rasa" in finished:
         fitted_on, last = backbones.read_metadata(exports["rasa"])["of"], final_plan(settings).name
