@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sslkit.ops.attention import equal_runs, packed_attention
+from sslkit.ops.dispatch import record_bodies
 from tests.oracles.attention import packed_attention as oracle
+from tests.oracles.attention import packed_attention_gradient
 
 LENGTHS = st.lists(st.integers(1, 6), min_size=1, max_size=5)
 
@@ -46,6 +48,17 @@ def test_keeps_the_type_and_its_precision(dtype, atol):
 def test_gradient(lengths):
     qkv = random_qkv(lengths, 2, 3).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: packed_attention(x, lengths), qkv)
+
+
+@given(lengths=LENGTHS, scale=st.sampled_from([None, -0.7]), seed=st.integers(0, 2**16))
+def test_gradient_equals_the_chain_rule(lengths, scale, seed):
+    qkv = random_qkv(lengths, seed=seed).requires_grad_()
+    grad = random_qkv(lengths, seed=seed + 1)[:, 0]
+    out = packed_attention(qkv, lengths, scale=scale)
+    out.backward(grad)
+    expected_out, expected = packed_attention_gradient(qkv.detach(), grad, lengths, scale)
+    torch.testing.assert_close(out, expected_out, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(qkv.grad, expected, rtol=1e-9, atol=1e-10)
 
 
 @given(lengths=LENGTHS, data=st.data())
@@ -115,3 +128,39 @@ def test_refuses_integers():
 def test_refuses_what_cannot_run():
     with pytest.raises(ValueError, match="impl must be one of"):
         packed_attention(torch.zeros(2, 3, 1, 4), [2], impl="cuda")
+
+
+def test_auto_is_pytorch_on_the_cpu():
+    qkv = random_qkv([5, 400], dtype=torch.float16, d=32)
+    with record_bodies() as ran:
+        out = packed_attention(qkv, [5, 400])
+    assert set(ran) == {("packed_attention", "torch")}
+    assert torch.equal(out, packed_attention(qkv, [5, 400], impl="torch"))
+
+
+def test_registration():
+    qkv = random_qkv([3, 3, 2], 2, 4).requires_grad_()
+    torch.library.opcheck(
+        torch.ops.sslkit.packed_attention.default, (qkv, [3, 3, 2], None, "torch")
+    )
+
+
+def test_compiles_without_a_graph_break():
+    lengths = (3, 3, 2)
+    eager, compiled = (random_qkv(lengths).requires_grad_() for _ in range(2))
+
+    def attend(qkv):
+        return packed_attention(2 * qkv, lengths).square().sum()
+
+    attend(eager).backward()
+    torch.compile(attend, fullgraph=True, backend="aot_eager")(compiled).backward()
+    torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_runs_in_the_type_of_autocast(dtype):
+    qkv = random_qkv([3, 2], dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = packed_attention(qkv, [3, 2])
+    expected = qkv if dtype == torch.float64 else qkv.bfloat16()
+    assert torch.equal(out, packed_attention(expected, [3, 2]))

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from sslkit import EMACentering, KoLeoLoss, SinkhornKnopp, sinkhorn_many
+from sslkit import Assignments, EMACentering, KoLeoLoss, SinkhornKnopp, sinkhorn_many
 
 # Rows of ranks 0 to 3 in each problem: uneven splits, empty ranks, and nobody at all.
 SPLITS = ((5, 0, 1, 8), (0, 4, 3, 2), (7, 7, 7, 7), (0, 0, 0, 0))
@@ -39,6 +39,23 @@ def check_sinkhorn(group: dist.ProcessGroup, members: list[int]) -> None:
     logits[2][row_masks[2]] = torch.nan
 
     expected = sinkhorn_many(logits, TEMPERATURES, row_masks=row_masks)
+    check_against(expected, logits, row_masks, group, members, bound=None, num_collectives=3 + 1)
+
+    logits = [x.nan_to_num(neginf=-1.0).clamp(-1, 1) for x in logits]
+    expected = sinkhorn_many(logits, TEMPERATURES, row_masks=row_masks)
+    for bound, num_collectives in ((1.0, 3), (1.7, 3 + 1)):  # 2 * 1.7 / 0.04 > 80
+        check_against(expected, logits, row_masks, group, members, bound, num_collectives)
+
+
+def check_against(
+    expected: list[Assignments],
+    logits: list[Tensor],
+    row_masks: list[Tensor],
+    group: dist.ProcessGroup,
+    members: list[int],
+    bound: float | None,
+    num_collectives: int,
+) -> None:
     calls = []
     all_reduce = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: calls.append(args) or all_reduce(*args, **kwargs)
@@ -51,10 +68,11 @@ def check_sinkhorn(group: dist.ProcessGroup, members: list[int]) -> None:
                 for row_mask, split in zip(row_masks, SPLITS, strict=True)
             ],
             group=group,
+            bound=bound,
         )
     finally:
         dist.all_reduce = all_reduce
-    assert len(calls) == 3 + 1
+    assert len(calls) == num_collectives
     for single, split in zip(expected, actual, strict=True):
         torch.testing.assert_close(split.bias, single.bias, rtol=1e-5, atol=1e-5)
 

@@ -1,14 +1,21 @@
 """sslkit.ops: dispatch, torch.library registration, and soft_cross_entropy itself."""
 
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from sslkit import Assignments
 from sslkit.ops import column_logsumexp, column_mass, sinkhorn_bias, soft_cross_entropy
+from sslkit.ops.dispatch import interpreting, record_bodies, resolve, triton_problem
 from tests.oracles.losses import cross_entropy
+from tests.traffic import counting_memory
 
 seeds = st.integers(0, 2**31)
 CALLS = {
@@ -26,18 +33,87 @@ def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
+@pytest.fixture
+def fresh_triton_problem() -> Iterator[None]:
+    """`triton_problem` looks once a process; look again before and after the test."""
+    triton_problem.cache_clear()
+    yield
+    triton_problem.cache_clear()
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_dispatch(name):
-    for auto, explicit in zip(
-        torch.utils._pytree.tree_leaves(CALLS[name](impl="auto")),
-        torch.utils._pytree.tree_leaves(CALLS[name](impl="torch")),
-        strict=True,
-    ):
-        assert torch.equal(auto, explicit)
+    with record_bodies() as ran:
+        auto, explicit = (tree_leaves(CALLS[name](impl=impl)) for impl in ("auto", "torch"))
+    assert ran
+    assert {body for _, body in ran} == {"torch"}
+    for x, y in zip(auto, explicit, strict=True):
+        assert torch.equal(x, y)
     with pytest.raises(ValueError, match=r"impl must be one of.*'auto', 'torch', 'triton'.*'cuda'"):
         CALLS[name](impl="cuda")
-    with pytest.raises(RuntimeError, match="no Triton body"):
+
+
+@pytest.mark.skipif(not interpreting(), reason="on a GPU machine nothing is interpreted")
+@pytest.mark.parametrize("name", CALLS)
+def test_dispatch_to_triton(name):
+    pytest.importorskip("triton")
+    with record_bodies() as ran:
         CALLS[name](impl="triton")
+    assert {body for _, body in ran} == {"triton"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_triton_needs_a_gpu(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=r"the input is on cpu.*CUDA device; use impl='auto'"):
+        CALLS[name](impl="triton")
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.usefixtures("fresh_triton_problem")
+def test_triton_missing(name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run: Triton is not installed"):
+        CALLS[name](impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("version", "problem"),
+    [
+        ("3.1.0", "Triton 3.1.0 is too old (needed: 3.2 or newer)"),
+        ("2.3.1", "Triton 2.3.1 is too old (needed: 3.2 or newer)"),
+        ("3.2.0", None),
+        ("3.10.1+git1a2b3c", None),
+        ("4.0", None),
+    ],
+)
+@pytest.mark.usefixtures("fresh_triton_problem")
+def test_triton_too_old(version, problem, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    assert triton_problem() == problem
+
+
+def test_resolve():
+    wide = torch.zeros(2, dtype=torch.float64)
+    assert resolve("auto", "op", wide) == resolve("torch", "op", wide) == "torch"
+    with pytest.raises(RuntimeError, match=r"op: impl='triton' cannot run: .*float64; use"):
+        resolve("triton", "op", wide)
+    if interpreting():
+        with pytest.raises(RuntimeError, match="cannot run: K is odd; use"):
+            resolve("triton", "op", torch.zeros(2), unsupported="K is odd")
+
+
+def test_recordings_nest():
+    x = torch.zeros(2)
+    with record_bodies() as outer:
+        resolve("torch", "first", x)
+        with record_bodies() as inner:
+            resolve("torch", "second", x)
+        resolve("torch", "third", x)
+    resolve("torch", "fourth", x)
+    assert [op for op, _ in outer] == ["first", "second", "third"]
+    assert [op for op, _ in inner] == ["second"]
 
 
 @given(st.integers(0, 5), st.integers(1, 6), seeds, st.booleans())
@@ -55,6 +131,32 @@ def test_column_operations_equal_their_definition(B, K, seed, masked):
         rtol=1e-12,
         atol=0,
     )
+
+
+@pytest.mark.parametrize("bias", [0.0, 300.0, -300.0])
+@pytest.mark.parametrize("row_shift", [0.0, 1e4, -1e4])
+def test_column_mass_whatever_the_range(bias, row_shift):
+    """Exponentials that need the row maximum, in the first block of rows or a later one."""
+    logits = normal(0, 600, 1000).float()
+    logits[400:] += row_shift
+    u = bias + normal(1, 1000).float()
+    expected = torch.softmax(logits.double() / 0.5 + u.double(), dim=-1).sum(dim=0)
+    torch.testing.assert_close(
+        column_mass(logits, 0.5, u).double(), expected, rtol=5e-3 if row_shift else 1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bound", "reads"), [(None, 4), (1.0, 3)])
+def test_sinkhorn_reads_of_the_scores_and_memory(dtype, bound, reads):
+    """T + 1 reads of [B, K], T with a bound; no write, and nothing larger than a block."""
+    B, K = 1111, 700
+    logits = normal(0, B, K).clamp(-1, 1).to(dtype)
+    with counting_memory(logits=logits) as traffic:
+        sinkhorn_bias(logits, 0.1, bound=bound, impl="torch")
+    assert traffic.loaded["logits"] == reads * logits.nbytes
+    assert traffic.stored["logits"] == 0
+    assert traffic.largest_allocation <= 1 << 20
 
 
 @given(
@@ -147,8 +249,20 @@ def test_memory_stays_within_a_block():
 
 
 OPCHECKS = {
-    "column_logsumexp": (normal(0, 4, 3), 0.1, torch.tensor([True, False, False, True])),
-    "column_mass": (normal(0, 4, 3), 0.1, normal(1, 3), None),
+    "column_logsumexp": (
+        [normal(0, 4, 3), normal(1, 2, 5)],
+        [0.1, 0.2],
+        [torch.tensor([True, False, False, True]), None],
+        "auto",
+    ),
+    "column_exp_sum": ([normal(0, 4, 3)], [0.1], normal(1, 3), [None], "auto"),
+    "column_mass": (
+        [normal(0, 4, 3), normal(1, 2, 5)],
+        [0.1, 0.2],
+        normal(1, 8),
+        [None, torch.tensor([True, False])],
+        "auto",
+    ),
     "soft_cross_entropy": (
         normal(0, 4, 3).requires_grad_(),
         0.1,
@@ -156,6 +270,8 @@ OPCHECKS = {
         normal(2, 3),
         0.2,
         torch.tensor([[0], [4], [-1], [1]]),
+        False,
+        "auto",
     ),
 }
 
@@ -218,7 +334,7 @@ def call(x: Tensor, targets: object, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (
             lambda x: call(x, x, target_rows=torch.full((4, 1), 4)),
             IndexError,
-            "index 4 is out of bounds",
+            r"target_rows contains 4, but there are 4 targets \(0 \.\.\. 3",
         ),
         (lambda x: column_mass(x, 0.1, torch.zeros(2)), ValueError, "bias must have shape"),
     ],

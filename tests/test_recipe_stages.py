@@ -217,8 +217,8 @@ def test_broken_images_do_not_stop_the_scores_of_pixels(tmp_path: Path) -> None:
         write_images(tmp_path / label, 12)
     settings = recipe.parse(smoke(tmp_path, "--data", str(tmp_path), "--test-fraction", "0.4"))
     view = recipe.eval_view(32, settings)
-    options = recipe.Evaluation(num_train=24, num_test=24, knn=3)
+    options = recipe.Evaluation(knn=3)
     with pytest.warns(UserWarning, match="could not be read"):
-        scores = recipe.pixel_knn(recipe.open_data(settings), view, options)
+        scores = recipe.pixel_knn(recipe.open_data(settings), view, options, (24, 24))
     assert set(scores) == {"raw pixels", "standardised pixels"}
     assert all(0 <= score <= 1 for score in scores.values())

@@ -185,6 +185,31 @@ def test_many_equals_one_by_one():
         assert torch.equal(assignments.bias, single.bias)
 
 
+@given(sizes, seeds, st.sampled_from(DTYPES), st.sampled_from((0.02, 0.1, 1.0)), st.booleans())
+def test_a_bound_does_not_change_the_result(size, seed, dtype, temperature, masked):
+    """Down to temperature 0.025 a bound of 1 replaces the column maxima; below, they are taken."""
+    logits = random_logits(seed, *size, dtype).clamp(-1, 1)
+    row_mask = None
+    if masked:
+        row_mask = random_logits(seed, size[0], 1)[:, 0] > 0
+        logits[row_mask] = torch.nan
+    bounded, free = (
+        SinkhornKnopp(bound=bound)(logits, temperature, row_mask=row_mask).bias
+        for bound in (1.0, None)
+    )
+    torch.testing.assert_close(bounded, free, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1 / 40, 1 / 100])
+def test_a_bound_at_the_ends_of_its_range(temperature):
+    """A column of -bound sums exp(-80), whose logarithm is still exact; exp(-200) is not tried."""
+    logits = torch.tensor([[1.0, -1.0], [-1.0, -1.0]])
+    bounded = SinkhornKnopp(bound=1.0)(logits, temperature)
+    torch.testing.assert_close(bounded.bias, SinkhornKnopp()(logits, temperature).bias)
+    expected = sinkhorn_in_log_domain(logits, temperature, 3)
+    torch.testing.assert_close(bounded.probs().double(), expected, rtol=1e-4, atol=1e-30)
+
+
 def test_result_is_detached():
     logits = random_logits(9, 4, 3).requires_grad_()
     assignments = SinkhornKnopp()(logits, 0.1)
@@ -201,6 +226,12 @@ def test_result_is_detached():
         (lambda x: sinkhorn_many([x, x], [0.1]), ValueError, "temperatures has 1 entries for 2"),
         (lambda x: sinkhorn_many([x], 0.1, row_masks=[]), ValueError, "row_masks has 0 entries"),
         (lambda x: SinkhornKnopp()(x, 0.0), ValueError, "temperature must be positive"),
+        (lambda x: SinkhornKnopp(bound=-1.0)(x, 1.0), ValueError, "bound must be non-negative"),
+        (
+            lambda x: sinkhorn_many([x, x.to("meta")], 0.1),
+            ValueError,
+            "on one device, got cpu and meta",
+        ),
         (lambda x: SinkhornKnopp()(x, float("nan")), ValueError, "temperature must be positive"),
         (lambda x: SinkhornKnopp()(x[None], 0.1), ValueError, r"got \(1, 4, 3\)"),
         (lambda x: SinkhornKnopp()(x[:, :0], 0.1), ValueError, "at least one prototype"),

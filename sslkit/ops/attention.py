@@ -3,17 +3,37 @@
 Multi-crop training (SwAV, DINO) sends crops of two or more resolutions through one network. Packed
 one after the other, without padding, their tokens share every linear layer; attention alone has
 to know where a crop ends.
+
+The PyTorch body is one ``scaled_dot_product_attention`` for each run of equal lengths, plain
+differentiable PyTorch, so that what is saved for the backward is PyTorch's choice. Around it there
+are copies: the outputs of several runs are concatenated; backward, dQ, dK and dV of a run, and then
+the runs. The Triton body reads ``qkv`` and writes the packed result and the packed gradient.
+
+Therefore ``sslkit::packed_attention`` is a composite op: no body of its own, but ops that autograd
+knows. Its body, which asks `resolve`, is run by each eager call, and under `torch.compile` while
+the graph is made; the Triton kernels are ops inside it, ``sslkit::packed_attention_triton`` and
+its ``_backward``.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslkit.ops.dispatch import resolve
+from sslkit.ops.dispatch import Body, interpreting, resolve
+
+HEAD_SIZES_TRITON = (32, 64)
+"""Head sizes that the Triton body takes."""
+
+MAX_TOKENS_TRITON = 384
+"""Longest crop that the Triton body takes: longer ones are bound by their matrix products."""
+
+SINGLE_TILE_TOKENS = 64
+"""Longest crop that the Triton body attends over in one tile."""
 
 
 def equal_runs(lengths: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -35,14 +55,16 @@ def packed_attention(
 
         out[i] = sum_j softmax_j(scale * <q[i], k[j]>) * v[j]        j over the same crop
 
-    The PyTorch body makes one ``scaled_dot_product_attention`` call for each run of equal
-    neighbouring lengths, so keep crops of one resolution together.
+    Work is launched for each run of equal neighbouring lengths, so keep crops of one resolution
+    together. Under autocast, ``qkv`` is cast to the autocast type first (float64 is not).
 
     Args:
         qkv: ``[T, 3, h, d]``, queries, keys and values of h heads of size d, in any float type.
         lengths: number of tokens of each crop, in the order of packing; sums to T.
         scale: factor of the dot products; ``d ** -0.5`` when None.
-        impl: ``"auto"``, ``"torch"`` or ``"triton"`` (see :mod:`sslkit.ops.dispatch`).
+        impl: ``"auto"``, ``"torch"`` or ``"triton"`` (see :mod:`sslkit.ops.dispatch`). The Triton
+            body takes float16 and bfloat16, heads of 32 and 64, and crops of up to 384 tokens;
+            ``"auto"`` chooses for long and short crops of one batch separately.
 
     Returns:
         ``[T, h, d]``, in the type of ``qkv``; ``.flatten(1)`` feeds the output projection.
@@ -50,6 +72,7 @@ def packed_attention(
     Raises:
         ValueError: ``qkv`` is not ``[T, 3, h, d]``, a length is below 1, or they do not sum to T.
         TypeError: ``qkv`` is not floating point.
+        RuntimeError: ``impl="triton"``, which cannot run here; the message says why.
 
     >>> qkv = torch.randn(5 + 5 + 3, 3, 2, 8)
     >>> out = packed_attention(qkv, [5, 5, 3])
@@ -74,19 +97,124 @@ def packed_attention(
             f"packed_attention: lengths must sum to the {T} tokens of qkv {list(qkv.shape)}, "
             f"got {len(lengths)} lengths that sum to {sum(lengths)}"
         )
-    resolve(impl, "packed_attention")
-    return _packed_attention_torch(qkv, lengths, scale)
+    return torch.ops.sslkit.packed_attention(qkv, lengths, scale, impl)
 
 
-def _packed_attention_torch(qkv: Tensor, lengths: tuple[int, ...], scale: float | None) -> Tensor:
-    _, _, h, d = qkv.shape
-    runs = equal_runs(lengths)
-    outputs = []
-    # split, not slices: its backward is one concatenation and no zero-padded copy for each run
-    for part, (n, count) in zip(qkv.split([n * c for n, c in runs]), runs, strict=True):
-        q, k, v = part.view(count, n, 3, h, d).permute(2, 0, 3, 1, 4)  # each [count, h, n, d]
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-        outputs.append(out.transpose(1, 2).reshape(count * n, h, d))
-    if not outputs:
+torch.library.define(
+    "sslkit::packed_attention", "(Tensor qkv, SymInt[] lengths, float? scale, str impl) -> Tensor"
+)
+
+
+@torch.library.impl("sslkit::packed_attention", "CompositeImplicitAutograd")
+def _packed_attention(
+    qkv: Tensor, lengths: Sequence[int], scale: float | None, impl: str
+) -> Tensor:
+    """Choose bodies, cut ``qkv`` into the pieces that they take, and concatenate the results."""
+    _, _, _, d = qkv.shape
+    scale = d**-0.5 if scale is None else scale
+    device = qkv.device.type
+    if (
+        torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and qkv.dtype != torch.float64
+    ):
+        qkv = qkv.to(torch.get_autocast_dtype(device))
+    pieces = list(_pieces(qkv, lengths, impl))
+    if not pieces:
         return qkv[:, 0]  # no crop: [0, h, d]
+    # split, not slices: its backward is one concatenation and no zero-padded copy for each piece
+    parts = qkv.split([sum(crops) for _, crops in pieces]) if len(pieces) > 1 else (qkv,)
+    outputs = [
+        _triton_forward(part, crops, scale)[0]
+        if body == "triton"
+        else _attend_torch(part, len(crops), scale)
+        for part, (body, crops) in zip(parts, pieces, strict=True)
+    ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _pieces(
+    qkv: Tensor, lengths: Sequence[int], impl: str
+) -> Iterator[tuple[Body, tuple[int, ...]]]:
+    """Neighbouring crops that one call of a body takes: for PyTorch, those of equal lengths."""
+    for too_long, group in groupby(lengths, key=lambda n: n > MAX_TOKENS_TRITON):
+        crops = tuple(group)
+        problem = _unsupported(qkv, max(crops) if too_long else None)
+        body = resolve(impl, "packed_attention", qkv, unsupported=problem)
+        if body == "triton":
+            yield body, crops
+        else:
+            yield from ((body, (n,) * count) for n, count in equal_runs(crops))
+
+
+def _unsupported(qkv: Tensor, too_long: int | None) -> str | None:
+    d = qkv.shape[-1]
+    if qkv.dtype not in (torch.float16, torch.bfloat16):
+        return f"products of {qkv.dtype} spill the kernels' registers; float16 and bfloat16 do not"
+    if qkv.dtype == torch.bfloat16 and interpreting():
+        return "Triton's interpreter computes products of bfloat16 wrongly; float16 it does right"
+    if d not in HEAD_SIZES_TRITON:
+        return f"there are kernels for heads of {HEAD_SIZES_TRITON}, not of {d}"
+    if too_long is not None:
+        return f"there are kernels for crops of up to {MAX_TOKENS_TRITON} tokens, not of {too_long}"
+    return None
+
+
+def _attend_torch(qkv: Tensor, count: int, scale: float) -> Tensor:
+    """Attention inside ``count`` crops of one length: ``[T, 3, h, d] -> [T, h, d]``."""
+    q, k, v = qkv.unflatten(0, (count, -1)).permute(2, 0, 3, 1, 4)  # each [count, h, n, d]
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+@torch.library.custom_op("sslkit::packed_attention_triton", mutates_args=())
+def _triton_forward(qkv: Tensor, lengths: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+    """``out [T, h, d]``, and ``lse [h, P]`` of the P tokens in crops of more than one tile."""
+    from sslkit.ops import attention_triton
+
+    out, lse = _empty_outputs(qkv, lengths)
+    attention_triton.forward(out, lse, qkv.contiguous(), lengths, scale)
+    return out, lse
+
+
+@torch.library.custom_op("sslkit::packed_attention_triton_backward", mutates_args=())
+def _triton_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, lengths: Sequence[int], scale: float
+) -> Tensor:
+    from sslkit.ops import attention_triton
+
+    resolve("triton", "packed_attention_backward", qkv)
+    qkv = qkv.contiguous()
+    dqkv = torch.empty_like(qkv)
+    attention_triton.backward(dqkv, grad.contiguous(), qkv, out, lse, lengths, scale)
+    return dqkv
+
+
+def _empty_outputs(qkv: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    T, _, h, d = qkv.shape
+    saved = sum(n for n in lengths if n > SINGLE_TILE_TOKENS)
+    return qkv.new_empty(T, h, d), qkv.new_empty(h, saved, dtype=torch.float32)
+
+
+@_triton_forward.register_fake
+def _(qkv: Tensor, lengths: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(qkv, lengths)
+
+
+@_triton_backward.register_fake
+def _(grad: Tensor, qkv: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.lengths, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(qkv, out, lse)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    return _triton_backward(grad, *ctx.saved_tensors, ctx.lengths, ctx.scale), None, None
+
+
+_triton_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,23 +1,39 @@
 r"""Cross-entropy between soft targets and a student's softmax; neither matrix is ever written.
 
-For a student row m with logits z_m, s = z / student_temp, and one or more target distributions q_r,
+For a student row m with logits z, s = z / student_temp, and its targets r = r_1 ... r_T, each a
+distribution q_r (mass_r = Σ_k q_rk, which is 1 for Assignments),
 
-    loss_m = Σ_r Σ_k q_rk · (LSE(s_m) - s_mk) = mass_m · LSE(s_m) - Σ_k Q_mk s_mk,
-    Q_mk = Σ_r q_rk,   mass_m = Σ_k Q_mk,   LSE(s) = log Σ_k exp(s_k),
+    loss_m = Σ_r Σ_k q_rk · (LSE(s) - s_k),        LSE(s) = log Σ_k exp(s_k),
+    ∂loss_m / ∂z_k = (Σ_r mass_r · softmax(s)_k - Σ_r q_rk) / student_temp.
 
-so several targets of one row cost one pass over the row's logits: they are summed first. ``mass``
-is the number of targets when they are normalised; dense targets need not be, hence the factor.
-Since ∂LSE/∂s_k = softmax(s)_k,
+Forward. With the shift ŝ = max_k s_k and the weights e_rk = exp(t_rk - max_k t_rk) of target logits
+t_r (or e_r = q_r, dense), a row needs five kinds of numbers, which one reading of z and of each t_r
+yields, over any part of the columns (a *partial*):
 
-    ∂loss_m / ∂z_mk = (mass_m · softmax(s_m)_k - Q_mk) / student_temp.
+    max z,   S = Σ_k exp(s_k - ŝ),   and for each target   max t_r,   W_r = Σ_k e_rk,
+    C_r = Σ_k e_rk · (s_k - ŝ).
 
-Float32 survives large logits because s is shifted by its row maximum first (which changes nothing
-in the sum above): then -s_mk ≥ 0 and LSE ∈ [0, ln K], and nothing large cancels. Both directions
-work on blocks of rows that stay in the cache and recompute the softmaxes there; only the inputs are
-saved for the backward, and the gradient is the only [M, K] tensor written.
+Partials merge: going over to a larger ŝ' adds W_r · (ŝ - ŝ') to C_r, and to a larger maximum of t_r
+multiplies W_r and C_r by exp of the difference. From the merged numbers (`finish`)
+
+    loss_m = Σ_r (mass_r · log S - C_r · mass_r / W_r).
+
+Float32 survives logits of any size: s_k - ŝ ≤ 0 and log S ≥ 0, so both terms are sums of numbers
+of one sign, and nothing large cancels. The maximum of z is kept in units of logits, where it is
+exact; it and S, max t_r and W_r stay for the backward (2 + 2T numbers a row), in place of a
+log-sum-exp, which at |s| = 1e5 is already rounded by .004.
+
+Backward. With those numbers each gradient needs its own column of z and t_r only: one reading of
+each and one writing, which may go over the logits themselves.
+
+Passes over memory: forward one read of z and of each paired t_r; backward the same and one write.
+The PyTorch body works on blocks of rows that stay in the cache. There it takes some ten calls an
+element; what they avoid is exponentials that underflow: an `exp` whose result is subnormal takes
+30 times as long on x86, so exponents are cut off at -60 (below, 2^17 terms of e^-60 are 1e-21).
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +44,13 @@ from sslkit.assignments import (
     check_temperature,
     row_blocks,
     score_dtype,
-    scores,
 )
-from sslkit.ops.dispatch import resolve
+from sslkit.ops.dispatch import Body, resolve
+
+MAX_TARGETS_TRITON = 16
+"""Most targets of one student row that the Triton body takes."""
+
+_SMALLEST_EXPONENT = -60.0
 
 
 def soft_cross_entropy(
@@ -40,6 +60,7 @@ def soft_cross_entropy(
     row_weights: Tensor | None = None,
     *,
     target_rows: Tensor | None = None,
+    inplace_backward: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Weighted cross-entropy of each student row with its targets.
@@ -52,6 +73,8 @@ def soft_cross_entropy(
             if r >= 0:
                 loss[m] -= row_weights[m] * sum_k(q[r, k] * log_p[k])
 
+    A row without targets (padding) has loss and gradient 0 whatever its logits hold.
+
     Args:
         student_logits: ``[M, K]``, finite, any floating-point type.
         student_temp: positive; divides the student's logits.
@@ -60,31 +83,57 @@ def soft_cross_entropy(
         row_weights: ``[M]``, or None for ones.
         target_rows: int64 ``[M, T]``, the targets of each student row, -1 (or any negative number)
             for none; or None, which pairs row m with target m (R = M).
-        impl: ``"auto"``, ``"torch"`` or ``"triton"``.
+        inplace_backward: let the backward write the gradient over ``student_logits``, which saves
+            an ``[M, K]`` tensor. Only for logits that are contiguous, an intermediate result (not a
+            parameter), and read by nobody after this loss's backward. Autograd notices whoever does
+            read them there, a second backward included, and raises.
+        impl: ``"auto"``, ``"torch"`` or ``"triton"``; the Triton body takes up to 16 targets a row.
 
     Returns:
         ``[M]``, float32 (float64 for float64 logits). Differentiable once with respect to
         ``student_logits``, whose gradient has their type, and ``row_weights``.
 
     Raises:
-        IndexError: an entry of ``target_rows`` is R or more.
+        IndexError: an entry of ``target_rows`` is R or more. On CUDA finding out would need a
+            synchronisation: there the Triton body makes the loss and gradient of that row NaN, and
+            the PyTorch body fails a device-side assertion.
 
     Example:
         >>> student_logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
         >>> soft_cross_entropy(student_logits, 1.0, torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
         tensor([0.1269, 0.6931])
     """
-    resolve(impl, "soft_cross_entropy")
     check_logits(student_logits, "student_logits")
     check_temperature(student_temp, "student_temp")
     target, bias, target_temp = _unpack(targets)
     M, K = student_logits.shape
-    R = target.shape[0]
     if target.shape[1] != K:
         raise ValueError(
             f"student_logits {tuple(student_logits.shape)} and targets {tuple(target.shape)} "
             "disagree on the number of prototypes (last axis)"
         )
+    check_pairing(M, target.shape[0], row_weights, target_rows)
+    if inplace_backward and not student_logits.is_contiguous():
+        raise ValueError(
+            "inplace_backward=True needs contiguous student_logits, got strides "
+            f"{student_logits.stride()} for shape {tuple(student_logits.shape)}; "
+            "leave it False, or make them contiguous"
+        )
+    losses, _, _ = _forward(
+        student_logits,
+        student_temp,
+        target,
+        bias,
+        target_temp,
+        target_rows,
+        inplace_backward,
+        impl,
+    )
+    return losses if row_weights is None else losses * row_weights
+
+
+def check_pairing(M: int, R: int, row_weights: Tensor | None, target_rows: Tensor | None) -> None:
+    """Raise ValueError unless M student rows can be weighted and paired with R targets."""
     if target_rows is None:
         if R != M:
             raise ValueError(
@@ -99,10 +148,9 @@ def soft_cross_entropy(
     elif M > 0 and R == 0:
         raise ValueError(f"targets has no rows for {M} student rows to choose from")
     if row_weights is not None and row_weights.shape != (M,):
-        raise ValueError(f"row_weights must have shape [M] = ({M},), got {row_weights.shape}")
-
-    losses = _forward(student_logits, student_temp, target, bias, target_temp, target_rows)
-    return losses if row_weights is None else losses * row_weights
+        raise ValueError(
+            f"row_weights must have shape [M] = ({M},), got {tuple(row_weights.shape)}"
+        )
 
 
 def _unpack(targets: Assignments | Tensor) -> tuple[Tensor, Tensor | None, float]:
@@ -118,13 +166,257 @@ def _unpack(targets: Assignments | Tensor) -> tuple[Tensor, Tensor | None, float
     )
 
 
+class Columns(NamedTuple):
+    """Some or all columns of a loss: what partials and gradients of those columns follow from."""
+
+    student: Tensor
+    """``[M, K]`` logits."""
+    student_temp: float
+    target: Tensor
+    """``[R, K]`` logits; probabilities if there is no bias."""
+    target_bias: Tensor | None
+    """``[K]``"""
+    target_temp: float
+    target_rows: Tensor | None
+    """int64 ``[M, T]``; None pairs row m with target m, and then T = 1."""
+
+    @property
+    def num_targets(self) -> int:
+        """T, the number of targets of each student row, missing ones included."""
+        return 1 if self.target_rows is None else self.target_rows.shape[1]
+
+
+class RowStatistics(NamedTuple):
+    """What the backward needs of each row, in `score_dtype` of the student's logits."""
+
+    student: Tensor
+    """``[M, 2]``: max z and S."""
+    target: Tensor
+    """``[M, T, 2]``: max t_r (0 for probabilities) and W_r."""
+
+
+def choose_body(impl: str, op: str, columns: Columns) -> Body:
+    """`resolve` with what the Triton body of the cross-entropy cannot take."""
+    unsupported = None
+    if columns.num_targets > MAX_TARGETS_TRITON:
+        unsupported = (
+            f"target_rows has T = {columns.num_targets} targets a row, and the kernel takes up to "
+            f"{MAX_TARGETS_TRITON}"
+        )
+    elif columns.target.dtype == torch.float64:
+        unsupported = "kernels compute in float32 and the targets are float64"
+    return resolve(impl, op, columns.student, unsupported=unsupported)
+
+
+def check_target_rows(columns: Columns) -> None:
+    """Raise IndexError for a target that does not exist, where looking costs nothing."""
+    rows, R = columns.target_rows, len(columns.target)
+    if rows is not None and not rows.is_cuda and rows.numel() > 0 and int(rows.max()) >= R:
+        raise IndexError(
+            f"target_rows contains {int(rows.max())}, but there are {R} targets "
+            f"(0 ... {R - 1}, negative for none)"
+        )
+
+
+def new_partials(columns: Columns, count: int) -> tuple[Tensor, Tensor]:
+    """Room for the partials of ``count`` parts of the columns: ``[count, M, 2 | (T, 3)]``."""
+    M, T = len(columns.student), columns.num_targets
+    dtype = score_dtype(columns.student)
+    return (
+        columns.student.new_empty(count, M, 2, dtype=dtype),  # max z, S
+        columns.student.new_empty(count, M, T, 3, dtype=dtype),  # max t_r, W_r, C_r
+    )
+
+
+def num_parts(body: Body, num_columns: int) -> int:
+    """How many partials a row `compute_partials` writes for so many columns."""
+    if body == "torch":
+        return 1
+    from sslkit.ops import cross_entropy_triton
+
+    return cross_entropy_triton.num_parts(num_columns)
+
+
+def compute_partials(
+    body: Body, columns: Columns, student_parts: Tensor, target_parts: Tensor
+) -> None:
+    """Read each column once and write its `num_parts` partials."""
+    if body == "triton":
+        from sslkit.ops import cross_entropy_triton
+
+        cross_entropy_triton.compute_partials(columns, student_parts, target_parts)
+    else:
+        _compute_partials_torch(columns, student_parts[0], target_parts[0])
+
+
+def finish(
+    body: Body, columns: Columns, student_parts: Tensor, target_parts: Tensor
+) -> tuple[Tensor, RowStatistics]:
+    """Merge the partials of all columns: the loss of each row ``[M]``, and its statistics.
+
+    ``columns`` serves for the pairing and the temperatures, whichever columns it has.
+    """
+    if body == "triton":
+        from sslkit.ops import cross_entropy_triton
+
+        return cross_entropy_triton.finish(columns, student_parts, target_parts)
+    return _finish_torch(columns, student_parts, target_parts)
+
+
+def write_gradient(
+    body: Body, grad_losses: Tensor, columns: Columns, statistics: RowStatistics, grad: Tensor
+) -> None:
+    """Write ``grad [M, K]`` of the columns' student logits; it may be those logits themselves."""
+    if body == "triton":
+        from sslkit.ops import cross_entropy_triton
+
+        cross_entropy_triton.write_gradient(grad_losses, columns, statistics, grad)
+    else:
+        _write_gradient_torch(grad_losses, columns, statistics, grad)
+
+
+def _compute_partials_torch(columns: Columns, student_part: Tensor, target_part: Tensor) -> None:
+    dense = columns.target_bias is None
+    for rows, (s, work) in _work_blocks(columns, 2):
+        z_max = _shifted_scores(columns, rows, None, out=s)
+        for t, target in enumerate(_targets_of(columns, rows)):
+            if dense:
+                t_max = torch.zeros_like(z_max)
+                target_sum = target.sum(dim=-1, dtype=work.dtype)
+                torch.mul(s, target, out=work)
+            else:
+                t_max = _target_scores(columns, target, out=work).amax(dim=-1, keepdim=True)
+                target_sum = _exp_(work.sub_(t_max)).sum(dim=-1)
+                work.mul_(s)
+            target_part[rows, t, 0] = t_max[:, 0]
+            target_part[rows, t, 1] = target_sum
+            target_part[rows, t, 2] = work.sum(dim=-1)
+        student_part[rows, 0] = z_max[:, 0]
+        student_part[rows, 1] = _exp_(s).sum(dim=-1)
+
+
+def _finish_torch(
+    columns: Columns, student_parts: Tensor, target_parts: Tensor
+) -> tuple[Tensor, RowStatistics]:
+    z_max = student_parts[..., 0].amax(dim=0)  # [M]
+    s_gap = (student_parts[..., 0] - z_max) / columns.student_temp  # [parts, M]
+    student_sum = (student_parts[..., 1] * s_gap.exp()).sum(dim=0)
+
+    part_max, part_sum, part_cross = target_parts.unbind(dim=-1)  # each [parts, M, T]
+    t_max = part_max.amax(dim=0)  # [M, T]
+    weight = (part_max - t_max).exp()
+    # A part that is -inf in all columns adds nothing; its own sums, of exp(-inf + inf), are NaN
+    reached = part_max != -torch.inf
+    target_sum = torch.where(reached, part_sum * weight, 0.0).sum(dim=0)
+    cross = (part_cross + part_sum * s_gap[..., None]) * weight
+    cross = torch.where(reached, cross, 0.0).sum(dim=0)
+
+    log_sum = student_sum.log()[:, None]
+    if columns.target_bias is None:
+        terms = target_sum * log_sum - cross
+    else:
+        terms = log_sum - cross / target_sum
+    if columns.target_rows is not None:
+        terms = torch.where(columns.target_rows >= 0, terms, 0.0)
+    return terms.sum(dim=1), RowStatistics(
+        torch.stack([z_max, student_sum], dim=-1), torch.stack([t_max, target_sum], dim=-1)
+    )
+
+
+def _write_gradient_torch(
+    grad_losses: Tensor, columns: Columns, statistics: RowStatistics, grad: Tensor
+) -> None:
+    """Blocks of ``(exp(s - ŝ) * (mass / (S * scale)) - q) * (scale * grad_losses / student_temp)``.
+
+    ``q`` is the sum of a row's target probabilities over ``scale``. Where a row has one target that
+    saves a division: q are its weights e_r, and scale = 1 / W_r.
+    """
+    pairing, dense = columns.target_rows, columns.target_bias is None
+    z_max, student_sum = statistics.student.split(1, dim=1)  # each [M, 1]
+    t_max, target_sum = statistics.target.unbind(dim=-1)  # each [M, T]
+    mass = target_sum if dense else torch.ones_like(target_sum)
+    if pairing is not None:
+        mass = torch.where(pairing >= 0, mass, 0.0)
+    scale = torch.ones_like(z_max) if dense or pairing is not None else 1.0 / target_sum
+    exp_factor = mass.sum(dim=1, keepdim=True) / (student_sum * scale)  # [M, 1]
+    row_factor = scale * grad_losses[:, None] / columns.student_temp  # [M, 1]
+
+    for rows, (p, work) in _work_blocks(columns, 2):
+        _shifted_scores(columns, rows, z_max[rows], out=p)
+        _exp_(p).mul_(exp_factor[rows])
+        for t, target in enumerate(_targets_of(columns, rows)):
+            if dense:
+                q = target
+            else:
+                q = _exp_(_target_scores(columns, target, out=work).sub_(t_max[rows, t, None]))
+            if pairing is not None:
+                if not dense:
+                    q.div_(target_sum[rows, t, None])
+                q.masked_fill_((pairing[rows, t] < 0)[:, None], 0.0)
+            p.sub_(q)
+        torch.mul(p, row_factor[rows], out=grad[rows])
+        if pairing is not None:
+            grad[rows].masked_fill_((pairing[rows] < 0).all(dim=1)[:, None], 0.0)
+
+
+def _work_blocks(columns: Columns, count: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Blocks of rows, each with ``count`` work tensors ``[rows, K]`` that stay in the cache."""
+    M, K = columns.student.shape
+    blocks = list(row_blocks(M, count * K, columns.student.device))
+    height = max((rows.stop - rows.start for rows in blocks), default=0)
+    work = columns.student.new_empty(count, height, K, dtype=score_dtype(columns.student))
+    for rows in blocks:
+        yield rows, work[:, : rows.stop - rows.start].unbind(dim=0)
+
+
+def _shifted_scores(columns: Columns, rows: slice, z_max: Tensor | None, *, out: Tensor) -> Tensor:
+    """Write ``s - ŝ`` of a block; return max z ``[rows, 1]``, looked for unless given.
+
+    The product in fma(z, 1 / student_temp, -ŝ) is not rounded; that ŝ is, is the same shift for
+    all of the row and for both directions.
+    """
+    z = columns.student[rows]
+    if z.dtype != out.dtype:
+        z = out.copy_(z)
+    if z_max is None:
+        z_max = z.amax(dim=-1, keepdim=True)
+    torch.add(z_max / -columns.student_temp, z, alpha=1.0 / columns.student_temp, out=out)
+    return z_max
+
+
+def _targets_of(columns: Columns, rows: slice) -> Iterator[Tensor]:
+    """Target t of each of the rows, for each t: ``[rows, K]``; any target for a missing one."""
+    if columns.target_rows is None:
+        yield columns.target[rows]
+    else:
+        for chosen in columns.target_rows[rows].unbind(dim=1):  # [rows]
+            yield columns.target[chosen.clamp(min=0)]
+
+
+def _target_scores(columns: Columns, target: Tensor, *, out: Tensor) -> Tensor:
+    assert columns.target_bias is not None
+    return torch.add(
+        columns.target_bias.to(out.dtype), target, alpha=1.0 / columns.target_temp, out=out
+    )
+
+
+def _exp_(exponents: Tensor) -> Tensor:
+    """Exponential in place, of at least e^-60; see the module's docstring."""
+    return exponents.clamp_min_(_SMALLEST_EXPONENT).exp_()
+
+
 _SCHEMA = (
-    "(Tensor student_logits, float student_temp, "
-    "Tensor target, Tensor? target_bias, float target_temp, Tensor? target_rows) -> Tensor"
+    "Tensor student_logits, float student_temp, "
+    "Tensor target, Tensor? target_bias, float target_temp, Tensor? target_rows"
 )
+_STATISTICS = "Tensor student_statistics, Tensor target_statistics"
 
 
-@torch.library.custom_op("sslkit::soft_cross_entropy", mutates_args=(), schema=_SCHEMA)
+@torch.library.custom_op(
+    "sslkit::soft_cross_entropy",
+    mutates_args=(),
+    schema=f"({_SCHEMA}, bool inplace_backward, str impl) -> (Tensor, Tensor, Tensor)",
+)
 def _forward(
     student_logits: Tensor,
     student_temp: float,
@@ -132,23 +424,22 @@ def _forward(
     target_bias: Tensor | None,
     target_temp: float,
     target_rows: Tensor | None,
-) -> Tensor:
-    M, K = student_logits.shape
-    losses = student_logits.new_empty(M, dtype=score_dtype(student_logits))
-    for rows in row_blocks(M, K, student_logits.device):
-        block_probs = _summed_targets(target, target_bias, target_temp, target_rows, rows)
-        s = scores(student_logits[rows], student_temp)  # [rows, K]
-        s -= s.amax(dim=-1, keepdim=True)
-        mass = block_probs.sum(dim=-1)
-        cross = (block_probs * s).sum(dim=-1)
-        losses[rows] = mass * s.exp_().sum(dim=-1).log() - cross
-    return losses
+    inplace_backward: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    columns = Columns(student_logits, student_temp, target, target_bias, target_temp, target_rows)
+    body = choose_body(impl, "soft_cross_entropy", columns)
+    check_target_rows(columns)
+    parts = new_partials(columns, num_parts(body, student_logits.shape[1]))
+    compute_partials(body, columns, *parts)
+    losses, statistics = finish(body, columns, *parts)
+    return losses, *statistics
 
 
 @torch.library.custom_op(
     "sslkit::soft_cross_entropy_backward",
     mutates_args=(),
-    schema=_SCHEMA.replace("(", "(Tensor grad_losses, ", 1),
+    schema=f"(Tensor grad_losses, {_SCHEMA}, {_STATISTICS}, str impl) -> Tensor",
 )
 def _backward(
     grad_losses: Tensor,
@@ -158,40 +449,41 @@ def _backward(
     target_bias: Tensor | None,
     target_temp: float,
     target_rows: Tensor | None,
+    student_statistics: Tensor,
+    target_statistics: Tensor,
+    impl: str,
 ) -> Tensor:
-    M, K = student_logits.shape
+    columns = Columns(student_logits, student_temp, target, target_bias, target_temp, target_rows)
     grad = torch.empty_like(student_logits)
-    for rows in row_blocks(M, K, student_logits.device):
-        block_probs = _summed_targets(target, target_bias, target_temp, target_rows, rows)
-        student_probs = torch.softmax(scores(student_logits[rows], student_temp), dim=-1)
-        student_probs *= block_probs.sum(dim=-1, keepdim=True)
-        student_probs -= block_probs
-        student_probs *= (grad_losses[rows] / student_temp)[:, None]
-        grad[rows] = student_probs
+    body = choose_body(impl, "soft_cross_entropy_backward", columns)
+    statistics = RowStatistics(student_statistics, target_statistics)
+    write_gradient(body, grad_losses, columns, statistics, grad)
     return grad
 
 
-def _summed_targets(
+@torch.library.custom_op(
+    "sslkit::soft_cross_entropy_backward_",
+    mutates_args={"student_logits"},
+    schema=f"(Tensor grad_losses, {_SCHEMA}, {_STATISTICS}, str impl) -> ()".replace(
+        "Tensor student_logits", "Tensor(a!) student_logits"
+    ),
+)
+def _backward_(
+    grad_losses: Tensor,
+    student_logits: Tensor,
+    student_temp: float,
     target: Tensor,
     target_bias: Tensor | None,
     target_temp: float,
     target_rows: Tensor | None,
-    rows: slice,
-) -> Tensor:
-    """Sum of the target probabilities of each of the student rows ``rows``: ``[rows, K]``."""
-    if target_rows is None:
-        return _probs(target[rows], target_bias, target_temp)
-    total = target.new_zeros(rows.stop - rows.start, target.shape[1], dtype=score_dtype(target))
-    for chosen in target_rows[rows].unbind(dim=1):  # [rows], one target of each row
-        probs = _probs(target[chosen.clamp(min=0)], target_bias, target_temp)
-        total += probs.masked_fill_((chosen < 0)[:, None], 0.0)
-    return total
-
-
-def _probs(target: Tensor, target_bias: Tensor | None, target_temp: float) -> Tensor:
-    if target_bias is None:
-        return target.to(score_dtype(target))
-    return torch.softmax(scores(target, target_temp, target_bias), dim=-1)
+    student_statistics: Tensor,
+    target_statistics: Tensor,
+    impl: str,
+) -> None:
+    columns = Columns(student_logits, student_temp, target, target_bias, target_temp, target_rows)
+    body = choose_body(impl, "soft_cross_entropy_backward_", columns)
+    statistics = RowStatistics(student_statistics, target_statistics)
+    write_gradient(body, grad_losses, columns, statistics, student_logits)
 
 
 @_forward.register_fake
@@ -202,31 +494,42 @@ def _(
     target_bias: Tensor | None,
     target_temp: float,
     target_rows: Tensor | None,
-) -> Tensor:
-    return student_logits.new_empty(student_logits.shape[0], dtype=score_dtype(student_logits))
+    inplace_backward: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    M = student_logits.shape[0]
+    T = 1 if target_rows is None else target_rows.shape[1]
+    dtype = score_dtype(student_logits)
+    return (
+        student_logits.new_empty(M, dtype=dtype),
+        student_logits.new_empty(M, 2, dtype=dtype),
+        student_logits.new_empty(M, T, 2, dtype=dtype),
+    )
 
 
 @_backward.register_fake
-def _(
-    grad_losses: Tensor,
-    student_logits: Tensor,
-    student_temp: float,
-    target: Tensor,
-    target_bias: Tensor | None,
-    target_temp: float,
-    target_rows: Tensor | None,
-) -> Tensor:
+def _(grad_losses: Tensor, student_logits: Tensor, *_args: object) -> Tensor:
     return torch.empty_like(student_logits)
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    student_logits, ctx.student_temp, target, target_bias, ctx.target_temp, target_rows = inputs
-    ctx.save_for_backward(student_logits, target, target_bias, target_rows)
+@_backward_.register_fake
+def _(*_args: object) -> None:
+    return None
 
 
-def _student_gradient(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-    student_logits, target, target_bias, target_rows = ctx.saved_tensors
-    grad = _backward(
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    student_logits, ctx.student_temp, target, target_bias, ctx.target_temp, target_rows = inputs[:6]
+    ctx.inplace_backward, ctx.impl = inputs[6:]
+    _, student_statistics, target_statistics = output
+    ctx.mark_non_differentiable(student_statistics, target_statistics)
+    ctx.save_for_backward(
+        student_logits, target, target_bias, target_rows, student_statistics, target_statistics
+    )
+
+
+def _student_gradient(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    student_logits, target, target_bias, target_rows, *statistics = ctx.saved_tensors
+    arguments = (
         grad_losses,
         student_logits,
         ctx.student_temp,
@@ -234,8 +537,16 @@ def _student_gradient(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...
         target_bias,
         ctx.target_temp,
         target_rows,
+        *statistics,
+        ctx.impl,
     )
-    return grad, None, None, None, None, None
+    if ctx.inplace_backward:
+        # The write counts as a new version of the logits: whoever saved them too gets an error.
+        _backward_(*arguments)
+        grad = student_logits.detach()
+    else:
+        grad = _backward(*arguments)
+    return grad, *[None] * 7
 
 
-_forward.register_autograd(_student_gradient, setup_context=_save_inputs)
+_forward.register_autograd(_student_gradient, setup_context=_save)

@@ -1,29 +1,113 @@
-"""Which body of an operation runs.
+"""Which body of an operation runs, and how to find out which one did.
 
-Every operation in :mod:`sslkit.ops` takes ``impl="auto" | "torch" | "triton"``. This release has
-PyTorch bodies only, so ``"auto"`` is ``"torch"`` and ``"triton"`` is refused, never replaced.
+Every operation in :mod:`sslkit.ops` takes ``impl="auto" | "torch" | "triton"`` and hands it down to
+its `torch.library` op, whose body asks `resolve` when it runs: also inside a compiled graph, and in
+the backward. ``"auto"`` is Triton for CUDA tensors that the Triton body can take, else PyTorch; an
+explicit ``"triton"`` that cannot run raises. No error of a kernel is ever caught.
 """
 
+import importlib.metadata
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Literal, get_args
 
+import torch
+from torch import Tensor
+
+Body = Literal["torch", "triton"]
 Impl = Literal["auto", "torch", "triton"]
 
+MIN_TRITON = (3, 2)
+"""Oldest Triton whose compiler takes every kernel; it comes with torch 2.6."""
 
-def resolve(impl: str, op: str) -> Literal["torch"]:
-    """Name the body that runs for ``impl``; ``op`` is the operation's name, for the errors.
+_recordings: list[list[tuple[str, Body]]] = []
 
-    >>> resolve("auto", "column_mass")
-    'torch'
+
+def resolve(impl: str, op: str, tensor: Tensor, *, unsupported: str | None = None) -> Body:
+    """Choose the body that runs for ``impl``, and note it for `record_bodies`.
+
+    Args:
+        impl: ``"auto"``, ``"torch"`` or ``"triton"``.
+        op: the operation's name, for errors and records.
+        tensor: its main input, whose device and type decide.
+        unsupported: why the Triton body of this operation cannot take the arguments at hand, None
+            if it can.
 
     Raises:
         ValueError: ``impl`` is not one of the three choices.
-        RuntimeError: ``impl="triton"``, which no operation of this release can run.
+        RuntimeError: ``impl="triton"``, which cannot run here; the message says why.
+
+    >>> resolve("auto", "column_mass", torch.zeros(2, 3))
+    'torch'
     """
     if impl not in get_args(Impl):
         raise ValueError(f"{op}: impl must be one of {get_args(Impl)}, got {impl!r}")
-    if impl == "triton":
-        raise RuntimeError(
-            f"{op}: impl='triton' cannot run: this release of sslkit has no Triton body for any "
-            "operation; use impl='auto' or impl='torch'"
-        )
-    return "torch"
+    body: Body = "torch"
+    if impl == "triton" or (impl == "auto" and tensor.is_cuda):
+        problem = triton_problem() or _tensor_problem(tensor) or unsupported
+        if problem is None:
+            body = "triton"
+        elif impl == "triton":
+            raise RuntimeError(
+                f"{op}: impl='triton' cannot run: {problem}; use impl='auto' or impl='torch'"
+            )
+        elif triton_problem() is not None:
+            _warn_once(f"sslkit runs its PyTorch bodies on the GPU, which are slower: {problem}")
+    for recording in _recordings:
+        recording.append((op, body))
+    return body
+
+
+@contextmanager
+def record_bodies() -> Iterator[list[tuple[str, Body]]]:
+    """Collect ``(operation, body)`` of every operation that runs inside the ``with`` block.
+
+    >>> from sslkit.ops import column_mass
+    >>> with record_bodies() as ran:
+    ...     _ = column_mass(torch.zeros(3, 2), 0.1, torch.zeros(2))
+    >>> ran
+    [('column_mass', 'torch')]
+    """
+    recording: list[tuple[str, Body]] = []
+    _recordings.append(recording)
+    try:
+        yield recording
+    finally:
+        _recordings.remove(recording)
+
+
+@cache
+def triton_problem() -> str | None:
+    """Why no Triton kernel can run in this process, or None; does not import Triton."""
+    needed = ".".join(map(str, MIN_TRITON))
+    if importlib.util.find_spec("triton") is None:
+        return f"Triton is not installed (needed: {needed} or newer; it comes with torch on Linux)"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
+        return f"Triton {version} is too old (needed: {needed} or newer)"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors: ``TRITON_INTERPRET=1``.
+
+    Triton reads the variable when a kernel is defined, so set it before the first one is used.
+    """
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _tensor_problem(tensor: Tensor) -> str | None:
+    if tensor.dtype == torch.float64:
+        return "kernels compute in float32 and the input is float64"
+    if not tensor.is_cuda and not interpreting():
+        return f"the input is on {tensor.device}, and kernels need a CUDA device"
+    return None
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

@@ -23,28 +23,43 @@ row sums to r_b ≤ K. The row step divides by r_b, so the new column mass is
 m_k = Σ_b c_bk / r_b ≥ (1/K) Σ_b c_bk = 1/K; and softmax entries are at most one, so m_k ≤ B. Hence
 **m_k lies in [1/K, B]** and its logarithm is harmless. The softmax itself shifts by the row maximum
 internally, which only rescales v_b.
+
+**If logits are known to be bounded**, |logit| ≤ β (L2-normalised features and prototypes: β = 1),
+the constant β / temperature can stand in for the column maxima: exponents of the first column sum
+then lie in [-2β / temperature, 0], and down to -80 float32 keeps their exponentials. That spares
+the collective over the maxima.
+
+Passes over memory, for T iterations. On a CPU a block of rows stays in the cache from the first to
+the last of the operations on it. The scores are read T + 1 times: for the column maxima (not with a
+bound), for the first column sums, and once for each mass. Triton finds maxima and sums in one pass
+but takes the log-sum-exp of the rows in a pass of its own: 1 + 2 (T - 1) times
+(`sslkit.ops.sinkhorn_triton`). Neither writes anything of size ``[B, K]``.
+
+Problems come in lists (levels, losses), so that one launch serves all. What an op returns for a
+list is packed: the results of all problems, one after the other, in one vector ``[ΣK]``, which a
+collective reduces as it is.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sslkit.assignments import (
-    block_elements,
     check_logits,
     check_temperature,
     row_blocks,
     score_dtype,
-    scores,
 )
 from sslkit.ops.collectives import Reduction
-from sslkit.ops.dispatch import resolve
+from sslkit.ops.dispatch import Body, resolve
 
 AllReduce = Callable[[list[Tensor], Reduction], list[Tensor]]
 
-# Rows of one tile of the column pass: enough that merging two tiles costs little beside them.
-_TILE_ROWS = 128
+# Largest |exponent| of a sum whose terms are shifted by a constant: float32 ends at exp(-87).
+_MAX_EXPONENT = 80.0
 
 
 def column_logsumexp(
@@ -65,7 +80,7 @@ def column_logsumexp(
         logits: ``[B, K]``, any floating-point type; B may be 0.
         temperature: positive; divides the logits.
         row_mask: bool ``[B]``; rows that are True take no part, whatever they hold.
-        impl: ``"auto"``, ``"torch"`` or ``"triton"``.
+        impl: ``"auto"``, ``"torch"`` or ``"triton"`` (for contiguous logits).
 
     Returns:
         ``column_max [K]`` and ``column_sum [K]``, float32 (float64 for float64 logits).
@@ -75,9 +90,8 @@ def column_logsumexp(
         >>> column_max, column_sum
         (tensor([0., 2.]), tensor([2.0000, 1.3679]))
     """
-    resolve(impl, "column_logsumexp")
     _check(logits, temperature, row_mask)
-    return _column_logsumexp(logits, temperature, row_mask)
+    return _column_logsumexp([logits], [temperature], [row_mask], impl)
 
 
 def column_mass(
@@ -91,7 +105,7 @@ def column_mass(
     """Mass each prototype receives: ``sum_b softmax_k(logits[b] / temperature + bias)[k]``.
 
     The softmax is over k, the sum over the rows that take part (see `column_logsumexp` for
-    ``row_mask`` and the types). The masses add up to the number of those rows.
+    ``row_mask``, ``impl`` and the types). The masses add up to the number of those rows.
 
     Returns:
         ``[K]``, float32 (float64 for float64 logits).
@@ -100,11 +114,12 @@ def column_mass(
         >>> column_mass(torch.zeros(3, 2), temperature=0.1, bias=torch.zeros(2))
         tensor([1.5000, 1.5000])
     """
-    resolve(impl, "column_mass")
     _check(logits, temperature, row_mask)
     if bias.shape != (logits.shape[1],):
-        raise ValueError(f"bias must have shape [K] = ({logits.shape[1]},), got {bias.shape}")
-    return _column_mass(logits, temperature, bias, row_mask)
+        raise ValueError(
+            f"bias must have shape [K] = ({logits.shape[1]},), got {tuple(bias.shape)}"
+        )
+    return _column_mass([logits], [temperature], bias.to(score_dtype(logits)), [row_mask], impl)
 
 
 def sinkhorn_bias(
@@ -113,12 +128,22 @@ def sinkhorn_bias(
     *,
     num_iterations: int = 3,
     row_mask: Tensor | None = None,
+    bound: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Log prototype scaling ``u [K]`` after ``num_iterations`` Sinkhorn-Knopp iterations.
 
     The balanced assignment is ``softmax_k(logits / temperature + u)``; the module's docstring
     defines the iteration. Uses the rows of this process only: `sslkit.sinkhorn` communicates.
+
+    Args:
+        logits: ``[B, K]``, any floating-point type; B may be 0.
+        temperature: positive; divides the logits.
+        num_iterations: at least 1.
+        row_mask: bool ``[B]``; rows that are True take no part, whatever they hold.
+        bound: promise that no |logit| of a row that takes part exceeds it, None for no promise.
+            Changes the cost, not the result (see `sinkhorn_biases`).
+        impl: ``"auto"``, ``"torch"`` or ``"triton"`` (for contiguous logits).
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [1.0, 0.0]])  # both samples prefer prototype 0
@@ -132,6 +157,7 @@ def sinkhorn_bias(
         num_iterations=num_iterations,
         row_masks=[row_mask],
         all_reduce=lambda tensors, _: tensors,
+        bound=bound,
         impl=impl,
     )
     return bias
@@ -145,53 +171,111 @@ def sinkhorn_biases(
     num_iterations: int,
     row_masks: Sequence[Tensor | None],
     all_reduce: AllReduce,
+    bound: float | None = None,
     impl: str = "auto",
 ) -> list[Tensor]:
     """`sinkhorn_bias` of several independent problems in step, over the rows of all processes.
 
-    ``all_reduce(tensors, "max" | "sum")`` reduces a list of ``[K_i]`` tensors over the processes;
-    it is called ``num_iterations + 1`` times, once with ``"max"`` and then with ``"sum"``, however
-    many problems there are. Every process must hold the same problems, with any number of rows.
+    ``all_reduce(tensors, "max" | "sum")`` reduces a list of vectors over the processes; it is
+    called once with ``"max"`` and then ``num_iterations`` times with ``"sum"``, however many
+    problems there are. Every process must hold the same problems, with any number of rows.
+
+    ``bound`` promises ``|logits| <= bound`` in all rows that take part. If then
+    ``2 * bound / temperature <= 80`` for all problems, ``bound / temperature`` replaces the column
+    maxima, and the call with ``"max"`` is spared; otherwise the promise changes nothing. If it is
+    broken, the result may be wrong or not finite.
 
     A prototype that no row can reach (``-inf`` in every row that takes part) keeps bias 0, and so
     does everything when no process has a row.
     """
     if num_iterations < 1:
         raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
+    if bound is not None and not (bound >= 0 and math.isfinite(bound)):
+        raise ValueError(f"bound must be non-negative and finite, or None, got {bound!r}")
+    problems = _by_score_dtype(logits, temperatures, row_masks)
 
-    local = [
-        column_logsumexp(x, temperature, row_mask, impl=impl)
-        for x, temperature, row_mask in zip(logits, temperatures, row_masks, strict=True)
-    ]
-    shifts = [
-        _finite_shift(column_max)
-        for column_max in all_reduce([column_max for column_max, _ in local], "max")
-    ]
-    sums = all_reduce(
-        [
+    if bound is not None and all(2 * bound / t <= _MAX_EXPONENT for t in temperatures):
+        shifts = [_constant_columns(p, [bound / t for t in p.temperatures]) for p in problems]
+        sums = [
+            _column_exp_sum(p.logits, p.temperatures, -shift, p.row_masks, impl)
+            for p, shift in zip(problems, shifts, strict=True)
+        ]
+    else:
+        local = [_column_logsumexp(p.logits, p.temperatures, p.row_masks, impl) for p in problems]
+        column_max = all_reduce([column_max for column_max, _ in local], "max")
+        shifts = [_finite_shift(shift) for shift in column_max]
+        sums = [
             column_sum * torch.exp(_finite_shift(column_max) - shift)
             for (column_max, column_sum), shift in zip(local, shifts, strict=True)
-        ],
-        "sum",
-    )
+        ]
+    # Unreachable prototypes have sum or mass exactly 0 and keep bias 0.
     biases = [
-        _minus_log_where_reached(-shift, column_sum)
-        for shift, column_sum in zip(shifts, sums, strict=True)
+        torch.where(column_sum == 0, 0.0, -shift - torch.log(column_sum))
+        for shift, column_sum in zip(shifts, all_reduce(sums, "sum"), strict=True)
     ]
     for _ in range(num_iterations - 1):
-        masses = all_reduce(
-            [
-                column_mass(x, temperature, bias, row_mask, impl=impl)
-                for x, temperature, bias, row_mask in zip(
-                    logits, temperatures, biases, row_masks, strict=True
-                )
-            ],
-            "sum",
-        )
-        biases = [
-            _minus_log_where_reached(bias, mass) for bias, mass in zip(biases, masses, strict=True)
+        masses = [
+            _column_mass(p.logits, p.temperatures, bias, p.row_masks, impl)
+            for p, bias in zip(problems, biases, strict=True)
         ]
-    return biases
+        biases = [
+            torch.where(mass == 0, bias, bias - torch.log(mass))
+            for bias, mass in zip(biases, all_reduce(masses, "sum"), strict=True)
+        ]
+    by_index = {
+        index: bias
+        for p, packed in zip(problems, biases, strict=True)
+        for index, bias in zip(p.indices, packed.split(_num_columns(p.logits)), strict=True)
+    }
+    return [by_index[index] for index in range(len(logits))]
+
+
+class _Problems(NamedTuple):
+    """Problems whose scores are of one type, and their places in the caller's list."""
+
+    indices: list[int]
+    logits: list[Tensor]
+    temperatures: list[float]
+    row_masks: list[Tensor | None]
+
+
+def _by_score_dtype(
+    logits: Sequence[Tensor], temperatures: Sequence[float], row_masks: Sequence[Tensor | None]
+) -> list[_Problems]:
+    """Check the problems and part float32 from float64 ones: a packed vector has one type."""
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for index, (x, temperature, row_mask) in enumerate(
+        zip(logits, temperatures, row_masks, strict=True)
+    ):
+        _check(x, temperature, row_mask)
+        if x.device != logits[0].device:
+            raise ValueError(
+                f"all logits must be on one device, got {logits[0].device} and {x.device}"
+            )
+        by_dtype.setdefault(score_dtype(x), []).append(index)
+    return [
+        _Problems(
+            indices,
+            [logits[i] for i in indices],
+            [temperatures[i] for i in indices],
+            [row_masks[i] for i in indices],
+        )
+        for indices in by_dtype.values()
+    ]
+
+
+def _num_columns(logits: Sequence[Tensor]) -> list[int]:
+    return [x.shape[1] for x in logits]
+
+
+def _constant_columns(problems: _Problems, values: Sequence[float]) -> Tensor:
+    """Packed ``[ΣK]``: one value for all columns of each problem."""
+    return torch.cat(
+        [
+            x.new_full(x.shape[1:], value, dtype=score_dtype(x))
+            for x, value in zip(problems.logits, values, strict=True)
+        ]
+    )
 
 
 def _finite_shift(column_max: Tensor) -> Tensor:
@@ -199,75 +283,203 @@ def _finite_shift(column_max: Tensor) -> Tensor:
     return torch.where(column_max == -torch.inf, 0.0, column_max)
 
 
-def _minus_log_where_reached(bias: Tensor, mass: Tensor) -> Tensor:
-    """``bias - log(mass)``; unreachable prototypes (mass exactly 0) keep their bias."""
-    return torch.where(mass == 0, bias, bias - torch.log(mass))
-
-
 @torch.library.custom_op(
     "sslkit::column_logsumexp",
     mutates_args=(),
-    schema="(Tensor logits, float temperature, Tensor? row_mask) -> (Tensor, Tensor)",
+    schema=(
+        "(Tensor[] logits, float[] temperatures, Tensor?[] row_masks, str impl)"
+        " -> (Tensor column_max, Tensor column_sum)"
+    ),
 )
 def _column_logsumexp(
-    logits: Tensor, temperature: float, row_mask: Tensor | None
+    logits: list[Tensor],
+    temperatures: list[float],
+    row_masks: list[Tensor | None],
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    B, K = logits.shape
-    column_max = logits.new_full((K,), -torch.inf, dtype=score_dtype(logits))
-    column_sum = torch.zeros_like(column_max)
-    for rows, columns in _tiles(B, K, logits.device):
-        tile = scores(logits[rows, columns], temperature)  # [rows, columns]
-        if row_mask is not None:
-            tile = tile.masked_fill(row_mask[rows, None], -torch.inf)
-        old_max = column_max[columns]
-        new_max = torch.maximum(old_max, tile.amax(dim=0))
-        shift = _finite_shift(new_max)
-        tile_sum = tile.sub_(shift).exp_().sum(dim=0)
-        column_sum[columns] = column_sum[columns] * torch.exp(old_max - shift) + tile_sum
-        column_max[columns] = new_max
+    if _body(impl, "column_logsumexp", logits) == "triton":
+        from sslkit.ops import sinkhorn_triton
+
+        return sinkhorn_triton.column_logsumexp(logits, temperatures, row_masks)
+    column_max, column_sum = _new_columns(logits), _new_columns(logits)
+    sizes = _num_columns(logits)
+    for x, temperature, row_mask, top, total in zip(
+        logits,
+        temperatures,
+        row_masks,
+        column_max.split(sizes),
+        column_sum.split(sizes),
+        strict=True,
+    ):
+        torch.mul(_column_max(x, row_mask), 1.0 / temperature, out=top)
+        _exp_sum_into(total, x, temperature, -_finite_shift(top), row_mask)
     return column_max, column_sum
+
+
+@torch.library.custom_op(
+    "sslkit::column_exp_sum",
+    mutates_args=(),
+    schema=(
+        "(Tensor[] logits, float[] temperatures, Tensor bias, Tensor?[] row_masks, str impl)"
+        " -> Tensor"
+    ),
+)
+def _column_exp_sum(
+    logits: list[Tensor],
+    temperatures: list[float],
+    bias: Tensor,
+    row_masks: list[Tensor | None],
+    impl: str,
+) -> Tensor:
+    """``Σ_b exp(s_bk + bias_k)``, whose exponents the caller knows to be harmless."""
+    if _body(impl, "column_exp_sum", logits) == "triton":
+        from sslkit.ops import sinkhorn_triton
+
+        return sinkhorn_triton.column_exp_sum(logits, temperatures, bias, row_masks)
+    sums = _new_columns(logits)
+    sizes = _num_columns(logits)
+    for x, temperature, u, row_mask, total in zip(
+        logits, temperatures, bias.split(sizes), row_masks, sums.split(sizes), strict=True
+    ):
+        _exp_sum_into(total, x, temperature, u, row_mask)
+    return sums
 
 
 @torch.library.custom_op(
     "sslkit::column_mass",
     mutates_args=(),
-    schema="(Tensor logits, float temperature, Tensor bias, Tensor? row_mask) -> Tensor",
+    schema=(
+        "(Tensor[] logits, float[] temperatures, Tensor bias, Tensor?[] row_masks, str impl)"
+        " -> Tensor"
+    ),
 )
 def _column_mass(
-    logits: Tensor, temperature: float, bias: Tensor, row_mask: Tensor | None
+    logits: list[Tensor],
+    temperatures: list[float],
+    bias: Tensor,
+    row_masks: list[Tensor | None],
+    impl: str,
 ) -> Tensor:
-    B, K = logits.shape
-    mass = logits.new_zeros(K, dtype=score_dtype(logits))
-    for rows in row_blocks(B, K, logits.device):
-        probs = torch.softmax(scores(logits[rows], temperature, bias), dim=-1)
-        if row_mask is not None:
-            probs.masked_fill_(row_mask[rows, None], 0.0)
-        mass += probs.sum(dim=0)
-    return mass
+    if _body(impl, "column_mass", logits) == "triton":
+        from sslkit.ops import sinkhorn_triton
+
+        return sinkhorn_triton.column_mass(logits, temperatures, bias, row_masks)
+    masses = _new_columns(logits)
+    sizes = _num_columns(logits)
+    for x, temperature, u, row_mask, mass in zip(
+        logits, temperatures, bias.split(sizes), row_masks, masses.split(sizes), strict=True
+    ):
+        _mass_into(mass, x, temperature, u, row_mask)
+    return masses
 
 
 @_column_logsumexp.register_fake
-def _(logits: Tensor, *_args: object) -> tuple[Tensor, Tensor]:
-    K = logits.shape[1]
-    dtype = score_dtype(logits)
-    return logits.new_empty(K, dtype=dtype), logits.new_empty(K, dtype=dtype)
+def _(logits: list[Tensor], *_args: object) -> tuple[Tensor, Tensor]:
+    return _new_columns(logits), _new_columns(logits)
 
 
+@_column_exp_sum.register_fake
 @_column_mass.register_fake
-def _(logits: Tensor, *_args: object) -> Tensor:
-    return logits.new_empty(logits.shape[1], dtype=score_dtype(logits))
+def _(logits: list[Tensor], *_args: object) -> Tensor:
+    return _new_columns(logits)
 
 
-def _tiles(rows: int, columns: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Cut ``[rows, columns]`` into tiles of one block, at least ``_TILE_ROWS`` high."""
-    width = min(columns, block_elements(device) // _TILE_ROWS)
-    height = block_elements(device) // width
-    for left in range(0, columns, width):
-        for top in range(0, rows, height):
-            yield (
-                slice(top, min(top + height, rows)),
-                slice(left, min(left + width, columns)),
-            )
+def _body(impl: str, op: str, logits: list[Tensor]) -> Body:
+    strided = [x.stride() for x in logits if not x.is_contiguous()]
+    return resolve(
+        impl,
+        op,
+        logits[0],
+        unsupported=f"logits have strides {strided[0]}, not contiguous ones" if strided else None,
+    )
+
+
+def _new_columns(logits: list[Tensor]) -> Tensor:
+    """An uninitialised packed vector ``[ΣK]``."""
+    return logits[0].new_empty(sum(_num_columns(logits)), dtype=score_dtype(logits[0]))
+
+
+def _column_max(logits: Tensor, row_mask: Tensor | None) -> Tensor:
+    """``[K]`` in the score type, -inf where no row takes part."""
+    B, K = logits.shape
+    column_max = logits.new_full((K,), -torch.inf)
+    for rows in row_blocks(B, K, logits.device):
+        block = logits[rows]
+        if row_mask is not None:
+            block = block.masked_fill(row_mask[rows, None], -torch.inf)
+        torch.maximum(column_max, block.amax(dim=0), out=column_max)
+    return column_max.to(score_dtype(logits))
+
+
+def _exp_sum_into(
+    total: Tensor, logits: Tensor, temperature: float, bias: Tensor, row_mask: Tensor | None
+) -> None:
+    total.zero_()
+    ones = total.new_ones(len(logits))
+    for rows, tile in _row_tiles(logits, total):
+        _write_scores(tile, logits, temperature, bias, rows)
+        if row_mask is not None:
+            tile.masked_fill_(row_mask[rows, None], -torch.inf)
+        total.addmv_(tile.exp_().t(), ones[rows])
+
+
+def _mass_into(
+    mass: Tensor, logits: Tensor, temperature: float, bias: Tensor, row_mask: Tensor | None
+) -> None:
+    """Rows are divided by their sums within the product that adds them up.
+
+    The exponents of Sinkhorn's biases hardly ever need a shift by the row maximum: from
+    ``Σ_b exp(s_bk + u_k) = 1`` in the first pass on, they are not far above 0, and in most rows
+    some are not far below. On a CPU, where looking at the row sums costs nothing, they decide; once
+    one is out of range, this and all later rows go through softmax, as they do on a GPU.
+    """
+    mass.zero_()
+    taken = mass.new_ones(len(logits))
+    if row_mask is not None:
+        taken.masked_fill_(row_mask, 0.0)
+    shifted = logits.device.type != "cpu"
+    for rows, tile in _row_tiles(logits, mass):
+        weights = taken[rows]
+        if not shifted:
+            _write_scores(tile, logits, temperature, bias, rows, row_mask)
+            row_sums = tile.exp_().sum(dim=1)
+            shifted = not _is_harmless(row_sums)
+            weights = weights / row_sums
+        if shifted:
+            _write_scores(tile, logits, temperature, bias, rows, row_mask)
+            torch.softmax(tile, dim=-1, out=tile)
+            weights = taken[rows]
+        mass.addmv_(tile.t(), weights)
+
+
+def _is_harmless(row_sums: Tensor) -> bool:
+    """Whether no exponential that matters to these sums can have overflowed or underflowed."""
+    smallest, largest = torch.aminmax(row_sums)
+    return bool(smallest > 1e-14) and bool(largest < 1e14)
+
+
+def _row_tiles(logits: Tensor, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows, and a tile for each: always the same memory, which so stays in the cache."""
+    B, K = logits.shape
+    blocks = list(row_blocks(B, K, logits.device))
+    memory = like.new_empty(blocks[0].stop if blocks else 0, K)
+    for rows in blocks:
+        yield rows, memory[: rows.stop - rows.start]
+
+
+def _write_scores(
+    tile: Tensor,
+    logits: Tensor,
+    temperature: float,
+    bias: Tensor,
+    rows: slice,
+    zero_rows: Tensor | None = None,
+) -> None:
+    """``logits[rows] / temperature + bias``, and 0 in some rows, whatever they hold."""
+    # Adding in the bias's type promotes 16-bit logits inside the operation.
+    torch.add(bias, logits[rows], alpha=1.0 / temperature, out=tile)
+    if zero_rows is not None:
+        tile.masked_fill_(zero_rows[rows, None], 0.0)
 
 
 def _check(logits: Tensor, temperature: float, row_mask: Tensor | None) -> None:

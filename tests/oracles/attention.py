@@ -26,6 +26,35 @@ def packed_attention(qkv: Tensor, lengths: list[int], scale: float | None = None
     return out
 
 
+def packed_attention_gradient(
+    qkv: Tensor, grad: Tensor, lengths: list[int], scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention and its gradient by the chain rule, one query at a time, for longer crops.
+
+    The softmax's Jacobian is diag(p) - p p^T: a score's gradient is p_j (dp_j - sum_l p_l dp_l).
+    """
+    _, _, h, d = qkv.shape
+    rows, grad = qkv.double(), grad.double()
+    scale = 1 / math.sqrt(d) if scale is None else scale
+    out, dqkv = torch.zeros_like(rows[:, 0]), torch.zeros_like(rows)
+    start = 0
+    for length in lengths:
+        crop = slice(start, start + length)
+        for head in range(h):
+            q, k, v = rows[crop, :, head].unbind(1)  # each [n, d]
+            dq, dk, dv = dqkv[crop, :, head].unbind(1)
+            for i in range(length):
+                p = torch.softmax(scale * (k @ q[i]), dim=0)  # [n]
+                out[start + i, head] = p @ v
+                dp = v @ grad[start + i, head]
+                ds = scale * p * (dp - p @ dp)
+                dq[i] = ds @ k
+                dk += torch.outer(ds, q[i])
+                dv += torch.outer(p, grad[start + i, head])
+        start += length
+    return out, dqkv
+
+
 def _cubic(x: float, a: float = -0.5) -> float:
     """Keys' cubic convolution kernel (1981); a = -0.5 is what antialiased resizing uses."""
     x = abs(x)

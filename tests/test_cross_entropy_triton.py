@@ -1,0 +1,284 @@
+"""Triton body of the cross-entropy against the float64 loop, its memory and repeatability."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sslkit import Assignments
+from sslkit.ops import soft_cross_entropy
+from sslkit.ops.cross_entropy import Columns, RowStatistics
+from sslkit.ops.dispatch import record_bodies
+from tests.oracles.losses import assignment_probs, cross_entropy
+from tests.traffic import counting_memory
+
+pytest.importorskip("triton")
+from sslkit.ops import cross_entropy_triton as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+STUDENT_TEMP, TARGET_TEMP = 0.1, 0.04
+
+seeds = st.integers(0, 2**31)
+gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="NO CUDA GPU: kernels ran in the interpreter only"
+)
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def pairing(seed: int, M: int, R: int, T: int) -> Tensor:
+    """Random targets of each row, some of them missing: int64 [M, T]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, R, (M, T), generator=generator).to(DEVICE)
+
+
+@contextmanager
+def small_chunks() -> Iterator[None]:
+    """Several parts of a row from 17 columns on."""
+    with mock.patch.object(kernels, "CHUNK", 16):
+        yield
+
+
+def loss_and_gradient(
+    student: Tensor,
+    targets: Assignments | Tensor,
+    weights: Tensor,
+    target_rows: Tensor | None,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor]:
+    leaf = student.clone().requires_grad_()
+    losses = soft_cross_entropy(
+        leaf * 1, STUDENT_TEMP, targets, weights, target_rows=target_rows, **kwargs
+    )
+    (grad,) = torch.autograd.grad(losses.sum(), leaf)
+    return losses.detach(), grad
+
+
+def exact(
+    student: Tensor, probs: Tensor, weights: Tensor, target_rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss of each row by the oracle's loop, the gradient by its formula, in float64."""
+    losses, grads = [], []
+    for z, weight, rows in zip(student.double().cpu(), weights.tolist(), target_rows, strict=True):
+        chosen = [probs[r] for r in rows.tolist() if r >= 0]
+        losses.append(
+            weight * sum(cross_entropy(z.tolist(), STUDENT_TEMP, q.tolist()) for q in chosen)
+        )
+        p = torch.softmax(z / STUDENT_TEMP, dim=-1)
+        grad = sum((q.sum() * p - q for q in chosen), torch.zeros_like(z))
+        grads.append(weight * grad / STUDENT_TEMP)
+    return torch.tensor(losses, dtype=torch.float64), torch.stack(grads)
+
+
+def eager(
+    student: Tensor, probs: Tensor, weights: Tensor, target_rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The textbook expression in float32, from float32 target probabilities."""
+    leaf = student.clone().requires_grad_()
+    log_p = torch.log_softmax(leaf.float() / STUDENT_TEMP, dim=-1)
+    summed = (probs[target_rows.clamp(min=0)] * (target_rows >= 0)[..., None]).sum(dim=1)
+    losses = -(summed * log_p).sum(dim=-1) * weights
+    (grad,) = torch.autograd.grad(losses.sum(), leaf)
+    return losses.detach(), grad
+
+
+def assert_as_accurate(actual: Tensor, eager: Tensor, exact: Tensor, floor: float) -> None:
+    """At most twice the error of the same expression in eager float32, plus a floor."""
+    assert not actual.isnan().any()
+    error, eager_error = ((x.double().cpu() - exact).abs().amax() for x in (actual, eager))
+    rounding = torch.finfo(actual.dtype).eps * exact.abs().amax()
+    assert error <= 2 * eager_error + rounding + floor
+
+
+@given(
+    st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(1, 40)),
+    seeds,
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.1, 1.0, 100.0]),
+)
+def test_values_and_gradients_are_those_of_the_loop(shape, seed, dtype, dense, paired, scale):
+    M, R, T, K = shape
+    R = R if paired else M
+    student = scale * normal(seed, M, K, dtype=dtype)
+    logits = scale * normal(seed + 1, R, K, dtype=dtype)
+    weights = normal(seed + 2, M)
+    bias = normal(seed + 3, K)
+    targets = Assignments(logits, bias, TARGET_TEMP)
+    probs = assignment_probs(logits.cpu().double(), bias.cpu().double(), TARGET_TEMP)
+    probs32 = targets.probs()
+    if dense:  # rows that do not sum to one, in the scores' type
+        targets = probs32 = (0.7 * probs32).to(dtype)
+        probs = targets.double().cpu()
+    target_rows = pairing(seed, M, R, T) if paired else None
+    every_row = torch.arange(M, device=DEVICE)[:, None] if target_rows is None else target_rows
+    with small_chunks(), record_bodies() as ran:
+        actual = loss_and_gradient(student, targets, weights, target_rows, impl="triton")
+    assert ran == [
+        ("soft_cross_entropy", "triton"),
+        ("soft_cross_entropy_backward", "triton"),
+    ]
+    expected = exact(student, probs, weights, every_row)
+    reference = eager(student, probs32.float(), weights, every_row)
+    # Scores x are rounded by eps |x|, their exponentials relatively by as much. An error of q_rk is
+    # multiplied by LSE(s) - s_k in the loss, which a row's range and ln K bound, and by 1 / temp in
+    # a gradient.
+    scores = [x.abs().amax().item() for x in (student / STUDENT_TEMP, logits / TARGET_TEMP)]
+    exponent = torch.finfo(torch.float32).eps * (sum(scores) + bias.abs().amax().item())
+    total_weight = weights.abs().amax().item() * every_row.shape[1]
+    floors = (exponent * total_weight * (2 * scores[0] + 4), exponent * total_weight / STUDENT_TEMP)
+    for a, b, c, floor in zip(actual, reference, expected, floors, strict=True):
+        assert_as_accurate(a, b, c, 2 * floor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_logits(dtype):
+    M, K = 4, 50
+    student, logits = (1e4 * normal(seed, M, K, dtype=dtype).clamp(-1, 1) for seed in (0, 1))
+    targets = Assignments(logits, torch.zeros(K, device=DEVICE), TARGET_TEMP)
+    with small_chunks():
+        losses, grad = loss_and_gradient(
+            student, targets, torch.ones(M, device=DEVICE), None, impl="triton"
+        )
+    probs = assignment_probs(logits.cpu().double(), torch.zeros(K), TARGET_TEMP)
+    rows = torch.arange(M)[:, None]
+    exact_losses, exact_grad = exact(student, probs, torch.ones(M), rows)
+    torch.testing.assert_close(losses.cpu().double(), exact_losses, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        grad.cpu().double(), exact_grad, rtol=torch.finfo(dtype).eps, atol=1e-5
+    )
+
+
+def test_a_prototype_that_no_target_reaches():
+    student, logits = normal(0, 3, 40), normal(1, 3, 40)
+    logits[:, 16:32] = -torch.inf  # one whole part, and one more column
+    logits[:, 3] = -torch.inf
+    targets = Assignments(logits, torch.zeros(40, device=DEVICE), TARGET_TEMP)
+    ones = torch.ones(3, device=DEVICE)
+    with small_chunks():
+        actual = loss_and_gradient(student, targets, ones, None, impl="triton")
+    expected = loss_and_gradient(student, targets, ones, None, impl="torch")
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_without_targets_is_zero_whatever_it_holds():
+    student = normal(0, 2, 40)
+    student[1] = torch.nan
+    targets = Assignments(normal(1, 2, 40), torch.zeros(40, device=DEVICE), TARGET_TEMP)
+    rows = torch.tensor([[0, 1], [-1, -1]], device=DEVICE)
+    with small_chunks():
+        losses, grad = loss_and_gradient(
+            student, targets, torch.ones(2, device=DEVICE), rows, impl="triton"
+        )
+    assert losses[1] == 0
+    assert grad[1].eq(0).all()
+    assert losses[0] > 0
+    assert not grad[0].isnan().any()
+
+
+@pytest.mark.parametrize("M", [0, 3])
+def test_inplace_backward_writes_over_the_logits(M):
+    leaf = normal(0, M, 40).requires_grad_()
+    student = leaf * 1
+    targets = Assignments(normal(1, M, 40), torch.zeros(40, device=DEVICE), TARGET_TEMP)
+    with small_chunks(), record_bodies() as ran:
+        losses = soft_cross_entropy(
+            student, STUDENT_TEMP, targets, inplace_backward=True, impl="triton"
+        )
+        losses.sum().backward()
+    assert ran[-1] == ("soft_cross_entropy_backward_", "triton")
+    assert torch.equal(student.detach(), leaf.grad)
+    expected = loss_and_gradient(leaf.detach(), targets, torch.ones(M, device=DEVICE), None)
+    torch.testing.assert_close(leaf.grad, expected[1], rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_are_not_contiguous():
+    student, logits = normal(0, 40, 3).t(), normal(1, 3, 80)[:, ::2]
+    targets = Assignments(logits, torch.zeros(40, device=DEVICE), TARGET_TEMP)
+    ones = torch.ones(3, device=DEVICE)
+    actual = loss_and_gradient(student, targets, ones, None, impl="triton")
+    expected = loss_and_gradient(student, targets, ones, None, impl="torch")
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def guarded(*shape: int) -> tuple[Tensor, Tensor]:
+    """A view of ``shape`` with 64 NaNs on either side, and all of its memory."""
+    size = torch.Size(shape).numel()
+    memory = torch.full((size + 128,), torch.nan, device=DEVICE)
+    return memory[64 : 64 + size].view(shape), memory
+
+
+def test_nothing_is_written_outside_the_outputs():
+    M, T, K = 3, 2, 37
+    columns = Columns(
+        normal(0, M, K), STUDENT_TEMP, normal(1, 4, K), normal(2, K), TARGET_TEMP,
+        pairing(3, M, 4, T),
+    )  # fmt: skip
+    with small_chunks():
+        parts = kernels.num_parts(K)
+        student_parts, student_memory = guarded(parts, M, 2)
+        target_parts, target_memory = guarded(parts, M, T, 3)
+        kernels.compute_partials(columns, student_parts, target_parts)
+        _, statistics = kernels.finish(columns, student_parts, target_parts)
+        grad, grad_memory = guarded(M, K)
+        kernels.write_gradient(torch.ones(M, device=DEVICE), columns, statistics, grad)
+    for memory in (student_memory, target_memory, grad_memory):
+        assert memory[:64].isnan().all()
+        assert memory[-64:].isnan().all()
+        assert not memory[64:-64].isnan().any()
+    assert isinstance(statistics, RowStatistics)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts in the interpreter")
+def test_each_score_is_read_once_and_the_gradient_written_once():
+    V, B, K = 4, 3, 2 * kernels.CHUNK
+    logits, bias = normal(1, 2 * B, K, dtype=torch.float16), torch.zeros(K)
+    student = normal(0, V * B, K, dtype=torch.float16).requires_grad_()
+    views = torch.arange(2) * B
+    rows = (views + torch.arange(B)[:, None]).repeat(V, 1)  # [V * B, 2]
+    targets = Assignments(logits, bias, TARGET_TEMP)
+    with counting_memory(student=student, target=logits, bias=bias) as traffic:
+        losses = soft_cross_entropy(student, STUDENT_TEMP, targets, target_rows=rows, impl="triton")
+    once = {"student": student.nbytes, "target": 2 * V * B * K * 2}  # a read for each pair
+    assert {name: traffic.loaded[name] for name in once} == once
+    assert traffic.stored["student"] == traffic.stored["target"] == 0
+    assert traffic.scratch_loaded + traffic.scratch_stored < 0.02 * student.nbytes
+    upstream = torch.ones_like(losses)
+    with counting_memory(student=student, target=logits, bias=bias) as traffic:
+        losses.backward(upstream)
+    assert {name: traffic.loaded[name] for name in once} == once
+    assert traffic.scratch_stored == pytest.approx(student.nbytes, rel=0.02)
+
+
+def test_what_the_kernels_cannot_take():
+    student = torch.zeros(1, 3, device=DEVICE)
+    targets = Assignments(student, torch.zeros(3, device=DEVICE), 1.0)
+    rows = torch.zeros(1, 17, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(RuntimeError, match="T = 17 targets a row, and the kernel takes up to 16"):
+        soft_cross_entropy(student, 1.0, targets, target_rows=rows, impl="triton")
+    with pytest.raises(RuntimeError, match="the targets are float64"):
+        soft_cross_entropy(student, 1.0, torch.ones_like(student).double(), impl="triton")
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_hundred_runs_give_the_same_bits():
+    student, logits = (normal(seed, 64, 32768, dtype=torch.bfloat16) for seed in (0, 1))
+    targets = Assignments(logits, normal(2, 32768), TARGET_TEMP)
+    rows, weights = pairing(3, 64, 64, 2), normal(4, 64)
+    first = loss_and_gradient(student, targets, weights, rows, impl="triton")
+    for _ in range(100):
+        again = loss_and_gradient(student, targets, weights, rows, impl="triton")
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
