@@ -36,6 +36,7 @@ from sslkit import (
     DINOLoss,
     EMACentering,
     EMATeacher,
+    FactoredLogits,
     KoLeoLoss,
     MatryoshkaProjector,
     RASAProjector,
@@ -67,6 +68,7 @@ from sslkit.evaluation.matryoshka import matryoshka_curve
 from sslkit.evaluation.pca import pca_maps
 from sslkit.evaluation.position import position_probe
 from sslkit.evaluation.report import format_table, write_report
+from sslkit.factored_logits import Logits
 from sslkit.rasa import patch_positions
 from sslkit.schedules import cosine, linear_warmup, sqrt_batch_scaling, unfreeze, warmup_cosine
 from sslkit.training.checkpoint import CheckpointError, Checkpoints, atomic_write, load_strictly
@@ -112,6 +114,8 @@ class Model:
     ibot_bottleneck: int = 256
     normalize: bool = True
     """Bounded scores as in DINO; False: the released head, with unbounded ones."""
+    factored_scores: bool = False
+    """Form scores in chunks, again whenever they are read: less memory, twice the products."""
 
 
 @dataclass(frozen=True)
@@ -409,8 +413,8 @@ class Scores(NamedTuple):
     """One pass of the network over V global and V_l local crops of B images."""
 
     cls: Tensor  # [V * B, D], of the global crops
-    dino: tuple[Tensor, ...]  # L x [(V + V_l) * B, K_l]
-    ibot: tuple[Tensor, ...]  # L x [M, K_l], in row-major order of the masks
+    dino: tuple[Logits, ...]  # L x [(V + V_l) * B, K_l]
+    ibot: tuple[Logits, ...]  # L x [M, K_l], in row-major order of the masks
 
 
 class FrancaNetwork(nn.Module):
@@ -437,6 +441,7 @@ class FrancaNetwork(nn.Module):
         )
         self.dino_head = head(bottleneck_dim=model.dino_bottleneck)
         self.ibot_head = head(bottleneck_dim=model.ibot_bottleneck)
+        self.factored_scores = model.factored_scores
 
     def forward(self, crops: list[Tensor], masks: Tensor, *, hide: bool) -> Scores:
         """Scores of crops ([V * B, C, g, g], then local ones) with masks bool [V * B, H, W].
@@ -448,8 +453,9 @@ class FrancaNetwork(nn.Module):
         cls = [t.cls.float() for t in tokens]
         # Scores and losses are float32, also where the encoder runs in bfloat16.
         with torch.autocast(masks.device.type, enabled=False):
-            dino = self.dino_head(torch.cat(cls))
-            ibot = self.ibot_head(tokens[0].patches[masks].float())
+            dino = self.dino_head(torch.cat(cls), factored=self.factored_scores)
+            patches = tokens[0].patches[masks].float()
+            ibot = self.ibot_head(patches, factored=self.factored_scores)
         return Scores(cls[0], dino, ibot)
 
 
@@ -459,9 +465,16 @@ class FrancaNetwork(nn.Module):
 class TeacherTargets(nn.Module):
     """Teacher scores of every level of both heads -> Assignments, by Sinkhorn or centering."""
 
-    def __init__(self, targets: Targets, num_prototypes: list[int], group: ProcessGroup | None):
+    def __init__(
+        self,
+        targets: Targets,
+        num_prototypes: list[int],
+        bound: float | None,
+        group: ProcessGroup | None,
+    ) -> None:
         super().__init__()
         self.iterations = targets.sinkhorn_iterations
+        self.bound = bound
         self.group = group
         self.centers = nn.ModuleList(
             EMACentering(k, momentum=targets.centering_momentum, group=group)
@@ -469,11 +482,15 @@ class TeacherTargets(nn.Module):
         )
 
     @torch.no_grad()
-    def forward(self, logits: list[Tensor], temperature: float) -> list[Assignments]:
+    def forward(self, logits: list[Logits], temperature: float) -> list[Assignments]:
         """One `Assignments` for each [rows, K_l]; the centers, if any, then move."""
         if not self.centers:
             return sinkhorn_many(
-                logits, temperature, num_iterations=self.iterations, group=self.group
+                logits,
+                temperature,
+                num_iterations=self.iterations,
+                group=self.group,
+                bound=self.bound,
             )
         centers = cast(list[EMACentering], list(self.centers))
         pairs = list(zip(centers, logits, strict=True))
@@ -491,8 +508,9 @@ class FrancaLoss(nn.Module):
 
     def __init__(self, student_temperature: float, group: ProcessGroup | None) -> None:
         super().__init__()
-        self.dino = DINOLoss(student_temp=student_temperature)
-        self.ibot = iBOTLoss(student_temp=student_temperature)
+        # Nobody reads the student's scores after the losses: gradients take their memory.
+        self.dino = DINOLoss(student_temp=student_temperature, inplace_backward=True)
+        self.ibot = iBOTLoss(student_temp=student_temperature, inplace_backward=True)
         self.koleo = KoLeoLoss(group=group)
 
     def forward(
@@ -631,7 +649,10 @@ class Trainer:
             for level, k in enumerate(counts)
         }
         self.targets = TeacherTargets(
-            settings.targets, list(self.num_prototypes.values()), parallel.group
+            settings.targets,
+            list(self.num_prototypes.values()),
+            bound=1.0 if settings.model.normalize else None,  # cosines
+            group=parallel.group,
         ).to(parallel.device)
         self.loss = FrancaLoss(settings.targets.student_temperature, parallel.group)
         pretrained = None
@@ -690,7 +711,7 @@ class Trainer:
         with self.autocast():
             teacher = [self.teacher([crops[0]], masks, hide=False) for crops, masks in micro]
         scores = [s.dino + s.ibot for s in teacher]
-        logits = [torch.cat(parts) for parts in zip(*scores, strict=True)]
+        logits = [concatenated(parts) for parts in zip(*scores, strict=True)]
         targets = self.targets(logits, now.teacher_temperature)
 
         self.optimizer.zero_grad(set_to_none=True)
@@ -758,6 +779,14 @@ class Trainer:
         if isinstance(self.replica, DistributedDataParallel) and not last:
             return self.replica.no_sync()
         return nullcontext()
+
+
+def concatenated(parts: Sequence[Logits]) -> Logits:
+    """Rows of scores of the same prototypes."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(cast(list[Tensor], parts))
+    features = [part.features for part in cast(list[FactoredLogits], parts)]
+    return FactoredLogits(torch.cat(features), parts[0].prototypes)
 
 
 def mask_generator(grid_size: tuple[int, int], masks: Masks) -> CyclicMaskGenerator:

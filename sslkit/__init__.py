@@ -15,6 +15,7 @@ _HOME = {
     "DINOLoss": "losses",
     "EMACentering": "centering",
     "EMATeacher": "teacher",
+    "FactoredLogits": "factored_logits",
     "KoLeoLoss": "losses",
     "MatryoshkaProjector": "matryoshka",
     "RASAProjector": "rasa",
@@ -29,6 +30,7 @@ __all__ = [
     "DINOLoss",
     "EMACentering",
     "EMATeacher",
+    "FactoredLogits",
     "KoLeoLoss",
     "MatryoshkaProjector",
     "RASAProjector",
@@ -40,6 +42,7 @@ __all__ = [
 if TYPE_CHECKING:
     from sslkit.assignments import Assignments
     from sslkit.centering import EMACentering
+    from sslkit.factored_logits import FactoredLogits
     from sslkit.losses import DINOLoss, KoLeoLoss, iBOTLoss
     from sslkit.masking import CyclicMaskGenerator
     from sslkit.matryoshka import MatryoshkaProjector

@@ -5,7 +5,8 @@ Balancing (Sinkhorn-Knopp) and centering both end in the same form,
     probs[b, k] = softmax_k(logits[b, k] / temperature + bias[k]),
 
 so an assignment of B samples to K prototypes is the teacher's logits, which exist anyway, and K
-numbers. Losses read that form directly; `Assignments.probs` writes the matrix out.
+numbers. Losses read that form directly; `Assignments.probs` writes the matrix out. Where even the
+logits are too many, `sslkit.factored_logits` stands for them.
 """
 
 import math
@@ -15,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sslkit.factored_logits import Logits, written
 
 # Elements of the float32 block that long loops over [B, K] work in. On a CPU it stays in the cache
 # (1 MiB); on an accelerator it is large enough to fill the device and still a bounded temporary.
@@ -38,13 +41,14 @@ def row_blocks(rows: int, row_length: int, device: torch.device) -> Iterator[sli
         yield slice(start, min(start + step, rows))
 
 
-def score_dtype(logits: Tensor) -> torch.dtype:
+def score_dtype(logits: Logits) -> torch.dtype:
     """Type that scores of ``logits`` are computed in: float32, or float64 for float64 logits."""
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def scores(logits: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
+def scores(logits: Logits, temperature: float, bias: Tensor | None = None) -> Tensor:
     """``logits / temperature + bias`` in float32 (float64 stays): what the softmax is taken of."""
+    logits = written(logits)
     if bias is None:
         return logits.to(score_dtype(logits)) * (1.0 / temperature)
     # Adding in the bias's type promotes 16-bit logits inside the kernel: no separate copy.
@@ -57,9 +61,9 @@ def check_temperature(temperature: float, name: str = "temperature") -> None:
         raise ValueError(f"{name} must be positive and finite, got {temperature!r}")
 
 
-def check_logits(logits: Tensor, name: str = "logits") -> None:
+def check_logits(logits: Logits, name: str = "logits") -> None:
     """Raise unless ``logits`` is a floating-point matrix with at least one column."""
-    if not logits.is_floating_point():
+    if not logits.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {logits.dtype}")
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(
@@ -88,7 +92,8 @@ class Assignments:
     """Soft assignments ``softmax_k(logits / temperature + bias)`` of B samples to K prototypes.
 
     Args:
-        logits: ``[B, K]`` teacher scores before the softmax, any floating-point type.
+        logits: ``[B, K]`` teacher scores before the softmax, a tensor or `FactoredLogits` of any
+            floating-point type.
         bias: ``[K]`` added to every row: the log prototype scaling of Sinkhorn-Knopp,
             ``-center / temperature`` of centering, zeros for a plain softmax.
         temperature: positive; divides the logits.
@@ -107,7 +112,7 @@ class Assignments:
         tensor([1, 0])
     """
 
-    logits: Tensor
+    logits: Logits
     bias: Tensor
     temperature: float
 

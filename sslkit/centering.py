@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sslkit.assignments import Assignments, check_logits, row_blocks
+from sslkit.factored_logits import Logits, written
 from sslkit.ops.collectives import all_reduce_packed
 
 if TYPE_CHECKING:
@@ -59,13 +60,13 @@ class EMACentering(nn.Module):
         self.group = group
         self.register_buffer("center", torch.zeros(num_prototypes))
 
-    def forward(self, logits: Tensor, temperature: float) -> Assignments:
+    def forward(self, logits: Logits, temperature: float) -> Assignments:
         """Assignments of ``logits [B, K]`` around the present centre, without gradients."""
         self._check(logits)
         return Assignments(logits.detach(), -self.center / temperature, temperature)
 
     @torch.no_grad()
-    def update(self, logits: Tensor, row_mask: Tensor | None = None) -> None:
+    def update(self, logits: Logits, row_mask: Tensor | None = None) -> None:
         """Move the centre towards the mean of ``logits [B, K]``.
 
         Rows where ``row_mask`` (bool ``[B]``) is True take no part, whatever they hold. A batch
@@ -80,7 +81,7 @@ class EMACentering(nn.Module):
             )
         total = torch.zeros_like(self.center)
         for rows in row_blocks(B, K, logits.device):
-            block = logits[rows]
+            block = written(logits[rows])
             if row_mask is not None:
                 block = block.masked_fill(row_mask[rows, None], 0.0)
             total += block.sum(dim=0, dtype=total.dtype)
@@ -89,7 +90,7 @@ class EMACentering(nn.Module):
         step = (1.0 - self.momentum) * (count > 0).to(total.dtype)
         self.center.lerp_(total / count.clamp(min=1), step)
 
-    def _check(self, logits: Tensor) -> None:
+    def _check(self, logits: Logits) -> None:
         check_logits(logits)
         if logits.shape[1] != self.center.shape[0]:
             raise ValueError(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslkit.assignments import Assignments, check_temperature, score_dtype
+from sslkit.factored_logits import Logits
 from sslkit.ops import soft_cross_entropy
 
 if TYPE_CHECKING:
@@ -41,10 +42,14 @@ class DINOLoss(nn.Module):
 
     Args:
         student_temp: positive; divides the student's logits.
+        inplace_backward: let the backward write the gradient over the student's logits, where they
+            are an intermediate result that nothing else reads; see `sslkit.ops.soft_cross_entropy`.
+        impl: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Shapes:
-        student_logits ``[V_s, B, K]``, any floating-point type; targets `Assignments` over
-        ``[V_t * B, K]`` rows, view after view, or probabilities ``[V_t, B, K]``
+        student_logits ``[V_s, B, K]``, a tensor or `FactoredLogits` of any floating-point type;
+        targets `Assignments` over ``[V_t * B, K]`` rows, view after view, or probabilities
+        ``[V_t, B, K]``
         → 0-dimensional, float32 (float64 for float64 logits). Targets get no gradient.
 
     Example:
@@ -53,14 +58,18 @@ class DINOLoss(nn.Module):
         >>> DINOLoss(student_temp=0.1)(student_logits, targets).backward()
     """
 
-    def __init__(self, *, student_temp: float = 0.1) -> None:
+    def __init__(
+        self, *, student_temp: float = 0.1, inplace_backward: bool = False, impl: str = "auto"
+    ) -> None:
         super().__init__()
         check_temperature(student_temp, "student_temp")
         self.student_temp = student_temp
+        self.inplace_backward = inplace_backward
+        self.impl = impl
 
     def forward(
         self,
-        student_logits: Tensor,
+        student_logits: Logits,
         targets: Assignments | Tensor,
         *,
         ignore_diagonal: bool = True,
@@ -88,16 +97,21 @@ class DINOLoss(nn.Module):
             own_view = torch.arange(min(V_s, V_t), device=student_logits.device)
             target_rows[own_view, :, own_view] = -1
         losses = soft_cross_entropy(
-            student_logits.reshape(V_s * B, K),
+            student_logits.flatten(0, 1),
             self.student_temp,
             targets,
             target_rows=target_rows.view(V_s * B, V_t),
+            inplace_backward=self.inplace_backward,
+            impl=self.impl,
         )
         return losses.sum() / (pairs * B)
 
     def extra_repr(self) -> str:
         """Settings shown by ``repr``."""
-        return f"student_temp={self.student_temp}"
+        return (
+            f"student_temp={self.student_temp}, inplace_backward={self.inplace_backward}, "
+            f"impl={self.impl!r}"
+        )
 
 
 def _flatten_target_views(
@@ -143,11 +157,15 @@ class iBOTLoss(nn.Module):
 
     Args:
         student_temp: positive; divides the student's logits.
+        inplace_backward: let the backward write the gradient over the student's logits, where they
+            are an intermediate result that nothing else reads; see `sslkit.ops.soft_cross_entropy`.
+        impl: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Shapes:
-        student_logits ``[M, K]``, any floating-point type; targets `Assignments` over M rows or
-        probabilities ``[M, K]``; masks bool ``[B, N]`` or ``[B, H, W]``, True = masked, M True
-        in all, on any device (on the CPU no synchronisation is needed to check M)
+        student_logits ``[M, K]``, a tensor or `FactoredLogits` of any floating-point type; targets
+        `Assignments` over M rows or probabilities ``[M, K]``; masks bool ``[B, N]`` or
+        ``[B, H, W]``, True = masked, M True in all, on any device (on the CPU no synchronisation is
+        needed to check M)
         → 0-dimensional, float32 (float64 for float64 logits). With M = 0 it is a zero that can be
         differentiated. Targets get no gradient.
 
@@ -160,13 +178,17 @@ class iBOTLoss(nn.Module):
         0.6931
     """
 
-    def __init__(self, *, student_temp: float = 0.1) -> None:
+    def __init__(
+        self, *, student_temp: float = 0.1, inplace_backward: bool = False, impl: str = "auto"
+    ) -> None:
         super().__init__()
         check_temperature(student_temp, "student_temp")
         self.student_temp = student_temp
+        self.inplace_backward = inplace_backward
+        self.impl = impl
 
     def forward(
-        self, student_logits: Tensor, targets: Assignments | Tensor, masks: Tensor
+        self, student_logits: Logits, targets: Assignments | Tensor, masks: Tensor
     ) -> Tensor:
         """Mean over images of their masked patches' mean cross-entropy; see the class."""
         if masks.dtype != torch.bool or masks.ndim not in (2, 3) or masks.shape[0] == 0:
@@ -189,12 +211,17 @@ class iBOTLoss(nn.Module):
             self.student_temp,
             targets,
             row_weights.to(student_logits.device, non_blocking=True),
+            inplace_backward=self.inplace_backward,
+            impl=self.impl,
         )
         return losses.sum()
 
     def extra_repr(self) -> str:
         """Settings shown by ``repr``."""
-        return f"student_temp={self.student_temp}"
+        return (
+            f"student_temp={self.student_temp}, inplace_backward={self.inplace_backward}, "
+            f"impl={self.impl!r}"
+        )
 
 
 class KoLeoLoss(nn.Module):

@@ -5,11 +5,13 @@ Franca, arXiv 2507.14137, section 3.1, after Matryoshka representations (arXiv 2
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal, get_args, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sslkit.factored_logits import FactoredLogits, Logits
 
 Nesting = Literal["slice", "slice_linear", "linear"]
 
@@ -108,12 +110,22 @@ class MatryoshkaProjector(nn.Module):
         )
         self.apply(_init_weights)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Features [..., D] to L score tensors [..., K_l], coarse to fine."""
+    @overload
+    def forward(self, x: Tensor, *, factored: Literal[False] = False) -> tuple[Tensor, ...]: ...
+
+    @overload
+    def forward(self, x: Tensor, *, factored: bool) -> tuple[Logits, ...]: ...
+
+    def forward(self, x: Tensor, *, factored: bool = False) -> tuple[Logits, ...]:
+        """Features [..., D] to L score tensors [..., K_l], coarse to fine.
+
+        With ``factored`` to `FactoredLogits` that stand for them, of bottlenecks and prototypes:
+        Sinkhorn and the losses take these too, and form the scores a chunk at a time.
+        """
         if x.ndim == 0 or x.shape[-1] != self.in_dim:
             raise ValueError(f"x must be [..., D={self.in_dim}] features, got {tuple(x.shape)}")
         return tuple(
-            prototypes(head(x))
+            _factored(prototypes, head(x)) if factored else prototypes(head(x))
             for head, prototypes in zip(self.heads, self.prototypes, strict=True)
         )
 
@@ -160,6 +172,14 @@ class Prefix(nn.Module):
     def extra_repr(self) -> str:
         """The size, for ``print``."""
         return str(self.size)
+
+
+def _factored(prototypes: nn.Module, x: Tensor) -> FactoredLogits:
+    """``prototypes(x)`` as its factors, in the type of ``x``, which autocast chose."""
+    weight: Tensor = prototypes.get_parameter("weight")
+    if isinstance(prototypes, CosineLinear):
+        x, weight = _unit_norm(x), _unit_norm(weight)
+    return FactoredLogits(x, weight.to(x.dtype))
 
 
 def _unit_norm(x: Tensor) -> Tensor:

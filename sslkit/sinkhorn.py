@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sslkit.assignments import Assignments
+from sslkit.factored_logits import Logits
 from sslkit.ops.collectives import all_reduce_packed
 from sslkit.ops.sinkhorn import sinkhorn_biases
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def sinkhorn_many(
-    logits: Sequence[Tensor],
+    logits: Sequence[Logits],
     temperatures: Sequence[float] | float,
     *,
     num_iterations: int = 3,
@@ -35,8 +36,9 @@ def sinkhorn_many(
     collectives over ``group``, however many entries there are.
 
     Args:
-        logits: L tensors ``[B_i, K_i]`` of any floating-point types, on one device. All ranks pass
-            the same L and K_i; B_i may differ from rank to rank and may be 0.
+        logits: L tensors or `FactoredLogits` ``[B_i, K_i]`` of any floating-point types, on one
+            device. All ranks pass the same L and K_i; B_i may differ from rank to rank and may be
+            0.
         temperatures: positive; one for each entry or one for all.
         num_iterations: column-then-row normalisations, at least 1.
         row_masks: for each entry None or bool ``[B_i]``; rows that are True take no part, whatever
@@ -107,8 +109,8 @@ class SinkhornKnopp(nn.Module):
         impl: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Shapes:
-        logits ``[B, K]``, temperature float, row_mask bool ``[B]`` or None (True: takes no part)
-        → `Assignments` over ``[B, K]``, without gradients.
+        logits ``[B, K]``, a tensor or `FactoredLogits`, temperature float, row_mask bool ``[B]`` or
+        None (True: takes no part) → `Assignments` over ``[B, K]``, without gradients.
 
     Example:
         >>> teacher_logits = torch.tensor([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
@@ -136,7 +138,7 @@ class SinkhornKnopp(nn.Module):
         self.impl = impl
 
     def forward(
-        self, logits: Tensor, temperature: float, *, row_mask: Tensor | None = None
+        self, logits: Logits, temperature: float, *, row_mask: Tensor | None = None
     ) -> Assignments:
         """Balance ``logits [B, K]``; rows where ``row_mask [B]`` is True take no part."""
         (assignments,) = sinkhorn_many(

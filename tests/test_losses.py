@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sslkit import Assignments, DINOLoss, KoLeoLoss, iBOTLoss
+from sslkit.ops.dispatch import interpreting, record_bodies
 from tests.oracles import losses as oracle
 
 seeds = st.integers(0, 2**31)
@@ -82,6 +83,24 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda x: iBOTLoss()(x, ibot_targets, masks), ibot_logits)
 
     assert torch.autograd.gradcheck(KoLeoLoss(), normal(4, 6, 3).requires_grad_())
+
+
+@pytest.mark.skipif(not interpreting(), reason="on a GPU machine nothing is interpreted")
+@pytest.mark.parametrize("loss_type", [DINOLoss, iBOTLoss])
+def test_options_reach_the_operation(loss_type):
+    pytest.importorskip("triton")
+    logits, masks = torch.randn(2, 3, 4, requires_grad=True), torch.ones(2, 3, dtype=torch.bool)
+    for options in ({}, {"impl": "triton"}, {"inplace_backward": True}):
+        scores = 2 * logits
+        before = scores.detach().clone()
+        with record_bodies() as ran:
+            if loss_type is DINOLoss:
+                loss = DINOLoss(**options)(scores, torch.rand(2, 3, 4))
+            else:
+                loss = iBOTLoss(**options)(scores.view(6, 4), torch.rand(6, 4), masks)
+            loss.backward()
+        assert {body for _, body in ran} == {options.get("impl", "torch")}
+        assert torch.equal(scores, before) == (not options.get("inplace_backward", False))
 
 
 def test_targets_get_no_gradient():

@@ -52,8 +52,11 @@ def weights(own: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in own.student.named_parameters()}
 
 
-def test_golden_losses() -> None:
-    own = trainer(tiny(steps=30))
+@pytest.mark.parametrize("factored_scores", [False, True])
+def test_golden_losses(factored_scores: bool) -> None:
+    settings = tiny(steps=30)
+    model = recipe.replace(settings.model, factored_scores=factored_scores)
+    own = trainer(recipe.replace(settings, model=model))
     stream = batches(8)
     for step in range(30):
         seen = own.step(step, next(stream))
@@ -72,6 +75,13 @@ def test_accumulation_does_not_change_the_gradients(kind: str) -> None:
     whole = gradients(settings)
     # The rounding of float32 sums; KoLeo alone would differ by over 1e-2 (the next test).
     assert distance(whole, gradients(recipe.replace(settings, accumulation=4))) < 3e-6
+
+
+def test_factored_scores_do_not_change_the_gradients() -> None:
+    settings = tiny(losses={"koleo": 0.0})
+    model = recipe.replace(settings.model, factored_scores=True)
+    factored = recipe.replace(settings, model=model, accumulation=4)
+    assert distance(gradients(settings), gradients(factored)) < 3e-6
 
 
 def test_koleo_within_micro_batches_is_another_loss() -> None:

@@ -45,6 +45,7 @@ from sslkit.assignments import (
     row_blocks,
     score_dtype,
 )
+from sslkit.factored_logits import FactoredLogits, Logits
 from sslkit.ops.dispatch import Body, resolve
 
 MAX_TARGETS_TRITON = 16
@@ -54,7 +55,7 @@ _SMALLEST_EXPONENT = -60.0
 
 
 def soft_cross_entropy(
-    student_logits: Tensor,
+    student_logits: Logits,
     student_temp: float,
     targets: Assignments | Tensor,
     row_weights: Tensor | None = None,
@@ -76,7 +77,10 @@ def soft_cross_entropy(
     A row without targets (padding) has loss and gradient 0 whatever its logits hold.
 
     Args:
-        student_logits: ``[M, K]``, finite, any floating-point type.
+        student_logits: ``[M, K]``, finite, any floating-point type. Where the student's or the
+            targets' logits are `FactoredLogits`, chunks of columns of both are formed, in the
+            forward and again in the backward, and no ``[M, K]`` or ``[R, K]`` tensor of theirs
+            exists (`sslkit.ops.linear_cross_entropy`).
         student_temp: positive; divides the student's logits.
         targets: `Assignments` over R rows, or probabilities ``[R, K]`` (non-negative; a row need
             not sum to one). They get no gradient.
@@ -86,12 +90,13 @@ def soft_cross_entropy(
         inplace_backward: let the backward write the gradient over ``student_logits``, which saves
             an ``[M, K]`` tensor. Only for logits that are contiguous, an intermediate result (not a
             parameter), and read by nobody after this loss's backward. Autograd notices whoever does
-            read them there, a second backward included, and raises.
+            read them there, a second backward included, and raises. Of `FactoredLogits` nothing is
+            kept that could be written over.
         impl: ``"auto"``, ``"torch"`` or ``"triton"``; the Triton body takes up to 16 targets a row.
 
     Returns:
         ``[M]``, float32 (float64 for float64 logits). Differentiable once with respect to
-        ``student_logits``, whose gradient has their type, and ``row_weights``.
+        ``student_logits`` (or their factors), whose gradient has their type, and ``row_weights``.
 
     Raises:
         IndexError: an entry of ``target_rows`` is R or more. On CUDA finding out would need a
@@ -113,6 +118,13 @@ def soft_cross_entropy(
             "disagree on the number of prototypes (last axis)"
         )
     check_pairing(M, target.shape[0], row_weights, target_rows)
+    if isinstance(student_logits, FactoredLogits) or isinstance(target, FactoredLogits):
+        from sslkit.ops.linear_cross_entropy import linear_soft_cross_entropy
+
+        losses = linear_soft_cross_entropy(
+            student_logits, student_temp, target, bias, target_temp, target_rows, impl
+        )
+        return losses if row_weights is None else losses * row_weights
     if inplace_backward and not student_logits.is_contiguous():
         raise ValueError(
             "inplace_backward=True needs contiguous student_logits, got strides "
@@ -153,7 +165,7 @@ def check_pairing(M: int, R: int, row_weights: Tensor | None, target_rows: Tenso
         )
 
 
-def _unpack(targets: Assignments | Tensor) -> tuple[Tensor, Tensor | None, float]:
+def _unpack(targets: Assignments | Tensor) -> tuple[Logits, Tensor | None, float]:
     """Logits with their bias and temperature, or dense probabilities with neither."""
     if isinstance(targets, Assignments):
         return targets.logits.detach(), targets.bias.detach(), targets.temperature

@@ -38,11 +38,16 @@ but takes the log-sum-exp of the rows in a pass of its own: 1 + 2 (T - 1) times
 Problems come in lists (levels, losses), so that one launch serves all. What an op returns for a
 list is packed: the results of all problems, one after the other, in one vector ``[ΣK]``, which a
 collective reduces as it is.
+
+All that passes over rows return is a sum over the rows, or a maximum and a sum that can be merged.
+So `FactoredLogits` are passed over chunk by chunk of rows, each a product that is formed and
+forgotten: one matrix product a pass in place of one in all.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from functools import reduce
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -53,6 +58,7 @@ from sslkit.assignments import (
     row_blocks,
     score_dtype,
 )
+from sslkit.factored_logits import FactoredLogits, Logits, chunks, written
 from sslkit.ops.collectives import Reduction
 from sslkit.ops.dispatch import Body, resolve
 
@@ -123,7 +129,7 @@ def column_mass(
 
 
 def sinkhorn_bias(
-    logits: Tensor,
+    logits: Logits,
     temperature: float,
     *,
     num_iterations: int = 3,
@@ -137,7 +143,7 @@ def sinkhorn_bias(
     defines the iteration. Uses the rows of this process only: `sslkit.sinkhorn` communicates.
 
     Args:
-        logits: ``[B, K]``, any floating-point type; B may be 0.
+        logits: ``[B, K]``, any floating-point type, a tensor or `FactoredLogits`; B may be 0.
         temperature: positive; divides the logits.
         num_iterations: at least 1.
         row_mask: bool ``[B]``; rows that are True take no part, whatever they hold.
@@ -165,7 +171,7 @@ def sinkhorn_bias(
 
 @torch.no_grad()
 def sinkhorn_biases(
-    logits: Sequence[Tensor],
+    logits: Sequence[Logits],
     temperatures: Sequence[float],
     *,
     num_iterations: int,
@@ -192,16 +198,16 @@ def sinkhorn_biases(
         raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
     if bound is not None and not (bound >= 0 and math.isfinite(bound)):
         raise ValueError(f"bound must be non-negative and finite, or None, got {bound!r}")
-    problems = _by_score_dtype(logits, temperatures, row_masks)
+    problems = _in_groups(logits, temperatures, row_masks)
 
     if bound is not None and all(2 * bound / t <= _MAX_EXPONENT for t in temperatures):
         shifts = [_constant_columns(p, [bound / t for t in p.temperatures]) for p in problems]
         sums = [
-            _column_exp_sum(p.logits, p.temperatures, -shift, p.row_masks, impl)
+            _sum_of_chunks(_column_exp_sum, p, -shift, impl)
             for p, shift in zip(problems, shifts, strict=True)
         ]
     else:
-        local = [_column_logsumexp(p.logits, p.temperatures, p.row_masks, impl) for p in problems]
+        local = [_logsumexp_of_chunks(p, impl) for p in problems]
         column_max = all_reduce([column_max for column_max, _ in local], "max")
         shifts = [_finite_shift(shift) for shift in column_max]
         sums = [
@@ -215,7 +221,7 @@ def sinkhorn_biases(
     ]
     for _ in range(num_iterations - 1):
         masses = [
-            _column_mass(p.logits, p.temperatures, bias, p.row_masks, impl)
+            _sum_of_chunks(_column_mass, p, bias, impl)
             for p, bias in zip(problems, biases, strict=True)
         ]
         biases = [
@@ -231,19 +237,32 @@ def sinkhorn_biases(
 
 
 class _Problems(NamedTuple):
-    """Problems whose scores are of one type, and their places in the caller's list."""
+    """Problems that one launch serves, and their places in the caller's list."""
 
     indices: list[int]
-    logits: list[Tensor]
+    logits: list[Logits]
     temperatures: list[float]
     row_masks: list[Tensor | None]
 
+    def chunks(self) -> Iterator[tuple[list[Tensor], list[Tensor | None]]]:
+        """Logits and row masks of all rows at once, or of a factored problem in chunks of rows."""
+        first, row_mask = self.logits[0], self.row_masks[0]
+        if not isinstance(first, FactoredLogits):
+            yield cast(list[Tensor], self.logits), self.row_masks
+            return
+        B, K = first.shape
+        for rows in chunks(B, K, first.device) if B > 0 else [slice(0, 0)]:
+            yield [written(first[rows])], [None if row_mask is None else row_mask[rows]]
 
-def _by_score_dtype(
-    logits: Sequence[Tensor], temperatures: Sequence[float], row_masks: Sequence[Tensor | None]
+
+def _in_groups(
+    logits: Sequence[Logits], temperatures: Sequence[float], row_masks: Sequence[Tensor | None]
 ) -> list[_Problems]:
-    """Check the problems and part float32 from float64 ones: a packed vector has one type."""
-    by_dtype: dict[torch.dtype, list[int]] = {}
+    """Check the problems and group those that are tensors and of one score type.
+
+    A packed vector has one type, and factored logits are passed over one problem after the other.
+    """
+    groups: dict[Any, list[int]] = {}
     for index, (x, temperature, row_mask) in enumerate(
         zip(logits, temperatures, row_masks, strict=True)
     ):
@@ -252,7 +271,8 @@ def _by_score_dtype(
             raise ValueError(
                 f"all logits must be on one device, got {logits[0].device} and {x.device}"
             )
-        by_dtype.setdefault(score_dtype(x), []).append(index)
+        key = index if isinstance(x, FactoredLogits) else score_dtype(x)
+        groups.setdefault(key, []).append(index)
     return [
         _Problems(
             indices,
@@ -260,11 +280,40 @@ def _by_score_dtype(
             [temperatures[i] for i in indices],
             [row_masks[i] for i in indices],
         )
-        for indices in by_dtype.values()
+        for indices in groups.values()
     ]
 
 
-def _num_columns(logits: Sequence[Tensor]) -> list[int]:
+def _sum_of_chunks(
+    op: Callable[..., Tensor], problems: _Problems, bias: Tensor, impl: str
+) -> Tensor:
+    """Packed ``[ΣK]``: an op that sums over rows, over all of them."""
+    parts = (
+        op(logits, problems.temperatures, bias, row_masks, impl)
+        for logits, row_masks in problems.chunks()
+    )
+    return reduce(torch.add, parts)
+
+
+def _logsumexp_of_chunks(problems: _Problems, impl: str) -> tuple[Tensor, Tensor]:
+    parts = (
+        _column_logsumexp(logits, problems.temperatures, row_masks, impl)
+        for logits, row_masks in problems.chunks()
+    )
+    return reduce(_merge_logsumexp, parts)
+
+
+def _merge_logsumexp(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Of the rows of both, from maximum and sum of each."""
+    column_max = torch.maximum(first[0], second[0])
+    shift = _finite_shift(column_max)
+    sums = (total * torch.exp(_finite_shift(top) - shift) for top, total in (first, second))
+    return column_max, sum(sums, torch.zeros_like(shift))
+
+
+def _num_columns(logits: Sequence[Logits]) -> list[int]:
     return [x.shape[1] for x in logits]
 
 
@@ -272,7 +321,7 @@ def _constant_columns(problems: _Problems, values: Sequence[float]) -> Tensor:
     """Packed ``[ΣK]``: one value for all columns of each problem."""
     return torch.cat(
         [
-            x.new_full(x.shape[1:], value, dtype=score_dtype(x))
+            torch.full(x.shape[1:], value, dtype=score_dtype(x), device=x.device)
             for x, value in zip(problems.logits, values, strict=True)
         ]
     )
@@ -482,7 +531,7 @@ def _write_scores(
         tile.masked_fill_(zero_rows[rows, None], 0.0)
 
 
-def _check(logits: Tensor, temperature: float, row_mask: Tensor | None) -> None:
+def _check(logits: Logits, temperature: float, row_mask: Tensor | None) -> None:
     check_logits(logits)
     check_temperature(temperature)
     if row_mask is None:
