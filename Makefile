@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
-.PHONY: demo test lint types unit smoke clean
+.PHONY: demo test lint types unit smoke bench bench-gpu clean
 
 demo: $(VENV)/recipe.installed
 	rm -rf $(DEMO)
@@ -26,6 +26,15 @@ unit: $(VENV)/dev.installed
 smoke: $(VENV)/dev.installed
 	rm -rf runs/smoke
 	$(BIN)/python examples/franca_recipe.py --preset smoke --output runs/smoke
+
+# Races of every operation against its textbook formula and its peers; docs/benchmarks.md.
+bench: $(VENV)/dev.installed $(VENV)/peers.installed
+	$(BIN)/python -m benchmarks --device cpu $(FLAGS)
+
+# The same on a CUDA GPU, with the packages that $(PYTHON) has: nothing is installed.
+# FLAGS="--results DIR --docs FILE" writes elsewhere; `python -m benchmarks.render` renders later.
+bench-gpu:
+	$(PYTHON) -m benchmarks --device cuda $(FLAGS)
 
 $(VENV)/%.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
