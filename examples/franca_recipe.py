@@ -509,8 +509,8 @@ class FrancaLoss(nn.Module):
     def __init__(self, student_temperature: float, group: ProcessGroup | None) -> None:
         super().__init__()
         # Nobody reads the student's scores after the losses: gradients take their memory.
-        self.dino = DINOLoss(student_temp=student_temperature, inplace_backward=True)
-        self.ibot = iBOTLoss(student_temp=student_temperature, inplace_backward=True)
+        self.dino = DINOLoss(student_temp=student_temperature, overwrite_logits=True)
+        self.ibot = iBOTLoss(student_temp=student_temperature, overwrite_logits=True)
         self.koleo = KoLeoLoss(group=group)
 
     def forward(

@@ -42,8 +42,8 @@ class DINOLoss(nn.Module):
 
     Args:
         student_temp: positive; divides the student's logits.
-        inplace_backward: let the backward write the gradient over the student's logits, where they
-            are an intermediate result that nothing else reads; see `sslkit.ops.soft_cross_entropy`.
+        overwrite_logits: let the gradient take the place of the student's logits, where they are an
+            intermediate result that nothing else reads; see `sslkit.ops.soft_cross_entropy`.
         impl: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Shapes:
@@ -59,12 +59,12 @@ class DINOLoss(nn.Module):
     """
 
     def __init__(
-        self, *, student_temp: float = 0.1, inplace_backward: bool = False, impl: str = "auto"
+        self, *, student_temp: float = 0.1, overwrite_logits: bool = False, impl: str = "auto"
     ) -> None:
         super().__init__()
         check_temperature(student_temp, "student_temp")
         self.student_temp = student_temp
-        self.inplace_backward = inplace_backward
+        self.overwrite_logits = overwrite_logits
         self.impl = impl
 
     def forward(
@@ -101,7 +101,7 @@ class DINOLoss(nn.Module):
             self.student_temp,
             targets,
             target_rows=target_rows.view(V_s * B, V_t),
-            inplace_backward=self.inplace_backward,
+            overwrite_logits=self.overwrite_logits,
             impl=self.impl,
         )
         return losses.sum() / (pairs * B)
@@ -109,7 +109,7 @@ class DINOLoss(nn.Module):
     def extra_repr(self) -> str:
         """Settings shown by ``repr``."""
         return (
-            f"student_temp={self.student_temp}, inplace_backward={self.inplace_backward}, "
+            f"student_temp={self.student_temp}, overwrite_logits={self.overwrite_logits}, "
             f"impl={self.impl!r}"
         )
 
@@ -157,8 +157,8 @@ class iBOTLoss(nn.Module):
 
     Args:
         student_temp: positive; divides the student's logits.
-        inplace_backward: let the backward write the gradient over the student's logits, where they
-            are an intermediate result that nothing else reads; see `sslkit.ops.soft_cross_entropy`.
+        overwrite_logits: let the gradient take the place of the student's logits, where they are an
+            intermediate result that nothing else reads; see `sslkit.ops.soft_cross_entropy`.
         impl: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Shapes:
@@ -179,12 +179,12 @@ class iBOTLoss(nn.Module):
     """
 
     def __init__(
-        self, *, student_temp: float = 0.1, inplace_backward: bool = False, impl: str = "auto"
+        self, *, student_temp: float = 0.1, overwrite_logits: bool = False, impl: str = "auto"
     ) -> None:
         super().__init__()
         check_temperature(student_temp, "student_temp")
         self.student_temp = student_temp
-        self.inplace_backward = inplace_backward
+        self.overwrite_logits = overwrite_logits
         self.impl = impl
 
     def forward(
@@ -211,7 +211,7 @@ class iBOTLoss(nn.Module):
             self.student_temp,
             targets,
             row_weights.to(student_logits.device, non_blocking=True),
-            inplace_backward=self.inplace_backward,
+            overwrite_logits=self.overwrite_logits,
             impl=self.impl,
         )
         return losses.sum()
@@ -219,7 +219,7 @@ class iBOTLoss(nn.Module):
     def extra_repr(self) -> str:
         """Settings shown by ``repr``."""
         return (
-            f"student_temp={self.student_temp}, inplace_backward={self.inplace_backward}, "
+            f"student_temp={self.student_temp}, overwrite_logits={self.overwrite_logits}, "
             f"impl={self.impl!r}"
         )
 

@@ -5,7 +5,7 @@ Franca, arXiv 2507.14137, section 3.1, after Matryoshka representations (arXiv 2
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, get_args, overload
+from typing import Literal, cast, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -125,7 +125,7 @@ class MatryoshkaProjector(nn.Module):
         if x.ndim == 0 or x.shape[-1] != self.in_dim:
             raise ValueError(f"x must be [..., D={self.in_dim}] features, got {tuple(x.shape)}")
         return tuple(
-            _factored(prototypes, head(x)) if factored else prototypes(head(x))
+            _factored(cast(nn.Linear, prototypes), head(x)) if factored else prototypes(head(x))
             for head, prototypes in zip(self.heads, self.prototypes, strict=True)
         )
 
@@ -174,9 +174,9 @@ class Prefix(nn.Module):
         return str(self.size)
 
 
-def _factored(prototypes: nn.Module, x: Tensor) -> FactoredLogits:
+def _factored(prototypes: nn.Linear, x: Tensor) -> FactoredLogits:
     """``prototypes(x)`` as its factors, in the type of ``x``, which autocast chose."""
-    weight: Tensor = prototypes.get_parameter("weight")
+    weight: Tensor = prototypes.weight
     if isinstance(prototypes, CosineLinear):
         x, weight = _unit_norm(x), _unit_norm(weight)
     return FactoredLogits(x, weight.to(x.dtype))

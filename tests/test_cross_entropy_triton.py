@@ -188,13 +188,13 @@ def test_a_row_without_targets_is_zero_whatever_it_holds():
 
 
 @pytest.mark.parametrize("M", [0, 3])
-def test_inplace_backward_writes_over_the_logits(M):
+def test_overwrite_logits_writes_over_the_logits(M):
     leaf = normal(0, M, 40).requires_grad_()
     student = leaf * 1
     targets = Assignments(normal(1, M, 40), torch.zeros(40, device=DEVICE), TARGET_TEMP)
     with small_chunks(), record_bodies() as ran:
         losses = soft_cross_entropy(
-            student, STUDENT_TEMP, targets, inplace_backward=True, impl="triton"
+            student, STUDENT_TEMP, targets, overwrite_logits=True, impl="triton"
         )
         losses.sum().backward()
     assert ran[-1] == ("soft_cross_entropy_backward_", "triton")

@@ -90,7 +90,7 @@ def test_gradients():
 def test_options_reach_the_operation(loss_type):
     pytest.importorskip("triton")
     logits, masks = torch.randn(2, 3, 4, requires_grad=True), torch.ones(2, 3, dtype=torch.bool)
-    for options in ({}, {"impl": "triton"}, {"inplace_backward": True}):
+    for options in ({}, {"impl": "triton"}, {"overwrite_logits": True}):
         scores = 2 * logits
         before = scores.detach().clone()
         with record_bodies() as ran:
@@ -100,7 +100,7 @@ def test_options_reach_the_operation(loss_type):
                 loss = iBOTLoss(**options)(scores.view(6, 4), torch.rand(6, 4), masks)
             loss.backward()
         assert {body for _, body in ran} == {options.get("impl", "torch")}
-        assert torch.equal(scores, before) == (not options.get("inplace_backward", False))
+        assert torch.equal(scores, before) == (not options.get("overwrite_logits", False))
 
 
 def test_targets_get_no_gradient():

@@ -121,9 +121,9 @@ def test_column_operations_equal_their_definition(B, K, seed, masked):
     logits, bias = normal(seed, B, K), normal(seed + 1, K)
     row_mask = normal(seed + 2, B) > 0 if masked else None
     kept = logits if row_mask is None else logits[~row_mask]
-    column_max, column_sum = column_logsumexp(logits, 0.3, row_mask)
+    shift, column_sum = column_logsumexp(logits, 0.3, row_mask)
     torch.testing.assert_close(
-        column_max + column_sum.log(), torch.logsumexp(kept / 0.3, dim=0), rtol=1e-12, atol=0
+        shift + column_sum.log(), torch.logsumexp(kept / 0.3, dim=0), rtol=1e-12, atol=0
     )
     torch.testing.assert_close(
         column_mass(logits, 0.3, bias, row_mask),
@@ -147,14 +147,28 @@ def test_column_mass_whatever_the_range(bias, row_shift):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("bound", "reads"), [(None, 4), (1.0, 3)])
-def test_sinkhorn_reads_of_the_scores_and_memory(dtype, bound, reads):
-    """T + 1 reads of [B, K], T with a bound; no write, and nothing larger than a block."""
+@pytest.mark.parametrize(
+    ("bound", "largest", "reads"),
+    [
+        (1.0, 1.0, 3),
+        (None, 1.0, 3),
+        (None, 100.0, 4),  # wide from the first block on: maxima first
+        (None, 0.0, 5),  # one column out of reach: found out when its sum underflows
+    ],
+)
+def test_sinkhorn_reads_of_the_scores_and_memory(dtype, bound, largest, reads):
+    """T reads of [B, K], up to two more for the column maxima; nothing larger than a block."""
     B, K = 1111, 700
-    logits = normal(0, B, K).clamp(-1, 1).to(dtype)
+    block = (1 << 18) // K
+    logits = normal(0, B, K).clamp(-1, 1).mul(largest or 1.0)
+    if not largest:
+        logits[block:, 0] = -10.0
+        logits[:block, 0] = -4.0
+    logits = logits.to(dtype)
     with counting_memory(logits=logits) as traffic:
         sinkhorn_bias(logits, 0.1, bound=bound, impl="torch")
-    assert traffic.loaded["logits"] == reads * logits.nbytes
+    first_block = 0 if bound else logits[:block].nbytes
+    assert traffic.loaded["logits"] == reads * logits.nbytes + first_block
     assert traffic.stored["logits"] == 0
     assert traffic.largest_allocation <= 1 << 20
 
@@ -218,6 +232,143 @@ def test_soft_cross_entropy_over_several_blocks():
     torch.testing.assert_close(student_logits.grad.double(), exact.grad, rtol=1e-4, atol=1e-9)
 
 
+def loss_and_gradient(
+    student: Tensor,
+    targets: Assignments | Tensor,
+    *args: object,
+    upstream: Tensor,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor]:
+    leaf = student.clone().requires_grad_()
+    losses = soft_cross_entropy(leaf * 1, 0.1, targets, *args, **kwargs)
+    (grad,) = torch.autograd.grad(losses, leaf, upstream)
+    return losses.detach(), grad
+
+
+@given(
+    st.integers(0, 5),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 6),
+    seeds,
+    st.sampled_from(["assignments", "dense"]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1.0, 100.0]),
+)
+def test_overwriting_the_logits_changes_no_result(
+    M, R, T, K, seed, kind, paired, weighted, largest
+):
+    student = largest * normal(seed, M, K)
+    targets = Assignments(
+        largest * normal(seed + 2, R if paired else M, K), normal(seed + 3, K), 0.5
+    )
+    upstream = torch.ones(M).double() if seed % 2 else normal(seed + 4, M)
+    arguments = (
+        targets if kind == "assignments" else 0.7 * targets.probs(),
+        normal(seed + 1, M) if weighted else None,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(-1, R, (M, T), generator=generator) if paired else None
+    with record_bodies() as ran:
+        actual = loss_and_gradient(
+            student, *arguments, target_rows=rows, overwrite_logits=True, upstream=upstream
+        )
+    assert ran == [("soft_cross_entropy_over_logits_", "torch")]
+    expected = loss_and_gradient(student, *arguments, target_rows=rows, upstream=upstream)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("overwrite_logits", [False, True])
+@pytest.mark.parametrize("wide", ["student", "targets", "neither"])
+def test_soft_cross_entropy_whatever_the_range_and_the_block(overwrite_logits, wide):
+    """Logits that need a shift from the second block of rows on; float32 against float64."""
+    M, K = 900, 1000
+    assert M * K > 3 << 18
+    student, logits = normal(0, M, K), normal(1, M, K)
+    student[300:] *= 1e3 if wide == "student" else 1.0
+    logits[300:] *= 1e3 if wide == "targets" else 1.0
+    student, logits = student.float(), logits.float()
+    targets, ones = Assignments(logits, torch.zeros(K), 0.5), torch.ones(M)
+    losses, grad = loss_and_gradient(
+        student, targets, upstream=ones, overwrite_logits=overwrite_logits
+    )
+    exact_targets = torch.softmax(logits.double() / 0.5, dim=-1)
+    leaf = student.double().requires_grad_()
+    exact = -(exact_targets * torch.log_softmax(leaf / 0.1, dim=-1)).sum(dim=-1)
+    exact.sum().backward()
+    torch.testing.assert_close(losses.double(), exact.detach(), rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(grad.double(), leaf.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_overwritten_logits_are_read_once_and_written_once():
+    M, K = 1111, 700
+    student = 0.1 * normal(0, M, K).float().requires_grad_()
+    targets = Assignments(normal(1, M, K).float(), torch.zeros(K), 1.0)
+    with counting_memory(student=student, target=targets.logits) as traffic:
+        losses = soft_cross_entropy(student, 0.1, targets, overwrite_logits=True, impl="torch")
+        torch.autograd.grad(losses.sum(), student)
+    assert traffic.loaded == {"student": student.nbytes, "target": student.nbytes}
+    assert traffic.stored["student"] == student.nbytes
+    assert traffic.largest_allocation <= 2 << 20
+
+
+def test_soft_cross_entropy_reads_of_the_scores():
+    """One read of each forward; one backward, and one write of the gradient."""
+    M, K = 1111, 700
+    student = (0.1 * normal(0, M, K)).float().requires_grad_()
+    targets = Assignments(normal(1, M, K).float(), torch.zeros(K), 1.0)
+    with counting_memory(student=student, target=targets.logits) as traffic:
+        losses = soft_cross_entropy(student, 0.1, targets, impl="torch")
+    once = {"student": student.nbytes, "target": student.nbytes}
+    assert traffic.loaded == once
+    assert traffic.largest_allocation <= 2 << 20
+    with counting_memory(student=student, target=targets.logits) as traffic:
+        losses.sum().backward()
+    assert traffic.loaded == once
+    assert traffic.stored.total() == 0
+    assert traffic.largest_allocation <= student.nbytes
+
+
+def test_a_row_without_targets_is_zero_whatever_it_holds():
+    student = normal(0, 3, 4)
+    student[1] = torch.nan
+    rows = torch.tensor([[0, -1], [-1, -1], [-1, 1]])
+    for overwrite_logits in (False, True):
+        losses, grad = loss_and_gradient(
+            student,
+            Assignments(normal(1, 2, 4), torch.zeros(4), 0.5),
+            target_rows=rows,
+            overwrite_logits=overwrite_logits,
+            upstream=torch.ones(3).double(),
+        )
+        assert losses[1] == 0
+        assert grad[1].eq(0).all()
+        assert not losses.isnan().any()
+        assert not grad.isnan().any()
+
+
+def test_overwritten_logits_are_not_read_unnoticed():
+    def loss(logits: Tensor) -> Tensor:
+        return soft_cross_entropy(logits, 0.1, normal(1, 2, 3).softmax(-1), overwrite_logits=True)
+
+    leaf = normal(0, 2, 3).requires_grad_()
+    losses = loss(leaf * 1)
+    losses.sum().backward(retain_graph=True)
+    doubled = loss(leaf * 1)
+    (2 * doubled).sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (2 * doubled).sum().backward()
+    logits = leaf * 1
+    squares = logits.square().sum()  # needs the logits for its backward
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss(logits).sum() + squares).backward()
+    with pytest.raises(ValueError, match=r"overwrite_logits=True would write over.*a leaf"):
+        loss(leaf)
+    with pytest.raises(ValueError, match=r"contiguous student_logits, got strides \(1, 2\)"):
+        loss((leaf * 1).T.contiguous().T)
+
+
 def test_soft_cross_entropy_changes_none_of_its_inputs():
     dense = normal(0, 3, 4).softmax(-1)
     student_logits = normal(1, 3, 4).requires_grad_()
@@ -245,7 +396,7 @@ def test_memory_stays_within_a_block():
         soft_cross_entropy(student_logits, 0.1, targets).sum().backward()
     allocations = sorted(event.self_cpu_memory_usage for event in profile.events())
     assert allocations[-1] == 2 * B * K  # the gradient, bfloat16
-    assert allocations[-2] == 1 << 20  # one block, float32
+    assert allocations[-2] == 2 << 20  # two tiles of one block, float32
 
 
 OPCHECKS = {
@@ -261,6 +412,16 @@ OPCHECKS = {
         [0.1, 0.2],
         normal(1, 8),
         [None, torch.tensor([True, False])],
+        "auto",
+    ),
+    "soft_cross_entropy_over_logits_": (
+        normal(0, 4, 3),
+        0.1,
+        normal(1, 5, 3),
+        normal(2, 3),
+        0.2,
+        torch.tensor([[0], [4], [-1], [1]]),
+        None,
         "auto",
     ),
     "soft_cross_entropy": (

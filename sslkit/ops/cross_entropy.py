@@ -6,30 +6,32 @@ distribution q_r (mass_r = Σ_k q_rk, which is 1 for Assignments),
     loss_m = Σ_r Σ_k q_rk · (LSE(s) - s_k),        LSE(s) = log Σ_k exp(s_k),
     ∂loss_m / ∂z_k = (Σ_r mass_r · softmax(s)_k - Σ_r q_rk) / student_temp.
 
-Forward. With the shift ŝ = max_k s_k and the weights e_rk = exp(t_rk - max_k t_rk) of target logits
-t_r (or e_r = q_r, dense), a row needs five kinds of numbers, which one reading of z and of each t_r
-yields, over any part of the columns (a *partial*):
+Forward. With a shift ŝ near max_k s_k and the weights e_rk = exp(t_rk - t̂_r) of target logits t_r,
+t̂_r near their maximum (or e_r = q_r, dense), a row needs five kinds of numbers, which one reading
+of z and of each t_r yields, over any part of the columns (a *partial*):
 
-    max z,   S = Σ_k exp(s_k - ŝ),   and for each target   max t_r,   W_r = Σ_k e_rk,
+    ẑ = student_temp · ŝ,   S = Σ_k exp(s_k - ŝ),   and for each target   t̂_r,   W_r = Σ_k e_rk,
     C_r = Σ_k e_rk · (s_k - ŝ).
 
-Partials merge: going over to a larger ŝ' adds W_r · (ŝ - ŝ') to C_r, and to a larger maximum of t_r
-multiplies W_r and C_r by exp of the difference. From the merged numbers (`finish`)
+Partials merge: going over to a larger ŝ' adds W_r · (ŝ - ŝ') to C_r, and to a larger t̂_r multiplies
+W_r and C_r by exp of the difference. From the merged numbers (`finish`)
 
     loss_m = Σ_r (mass_r · log S - C_r · mass_r / W_r).
 
-Float32 survives logits of any size: s_k - ŝ ≤ 0 and log S ≥ 0, so both terms are sums of numbers
-of one sign, and nothing large cancels. The maximum of z is kept in units of logits, where it is
-exact; it and S, max t_r and W_r stay for the backward (2 + 2T numbers a row), in place of a
-log-sum-exp, which at |s| = 1e5 is already rounded by .004.
+Float32 survives logits of any size. Where the shifts are the maxima, s_k - ŝ ≤ 0 and log S ≥ 0, so
+both terms are sums of numbers of one sign, and nothing large cancels. The maximum of z is kept in
+units of logits, where it is exact; it and S, t̂_r and W_r stay for the backward (2 + 2T numbers a
+row), in place of a log-sum-exp, which at |s| = 1e5 is already rounded by .004. The PyTorch body on
+a CPU takes zeros for shifts while S and W_r lie in 1e-14 ... 1e14; then |log S| ≤ 32.
 
 Backward. With those numbers each gradient needs its own column of z and t_r only: one reading of
 each and one writing, which may go over the logits themselves.
 
 Passes over memory: forward one read of z and of each paired t_r; backward the same and one write.
-The PyTorch body works on blocks of rows that stay in the cache. There it takes some ten calls an
-element; what they avoid is exponentials that underflow: an `exp` whose result is subnormal takes
-30 times as long on x86, so exponents are cut off at -60 (below, 2^17 terms of e^-60 are 1e-21).
+The PyTorch body works on blocks of rows that stay in the cache. A block has all columns, so that
+on a CPU the gradient can be written while it is there, over the logits: then scores are read once,
+their exponentials taken once, and the backward has only to multiply by its row factors, if those
+are not all one. (Not where the gradient needs memory of its own, from the forward on.)
 """
 
 from collections.abc import Iterator
@@ -47,11 +49,10 @@ from sslkit.assignments import (
 )
 from sslkit.factored_logits import FactoredLogits, Logits
 from sslkit.ops.dispatch import Body, resolve
+from sslkit.ops.exponentials import exp_, is_harmless, is_low
 
 MAX_TARGETS_TRITON = 16
 """Most targets of one student row that the Triton body takes."""
-
-_SMALLEST_EXPONENT = -60.0
 
 
 def soft_cross_entropy(
@@ -61,7 +62,7 @@ def soft_cross_entropy(
     row_weights: Tensor | None = None,
     *,
     target_rows: Tensor | None = None,
-    inplace_backward: bool = False,
+    overwrite_logits: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Weighted cross-entropy of each student row with its targets.
@@ -87,11 +88,12 @@ def soft_cross_entropy(
         row_weights: ``[M]``, or None for ones.
         target_rows: int64 ``[M, T]``, the targets of each student row, -1 (or any negative number)
             for none; or None, which pairs row m with target m (R = M).
-        inplace_backward: let the backward write the gradient over ``student_logits``, which saves
-            an ``[M, K]`` tensor. Only for logits that are contiguous, an intermediate result (not a
-            parameter), and read by nobody after this loss's backward. Autograd notices whoever does
-            read them there, a second backward included, and raises. Of `FactoredLogits` nothing is
-            kept that could be written over.
+        overwrite_logits: let the gradient be written over ``student_logits``, in the backward or,
+            where that is faster (PyTorch body on a CPU), in the forward already. It spares an
+            ``[M, K]`` tensor. Only for contiguous logits that are an intermediate result and that
+            nobody reads after this call. Autograd notices other operations that need them for their
+            backward, and a second backward, and raises. Of `FactoredLogits` nothing is kept that
+            could be overwritten.
         impl: ``"auto"``, ``"torch"`` or ``"triton"``; the Triton body takes up to 16 targets a row.
 
     Returns:
@@ -125,23 +127,27 @@ def soft_cross_entropy(
             student_logits, student_temp, target, bias, target_temp, target_rows, impl
         )
         return losses if row_weights is None else losses * row_weights
-    if inplace_backward and not student_logits.is_contiguous():
+    if overwrite_logits:
+        _check_may_overwrite(student_logits)
+    arguments = (student_logits, student_temp, target, bias, target_temp, target_rows)
+    if overwrite_logits and _gradient_comes_first(student_logits, row_weights, impl):
+        return _LossAndGradient.apply(*arguments, row_weights, impl)
+    losses, _, _ = _forward(*arguments, overwrite_logits, impl)
+    return losses if row_weights is None else losses * row_weights
+
+
+def _check_may_overwrite(student_logits: Tensor) -> None:
+    if not student_logits.is_contiguous():
         raise ValueError(
-            "inplace_backward=True needs contiguous student_logits, got strides "
+            "overwrite_logits=True needs contiguous student_logits, got strides "
             f"{student_logits.stride()} for shape {tuple(student_logits.shape)}; "
             "leave it False, or make them contiguous"
         )
-    losses, _, _ = _forward(
-        student_logits,
-        student_temp,
-        target,
-        bias,
-        target_temp,
-        target_rows,
-        inplace_backward,
-        impl,
-    )
-    return losses if row_weights is None else losses * row_weights
+    if student_logits.requires_grad and student_logits.is_leaf:
+        raise ValueError(
+            "overwrite_logits=True would write over student_logits, which are a leaf (a parameter "
+            "or an input), not an intermediate result; leave it False"
+        )
 
 
 def check_pairing(M: int, R: int, row_weights: Tensor | None, target_rows: Tensor | None) -> None:
@@ -202,9 +208,9 @@ class RowStatistics(NamedTuple):
     """What the backward needs of each row, in `score_dtype` of the student's logits."""
 
     student: Tensor
-    """``[M, 2]``: max z and S."""
+    """``[M, 2]``: ẑ and S."""
     target: Tensor
-    """``[M, T, 2]``: max t_r (0 for probabilities) and W_r."""
+    """``[M, T, 2]``: t̂_r (0 for probabilities) and W_r."""
 
 
 def choose_body(impl: str, op: str, columns: Columns) -> Body:
@@ -235,8 +241,8 @@ def new_partials(columns: Columns, count: int) -> tuple[Tensor, Tensor]:
     M, T = len(columns.student), columns.num_targets
     dtype = score_dtype(columns.student)
     return (
-        columns.student.new_empty(count, M, 2, dtype=dtype),  # max z, S
-        columns.student.new_empty(count, M, T, 3, dtype=dtype),  # max t_r, W_r, C_r
+        columns.student.new_empty(count, M, 2, dtype=dtype),  # ẑ, S
+        columns.student.new_empty(count, M, T, 3, dtype=dtype),  # t̂_r, W_r, C_r
     )
 
 
@@ -288,37 +294,92 @@ def write_gradient(
 
 
 def _compute_partials_torch(columns: Columns, student_part: Tensor, target_part: Tensor) -> None:
-    dense = columns.target_bias is None
-    for rows, (s, work) in _work_blocks(columns, 2):
-        z_max = _shifted_scores(columns, rows, None, out=s)
-        for t, target in enumerate(_targets_of(columns, rows)):
-            if dense:
-                t_max = torch.zeros_like(z_max)
-                target_sum = target.sum(dim=-1, dtype=work.dtype)
-                torch.mul(s, target, out=work)
+    for _ in _blocks_read(columns, student_part, target_part, num_tiles=2):
+        pass
+
+
+def _blocks_read(
+    columns: Columns, student_part: Tensor, target_part: Tensor, *, num_tiles: int
+) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Write the partials, a block of rows at a time; yield the rows and `_read_rows`'s tiles."""
+    student_part.zero_()
+    target_part.zero_()
+    shifted = cut = not _may_look(columns)
+    for rows, tiles in _work_blocks(columns, num_tiles):
+        part = student_part[rows], target_part[rows]
+        if not shifted:
+            cut = _read_rows(columns, rows, tiles, *part, shifted=False, cut=cut)
+            sums = part[0][:, 1]
+            if columns.target_bias is not None:
+                sums = torch.cat([sums, part[1][..., 1].flatten()])
+            shifted = not is_harmless(sums)
+        if shifted:
+            _read_rows(columns, rows, tiles, *part, shifted=True, cut=True)
+        yield rows, tiles
+
+
+def _read_rows(
+    columns: Columns,
+    rows: slice,
+    tiles: tuple[Tensor, ...],
+    student_part: Tensor,
+    target_part: Tensor,
+    *,
+    shifted: bool,
+    cut: bool,
+) -> bool:
+    """Write the partials of a block of rows; return whether exponents should be cut off.
+
+    Shifts are written where there are any. Of two tiles the first is left with exp(s - ŝ), the
+    second with e of the last target; a third gets the sum of the target probabilities of a row.
+    """
+    s, e, *probs = tiles
+    z_shift = None
+    if shifted:
+        z_shift = columns.student[rows].amax(dim=-1, keepdim=True).to(s.dtype)
+    _write_scores(s, columns, rows, z_shift)
+    if z_shift is not None:
+        student_part[:, :1] = z_shift
+    cut = cut or (rows.start == 0 and is_low(s))
+    for t, target in enumerate(_targets_of(columns, rows)):
+        if columns.target_bias is None:
+            e.copy_(target)
+        else:
+            _write_target_scores(e, columns, target)
+            if shifted:
+                t_shift = e.amax(dim=-1, keepdim=True)
+                e.sub_(t_shift)
+                target_part[:, t, :1] = t_shift
+            cut = cut or (rows.start == 0 and is_low(e))
+            exp_(e, cut=cut)
+        target_sum = torch.sum(e, dim=-1, out=target_part[:, t, 1])
+        torch.linalg.vecdot(e, s, out=target_part[:, t, 2])
+        for q in probs:
+            if columns.target_rows is not None:
+                missing = columns.target_rows[rows, t] < 0
+                e.masked_fill_(missing[:, None], 0.0)
+                target_sum = torch.where(missing, 1.0, target_sum)
+            factor = 1.0 if columns.target_bias is None else 1.0 / target_sum[:, None]
+            if t == 0:
+                torch.mul(e, factor, out=q)
             else:
-                t_max = _target_scores(columns, target, out=work).amax(dim=-1, keepdim=True)
-                target_sum = _exp_(work.sub_(t_max)).sum(dim=-1)
-                work.mul_(s)
-            target_part[rows, t, 0] = t_max[:, 0]
-            target_part[rows, t, 1] = target_sum
-            target_part[rows, t, 2] = work.sum(dim=-1)
-        student_part[rows, 0] = z_max[:, 0]
-        student_part[rows, 1] = _exp_(s).sum(dim=-1)
+                q.add_(e.mul_(factor))
+    torch.sum(exp_(s, cut=cut), dim=-1, out=student_part[:, 1])
+    return cut
 
 
 def _finish_torch(
     columns: Columns, student_parts: Tensor, target_parts: Tensor
 ) -> tuple[Tensor, RowStatistics]:
-    z_max = student_parts[..., 0].amax(dim=0)  # [M]
-    s_gap = (student_parts[..., 0] - z_max) / columns.student_temp  # [parts, M]
+    z_shift = student_parts[..., 0].amax(dim=0)  # [M]
+    s_gap = (student_parts[..., 0] - z_shift) / columns.student_temp  # [parts, M]
     student_sum = (student_parts[..., 1] * s_gap.exp()).sum(dim=0)
 
-    part_max, part_sum, part_cross = target_parts.unbind(dim=-1)  # each [parts, M, T]
-    t_max = part_max.amax(dim=0)  # [M, T]
-    weight = (part_max - t_max).exp()
+    part_shift, part_sum, part_cross = target_parts.unbind(dim=-1)  # each [parts, M, T]
+    t_shift = part_shift.amax(dim=0)  # [M, T]
+    weight = (part_shift - t_shift).exp()
     # A part that is -inf in all columns adds nothing; its own sums, of exp(-inf + inf), are NaN
-    reached = part_max != -torch.inf
+    reached = part_shift != -torch.inf
     target_sum = torch.where(reached, part_sum * weight, 0.0).sum(dim=0)
     cross = (part_cross + part_sum * s_gap[..., None]) * weight
     cross = torch.where(reached, cross, 0.0).sum(dim=0)
@@ -331,7 +392,7 @@ def _finish_torch(
     if columns.target_rows is not None:
         terms = torch.where(columns.target_rows >= 0, terms, 0.0)
     return terms.sum(dim=1), RowStatistics(
-        torch.stack([z_max, student_sum], dim=-1), torch.stack([t_max, target_sum], dim=-1)
+        torch.stack([z_shift, student_sum], dim=-1), torch.stack([t_shift, target_sum], dim=-1)
     )
 
 
@@ -341,59 +402,108 @@ def _write_gradient_torch(
     """Blocks of ``(exp(s - ŝ) * (mass / (S * scale)) - q) * (scale * grad_losses / student_temp)``.
 
     ``q`` is the sum of a row's target probabilities over ``scale``. Where a row has one target that
-    saves a division: q are its weights e_r, and scale = 1 / W_r.
+    saves a division: q are its weights e_r, and scale = 1 / W_r. Where there is no shift, the
+    factor of the exponential goes into its exponent.
     """
     pairing, dense = columns.target_rows, columns.target_bias is None
-    z_max, student_sum = statistics.student.split(1, dim=1)  # each [M, 1]
-    t_max, target_sum = statistics.target.unbind(dim=-1)  # each [M, T]
-    mass = target_sum if dense else torch.ones_like(target_sum)
-    if pairing is not None:
-        mass = torch.where(pairing >= 0, mass, 0.0)
-    scale = torch.ones_like(z_max) if dense or pairing is not None else 1.0 / target_sum
-    exp_factor = mass.sum(dim=1, keepdim=True) / (student_sum * scale)  # [M, 1]
+    z_shift, student_sum = statistics.student.split(1, dim=1)  # each [M, 1]
+    t_shift, target_sum = statistics.target.unbind(dim=-1)  # each [M, T]
+    mass, paired = _masses(columns, target_sum, slice(None))
+    scale = torch.ones_like(z_shift) if dense or pairing is not None else 1.0 / target_sum
+    exp_factor = mass / (student_sum * scale)  # [M, 1]
+    if paired is not None:
+        exp_factor.masked_fill_(~paired, 1.0)  # any; the gradient will be overwritten with 0
     row_factor = scale * grad_losses[:, None] / columns.student_temp  # [M, 1]
+    looks = _may_look(columns)
+    shifted = not (looks and is_harmless(exp_factor) and not z_shift.any() and not t_shift.any())
+    cut = not looks
 
     for rows, (p, work) in _work_blocks(columns, 2):
-        _shifted_scores(columns, rows, z_max[rows], out=p)
-        _exp_(p).mul_(exp_factor[rows])
+        shift = z_shift[rows] if shifted else -columns.student_temp * exp_factor[rows].log()
+        _write_scores(p, columns, rows, shift)
+        cut = cut or (rows.start == 0 and is_low(p))
+        exp_(p, cut=cut)
+        if shifted:
+            p.mul_(exp_factor[rows])
         for t, target in enumerate(_targets_of(columns, rows)):
             if dense:
                 q = target
             else:
-                q = _exp_(_target_scores(columns, target, out=work).sub_(t_max[rows, t, None]))
+                q = _write_target_scores(work, columns, target)
+                if shifted:
+                    q.sub_(t_shift[rows, t, None])
+                cut = cut or (rows.start == 0 and is_low(q))
+                exp_(q, cut=cut)
             if pairing is not None:
                 if not dense:
                     q.div_(target_sum[rows, t, None])
                 q.masked_fill_((pairing[rows, t] < 0)[:, None], 0.0)
             p.sub_(q)
         torch.mul(p, row_factor[rows], out=grad[rows])
-        if pairing is not None:
-            grad[rows].masked_fill_((pairing[rows] < 0).all(dim=1)[:, None], 0.0)
+        if paired is not None:
+            grad[rows].masked_fill_(~paired[rows], 0.0)
+
+
+def _loss_over_logits(row_weights: Tensor | None, columns: Columns) -> Tensor:
+    """The loss of each row, and over its logits the gradient of the weighted sum of all."""
+    student_parts, target_parts = new_partials(columns, 1)
+    student_sum, target_sum = student_parts[0, :, 1:], target_parts[0, :, :, 1]
+    weights = student_parts.new_ones(len(columns.student)) if row_weights is None else row_weights
+    row_factor = weights[:, None] / columns.student_temp  # [M, 1]
+    # As in `_write_gradient_torch`: of a single target the weights e do, and scale = 1 / W.
+    single = columns.target_rows is None
+    num_tiles = 2 if single else 3
+    for rows, tiles in _blocks_read(
+        columns, student_parts[0], target_parts[0], num_tiles=num_tiles
+    ):
+        p, q = tiles[0], tiles[-1]
+        mass, paired = _masses(columns, target_sum[rows], rows)
+        scale = 1.0 / target_sum[rows] if single and columns.target_bias is not None else 1.0
+        p.mul_(mass / (student_sum[rows] * scale)).sub_(q)
+        torch.mul(p, row_factor[rows] * scale, out=columns.student[rows])
+        if paired is not None:
+            columns.student[rows].masked_fill_(~paired, 0.0)
+    losses, _ = _finish_torch(columns, student_parts, target_parts)
+    return losses * weights
+
+
+def _masses(columns: Columns, target_sum: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+    """Mass of all targets of each row, and whether it has any (None: all have); each [rows, 1]."""
+    mass = target_sum if columns.target_bias is None else torch.ones_like(target_sum)
+    if columns.target_rows is None:
+        return mass, None
+    paired = columns.target_rows[rows] >= 0
+    return torch.where(paired, mass, 0.0).sum(dim=1, keepdim=True), paired.any(dim=1, keepdim=True)
+
+
+def _may_look(columns: Columns) -> bool:
+    """Whether looking at numbers costs nothing, and may decide how others are computed."""
+    return columns.student.device.type == "cpu"
 
 
 def _work_blocks(columns: Columns, count: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """Blocks of rows, each with ``count`` work tensors ``[rows, K]`` that stay in the cache."""
     M, K = columns.student.shape
-    blocks = list(row_blocks(M, count * K, columns.student.device))
+    blocks = list(row_blocks(M, K, columns.student.device))
     height = max((rows.stop - rows.start for rows in blocks), default=0)
     work = columns.student.new_empty(count, height, K, dtype=score_dtype(columns.student))
     for rows in blocks:
         yield rows, work[:, : rows.stop - rows.start].unbind(dim=0)
 
 
-def _shifted_scores(columns: Columns, rows: slice, z_max: Tensor | None, *, out: Tensor) -> Tensor:
-    """Write ``s - ŝ`` of a block; return max z ``[rows, 1]``, looked for unless given.
+def _write_scores(out: Tensor, columns: Columns, rows: slice, z_shift: Tensor | None) -> None:
+    """``s - ŝ`` of a block, for ẑ ``[rows, 1]`` or none.
 
     The product in fma(z, 1 / student_temp, -ŝ) is not rounded; that ŝ is, is the same shift for
     all of the row and for both directions.
     """
-    z = columns.student[rows]
+    z, scale = columns.student[rows], 1.0 / columns.student_temp
     if z.dtype != out.dtype:
         z = out.copy_(z)
-    if z_max is None:
-        z_max = z.amax(dim=-1, keepdim=True)
-    torch.add(z_max / -columns.student_temp, z, alpha=1.0 / columns.student_temp, out=out)
-    return z_max
+    if z_shift is None:
+        torch.mul(z, scale, out=out)
+    else:
+        torch.add(z_shift * -scale, z, alpha=scale, out=out)
 
 
 def _targets_of(columns: Columns, rows: slice) -> Iterator[Tensor]:
@@ -405,16 +515,11 @@ def _targets_of(columns: Columns, rows: slice) -> Iterator[Tensor]:
             yield columns.target[chosen.clamp(min=0)]
 
 
-def _target_scores(columns: Columns, target: Tensor, *, out: Tensor) -> Tensor:
+def _write_target_scores(out: Tensor, columns: Columns, target: Tensor) -> Tensor:
     assert columns.target_bias is not None
     return torch.add(
         columns.target_bias.to(out.dtype), target, alpha=1.0 / columns.target_temp, out=out
     )
-
-
-def _exp_(exponents: Tensor) -> Tensor:
-    """Exponential in place, of at least e^-60; see the module's docstring."""
-    return exponents.clamp_min_(_SMALLEST_EXPONENT).exp_()
 
 
 _SCHEMA = (
@@ -427,7 +532,7 @@ _STATISTICS = "Tensor student_statistics, Tensor target_statistics"
 @torch.library.custom_op(
     "sslkit::soft_cross_entropy",
     mutates_args=(),
-    schema=f"({_SCHEMA}, bool inplace_backward, str impl) -> (Tensor, Tensor, Tensor)",
+    schema=f"({_SCHEMA}, bool overwrite_logits, str impl) -> (Tensor, Tensor, Tensor)",
 )
 def _forward(
     student_logits: Tensor,
@@ -436,7 +541,7 @@ def _forward(
     target_bias: Tensor | None,
     target_temp: float,
     target_rows: Tensor | None,
-    inplace_backward: bool,
+    overwrite_logits: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     columns = Columns(student_logits, student_temp, target, target_bias, target_temp, target_rows)
@@ -498,6 +603,29 @@ def _backward_(
     write_gradient(body, grad_losses, columns, statistics, student_logits)
 
 
+@torch.library.custom_op(
+    "sslkit::soft_cross_entropy_over_logits_",
+    mutates_args={"student_logits"},
+    schema=f"({_SCHEMA}, Tensor? row_weights, str impl) -> Tensor".replace(
+        "Tensor student_logits", "Tensor(a!) student_logits"
+    ),
+)
+def _loss_over_logits_(
+    student_logits: Tensor,
+    student_temp: float,
+    target: Tensor,
+    target_bias: Tensor | None,
+    target_temp: float,
+    target_rows: Tensor | None,
+    row_weights: Tensor | None,
+    impl: str,
+) -> Tensor:
+    columns = Columns(student_logits, student_temp, target, target_bias, target_temp, target_rows)
+    choose_body(impl, "soft_cross_entropy_over_logits_", columns)
+    check_target_rows(columns)
+    return _loss_over_logits(row_weights, columns)
+
+
 @_forward.register_fake
 def _(
     student_logits: Tensor,
@@ -506,7 +634,7 @@ def _(
     target_bias: Tensor | None,
     target_temp: float,
     target_rows: Tensor | None,
-    inplace_backward: bool,
+    overwrite_logits: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     M = student_logits.shape[0]
@@ -529,9 +657,14 @@ def _(*_args: object) -> None:
     return None
 
 
+@_loss_over_logits_.register_fake
+def _(student_logits: Tensor, *_args: object) -> Tensor:
+    return student_logits.new_empty(len(student_logits), dtype=score_dtype(student_logits))
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     student_logits, ctx.student_temp, target, target_bias, ctx.target_temp, target_rows = inputs[:6]
-    ctx.inplace_backward, ctx.impl = inputs[6:]
+    ctx.overwrite_logits, ctx.impl = inputs[6:]
     _, student_statistics, target_statistics = output
     ctx.mark_non_differentiable(student_statistics, target_statistics)
     ctx.save_for_backward(
@@ -552,7 +685,7 @@ def _student_gradient(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Tensor
         *statistics,
         ctx.impl,
     )
-    if ctx.inplace_backward:
+    if ctx.overwrite_logits:
         # The write counts as a new version of the logits: whoever saved them too gets an error.
         _backward_(*arguments)
         grad = student_logits.detach()
@@ -562,3 +695,37 @@ def _student_gradient(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Tensor
 
 
 _forward.register_autograd(_student_gradient, setup_context=_save)
+
+
+def _gradient_comes_first(student_logits: Tensor, row_weights: Tensor | None, impl: str) -> bool:
+    """Whether to write the gradient over the logits in the forward.
+
+    Compiled graphs take the functional ops, and 16-bit gradients would be rounded twice.
+    """
+    return (
+        impl != "triton"
+        and student_logits.device.type == "cpu"
+        and student_logits.dtype in (torch.float32, torch.float64)
+        and student_logits.requires_grad
+        and torch.is_grad_enabled()
+        and not (row_weights is not None and row_weights.requires_grad)
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _LossAndGradient(torch.autograd.Function):
+    """The losses; the forward leaves their gradient in the logits, the backward scales it."""
+
+    @staticmethod
+    def forward(ctx: Any, student_logits: Tensor, *arguments: Any) -> Tensor:
+        losses = _loss_over_logits_(student_logits, *arguments)
+        ctx.save_for_backward(student_logits)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        if not bool((grad_losses == 1.0).all()):
+            grad = grad.mul_(grad_losses[:, None])
+        return grad.detach(), *[None] * 7

@@ -30,10 +30,12 @@ then lie in [-2β / temperature, 0], and down to -80 float32 keeps their exponen
 the collective over the maxima.
 
 Passes over memory, for T iterations. On a CPU a block of rows stays in the cache from the first to
-the last of the operations on it. The scores are read T + 1 times: for the column maxima (not with a
-bound), for the first column sums, and once for each mass. Triton finds maxima and sums in one pass
-but takes the log-sum-exp of the rows in a pass of its own: 1 + 2 (T - 1) times
-(`sslkit.ops.sinkhorn_triton`). Neither writes anything of size ``[B, K]``.
+the last of the operations on it. The scores are read T times: for the first column sums, and once
+for each mass. The first sums take a constant shift too, the maximum of the first block of rows, if
+that lies within 60 of its minimum; should a sum then leave the middle of float32's range, or
+otherwise from the start, the scores are read twice more, for the column maxima and the sums.
+Triton finds maxima and sums in one pass but takes the log-sum-exp of the rows in a pass of its own:
+1 + 2 (T - 1) times (`sslkit.ops.sinkhorn_triton`). Neither writes anything of size ``[B, K]``.
 
 Problems come in lists (levels, losses), so that one launch serves all. What an op returns for a
 list is packed: the results of all problems, one after the other, in one vector ``[ΣK]``, which a
@@ -61,6 +63,7 @@ from sslkit.assignments import (
 from sslkit.factored_logits import FactoredLogits, Logits, chunks, written
 from sslkit.ops.collectives import Reduction
 from sslkit.ops.dispatch import Body, resolve
+from sslkit.ops.exponentials import CUT_OFF, SMALLEST_EXPONENT, exp_, is_harmless, is_low
 
 AllReduce = Callable[[list[Tensor], Reduction], list[Tensor]]
 
@@ -71,16 +74,16 @@ _MAX_EXPONENT = 80.0
 def column_logsumexp(
     logits: Tensor, temperature: float, row_mask: Tensor | None = None, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over the rows of each column, as a maximum and a sum that can still be merged.
+    """Log-sum-exp over the rows of each column, as a shift and a sum that can still be merged.
 
     With ``s = logits / temperature`` and b over the rows that take part::
 
-        column_max[k] = max_b s[b, k]
-        column_sum[k] = sum_b exp(s[b, k] - column_max[k])
+        column_sum[k] = sum_b exp(s[b, k] - shift[k])
 
-    so that the log-sum-exp is ``column_max + log(column_sum)``. A column without a finite entry
-    (no rows, or ``-inf`` in all of them) has maximum ``-inf`` and sum 0. NaN and ``+inf`` make the
-    sum of their column NaN.
+    so that the log-sum-exp is ``shift + log(column_sum)``. The shift is the column's maximum, or
+    (PyTorch body on a CPU) one number for all columns with which all sums lie in 1e-14 ... 1e14.
+    A column without a finite entry (no rows, or ``-inf`` in all of them) has shift ``-inf`` and sum
+    0. NaN and ``+inf`` make the sum of their column NaN.
 
     Args:
         logits: ``[B, K]``, any floating-point type; B may be 0.
@@ -89,12 +92,12 @@ def column_logsumexp(
         impl: ``"auto"``, ``"torch"`` or ``"triton"`` (for contiguous logits).
 
     Returns:
-        ``column_max [K]`` and ``column_sum [K]``, float32 (float64 for float64 logits).
+        ``shift [K]`` and ``column_sum [K]``, float32 (float64 for float64 logits).
 
     Example:
-        >>> column_max, column_sum = column_logsumexp(torch.tensor([[0.0, 2.0], [0.0, 4.0]]), 2.0)
-        >>> column_max, column_sum
-        (tensor([0., 2.]), tensor([2.0000, 1.3679]))
+        >>> shift, column_sum = column_logsumexp(torch.tensor([[0.0, 2.0], [0.0, 4.0]]), 2.0)
+        >>> shift + column_sum.log()
+        tensor([0.6931, 2.3133])
     """
     _check(logits, temperature, row_mask)
     return _column_logsumexp([logits], [temperature], [row_mask], impl)
@@ -208,11 +211,10 @@ def sinkhorn_biases(
         ]
     else:
         local = [_logsumexp_of_chunks(p, impl) for p in problems]
-        column_max = all_reduce([column_max for column_max, _ in local], "max")
-        shifts = [_finite_shift(shift) for shift in column_max]
+        shifts = [_finite_shift(shift) for shift in all_reduce([own for own, _ in local], "max")]
         sums = [
-            column_sum * torch.exp(_finite_shift(column_max) - shift)
-            for (column_max, column_sum), shift in zip(local, shifts, strict=True)
+            column_sum * torch.exp(_finite_shift(own) - shift)
+            for (own, column_sum), shift in zip(local, shifts, strict=True)
         ]
     # Unreachable prototypes have sum or mass exactly 0 and keep bias 0.
     biases = [
@@ -306,11 +308,11 @@ def _logsumexp_of_chunks(problems: _Problems, impl: str) -> tuple[Tensor, Tensor
 def _merge_logsumexp(
     first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Of the rows of both, from maximum and sum of each."""
-    column_max = torch.maximum(first[0], second[0])
-    shift = _finite_shift(column_max)
-    sums = (total * torch.exp(_finite_shift(top) - shift) for top, total in (first, second))
-    return column_max, sum(sums, torch.zeros_like(shift))
+    """Of the rows of both, from shift and sum of each."""
+    larger = torch.maximum(first[0], second[0])
+    shift = _finite_shift(larger)
+    sums = (total * torch.exp(_finite_shift(own) - shift) for own, total in (first, second))
+    return larger, sum(sums, torch.zeros_like(shift))
 
 
 def _num_columns(logits: Sequence[Logits]) -> list[int]:
@@ -327,9 +329,9 @@ def _constant_columns(problems: _Problems, values: Sequence[float]) -> Tensor:
     )
 
 
-def _finite_shift(column_max: Tensor) -> Tensor:
-    """The shift of a column: its maximum, or 0 where there is none, as -inf - (-inf) is NaN."""
-    return torch.where(column_max == -torch.inf, 0.0, column_max)
+def _finite_shift(shift: Tensor) -> Tensor:
+    """0 where there is no maximum, as -inf - (-inf) is NaN."""
+    return torch.where(shift == -torch.inf, 0.0, shift)
 
 
 @torch.library.custom_op(
@@ -337,7 +339,7 @@ def _finite_shift(column_max: Tensor) -> Tensor:
     mutates_args=(),
     schema=(
         "(Tensor[] logits, float[] temperatures, Tensor?[] row_masks, str impl)"
-        " -> (Tensor column_max, Tensor column_sum)"
+        " -> (Tensor shift, Tensor column_sum)"
     ),
 )
 def _column_logsumexp(
@@ -350,19 +352,13 @@ def _column_logsumexp(
         from sslkit.ops import sinkhorn_triton
 
         return sinkhorn_triton.column_logsumexp(logits, temperatures, row_masks)
-    column_max, column_sum = _new_columns(logits), _new_columns(logits)
+    shift, column_sum = _new_columns(logits), _new_columns(logits)
     sizes = _num_columns(logits)
-    for x, temperature, row_mask, top, total in zip(
-        logits,
-        temperatures,
-        row_masks,
-        column_max.split(sizes),
-        column_sum.split(sizes),
-        strict=True,
+    for x, temperature, row_mask, own, total in zip(
+        logits, temperatures, row_masks, shift.split(sizes), column_sum.split(sizes), strict=True
     ):
-        torch.mul(_column_max(x, row_mask), 1.0 / temperature, out=top)
-        _exp_sum_into(total, x, temperature, -_finite_shift(top), row_mask)
-    return column_max, column_sum
+        _logsumexp_into(own, total, x, temperature, row_mask)
+    return shift, column_sum
 
 
 @torch.library.custom_op(
@@ -390,7 +386,7 @@ def _column_exp_sum(
     for x, temperature, u, row_mask, total in zip(
         logits, temperatures, bias.split(sizes), row_masks, sums.split(sizes), strict=True
     ):
-        _exp_sum_into(total, x, temperature, u, row_mask)
+        _exp_sum_into(total, x, temperature, u, row_mask, cut=False)
     return sums
 
 
@@ -448,6 +444,22 @@ def _new_columns(logits: list[Tensor]) -> Tensor:
     return logits[0].new_empty(sum(_num_columns(logits)), dtype=score_dtype(logits[0]))
 
 
+def _logsumexp_into(
+    shift: Tensor, total: Tensor, logits: Tensor, temperature: float, row_mask: Tensor | None
+) -> None:
+    if logits.device.type == "cpu" and len(logits) > 0:  # elsewhere looking at numbers costs
+        first = logits[next(row_blocks(len(logits), logits.shape[1], logits.device))]
+        smallest, largest = (x.item() / temperature for x in torch.aminmax(first))
+        if largest - smallest <= -SMALLEST_EXPONENT:
+            shift.fill_(largest)
+            _exp_sum_into(total, logits, temperature, -shift, row_mask, cut=False)
+            if is_harmless(total):
+                return
+    torch.mul(_column_max(logits, row_mask), 1.0 / temperature, out=shift)
+    _exp_sum_into(total, logits, temperature, -_finite_shift(shift), row_mask, cut=True)
+    total.masked_fill_(shift == -torch.inf, 0.0)
+
+
 def _column_max(logits: Tensor, row_mask: Tensor | None) -> Tensor:
     """``[K]`` in the score type, -inf where no row takes part."""
     B, K = logits.shape
@@ -461,15 +473,19 @@ def _column_max(logits: Tensor, row_mask: Tensor | None) -> Tensor:
 
 
 def _exp_sum_into(
-    total: Tensor, logits: Tensor, temperature: float, bias: Tensor, row_mask: Tensor | None
+    total: Tensor,
+    logits: Tensor,
+    temperature: float,
+    bias: Tensor,
+    row_mask: Tensor | None,
+    *,
+    cut: bool,
 ) -> None:
     total.zero_()
-    ones = total.new_ones(len(logits))
+    taken = _row_weights(logits, row_mask, like=total)
     for rows, tile in _row_tiles(logits, total):
-        _write_scores(tile, logits, temperature, bias, rows)
-        if row_mask is not None:
-            tile.masked_fill_(row_mask[rows, None], -torch.inf)
-        total.addmv_(tile.exp_().t(), ones[rows])
+        _write_scores(tile, logits, temperature, bias, rows, row_mask)
+        total.addmv_(exp_(tile, cut=cut).t(), taken[rows])
 
 
 def _mass_into(
@@ -480,31 +496,41 @@ def _mass_into(
     The exponents of Sinkhorn's biases hardly ever need a shift by the row maximum: from
     ``Σ_b exp(s_bk + u_k) = 1`` in the first pass on, they are not far above 0, and in most rows
     some are not far below. On a CPU, where looking at the row sums costs nothing, they decide; once
-    one is out of range, this and all later rows go through softmax, as they do on a GPU.
+    one is out of range, this and all later rows are shifted, as they all are on a GPU.
     """
     mass.zero_()
-    taken = mass.new_ones(len(logits))
-    if row_mask is not None:
-        taken.masked_fill_(row_mask, 0.0)
-    shifted = logits.device.type != "cpu"
+    taken = _row_weights(logits, row_mask, like=mass)
+    if logits.device.type != "cpu":
+        for rows, tile in _row_tiles(logits, mass):
+            _write_scores(tile, logits, temperature, bias, rows, row_mask)
+            mass.addmv_(torch.softmax(tile, dim=-1, out=tile).t(), taken[rows])
+        return
+    shifted = cut = False
+    cut_off = mass.new_zeros(())  # an entry that was cut off in all rows
     for rows, tile in _row_tiles(logits, mass):
-        weights = taken[rows]
+        _write_scores(tile, logits, temperature, bias, rows, row_mask)
+        if rows.start == 0:
+            cut = is_low(tile)
         if not shifted:
-            _write_scores(tile, logits, temperature, bias, rows, row_mask)
-            row_sums = tile.exp_().sum(dim=1)
-            shifted = not _is_harmless(row_sums)
-            weights = weights / row_sums
+            row_sums = exp_(tile, cut=cut).sum(dim=1)
+            shifted = not is_harmless(row_sums)
+            if shifted:
+                _write_scores(tile, logits, temperature, bias, rows, row_mask)
         if shifted:
-            _write_scores(tile, logits, temperature, bias, rows, row_mask)
-            torch.softmax(tile, dim=-1, out=tile)
-            weights = taken[rows]
+            cut = True
+            tile.sub_(tile.amax(dim=1, keepdim=True))
+            row_sums = exp_(tile, cut=cut).sum(dim=1)
+        weights = taken[rows] / row_sums
         mass.addmv_(tile.t(), weights)
+        if cut:
+            cut_off += weights.sum() * CUT_OFF
+    mass.masked_fill_(mass <= 2.0 * cut_off, 0.0)  # unreachable prototypes have exactly 0
 
 
-def _is_harmless(row_sums: Tensor) -> bool:
-    """Whether no exponential that matters to these sums can have overflowed or underflowed."""
-    smallest, largest = torch.aminmax(row_sums)
-    return bool(smallest > 1e-14) and bool(largest < 1e14)
+def _row_weights(logits: Tensor, row_mask: Tensor | None, *, like: Tensor) -> Tensor:
+    """``[B]``: 1, or 0 for rows that take no part."""
+    weights = like.new_ones(len(logits))
+    return weights if row_mask is None else weights.masked_fill_(row_mask, 0.0)
 
 
 def _row_tiles(logits: Tensor, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
