@@ -1,0 +1,1 @@
+"""Races between sslkit's operations, their textbook formulas and the same code elsewhere."""
