@@ -308,6 +308,19 @@ def _(case):
     return Contestant(call, lambda: (centering(case), leaf(case.student[0])))
 
 
+@DINO_CENTRED.contestant("sslkit, as in the recipe")
+def _(case):
+    loss = DINOLoss(student_temp=STUDENT_TEMP, overwrite_logits=True)
+
+    def call(module: EMACentering, student: Tensor) -> list[Tensor]:
+        targets: Assignments = module(case.teacher, TEACHER_TEMP)
+        outputs = gradients([student], loss(student.view_as(student), targets))
+        module.update(case.teacher)
+        return outputs
+
+    return Contestant(call, lambda: (centering(case), leaf(case.student[0].clone())))
+
+
 @DINO_CENTRED.contestant("textbook")
 def _(case):
     def call(center: Tensor, student: Tensor) -> list[Tensor]:

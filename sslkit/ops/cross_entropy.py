@@ -28,13 +28,9 @@ Backward. With those numbers each gradient needs its own column of z and t_r onl
 each and one writing, which may go over the logits themselves.
 
 Passes over memory: forward one read of z and of each paired t_r; backward the same and one write.
-The PyTorch body works on blocks of rows that stay in the cache. A block has all columns, so that
-on a CPU the gradient can be written while it is there, over the logits: then scores are read once,
-their exponentials taken once, and the backward has only to multiply by its row factors, if those
-are not all one. (Not where the gradient needs memory of its own, from the forward on.)
+The bodies are in `sslkit.ops.cross_entropy_torch` and `sslkit.ops.cross_entropy_triton`.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -44,12 +40,11 @@ from sslkit.assignments import (
     Assignments,
     check_logits,
     check_temperature,
-    row_blocks,
     score_dtype,
 )
 from sslkit.factored_logits import FactoredLogits, Logits
+from sslkit.ops import cross_entropy_torch
 from sslkit.ops.dispatch import Body, resolve
-from sslkit.ops.exponentials import exp_, is_harmless, is_low
 
 MAX_TARGETS_TRITON = 16
 """Most targets of one student row that the Triton body takes."""
@@ -129,10 +124,10 @@ def soft_cross_entropy(
         return losses if row_weights is None else losses * row_weights
     if overwrite_logits:
         _check_may_overwrite(student_logits)
-    arguments = (student_logits, student_temp, target, bias, target_temp, target_rows)
-    if overwrite_logits and _gradient_comes_first(student_logits, row_weights, impl):
+    arguments = (student_logits, student_temp, target, bias, target_temp)
+    if overwrite_logits and _gradient_comes_first(student_logits, row_weights, target_rows, impl):
         return _LossAndGradient.apply(*arguments, row_weights, impl)
-    losses, _, _ = _forward(*arguments, overwrite_logits, impl)
+    losses, _, _ = _forward(*arguments, target_rows, overwrite_logits, impl)
     return losses if row_weights is None else losses * row_weights
 
 
@@ -264,7 +259,8 @@ def compute_partials(
 
         cross_entropy_triton.compute_partials(columns, student_parts, target_parts)
     else:
-        _compute_partials_torch(columns, student_parts[0], target_parts[0])
+        with _no_autocast(columns):
+            cross_entropy_torch.compute_partials(columns, student_parts[0], target_parts[0])
 
 
 def finish(
@@ -278,7 +274,7 @@ def finish(
         from sslkit.ops import cross_entropy_triton
 
         return cross_entropy_triton.finish(columns, student_parts, target_parts)
-    return _finish_torch(columns, student_parts, target_parts)
+    return cross_entropy_torch.finish(columns, student_parts, target_parts)
 
 
 def write_gradient(
@@ -290,236 +286,12 @@ def write_gradient(
 
         cross_entropy_triton.write_gradient(grad_losses, columns, statistics, grad)
     else:
-        _write_gradient_torch(grad_losses, columns, statistics, grad)
+        cross_entropy_torch.write_gradient(grad_losses, columns, statistics, grad)
 
 
-def _compute_partials_torch(columns: Columns, student_part: Tensor, target_part: Tensor) -> None:
-    for _ in _blocks_read(columns, student_part, target_part, num_tiles=2):
-        pass
-
-
-def _blocks_read(
-    columns: Columns, student_part: Tensor, target_part: Tensor, *, num_tiles: int
-) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """Write the partials, a block of rows at a time; yield the rows and `_read_rows`'s tiles."""
-    student_part.zero_()
-    target_part.zero_()
-    shifted = cut = not _may_look(columns)
-    for rows, tiles in _work_blocks(columns, num_tiles):
-        part = student_part[rows], target_part[rows]
-        if not shifted:
-            cut = _read_rows(columns, rows, tiles, *part, shifted=False, cut=cut)
-            sums = part[0][:, 1]
-            if columns.target_bias is not None:
-                sums = torch.cat([sums, part[1][..., 1].flatten()])
-            shifted = not is_harmless(sums)
-        if shifted:
-            _read_rows(columns, rows, tiles, *part, shifted=True, cut=True)
-        yield rows, tiles
-
-
-def _read_rows(
-    columns: Columns,
-    rows: slice,
-    tiles: tuple[Tensor, ...],
-    student_part: Tensor,
-    target_part: Tensor,
-    *,
-    shifted: bool,
-    cut: bool,
-) -> bool:
-    """Write the partials of a block of rows; return whether exponents should be cut off.
-
-    Shifts are written where there are any. Of two tiles the first is left with exp(s - ŝ), the
-    second with e of the last target; a third gets the sum of the target probabilities of a row.
-    """
-    s, e, *probs = tiles
-    z_shift = None
-    if shifted:
-        z_shift = columns.student[rows].amax(dim=-1, keepdim=True).to(s.dtype)
-    _write_scores(s, columns, rows, z_shift)
-    if z_shift is not None:
-        student_part[:, :1] = z_shift
-    cut = cut or (rows.start == 0 and is_low(s))
-    for t, target in enumerate(_targets_of(columns, rows)):
-        if columns.target_bias is None:
-            e.copy_(target)
-        else:
-            _write_target_scores(e, columns, target)
-            if shifted:
-                t_shift = e.amax(dim=-1, keepdim=True)
-                e.sub_(t_shift)
-                target_part[:, t, :1] = t_shift
-            cut = cut or (rows.start == 0 and is_low(e))
-            exp_(e, cut=cut)
-        target_sum = torch.sum(e, dim=-1, out=target_part[:, t, 1])
-        torch.linalg.vecdot(e, s, out=target_part[:, t, 2])
-        for q in probs:
-            if columns.target_rows is not None:
-                missing = columns.target_rows[rows, t] < 0
-                e.masked_fill_(missing[:, None], 0.0)
-                target_sum = torch.where(missing, 1.0, target_sum)
-            factor = 1.0 if columns.target_bias is None else 1.0 / target_sum[:, None]
-            if t == 0:
-                torch.mul(e, factor, out=q)
-            else:
-                q.add_(e.mul_(factor))
-    torch.sum(exp_(s, cut=cut), dim=-1, out=student_part[:, 1])
-    return cut
-
-
-def _finish_torch(
-    columns: Columns, student_parts: Tensor, target_parts: Tensor
-) -> tuple[Tensor, RowStatistics]:
-    z_shift = student_parts[..., 0].amax(dim=0)  # [M]
-    s_gap = (student_parts[..., 0] - z_shift) / columns.student_temp  # [parts, M]
-    student_sum = (student_parts[..., 1] * s_gap.exp()).sum(dim=0)
-
-    part_shift, part_sum, part_cross = target_parts.unbind(dim=-1)  # each [parts, M, T]
-    t_shift = part_shift.amax(dim=0)  # [M, T]
-    weight = (part_shift - t_shift).exp()
-    # A part that is -inf in all columns adds nothing; its own sums, of exp(-inf + inf), are NaN
-    reached = part_shift != -torch.inf
-    target_sum = torch.where(reached, part_sum * weight, 0.0).sum(dim=0)
-    cross = (part_cross + part_sum * s_gap[..., None]) * weight
-    cross = torch.where(reached, cross, 0.0).sum(dim=0)
-
-    log_sum = student_sum.log()[:, None]
-    if columns.target_bias is None:
-        terms = target_sum * log_sum - cross
-    else:
-        terms = log_sum - cross / target_sum
-    if columns.target_rows is not None:
-        terms = torch.where(columns.target_rows >= 0, terms, 0.0)
-    return terms.sum(dim=1), RowStatistics(
-        torch.stack([z_shift, student_sum], dim=-1), torch.stack([t_shift, target_sum], dim=-1)
-    )
-
-
-def _write_gradient_torch(
-    grad_losses: Tensor, columns: Columns, statistics: RowStatistics, grad: Tensor
-) -> None:
-    """Blocks of ``(exp(s - ŝ) * (mass / (S * scale)) - q) * (scale * grad_losses / student_temp)``.
-
-    ``q`` is the sum of a row's target probabilities over ``scale``. Where a row has one target that
-    saves a division: q are its weights e_r, and scale = 1 / W_r. Where there is no shift, the
-    factor of the exponential goes into its exponent.
-    """
-    pairing, dense = columns.target_rows, columns.target_bias is None
-    z_shift, student_sum = statistics.student.split(1, dim=1)  # each [M, 1]
-    t_shift, target_sum = statistics.target.unbind(dim=-1)  # each [M, T]
-    mass, paired = _masses(columns, target_sum, slice(None))
-    scale = torch.ones_like(z_shift) if dense or pairing is not None else 1.0 / target_sum
-    exp_factor = mass / (student_sum * scale)  # [M, 1]
-    if paired is not None:
-        exp_factor.masked_fill_(~paired, 1.0)  # any; the gradient will be overwritten with 0
-    row_factor = scale * grad_losses[:, None] / columns.student_temp  # [M, 1]
-    looks = _may_look(columns)
-    shifted = not (looks and is_harmless(exp_factor) and not z_shift.any() and not t_shift.any())
-    cut = not looks
-
-    for rows, (p, work) in _work_blocks(columns, 2):
-        shift = z_shift[rows] if shifted else -columns.student_temp * exp_factor[rows].log()
-        _write_scores(p, columns, rows, shift)
-        cut = cut or (rows.start == 0 and is_low(p))
-        exp_(p, cut=cut)
-        if shifted:
-            p.mul_(exp_factor[rows])
-        for t, target in enumerate(_targets_of(columns, rows)):
-            if dense:
-                q = target
-            else:
-                q = _write_target_scores(work, columns, target)
-                if shifted:
-                    q.sub_(t_shift[rows, t, None])
-                cut = cut or (rows.start == 0 and is_low(q))
-                exp_(q, cut=cut)
-            if pairing is not None:
-                if not dense:
-                    q.div_(target_sum[rows, t, None])
-                q.masked_fill_((pairing[rows, t] < 0)[:, None], 0.0)
-            p.sub_(q)
-        torch.mul(p, row_factor[rows], out=grad[rows])
-        if paired is not None:
-            grad[rows].masked_fill_(~paired[rows], 0.0)
-
-
-def _loss_over_logits(row_weights: Tensor | None, columns: Columns) -> Tensor:
-    """The loss of each row, and over its logits the gradient of the weighted sum of all."""
-    student_parts, target_parts = new_partials(columns, 1)
-    student_sum, target_sum = student_parts[0, :, 1:], target_parts[0, :, :, 1]
-    weights = student_parts.new_ones(len(columns.student)) if row_weights is None else row_weights
-    row_factor = weights[:, None] / columns.student_temp  # [M, 1]
-    # As in `_write_gradient_torch`: of a single target the weights e do, and scale = 1 / W.
-    single = columns.target_rows is None
-    num_tiles = 2 if single else 3
-    for rows, tiles in _blocks_read(
-        columns, student_parts[0], target_parts[0], num_tiles=num_tiles
-    ):
-        p, q = tiles[0], tiles[-1]
-        mass, paired = _masses(columns, target_sum[rows], rows)
-        scale = 1.0 / target_sum[rows] if single and columns.target_bias is not None else 1.0
-        p.mul_(mass / (student_sum[rows] * scale)).sub_(q)
-        torch.mul(p, row_factor[rows] * scale, out=columns.student[rows])
-        if paired is not None:
-            columns.student[rows].masked_fill_(~paired, 0.0)
-    losses, _ = _finish_torch(columns, student_parts, target_parts)
-    return losses * weights
-
-
-def _masses(columns: Columns, target_sum: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
-    """Mass of all targets of each row, and whether it has any (None: all have); each [rows, 1]."""
-    mass = target_sum if columns.target_bias is None else torch.ones_like(target_sum)
-    if columns.target_rows is None:
-        return mass, None
-    paired = columns.target_rows[rows] >= 0
-    return torch.where(paired, mass, 0.0).sum(dim=1, keepdim=True), paired.any(dim=1, keepdim=True)
-
-
-def _may_look(columns: Columns) -> bool:
-    """Whether looking at numbers costs nothing, and may decide how others are computed."""
-    return columns.student.device.type == "cpu"
-
-
-def _work_blocks(columns: Columns, count: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """Blocks of rows, each with ``count`` work tensors ``[rows, K]`` that stay in the cache."""
-    M, K = columns.student.shape
-    blocks = list(row_blocks(M, K, columns.student.device))
-    height = max((rows.stop - rows.start for rows in blocks), default=0)
-    work = columns.student.new_empty(count, height, K, dtype=score_dtype(columns.student))
-    for rows in blocks:
-        yield rows, work[:, : rows.stop - rows.start].unbind(dim=0)
-
-
-def _write_scores(out: Tensor, columns: Columns, rows: slice, z_shift: Tensor | None) -> None:
-    """``s - ŝ`` of a block, for ẑ ``[rows, 1]`` or none.
-
-    The product in fma(z, 1 / student_temp, -ŝ) is not rounded; that ŝ is, is the same shift for
-    all of the row and for both directions.
-    """
-    z, scale = columns.student[rows], 1.0 / columns.student_temp
-    if z.dtype != out.dtype:
-        z = out.copy_(z)
-    if z_shift is None:
-        torch.mul(z, scale, out=out)
-    else:
-        torch.add(z_shift * -scale, z, alpha=scale, out=out)
-
-
-def _targets_of(columns: Columns, rows: slice) -> Iterator[Tensor]:
-    """Target t of each of the rows, for each t: ``[rows, K]``; any target for a missing one."""
-    if columns.target_rows is None:
-        yield columns.target[rows]
-    else:
-        for chosen in columns.target_rows[rows].unbind(dim=1):  # [rows]
-            yield columns.target[chosen.clamp(min=0)]
-
-
-def _write_target_scores(out: Tensor, columns: Columns, target: Tensor) -> Tensor:
-    assert columns.target_bias is not None
-    return torch.add(
-        columns.target_bias.to(out.dtype), target, alpha=1.0 / columns.target_temp, out=out
-    )
+def _no_autocast(columns: Columns) -> torch.autocast:
+    """Scores are float32 whatever autocast says; it would round the inner products' factors."""
+    return torch.autocast(columns.student.device.type, enabled=False)
 
 
 _SCHEMA = (
@@ -606,8 +378,9 @@ def _backward_(
 @torch.library.custom_op(
     "sslkit::soft_cross_entropy_over_logits_",
     mutates_args={"student_logits"},
-    schema=f"({_SCHEMA}, Tensor? row_weights, str impl) -> Tensor".replace(
-        "Tensor student_logits", "Tensor(a!) student_logits"
+    schema=(
+        "(Tensor(a!) student_logits, float student_temp, Tensor target, Tensor? target_bias, "
+        "float target_temp, Tensor? row_weights, str impl) -> Tensor"
     ),
 )
 def _loss_over_logits_(
@@ -616,14 +389,13 @@ def _loss_over_logits_(
     target: Tensor,
     target_bias: Tensor | None,
     target_temp: float,
-    target_rows: Tensor | None,
     row_weights: Tensor | None,
     impl: str,
 ) -> Tensor:
-    columns = Columns(student_logits, student_temp, target, target_bias, target_temp, target_rows)
+    columns = Columns(student_logits, student_temp, target, target_bias, target_temp, None)
     choose_body(impl, "soft_cross_entropy_over_logits_", columns)
-    check_target_rows(columns)
-    return _loss_over_logits(row_weights, columns)
+    with _no_autocast(columns):
+        return cross_entropy_torch.loss_over_logits(columns, row_weights)
 
 
 @_forward.register_fake
@@ -697,13 +469,16 @@ def _student_gradient(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Tensor
 _forward.register_autograd(_student_gradient, setup_context=_save)
 
 
-def _gradient_comes_first(student_logits: Tensor, row_weights: Tensor | None, impl: str) -> bool:
+def _gradient_comes_first(
+    student_logits: Tensor, row_weights: Tensor | None, target_rows: Tensor | None, impl: str
+) -> bool:
     """Whether to write the gradient over the logits in the forward.
 
     Compiled graphs take the functional ops, and 16-bit gradients would be rounded twice.
     """
     return (
         impl != "triton"
+        and target_rows is None
         and student_logits.device.type == "cpu"
         and student_logits.dtype in (torch.float32, torch.float64)
         and student_logits.requires_grad
@@ -728,4 +503,4 @@ class _LossAndGradient(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         if not bool((grad_losses == 1.0).all()):
             grad = grad.mul_(grad_losses[:, None])
-        return grad.detach(), *[None] * 7
+        return grad.detach(), *[None] * 6

@@ -31,7 +31,7 @@ def exp_(tile: Tensor, *, cut: bool) -> Tensor:
 
 def is_low(tile: Tensor) -> bool:
     """Whether an exponent should be cut off. Looked for in one tile of many: it is about speed."""
-    return bool(tile.amin() < _LOWEST_FAST_EXPONENT)
+    return tile.numel() > 0 and tile.amin().item() < _LOWEST_FAST_EXPONENT
 
 
 def is_harmless(sums: Tensor) -> bool:
@@ -39,4 +39,4 @@ def is_harmless(sums: Tensor) -> bool:
     if sums.numel() == 0:
         return True
     smallest, largest = torch.aminmax(sums)
-    return bool(smallest > 1e-14) and bool(largest < 1e14)
+    return smallest.item() > 1e-14 and largest.item() < 1e14
