@@ -164,8 +164,8 @@ class iBOTLoss(nn.Module):
     Shapes:
         student_logits ``[M, K]``, a tensor or `FactoredLogits` of any floating-point type; targets
         `Assignments` over M rows or probabilities ``[M, K]``; masks bool ``[B, N]`` or
-        ``[B, H, W]``, True = masked, M True in all, on any device (on the CPU no synchronisation is
-        needed to check M)
+        ``[B, H, W]``, True = masked, M True in all (on a GPU, or compiled, a wrong M fails an
+        assertion on the device, without a synchronisation)
         → 0-dimensional, float32 (float64 for float64 logits). With M = 0 it is a zero that can be
         differentiated. Targets get no gradient.
 
@@ -196,13 +196,14 @@ class iBOTLoss(nn.Module):
                 "masks must be bool [B, N] or [B, H, W] with B >= 1, got "
                 f"{masks.dtype} of shape {tuple(masks.shape)}"
             )
-        B = masks.shape[0]
+        B, M = masks.shape[0], student_logits.shape[0]
         num_masked = masks.flatten(start_dim=1).sum(dim=1)  # [B]
-        M = int(num_masked.sum())
-        if student_logits.shape[0] != M:
+        if masks.device.type != "cpu" or torch.compiler.is_compiling():
+            torch._assert_async(num_masked.sum() == M, "student_logits: one row for each True")
+        elif int(num_masked.sum()) != M:
             raise ValueError(
                 f"student_logits {tuple(student_logits.shape)} must have one row for each of the "
-                f"{M} True entries of masks {tuple(masks.shape)}"
+                f"{int(num_masked.sum())} True entries of masks {tuple(masks.shape)}"
             )
         image_weights = 1.0 / (num_masked.clamp(min=1) * B).to(score_dtype(student_logits))
         row_weights = image_weights.repeat_interleave(num_masked, output_size=M)  # [M]
