@@ -1,6 +1,5 @@
 """Results as a page: `python -m benchmarks.render` writes docs/benchmarks.md and its figures."""
 
-import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -144,7 +143,7 @@ def bars(rows: Sequence[Row], file: Path) -> None:
     sizes = [list(group) for _, group in groupby(rows, key=lambda row: row["size"])]
     measured = [[row for row in group if "seconds" in row] for group in sizes]
     measured = [group for group in measured if group]
-    heights = [0.8 + 0.34 * len(group) for group in measured]
+    heights = [1.1 + 0.34 * len(group) for group in measured]
     figure = Figure(figsize=(10, sum(heights) + 0.4), layout="constrained")
     axes = figure.subplots(len(measured), 2, squeeze=False, height_ratios=heights)
     for group, (left, right) in zip(measured, axes, strict=True):
@@ -156,7 +155,8 @@ def bars(rows: Sequence[Row], file: Path) -> None:
         for y, (low, high) in enumerate(spread):
             left.plot([low, high], [y, y], color=_INK, linewidth=1)
         _label(left, [_time(row["seconds"]) for row in group], [high for _, high in spread])
-        left.set_title(f"{group[0]['size']}: median time, ms", fontsize=9, loc="left")
+        size = textwrap.fill(group[0]["size"], 56)
+        left.set_title(f"{size}\nmedian time, ms", fontsize=9, loc="left")
         memory = [row["peak_bytes"] / 2**20 for row in group]
         right.barh(names, memory, color=colours)
         _label(right, [_memory(row["peak_bytes"]) for row in group], memory)
@@ -207,9 +207,15 @@ def roofline(rows: Sequence[Row], file: Path) -> None:
     named = {
         (row["operation"], row["size"]): (x, y) for x, y, row in points if row["contestant"] == OURS
     }
-    for (operation, size), (x, y) in named.items():
-        text = f"{operation} {re.sub(r' (hidden|bottleneck|heads).*', '', size)}"
-        axes.annotate(text, (x, y), xytext=(7, -3), textcoords="offset points", fontsize=7)
+    sides = [(8, -3), (-4, 8), (-16, -3), (-4, -14)]  # neighbours differ
+    for number, (x, y) in enumerate(named.values()):
+        axes.annotate(
+            f"{number + 1}", (x, y), sides[number % 4], textcoords="offset points", fontsize=8
+        )
+    races = [f"{i + 1}  {operation}, {size}" for i, (operation, size) in enumerate(named)]
+    races = [textwrap.fill(race, 36, subsequent_indent="    ") for race in races]
+    axes.text(1.02, 1.0, "\n".join(races), transform=axes.transAxes, fontsize=8, va="top")
+    axes.set_title(f"Roofline of {rows[0]['hardware']}", loc="left", fontsize=10)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations a byte")

@@ -146,12 +146,27 @@ def test_column_mass_whatever_the_range(bias, row_shift):
     )
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"] if interpreting() else ["torch"])
+@pytest.mark.parametrize("largest", [1.0, 1000.0])
+def test_unreachable_prototypes_have_no_mass_and_no_bias(largest, impl):
+    """Also where exponents are cut off, which leaves e^-60 of an entry of -inf."""
+    if impl == "triton":
+        pytest.importorskip("triton")
+    logits = largest * normal(0, 30, 8).float()
+    logits[:, 3] = -torch.inf
+    assert column_mass(logits, 0.1, torch.zeros(8), impl=impl)[3] == 0
+    bias = sinkhorn_bias(logits, 0.1, impl=impl)
+    assert bias[3] == 0
+    assert bias.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("bound", "largest", "reads"),
     [
         (1.0, 1.0, 3),
         (None, 1.0, 3),
+        (None, 2.0, 3),  # 40 from smallest to largest exponent
         (None, 100.0, 4),  # wide from the first block on: maxima first
         (None, 0.0, 5),  # one column out of reach: found out when its sum underflows
     ],
