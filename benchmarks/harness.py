@@ -69,7 +69,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates of this machine, measured in this process; None where a rate bounds nothing."""
+    """The fastest rates seen on this machine, in this process; None where one bounds nothing."""
 
     bytes_per_s: float
     flops_per_s: float
@@ -354,9 +354,9 @@ def measure_ceilings(device: torch.device, *, quick: bool = False) -> Ceilings:
     laps = {name: Lap() for name in tasks}
     _time_in_rounds(tasks, laps, device, seconds=0.1 if quick else 3.0)
     return Ceilings(
-        bytes_per_s=2 * source.nbytes / laps["copy"].median,
-        flops_per_s=2 * side**3 / laps["product"].median,
-        exps_per_s=None if cuda else 100 * len(block) / laps["exp"].median,
+        bytes_per_s=2 * source.nbytes / min(laps["copy"].durations),
+        flops_per_s=2 * side**3 / min(laps["product"].durations),
+        exps_per_s=None if cuda else 100 * len(block) / min(laps["exp"].durations),
     )
 
 

@@ -25,8 +25,9 @@ timed, contestants take turns in every round, and the time is the median over th
 - *x sslkit*: time over sslkit's, medians of the same race.
 - *GB/s* and *of bound*: the operation's plan (the least traffic, products and exponentials that
   its algorithm needs, in the file of each race) over the time; and the time that the plan would
-  take at this machine's measured rates over the time measured. A contestant that moves more than
-  the plan shows as a low share.
+  take at the fastest rates seen on this machine before the races over the time measured. A
+  contestant that moves more than the plan shows as a low share; over 100 % is a machine that was
+  slower then than during the race.
 - *Peak memory*: at its highest during a call, beyond what lay there before; outputs and gradients
   included.
 - *Error*: largest relative 2-norm error of loss, gradients or assignments.
