@@ -110,7 +110,10 @@ def test_a_race_times_the_right_and_names_the_wrong_and_the_absent(toy_rows) -> 
         assert json.loads(json.dumps(row)) == row
 
 
-def test_pytest_benchmark_is_handed_the_durations_of_the_race(pytester, toy_rows) -> None:
+def test_pytest_benchmark_is_handed_the_durations_of_the_race(
+    pytester, toy_rows, monkeypatch
+) -> None:
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # workers of xdist write no report
     pytester.makepyfile(
         """
         from benchmarks.harness import Lap, Operation
