@@ -7,7 +7,8 @@
 Top to bottom: settings and presets, networks, targets, losses, the training loop, then
 high-resolution adaptation, RASA, evaluation and the report. Every stage writes what the next one
 reads into `--output`, so that each can be run alone on a finished one's result (`--stages`), and
-`--resume` continues an interrupted run: on a CPU with as many threads, with bit-identical weights.
+`--resume` continues an interrupted run, on as many processes or another number: on one CPU with as
+many threads, with bit-identical weights.
 """
 
 import argparse
@@ -15,8 +16,8 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,6 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn.parallel import DistributedDataParallel
 
 from sslkit import (
     Assignments,
@@ -71,18 +71,35 @@ from sslkit.evaluation.report import format_table, write_report
 from sslkit.factored_logits import Logits
 from sslkit.rasa import patch_positions
 from sslkit.schedules import cosine, linear_warmup, sqrt_batch_scaling, unfreeze, warmup_cosine
-from sslkit.training.checkpoint import CheckpointError, Checkpoints, atomic_write, load_strictly
+from sslkit.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    atomic_write,
+    checkpoint_group,
+    step_of,
+)
 from sslkit.training.metrics import MetricsWriter, read_metrics
 from sslkit.training.monitor import CollapseMonitor, NonFiniteLoss, feature_std, require_finite
 from sslkit.training.optim import (
     clip_gradients,
-    load_optimizer_strictly,
+    moments,
     parameter_groups,
     set_hyperparameters,
 )
-from sslkit.training.parallel import Parallel, replicate, start, stop
+from sslkit.training.parallel import (
+    Parallel,
+    choose,
+    gradients_synchronised,
+    lost_contact,
+    replicate,
+    restarted,
+    shard_,
+    start,
+    stop,
+    whole,
+)
 from sslkit.training.progress import TrainingProgress
-from sslkit.training.random_state import get_random_state, set_random_state
+from sslkit.training.signals import StopRequest
 
 SUBMODULES = ("backbone", "dino_head", "ibot_head")  # gradients are clipped in each by itself
 NUM_GLOBAL = 2  # global crops of an image; the teacher sees these alone
@@ -243,6 +260,8 @@ class Settings:
     """Each needs the results of those before it, from this call or an earlier one."""
     resume: bool = False
     """Continue the run in --output from its last checkpoint."""
+    accept_changes: bool = False
+    """Let --resume continue with other settings than the run was made with."""
     seed: int = 0
     steps: int = 625_000
     """Optimizer steps of the pretraining."""
@@ -255,6 +274,12 @@ class Settings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the encoder; auto: bfloat16 autocast on a GPU, float32 on a CPU."""
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """Among several processes; auto: ddp, or fsdp where a GPU would be too small for it."""
+    hsdp_replicas: int = 1
+    """Of fsdp: copies of the sharded networks, for example one a node."""
+    compile_blocks: bool = False
+    """torch.compile of every block of the encoder."""
     scene_size: int = 256
     """Pixels a side of an image of `--data scenes`."""
     num_scenes: int = 100_000
@@ -417,18 +442,23 @@ class Scores(NamedTuple):
     ibot: tuple[Logits, ...]  # L x [M, K_l], in row-major order of the masks
 
 
+def make_encoder(model: Model, global_size: int) -> ViTEncoder:
+    """An untrained ViT."""
+    return backbones.create(
+        model.backbone,
+        img_size=global_size,
+        in_chans=model.in_chans,
+        drop_path_rate=model.drop_path,
+        activation_checkpointing=model.activation_checkpointing,
+    )
+
+
 class FrancaNetwork(nn.Module):
     """A ViT and two nested heads: one for class tokens, one for masked patches."""
 
     def __init__(self, model: Model, global_size: int) -> None:
         super().__init__()
-        self.backbone = backbones.create(
-            model.backbone,
-            img_size=global_size,
-            in_chans=model.in_chans,
-            drop_path_rate=model.drop_path,
-            activation_checkpointing=model.activation_checkpointing,
-        )
+        self.backbone = make_encoder(model, global_size)
         head = partial(
             MatryoshkaProjector,
             self.backbone.embed_dim,
@@ -450,7 +480,8 @@ class FrancaNetwork(nn.Module):
         """
         hidden = [masks if hide else None, *(None for _ in crops[1:])]
         tokens = self.backbone.forward_many(crops, hidden)
-        cls = [t.cls.float() for t in tokens]
+        # Copies: FSDP cannot follow a view of an output.
+        cls = [t.cls.to(torch.float32, copy=True) for t in tokens]
         # Scores and losses are float32, also where the encoder runs in bfloat16.
         with torch.autocast(masks.device.type, enabled=False):
             dino = self.dino_head(torch.cat(cls), factored=self.factored_scores)
@@ -655,48 +686,66 @@ class Trainer:
             group=parallel.group,
         ).to(parallel.device)
         self.loss = FrancaLoss(settings.targets.student_temperature, parallel.group)
-        pretrained = None
+        networks = (self.student, self.teacher.module)
         if plan.name == "highres":
-            pretrained = last_checkpoint("pretrain", settings)
-            self.load_weights(pretrained)
-            for network in (self.student, self.teacher.module):
+            pretrained, path = last_checkpoint("pretrain", settings)
+            pretrained.load_(path, self.weights(), partial=True)
+            for network in networks:
                 network.backbone.set_img_size_(plan.global_size)
+        self.distribute(networks)
         groups = parameter_groups(
             self.student,
             layer_decay=settings.optim.layer_decay,
             patch_embed_lr_scale=settings.optim.patch_embed_lr_scale,
         )
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.optim.betas)
-        if pretrained is not None:
-            moments = without_position_embedding(pretrained["optimizer"])
-            load_optimizer_strictly(self.optimizer, moments)
-        self.replica = replicate(self.student, parallel)
+        if plan.name == "highres":  # the position embedding, which changed shape, starts afresh
+            fitting = {n: m for n, m in moments(self.optimizer).items() if "pos_embed" not in n}
+            pretrained.load_(path, {"optimizer": fitting}, partial=True)
         self.draw_masks = mask_generator(self.student.backbone.grid_size, settings.masks)
 
-    def load_weights(self, state: dict[str, Any]) -> None:
-        """Student, teacher and centers, each tensor accounted for."""
-        load_strictly(self.student, state["student"], what="student")
-        load_strictly(self.teacher.module, state["teacher"], what="teacher")
-        load_strictly(self.targets, state["targets"], what="centers")
+    def distribute(self, networks: tuple[FrancaNetwork, FrancaNetwork]) -> None:
+        """Student and teacher over the processes; `replica` is the student whose output counts."""
+        settings, parallel = self.settings, self.parallel
+        if settings.compile_blocks:
+            for network in networks:
+                for block in network.backbone.vit.blocks:
+                    block.compile()
+        self.kind = settings.parallel
+        if self.kind == "auto":
+            self.kind = choose(sum(p.numel() for p in self.student.parameters()), parallel)
+        self.replica: nn.Module = self.student
+        if self.kind == "fsdp":
+            shard_(
+                networks,
+                parallel,
+                blocks="backbone.vit.blocks",
+                heads=("dino_head", "ibot_head"),
+                replicas=settings.hsdp_replicas,
+                dtype=torch.bfloat16 if self.in_bfloat16 else None,
+            )
+        elif self.kind == "ddp":
+            self.replica = replicate(self.student, parallel)
 
-    def state(self) -> dict[str, Any]:
-        """Everything the next step depends on, but for the step number, which fixes the data."""
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """Student, teacher and centers."""
         return {
             "student": self.student.state_dict(),
             "teacher": self.teacher.module.state_dict(),
             "targets": self.targets.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": get_random_state(),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Continue from `state()`."""
-        self.load_weights(state)
-        load_optimizer_strictly(self.optimizer, state["optimizer"])
-        set_random_state(state["random"])
+    def state(self) -> dict[str, Any]:
+        """Everything the next step depends on, but for the step number.
+
+        The number fixes the images, masks and random numbers of the step.
+        """
+        return {**self.weights(), "optimizer": moments(self.optimizer)}
 
     def step(self, step: int, batch: Batch) -> Seen:
         """One optimizer step, counted from 0."""
+        # Stochastic depth alone draws from it; all else has generators of its own.
+        torch.manual_seed(self.seed(step, self.parallel.rank))
         now = schedule(step, self.plan, self.settings)
         set_hyperparameters(
             self.optimizer,
@@ -725,7 +774,7 @@ class Trainer:
                     replace(targets[level], logits=targets[level].logits[rows[level] : stop_row])
                 )
                 rows[level] = stop_row
-            with self.synchronised(last=i == len(micro) - 1):
+            with gradients_synchronised(self.replica, last=i == len(micro) - 1):
                 with self.autocast():
                     student = self.replica(crops, masks, hide=True)
                 levels = len(scores.dino)
@@ -733,11 +782,18 @@ class Trainer:
                 (weighted_sum(terms, self.settings.losses) / len(micro)).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / len(micro)
-        means = self.parallel.mean(torch.stack(list(sums.values())))
-        sums = dict(zip(sums, means, strict=True))
+        watched = {
+            "images": nan_if_bad(images for crops, _ in micro for images in crops),
+            "teacher's features": nan_if_bad(scores.cls for scores in teacher),
+            **sums,
+        }
+        everywhere = self.parallel.gather(torch.stack(list(watched.values())))  # [processes, names]
+        means = dict(zip(watched, everywhere.mean(0), strict=True))
+        sums = {name: means[name] for name in sums}
         parts = {name: getattr(self.student, name) for name in SUBMODULES}
         norms = clip_gradients(parts, self.settings.optim.clip)
-        require_finite({**sums, **{f"gradient of {name}": n for name, n in norms.items()}}, step)
+        gradients = {f"gradient of {name}": n for name, n in norms.items()}
+        require_finite({**by_rank(watched, everywhere), **gradients}, step)
         self.optimizer.step()
         self.teacher.update(self.student, now.momentum)
         return Seen(
@@ -750,12 +806,27 @@ class Trainer:
             masked_images=all_masks.flatten(2).any(2).float().mean().item(),
         )
 
+    def seed(self, *words: int) -> int:
+        """Of random numbers of this stage."""
+        return sample_seed(self.settings.seed, len(self.plan.name), *words)
+
     def masks(self, step: int, batch: Batch) -> Tensor:
-        """Bool [V, B, H, W], from (seed, stage, step, rank) alone."""
-        seed = sample_seed(self.settings.seed, len(self.plan.name), step, self.parallel.rank)
+        """Bool [V, B, H, W] for this process's images.
+
+        A function of (seed, stage, position of the image in the stream), however many processes
+        share the batch: how many patches of each image are masked is drawn for the whole batch.
+        """
         V, B = batch.global_crops.shape[:2]
-        masks = self.draw_masks(V * B, generator=torch.Generator().manual_seed(seed))
-        return masks.unflatten(0, (V, B))
+        rank, world = self.parallel.rank, self.parallel.world_size
+        whole_batch = torch.Generator().manual_seed(self.seed(step))
+        counts = self.draw_masks.counts(V * B * world, generator=whole_batch)
+        masks = []
+        for view in range(V):
+            for i in range(rank, B * world, world):
+                seed = self.seed(step * B * world + i, view)
+                own = torch.Generator().manual_seed(seed)
+                masks.append(self.draw_masks.one(counts[view * B * world + i], generator=own))
+        return torch.stack(masks).unflatten(0, (V, B))
 
     def micro_batches(self, batch: Batch, masks: Tensor) -> list[tuple[list[Tensor], Tensor]]:
         """Equal shares of the images, as (crops by resolution, masks), each view-major."""
@@ -768,17 +839,37 @@ class Trainer:
             for own, own_masks in shares
         ]
 
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether the encoder computes in bfloat16."""
+        automatic = self.parallel.device.type == "cuda"
+        return {"auto": automatic, "bfloat16": True, "float32": False}[self.settings.precision]
+
     def autocast(self) -> torch.autocast:
         """bfloat16 for the encoder, where `precision` asks for it."""
-        device = self.parallel.device.type
-        bfloat16 = {"auto": device == "cuda", "bfloat16": True, "float32": False}
-        return torch.autocast(device, torch.bfloat16, enabled=bfloat16[self.settings.precision])
+        return torch.autocast(self.parallel.device.type, torch.bfloat16, enabled=self.in_bfloat16)
 
-    def synchronised(self, *, last: bool) -> AbstractContextManager:
-        """Gradients cross processes once a step, with the last micro-batch."""
-        if isinstance(self.replica, DistributedDataParallel) and not last:
-            return self.replica.no_sync()
-        return nullcontext()
+
+def nan_if_bad(tensors: Iterable[Tensor]) -> Tensor:
+    """A 0-dimensional 0, or NaN if a number in the tensors is not finite."""
+    finite = torch.stack([torch.isfinite(x).all() for x in tensors]).all()
+    return torch.where(finite, 0.0, torch.nan)
+
+
+def by_rank(names: Iterable[str], values: Tensor) -> dict[str, Tensor]:
+    """Columns of values [processes, names]; of one that differs among processes, every entry.
+
+    A NaN that began in one process is everywhere after the first collective, but what that process
+    had before is its own.
+    """
+    found: dict[str, Tensor] = {}
+    for name, column in zip(names, values.T, strict=True):
+        bad = ~torch.isfinite(column)
+        if bad.any() and not bad.all():
+            found |= {f"{name} of rank {rank}": x for rank, x in enumerate(column)}
+        else:
+            found[name] = column
+    return found
 
 
 def concatenated(parts: Sequence[Logits]) -> Logits:
@@ -800,32 +891,25 @@ def mask_generator(grid_size: tuple[int, int], masks: Masks) -> CyclicMaskGenera
     )
 
 
-def without_position_embedding(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """A saved AdamW state in which the position embedding, which changes shape, starts afresh."""
-    names = {
-        index: name
-        for group in optimizer["param_groups"]
-        for index, name in zip(group["params"], group["names"], strict=True)
-    }
-    kept = {i: s for i, s in optimizer["state"].items() if not names[i].endswith("pos_embed")}
-    return {**optimizer, "state": kept}
-
-
 def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     """One stage of training, from its last checkpoint if it has any, to `<stage>.safetensors`."""
     export = settings.output / f"{plan.name}.safetensors"
     if export.exists():
-        print(f"{plan.name}: finished already, {export}")
+        say(parallel, f"{plan.name}: finished already, {export}")
         return
     folder = settings.output / plan.name
     checkpoints = Checkpoints(
-        folder / "checkpoints", keep_last=settings.keep_last, keep_every=settings.keep_every
+        folder / "checkpoints",
+        keep_last=settings.keep_last,
+        keep_every=settings.keep_every,
+        group=checkpoint_group(parallel.group),
     )
     sources = open_data(settings)
     trainer = Trainer(plan, settings, parallel)
     latest = checkpoints.latest()
-    state = None if latest is None else checkpoints.load(latest)
-    start = 0 if state is None else state["step"]
+    start = 0 if latest is None else step_of(latest)
+    if latest is not None:
+        checkpoints.load_(latest, trainer.state())
     batches = iter(
         make_loader(
             MultiCropDataset(sources.train, multi_crop(plan, settings), seed=settings.seed),
@@ -836,50 +920,76 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
             num_workers=settings.workers,
         )
     )
-    if state is None:
-        torch.manual_seed(sample_seed(settings.seed, parallel.rank))
-    else:
-        trainer.load(state)
-        if not parallel.is_main:  # the checkpoint has the main process's random state
-            torch.manual_seed(sample_seed(settings.seed, parallel.rank, start))
     unreadable = UnreadableLog(len(sources.train), threshold=settings.max_unreadable)
     monitor = CollapseMonitor(
         trainer.num_prototypes, grace_steps=round(1.25 * settings.optim.lr_warmup * plan.steps)
     )
-    if not parallel.is_main:
-        for step in range(start, plan.steps):
-            trainer.step(step, next(batches))
-        return
     if settings.accumulation > 1 and settings.losses.koleo > 0:
-        print("accumulation: KoLeo sees the neighbours within each micro-batch; all else is exact")
-    with (
-        MetricsWriter(folder, resume_step=start) as metrics,
-        TrainingProgress(plan.steps, start_step=start, description=plan.name) as progress,
-    ):
+        say(parallel, "accumulation: KoLeo sees the neighbours within each micro-batch alone")
+    with ExitStack() as stack:
+        request = stack.enter_context(StopRequest())
+        if parallel.is_main:
+            metrics = stack.enter_context(MetricsWriter(folder, resume_step=start))
+            progress = stack.enter_context(
+                TrainingProgress(plan.steps, start_step=start, description=plan.name)
+            )
         for step in range(start, plan.steps):
             batch = next(batches)
             unreadable.update(batch.indices, batch.unreadable)
             seen = trainer.step(step, batch)
             done = step + 1
-            progress.update(done, loss=seen.loss, images=plan.batch_size)
-            record: dict[str, float] = {}
-            if due(done, settings.log_every, plan.steps):
-                record, warnings = watch(seen, monitor, done, settings)
-                record["images_per_second"] = progress.images_per_second
-                for warning in warnings:
-                    progress.message(f"warning: {warning}")
+            k, accuracy = settings.evaluation.knn, None
             if due(done, settings.evaluation.online_every, plan.steps) and sources.labelled:
-                k = settings.evaluation.knn
-                record[f"knn/{k}"] = online_knn(
-                    trainer.teacher.module.backbone, plan, settings, sources
-                )
-                progress.message(f"step {done}: k-NN accuracy {100 * record[f'knn/{k}']:.1f} %")
-            if record:
-                metrics.log(done, record)
-            if due(done, settings.checkpoint_every, plan.steps):
-                checkpoints.save(done, {"step": done, **trainer.state()})
-    described = {"stage": plan.name, "step": str(plan.steps), "settings": as_json(settings)}
-    backbones.save(trainer.teacher.module.backbone, export, described)
+                weights = whole(trainer.teacher.module.backbone)
+                if parallel.is_main:
+                    encoder = encoder_of(weights, plan, settings).to(parallel.device)
+                    accuracy = online_knn(encoder, plan, settings, sources)
+            if parallel.is_main:
+                progress.update(done, loss=seen.loss, images=plan.batch_size)
+                record: dict[str, float] = {}
+                if due(done, settings.log_every, plan.steps):
+                    record, warnings = watch(seen, monitor, done, settings)
+                    record["images_per_second"] = progress.images_per_second
+                    for warning in warnings:
+                        progress.message(f"warning: {warning}")
+                if accuracy is not None:
+                    record[f"knn/{k}"] = accuracy
+                    progress.message(f"step {done}: k-NN accuracy {100 * accuracy:.1f} %")
+                if record:
+                    metrics.log(done, record)
+            asked_to_stop = parallel.any(request.arrived)
+            if asked_to_stop or due(done, settings.checkpoint_every, plan.steps):
+                checkpoints.save(done, trainer.state())
+            if asked_to_stop:
+                checkpoints.wait()
+                raise Stopped(plan.name, done)
+        checkpoints.wait()
+    weights = whole(trainer.teacher.module.backbone)
+    if parallel.is_main:
+        described = {"stage": plan.name, "step": str(plan.steps), "settings": as_json(settings)}
+        backbones.save(encoder_of(weights, plan, settings), export, described)
+    parallel.wait()
+
+
+class Stopped(Exception):
+    """A SIGTERM has come, and everything is saved."""
+
+    def __str__(self) -> str:
+        stage, step = self.args
+        return f"{stage}: stopped by SIGTERM and saved at step {step}; continue with --resume"
+
+
+def say(parallel: Parallel, text: str) -> None:
+    """Print once, not once a process."""
+    if parallel.is_main:
+        print(text)
+
+
+def encoder_of(weights: dict[str, Tensor], plan: Plan, settings: Settings) -> ViTEncoder:
+    """The encoder of a stage with these weights, in this process alone."""
+    encoder = make_encoder(settings.model, plan.global_size)
+    encoder.load_state_dict(weights)
+    return encoder.eval()
 
 
 def due(step: int, interval: int, last: int) -> bool:
@@ -966,13 +1076,13 @@ def multi_crop(plan: Plan, settings: Settings) -> MultiCrop:
     )
 
 
-def last_checkpoint(stage: str, settings: Settings) -> dict[str, Any]:
-    """The state in which a training stage ended."""
+def last_checkpoint(stage: str, settings: Settings) -> tuple[Checkpoints, Path]:
+    """The checkpoint at which a training stage ended, and who reads it."""
     checkpoints = Checkpoints(settings.output / stage / "checkpoints")
     latest = checkpoints.latest()
     if latest is None or not (settings.output / f"{stage}.safetensors").exists():
         raise SettingsError(f"{settings.output} has no finished {stage}: run --stages {stage}")
-    return checkpoints.load(latest)
+    return checkpoints, latest
 
 
 def spread(population: int, count: int) -> list[int]:
@@ -1325,7 +1435,8 @@ def cluster_entropy_picture(settings: Settings, plan: Plan) -> Figure:
     """
     test, view = open_data(settings).test, eval_view(plan.global_size, settings)
     network = FrancaNetwork(settings.model, plan.global_size).eval()
-    load_strictly(network, last_checkpoint(plan.name, settings)["teacher"], what="teacher")
+    checkpoints, path = last_checkpoint(plan.name, settings)
+    checkpoints.load_(path, {"teacher": network.state_dict()}, partial=True)
     counts = network.ibot_head.num_prototypes_per_level
     images = spread(len(test), settings.evaluation.num_dense)
     level = max((level for level, k in enumerate(counts) if k <= len(images)), default=0)
@@ -1367,8 +1478,9 @@ STAGES: dict[Stage, Callable[[Settings, Parallel], None]] = {
 
 # What may differ between two calls on one --output without changing the training.
 FREE_SETTINGS = {
-    *("output", "stages", "resume", "workers", "device", "log_every", "checkpoint_every"),
-    *("keep_last", "keep_every", "max_unreadable", "rasa", "evaluation"),
+    *("output", "stages", "resume", "accept_changes", "workers", "device", "log_every"),
+    *("checkpoint_every", "keep_last", "keep_every", "max_unreadable", "rasa", "evaluation"),
+    *("parallel", "hsdp_replicas", "compile_blocks"),
 }
 
 
@@ -1383,7 +1495,9 @@ def run(settings: Settings) -> None:
                 file.write(as_json(settings).encode())
         parallel.wait()
         for name, stage in STAGES.items():
-            if name in settings.stages and (parallel.is_main or name in ("pretrain", "highres")):
+            if name not in ("pretrain", "highres"):  # one process does the rest
+                parallel = stop(parallel)
+            if name in settings.stages and (parallel.is_main or parallel.group is not None):
                 stage(settings, parallel)
     finally:
         stop(parallel)
@@ -1412,6 +1526,7 @@ def check(settings: Settings, world_size: int) -> None:
         problems.append("--losses.* are all 0: there is nothing to learn from")
     if settings.targets.kind == "sinkhorn" and settings.targets.sinkhorn_iterations < 1:
         problems.append("--targets.sinkhorn-iterations must be at least 1")
+    problems += refused_parallelism(settings, world_size)
     problems += refused_by_parts(settings)
     if problems:
         raise SettingsError("; ".join(problems))
@@ -1421,7 +1536,7 @@ def check(settings: Settings, world_size: int) -> None:
         raise SettingsError(f"--resume: {settings.output} holds no run")
     if stored is None or not (settings.output / "pretrain").exists():
         return  # nothing there, or settings that never came as far as a first step
-    if "pretrain" in settings.stages and not settings.resume:
+    if "pretrain" in settings.stages and not (settings.resume or restarted()):
         raise SettingsError(
             f"{settings.output} holds a run already: continue it with --resume, run its later "
             "stages with --stages, or choose another --output"
@@ -1432,11 +1547,30 @@ def check(settings: Settings, world_size: int) -> None:
         for name, old, new in differences(stored, settings)
         if name.split(".")[0] not in free
     ]
-    if changed:
+    if changed and not settings.accept_changes:
         raise SettingsError(
             f"{settings.output} was made with other settings: {'; '.join(changed)}. Leave them as "
-            "they were, or choose another --output"
+            "they were, choose another --output, or insist with --accept-changes"
         )
+
+
+def refused_parallelism(settings: Settings, world_size: int) -> list[str]:
+    """What is wrong with --parallel and its like for so many processes."""
+    problems = []
+    if (settings.parallel == "none") != (world_size == 1) and settings.parallel != "auto":
+        problems.append(
+            f"--parallel {settings.parallel}: there are {world_size} process(es); start several "
+            "with torchrun, or leave --parallel out"
+        )
+    if settings.hsdp_replicas < 1 or world_size % settings.hsdp_replicas:
+        problems.append(
+            f"--hsdp-replicas {settings.hsdp_replicas} does not divide the {world_size} process(es)"
+        )
+    factored_parameters = settings.model.factored_scores and not settings.model.normalize
+    if settings.parallel == "fsdp" and factored_parameters:
+        # Unnormalised prototypes are the parameters, which FSDP frees before they are read.
+        problems.append("--parallel fsdp: --model.factored-scores needs --model.normalize")
+    return problems
 
 
 def refused_by_parts(settings: Settings) -> list[str]:
@@ -1503,7 +1637,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     default = PRESETS[known.preset or "demo"]
     if known.preset is None:
         default = read_settings(known.output) or default
-    default = replace(default, resume=False, stages=tuple(STAGES))
+    default = replace(default, resume=False, accept_changes=False, stages=tuple(STAGES))
     return tyro.cli(Settings, default=default, args=arguments)
 
 
@@ -1512,8 +1646,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         run(settings)
+    except Stopped as stopped:
+        print(stopped)
     except (SettingsError, NonFiniteLoss, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        sys.exit(
+            f"error: another process of this job is gone ({error}). Its own message says why; "
+            "start all again with --resume, as torchrun --max-restarts does"
+        )
 
 
 if __name__ == "__main__":

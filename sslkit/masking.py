@@ -80,18 +80,32 @@ class CyclicMaskGenerator:
             batch_size: B; may be 0.
             generator: a CPU generator; None is PyTorch's default one.
         """
+        counts = self.counts(batch_size, generator=generator)
+        height, width = self.grid_size
+        masks = torch.zeros(batch_size, height, width, dtype=torch.bool, device="cpu")
+        for image, count in enumerate(counts):
+            if count > 0:
+                masks[image] = self.one(count, generator=generator)
+        return masks
+
+    def counts(self, batch_size: int, *, generator: Generator | None = None) -> list[int]:
+        """How many patches of each of B images to mask: the first half of a call.
+
+        Who draws the masks of a batch in several processes draws these alike in all of them, and
+        then :meth:`one` for the images of each, from a generator of each image.
+        """
         if batch_size < 0:
             raise ValueError(f"batch_size must not be negative, got {batch_size}")
         height, width = self.grid_size
         expected = batch_size * self.mask_probability
         n = math.floor(expected) + (_uniform(generator) < expected % 1)
         low, high = self.mask_ratio
-        masks = torch.zeros(batch_size, height, width, dtype=torch.bool, device="cpu")
+        counts = [0] * batch_size
         images = torch.randperm(batch_size, generator=generator, device="cpu")[:n]
-        for i, image in enumerate(images.tolist()):
-            ratio = low + (high - low) * (i + _uniform(generator)) / n
-            masks[image] = self.one(int(height * width * ratio), generator=generator)
-        return masks
+        parts = torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")
+        for i, (image, part) in enumerate(zip(images.tolist(), parts.tolist(), strict=True)):
+            counts[image] = int(height * width * (low + (high - low) * (i + part) / n))
+        return counts
 
     def one(self, num_masked: int, *, generator: Generator | None = None) -> Tensor:
         """One mask, bool [H, W], with exactly ``num_masked`` True, from 0 to H * W."""

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 
 from sslkit.data import Batch
+from sslkit.training.checkpoint import Checkpoints
 from sslkit.training.parallel import Parallel
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -105,6 +107,17 @@ def batches(size: int, *, global_size: int = 32, local_size: int = 16) -> Iterat
 def batch(size: int = 8) -> Batch:
     """The first of :func:`batches`."""
     return next(batches(size))
+
+
+def saved_tensors(path: Path) -> dict[str, Tensor]:
+    """Everything in a checkpoint, by its dotted name."""
+    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(saved.size, dtype=saved.properties.dtype)
+        for name, saved in metadata.items()
+    }
+    Checkpoints(path.parent).load_(path, state)
+    return state
 
 
 def start_process(arguments: list[str], *, launcher: tuple[str, ...] = ()) -> subprocess.Popen:

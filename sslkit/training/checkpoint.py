@@ -1,21 +1,37 @@
-"""Checkpoints of a run: written atomically, pruned, read without ever unpickling code."""
+"""Checkpoints of a run: sharded, written in the background, complete or not there at all."""
 
+import hashlib
+import json
 import os
-import pickle
 import re
-import zipfile
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
-import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
-_NAME = re.compile(r"step_(\d{8,})\.pt")
+_NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".tmp"
-_PLAIN = (bool, int, float, str, type(None))
+_MANIFEST = "manifest.json"
+_CHUNK = 1 << 24  # bytes read at a time
+
+# What a process without others is told by each save and load; it is meant.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+State = Mapping[str, Any]
+"""Nested dicts of tensors, sharded or not, by name."""
 
 
 class CheckpointError(RuntimeError):
@@ -23,32 +39,51 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one directory, as ``step_00000100.pt``.
+    """The checkpoints of one run: a folder ``step_00000100`` for each in one directory.
 
-    A checkpoint appears under its name complete or not at all: it is written to a temporary file
-    beside it, flushed to the disk, renamed, and the directory is flushed. A process killed at any
-    moment, or a full disk, leaves the earlier checkpoints as they were. One process writes.
+    They are written by `torch.distributed.checkpoint`, each process its own shards, and can be read
+    by another number of processes, with other sharding or none. :meth:`save` copies the state to
+    the host's memory and returns; a thread writes it.
+
+    A checkpoint appears under its name complete or not at all: it is written to a temporary folder
+    beside it, flushed to the disk with the SHA-256 of every file (``manifest.json``), and renamed.
+    A process killed at any moment, or a full disk, leaves the earlier checkpoints as they were, and
+    :meth:`latest` a good one.
 
     After each save, what is neither among the ``keep_last`` latest nor at a step divisible by
     ``keep_every`` is deleted.
 
+    Reading one unpickles its ``.metadata``, which is how PyTorch keeps it: read only checkpoints
+    whose origin you trust. What is meant for others is exported as safetensors.
+
     Args:
-        directory: made if missing.
+        directory: made if missing; seen by all processes.
         keep_last: how many of the latest checkpoints to keep, at least 1; 2 survive a damaged file.
         keep_every: steps between two checkpoints that are kept for good; 0: none.
+        group: the processes that save and load together, each calling every method; a group of
+            its own, since a thread communicates in it while training goes on
+            (:func:`checkpoint_group`). None: this process alone.
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> checkpoints = Checkpoints(tempfile.mkdtemp(), keep_last=1, keep_every=20)
     >>> for step in (10, 20, 30, 40, 50):
-    ...     _ = checkpoints.save(step, {"step": step, "weights": [torch.ones(2)]})
+    ...     checkpoints.save(step, {"weights": {"a": torch.full((2,), step)}})
+    >>> checkpoints.wait()
     >>> [path.name for path in checkpoints.paths()]
-    ['step_00000020.pt', 'step_00000040.pt', 'step_00000050.pt']
-    >>> checkpoints.load(checkpoints.latest())
-    {'step': 50, 'weights': [tensor([1., 1.])]}
+    ['step_00000020', 'step_00000040', 'step_00000050']
+    >>> weights = torch.zeros(2, dtype=torch.int64)
+    >>> checkpoints.load_(checkpoints.latest(), {"weights": {"a": weights}})
+    >>> weights
+    tensor([50, 50])
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, keep_last: int = 2, keep_every: int = 0
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        group: ProcessGroup | None = None,
     ) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
@@ -57,117 +92,186 @@ class Checkpoints:
         self.directory = Path(directory)
         self.keep_last = keep_last
         self.keep_every = keep_every
+        self.group = group
+        self._rank = 0 if group is None else dist.get_rank(group)
+        self._world_size = 1 if group is None else dist.get_world_size(group)
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
 
     def paths(self) -> list[Path]:
-        """All complete checkpoints, by rising step; files with other names are not looked at."""
+        """All complete checkpoints, by rising step; other files and folders are not looked at."""
         if not self.directory.is_dir():
             return []
-        return sorted((path for path in self.directory.iterdir() if _step(path) >= 0), key=_step)
+        return sorted((p for p in self.directory.iterdir() if _NAME.fullmatch(p.name)), key=step_of)
 
     def latest(self) -> Path | None:
         """The checkpoint of the highest step; None if there is none."""
         return next(reversed(self.paths()), None)
 
-    def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Write ``state`` as the checkpoint of ``step``, then delete what need not be kept.
+    def save(self, step: int, state: State) -> None:
+        """Copy ``state``, write it as the checkpoint of ``step``, delete what need not be kept.
+
+        Returns when the copy is made, and may be called from the next step on: it waits for the
+        writing of the last one. :meth:`wait` before the end of the program.
 
         Args:
-            step: not negative, and not below the latest step in the directory: a later checkpoint
-                left of another run would otherwise be taken for the latest one of this run.
-            state: nested dicts (keys str or int), lists and tuples of tensors, bool, int, float,
-                str and None: exactly what ``torch.load(weights_only=True)`` reads back.
-
-        Returns:
-            The path of the file.
+            step: above the latest step in the directory: a later checkpoint left of another run
+                would otherwise be taken for the latest one of this run.
+            state: what to keep.
 
         Raises:
-            TypeError: something else is in ``state``; the message says where.
+            TypeError: something in ``state`` is not a tensor; the message says where.
             ValueError: the step is out of order.
-            CheckpointError: writing failed, for example because the disk is full. The earlier
-                checkpoints are as they were and nothing half-written is left.
+            CheckpointError: the *last* save failed, see :meth:`wait`.
         """
+        self.wait()
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
         latest = self.latest()
-        if latest is not None and step < _step(latest):
+        if latest is not None and step <= step_of(latest):
             raise ValueError(
-                f"cannot save step {step}: {latest} is later. Resume from that one, or move it "
+                f"cannot save step {step}: {latest} is there. Resume from that one, or move it "
                 "away to continue from an earlier step"
             )
-        _require_plain(dict(state), "state")
-        path = self.directory / f"step_{step:08d}.pt"
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            with atomic_write(path) as file:
-                torch.save(dict(state), file)
-        except (OSError, RuntimeError) as error:
-            # torch.save reports a failed write as a RuntimeError raised from the OSError.
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            kept = f"{latest} is unharmed" if latest else "there is no earlier checkpoint"
-            raise CheckpointError(
-                f"could not write {path}: {cause}. Free space or choose another directory, then "
-                f"resume; {kept}"
-            ) from error
-        self._prune()
-        return path
+        _require_tensors(state, "state")
+        staged = BlockingAsyncStager().stage(dict(state))
+        self._pending = self._writer.submit(self._write, step, staged)
 
-    def load(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        map_location: str | torch.device = "cpu",
-    ) -> dict[str, Any]:
-        """Read a checkpoint; no code in the file is ever run.
-
-        The checksums of the whole file are verified first, which ``torch.load`` does not do.
-
-        Args:
-            path: a file that :meth:`save` wrote.
-            map_location: device of the tensors.
+    def wait(self) -> None:
+        """Return once the last save is on the disk.
 
         Raises:
-            FileNotFoundError: no such file; the message lists those that exist.
-            CheckpointError: the file is truncated or damaged, or holds something other than tensors
-                and plain values. The message names the checkpoint before it, if there is one.
+            CheckpointError: writing failed, for example because the disk is full. The earlier
+                checkpoints are as they were and nothing half-written is left.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def load_(self, path: str | os.PathLike[str], state: State, *, partial: bool = False) -> None:
+        """Fill the tensors of ``state`` with those of a checkpoint, by name, in place.
+
+        Checksums of all files are verified first.
+
+        Args:
+            path: a folder that :meth:`save` wrote.
+            state: tensors of the shapes and types that were saved, sharded in any way.
+            partial: do not mind what the checkpoint holds beside.
+
+        Raises:
+            FileNotFoundError: no such checkpoint; the message lists those that exist.
+            CheckpointError: a file is missing, truncated or damaged. The message names the
+                checkpoint before it, if there is one.
+            ValueError: names are missing or, unless ``partial``, unexpected, or shapes or types
+                differ; all are listed. Nothing has been changed then.
         """
         path = Path(path)
-        if not path.is_file():
+        if not path.is_dir():
             names = ", ".join(existing.name for existing in self.paths()) or "none"
             raise FileNotFoundError(f"no checkpoint {path}; in {self.directory} there are: {names}")
-        if not _is_intact(path):
-            raise CheckpointError(f"{path} is truncated or damaged. {self._way_out(path)}")
+        self._attempt(lambda: self._verify(path), f"{path} is damaged: ", self._way_out(path))
+        reader = FileSystemReader(path)
+        saved = reader.read_metadata().state_dict_metadata
+        _require_fit(saved, dict(_flat(state)), path, partial=partial)
+        load(dict(state), storage_reader=reader, process_group=self.group)
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        """In the thread of the writer: a temporary folder, its files, its manifest, its name."""
+        path = self.directory / f"step_{step:08d}"
+        temporary = path.with_name(f".{path.name}{_TEMPORARY}")
+        latest = self.latest()
+        unharmed = f"{latest} is unharmed" if latest else "there is no earlier checkpoint"
+        what = f"could not write {path}: "
+        remedy = f"Free space or choose another directory, then resume; {unharmed}"
+
+        def attempt(action: Callable[[], Any]) -> list[Any]:
+            try:
+                return self._attempt(action, what, remedy)
+            except CheckpointError:
+                if self._rank == 0:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                raise
+
+        attempt(lambda: self._make(temporary) if self._rank == 0 else None)
+        writer = FileSystemWriter(temporary)  # flushes its files to the disk
+        attempt(lambda: _saved(state, writer, self.group))
+        sums = attempt(lambda: _checksums(temporary, self._rank))
+        files = {name: digest for own in sums for name, digest in own.items()}
+        attempt(lambda: self._publish(temporary, path, files) if self._rank == 0 else None)
+
+    def _make(self, temporary: Path) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.glob(f".step_*{_TEMPORARY}"):  # of writers that were killed
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+
+    def _publish(self, temporary: Path, path: Path, files: dict[str, str]) -> None:
+        with atomic_write(temporary / _MANIFEST) as file:
+            file.write(json.dumps(files, indent=1).encode())
+        os.replace(temporary, path)
+        _flush_directory(self.directory)
+        for old in self.paths()[: -self.keep_last]:
+            if self.keep_every == 0 or step_of(old) % self.keep_every != 0:
+                # First its name, so that nobody takes the rest for a checkpoint.
+                doomed = old.with_name(f".{old.name}{_TEMPORARY}")
+                os.replace(old, doomed)
+                shutil.rmtree(doomed)
+
+    def _verify(self, folder: Path) -> None:
+        """Raise OSError unless every file is as it was written; each process looks at its share."""
         try:
-            state = torch.load(path, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{path} holds Python objects other than tensors and plain values, so sslkit did "
-                f"not write it, and reading it could run foreign code: it was not read. "
-                f"{self._way_out(path)}"
-            ) from error
-        if not isinstance(state, dict):
-            raise CheckpointError(
-                f"{path} holds a {type(state).__name__} where a checkpoint holds a dict, so "
-                f"Checkpoints.save did not write it. {self._way_out(path)}"
-            )
-        return state
+            files = json.loads((folder / _MANIFEST).read_text())
+        except (OSError, ValueError) as error:
+            raise OSError(f"its {_MANIFEST} cannot be read ({error})") from error
+        for name in sorted(files)[self._rank :: self._world_size]:
+            if not (folder / name).is_file():
+                raise OSError(f"{name} is missing")
+            if _digest(folder / name) != files[name]:
+                raise OSError(f"{name} does not have the checksum it was written with")
+
+    def _attempt(self, action: Callable[[], Any], what: str, remedy: str) -> list[Any]:
+        """The results of ``action`` in all processes; it fails in all if it does in one."""
+        result: Any = None
+        problem: BaseException | None = None
+        try:
+            result = action()
+        except (OSError, RuntimeError) as error:
+            # torch.save reports a failed write as a RuntimeError raised from the OSError.
+            problem = error.__context__ if isinstance(error.__context__, OSError) else error
+        except CheckpointException as error:
+            problem = _root(error)
+        outcomes = [(result, None if problem is None else str(problem))]
+        if self.group is not None:
+            outcomes = outcomes * self._world_size
+            dist.all_gather_object(outcomes, outcomes[0], group=self.group)
+        problems = [text for _, text in outcomes if text is not None]
+        if problems:
+            raise CheckpointError(f"{what}{problems[0]}. {remedy}") from problem
+        return [own for own, _ in outcomes]
 
     def _way_out(self, path: Path) -> str:
         """What to do about a checkpoint that cannot be read."""
-        earlier = [other for other in self.paths() if _step(other) < _step(path)]
+        earlier = [other for other in self.paths() if step_of(other) < step_of(path)]
         if earlier:
             return f"Delete it and resume from the one before it: {earlier[-1]}"
         return f"There is no earlier checkpoint in {self.directory}: start again"
 
-    def _prune(self) -> None:
-        for path in self.paths()[: -self.keep_last]:
-            if self.keep_every == 0 or _step(path) % self.keep_every != 0:
-                path.unlink()
 
-    def _remove_leftovers(self) -> None:
-        """Temporary files of writers that were killed."""
-        for path in self.directory.glob(f".step_*{_TEMPORARY}"):
-            path.unlink()
+def checkpoint_group(group: ProcessGroup | None) -> ProcessGroup | None:
+    """A group of the same processes for `Checkpoints` alone, on CPUs; None for None."""
+    if group is None:
+        return None
+    ranks = dist.get_process_group_ranks(group)
+    return cast(ProcessGroup, dist.new_group(ranks, backend="gloo"))
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, from its name.
+
+    >>> step_of(Path("run/step_00000100"))
+    100
+    """
+    return int(path.name.removeprefix("step_"))
 
 
 @contextmanager
@@ -194,81 +298,81 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _flush_directory(path.parent)
+
+
+def _flush_directory(directory: Path) -> None:
     if os.name == "posix":  # elsewhere a directory cannot be opened, and renames need no flush
-        directory = os.open(path.parent, os.O_RDONLY)
+        descriptor = os.open(directory, os.O_RDONLY)
         try:
-            os.fsync(directory)
+            os.fsync(descriptor)
         finally:
-            os.close(directory)
+            os.close(descriptor)
 
 
-def load_strictly(module: nn.Module, state_dict: Mapping[str, Any], *, what: str) -> None:
-    """``module.load_state_dict`` of tensors that fit exactly: names, shapes and types.
+def _saved(state: dict[str, Any], writer: FileSystemWriter, group: ProcessGroup | None) -> None:
+    save(state, storage_writer=writer, process_group=group)
 
-    ``nn.Module.load_state_dict`` converts a different float type without a word.
 
-    Args:
-        module: changed in place, unless there is an error: then not at all.
-        state_dict: names to tensors.
-        what: how error messages name the module, e.g. ``"teacher of runs/x/step_00000100.pt"``.
+def _checksums(folder: Path, rank: int) -> dict[str, str]:
+    """Of the files that process ``rank`` wrote; the first one writes the metadata as well."""
+    own = list(folder.glob(f"__{rank}_*"))
+    if rank == 0:
+        own.append(folder / ".metadata")
+    return {path.name: _digest(path) for path in own}
 
-    Raises:
-        ValueError: names are missing or unexpected, or shapes or types differ; all are listed.
 
-    >>> state = {"weight": torch.ones(2, 3), "gain": torch.ones(1)}
-    >>> load_strictly(nn.Linear(2, 3), state, what="it")
-    Traceback (most recent call last):
-        ...
-    ValueError: it does not fit Linear:
-      missing: bias
-      unexpected: gain
-      different: weight is float32 [2, 3], expected float32 [3, 2]
-    """
-    own = module.state_dict()
-    problems = [f"missing: {name}" for name in own if name not in state_dict]
-    problems += [f"unexpected: {name}" for name in state_dict if name not in own]
-    for name, expected in own.items():
-        found = state_dict.get(name, expected)
-        if isinstance(expected, Tensor) and _describe(found) != _describe(expected):
-            problems.append(
-                f"different: {name} is {_describe(found)}, expected {_describe(expected)}"
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flat(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by its dotted name, as `torch.distributed.checkpoint` flattens dicts."""
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _require_tensors(state: State, where: str) -> None:
+    for name, value in _flat(state):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{where} has {name!r}, which is a {type(value).__module__}."
+                f"{type(value).__qualname__}; a checkpoint holds dicts of tensors: convert it"
             )
+
+
+def _require_fit(
+    saved: Mapping[str, Any], state: Mapping[str, Tensor], path: Path, *, partial: bool
+) -> None:
+    """Raise ValueError with all that is missing, unexpected or different."""
+    problems = [f"missing: {name}" for name in state if name not in saved]
+    if not partial:
+        problems += [f"unexpected: {name}" for name in saved if name not in state]
+    for name in state.keys() & saved.keys():
+        found, expected = _described(saved[name]), _describe(state[name])
+        if found != expected:
+            problems.append(f"different: {name} is {found}, expected {expected}")
     if problems:
-        raise ValueError(
-            f"{what} does not fit {type(module).__name__}:\n  " + "\n  ".join(problems)
-        )
-    module.load_state_dict(state_dict)
+        raise ValueError(f"{path} does not fit:\n  " + "\n  ".join(sorted(problems)))
 
 
-def _step(path: Path) -> int:
-    """The step in the name of a checkpoint; -1 for any other file."""
-    match = _NAME.fullmatch(path.name)
-    return int(match.group(1)) if match else -1
+def _described(saved: Any) -> str:
+    if not isinstance(saved, TensorStorageMetadata):
+        return "no tensor"
+    return f"{str(saved.properties.dtype).removeprefix('torch.')} {list(saved.size)}"
 
 
-def _is_intact(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, EOFError):
-        return False
-
-
-def _require_plain(value: Any, where: str) -> None:
-    """Raise TypeError unless weights_only loading gives ``value`` back."""
-    if type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            if type(key) not in (str, int):
-                raise TypeError(f"{where} has the key {key!r}; keys must be str or int")
-            _require_plain(item, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for i, item in enumerate(value):
-            _require_plain(item, f"{where}[{i}]")
-    elif not isinstance(value, Tensor) and type(value) not in _PLAIN:
-        raise TypeError(
-            f"{where} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds "
-            "tensors, bool, int, float, str, None, and dicts, lists and tuples of them: convert it"
-        )
+def _root(error: CheckpointException) -> BaseException:
+    """What went wrong first, of what `torch.distributed.checkpoint` gathered from processes."""
+    first: BaseException = next((own for own, _ in error.failures.values()), error)
+    return first.__context__ if isinstance(first.__context__, OSError) else first
 
 
 def _describe(value: Any) -> str:

@@ -8,7 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 _TOKENS = {"cls_token", "mask_token", "reg_token", "register_tokens", "pos_embed"}
@@ -116,51 +118,39 @@ def set_hyperparameters(
         group["weight_decay"] = weight_decay * group["weight_decay_scale"]
 
 
-def load_optimizer_strictly(
-    optimizer: Optimizer, state_dict: Mapping[str, Any], *, what: str = "optimizer"
-) -> None:
-    """Load the moments of a saved optimizer, matching parameters by name.
+def moments(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    """The state of an AdamW by the names of its parameters: what a checkpoint keeps of it.
 
-    Only the state of each parameter is taken. Settings (betas, scales, ``fused``, ...) stay those
-    of ``optimizer``, and parameters may be grouped differently from the saved run, so that a
-    changed ``layer_decay`` takes effect. ``Optimizer.load_state_dict`` matches by position, brings
-    the old settings back and does not look at shapes.
+    The tensors themselves, so that filling them restores the optimizer. A parameter that has had no
+    step yet gets the state that its first step would give it: zeros. Settings (betas, scales,
+    ``fused``, ...) are not part of it, and parameters may be grouped differently in the run that
+    reads it: a changed ``layer_decay`` takes effect.
 
     Args:
-        optimizer: built from :func:`parameter_groups`.
-        state_dict: ``state_dict()`` of an optimizer built from :func:`parameter_groups`.
-        what: how error messages name it, e.g. the file that it came from.
+        optimizer: AdamW over groups of :func:`parameter_groups`.
 
-    Raises:
-        ValueError: the two have different parameter names or shapes, or no names.
+    Returns:
+        For each parameter ``step`` (0-dimensional float32), ``exp_avg`` and ``exp_avg_sq`` (shape,
+        type and sharding of the parameter).
+
+    >>> model = nn.Linear(2, 1)
+    >>> optimizer = torch.optim.AdamW(parameter_groups(model))
+    >>> moments(optimizer)["bias"]
+    {'step': tensor(0.), 'exp_avg': tensor([0.]), 'exp_avg_sq': tensor([0.])}
     """
     _require_groups(optimizer)
-    if any("names" not in group for group in state_dict["param_groups"]):
-        raise ValueError(f"{what}: the saved groups have no names; use groups of parameter_groups")
-    saved = {
-        name: state_dict["state"].get(index)
-        for group in state_dict["param_groups"]
-        for name, index in zip(group["names"], group["params"], strict=True)
-    }
-    current = optimizer.state_dict()
-    parameters = {
-        name: (index, parameter)
-        for own, group in zip(current["param_groups"], optimizer.param_groups, strict=True)
-        for name, index, parameter in zip(own["names"], own["params"], group["params"], strict=True)
-    }
-    problems = [f"missing: {name}" for name in parameters if name not in saved]
-    problems += [f"unexpected: {name}" for name in saved if name not in parameters]
-    for name in parameters.keys() & saved.keys():
-        shape = tuple(parameters[name][1].shape)
-        for key, value in (saved[name] or {}).items():
-            if isinstance(value, Tensor) and value.ndim > 0 and tuple(value.shape) != shape:
-                problems.append(
-                    f"shape: {key} of {name} is {tuple(value.shape)}, its parameter {shape}"
-                )
-    if problems:
-        raise ValueError(f"{what} does not fit this model:\n  " + "\n  ".join(sorted(problems)))
-    state = {index: saved[name] for name, (index, _) in parameters.items() if saved[name]}
-    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+    found = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            state = optimizer.state[parameter]
+            if not state:
+                on_device = group["fused"] or group["capturable"]
+                device = parameter.device if on_device else torch.device("cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+            found[name] = dict(state)
+    return found
 
 
 def clip_gradients(modules: Mapping[str, nn.Module], max_norm: float) -> dict[str, Tensor]:
@@ -175,7 +165,8 @@ def clip_gradients(modules: Mapping[str, nn.Module], max_norm: float) -> dict[st
         max_norm: positive; 3.0 for each of backbone, DINO head, iBOT head in DINOv2 and Franca.
 
     Returns:
-        The norm of each module before clipping, a 0-dimensional tensor; 0 without gradients.
+        The norm of each module before clipping, a 0-dimensional tensor; 0 without gradients. Of
+        sharded gradients it is that of the whole, in every process.
 
     >>> module = nn.Linear(1, 2, bias=False)
     >>> module.weight.grad = Tensor([[3.0], [4.0]])
@@ -184,9 +175,13 @@ def clip_gradients(modules: Mapping[str, nn.Module], max_norm: float) -> dict[st
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}")
-    return {
+    norms = {
         name: nn.utils.clip_grad_norm_(list(module.parameters()), max_norm)
         for name, module in modules.items()
+    }
+    return {
+        name: norm.full_tensor() if isinstance(norm, DTensor) else norm
+        for name, norm in norms.items()
     }
 
 

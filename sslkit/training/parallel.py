@@ -1,13 +1,38 @@
-"""One process or many: what `torchrun` started, as one value that is passed around."""
+"""All distribution in one place: joining the processes, sharing the work, sharding the networks.
+
+What is computed does not change with the number of processes: every loss is a mean over images and
+gradients are averaged, so that N processes with equal shares of a batch take the step of one.
+"""
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from sslkit.factored_logits import FactoredLogits
+
+Kind = Literal["none", "ddp", "fsdp"]
+
+# What a parameter takes in every process that holds it whole, all float32: the student's, its
+# gradient, two moments of AdamW and the teacher's.
+_BYTES_PER_PARAMETER = 5 * 4
+# Share of a GPU's memory that this may take before the networks are sharded.
+_LARGEST_SHARE = 0.25
+
+# Evaluation in the main process keeps the others waiting at their next collective.
+_TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -36,13 +61,17 @@ class Parallel:
         if self.group is not None:
             dist.barrier(self.group)
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean of a float tensor over the processes, on each of them."""
+    def gather(self, values: Tensor) -> Tensor:
+        """The tensors ``[...]`` of all processes, on each of them: ``[world_size, ...]``."""
         if self.group is None:
-            return values
-        total = values.clone()
-        dist.all_reduce(total, group=self.group)
-        return total / self.world_size
+            return values[None]
+        parts = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(parts, values.contiguous(), group=self.group)
+        return torch.stack(parts)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag of any process is set."""
+        return bool(self.gather(torch.tensor(flag)).any())  # a CPU tensor: over gloo
 
 
 def start(device: str = "auto") -> Parallel:
@@ -50,7 +79,7 @@ def start(device: str = "auto") -> Parallel:
 
     Args:
         device: ``"cpu"``, ``"cuda"`` (the GPU of this process's ``LOCAL_RANK``), or ``"auto"``: a
-            GPU where there is one. Processes talk over NCCL on GPUs and gloo on CPUs.
+            GPU where there is one. Tensors on GPUs travel over NCCL, those on CPUs over gloo.
 
     Raises:
         ValueError: the device is unknown, or there is no GPU for it.
@@ -73,19 +102,133 @@ def start(device: str = "auto") -> Parallel:
         device = f"cuda:{index}"
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Parallel(0, 1, torch.device(device), None)
-    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=_TIMEOUT)
     group = dist.group.WORLD
     return Parallel(dist.get_rank(), dist.get_world_size(), torch.device(device), group)
 
 
-def stop(parallel: Parallel) -> None:
-    """Leave the process group that :func:`start` joined."""
+def stop(parallel: Parallel) -> Parallel:
+    """Leave the process group that :func:`start` joined; this process by itself."""
     if parallel.group is not None:
         dist.destroy_process_group()
+    return Parallel(parallel.rank, 1, parallel.device, None)
+
+
+def restarted() -> bool:
+    """Whether `torchrun --max-restarts` has started this job again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether an error says that another process of the group has gone away."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
+def choose(num_parameters: int, parallel: Parallel) -> Kind:
+    """The kind of parallelism for a student of so many parameters, and its teacher.
+
+    ``"none"`` in a single process. ``"ddp"`` as long as what every GPU then holds (student,
+    gradient, moments and teacher, 20 bytes a parameter) is at most a quarter of its memory, and
+    always on CPUs. ``"fsdp"`` otherwise.
+
+    >>> choose(10**12, start("cpu"))
+    'none'
+    """
+    if parallel.group is None:
+        return "none"
+    if parallel.device.type == "cpu":
+        return "ddp"
+    memory = torch.cuda.get_device_properties(parallel.device).total_memory
+    return "ddp" if _BYTES_PER_PARAMETER * num_parameters <= _LARGEST_SHARE * memory else "fsdp"
+
+
+def shard_(
+    networks: Iterable[nn.Module],
+    parallel: Parallel,
+    *,
+    blocks: str,
+    heads: Iterable[str],
+    replicas: int = 1,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Shard the parameters of networks of one structure in place (FSDP2), before an optimizer.
+
+    Every block, every head and then the rest of a network is a unit that is gathered before its
+    forward and backward pass and freed afterwards. Heads stay gathered between the two: scores are
+    the last of the forward pass and the first of the backward pass. Gradients are reduced in
+    float32 and averaged over all processes.
+
+    Args:
+        networks: such as a student and its teacher (``requires_grad`` tells them apart).
+        parallel: all processes.
+        blocks: name of the ``nn.ModuleList`` of the encoder's blocks in a network.
+        heads: names of the modules that compute in float32 whatever ``dtype`` is.
+        replicas: of the sharded networks (HSDP): processes are a ``[replicas, shards]`` mesh, the
+            second axis consecutive ranks, such as the GPUs of a node. 1: over all processes.
+        dtype: what parameters are gathered and used in, outside of the heads; None: their own.
+
+    Raises:
+        ValueError: ``replicas`` does not divide the number of processes.
+    """
+    world, kind = parallel.world_size, parallel.device.type
+    if parallel.group is None or world % replicas:
+        raise ValueError(f"replicas must divide the number of processes, got {replicas} of {world}")
+    _let_fsdp_see_factored_logits()
+    if replicas == 1:
+        mesh = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+    else:
+        names = ("replicate", "shard")
+        mesh = init_device_mesh(kind, (replicas, world // replicas), mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    own_precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for network in networks:
+        trained = any(parameter.requires_grad for parameter in network.parameters())
+        for block in network.get_submodule(blocks).children():
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        for name in heads:
+            # Nothing but a backward pass frees what is kept, and a teacher has none.
+            head = network.get_submodule(name)
+            fully_shard(head, mesh=mesh, mp_policy=own_precision, reshard_after_forward=not trained)
+        fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+@cache
+def _let_fsdp_see_factored_logits() -> None:
+    """FSDP gathers a module for its backward pass when a gradient reaches one of its outputs.
+
+    It looks for these among the outputs with pytree, which has to know of the class.
+    """
+    from torch.export import register_dataclass
+
+    register_dataclass(FactoredLogits)
 
 
 def replicate(module: nn.Module, parallel: Parallel) -> nn.Module:
-    """``module`` with gradients averaged over the processes (DDP); itself in a single one."""
-    if parallel.group is None:
-        return module
+    """``module`` with gradients averaged over the processes (DDP)."""
     return DistributedDataParallel(module, process_group=parallel.group)
+
+
+@contextmanager
+def gradients_synchronised(module: nn.Module, *, last: bool) -> Iterator[None]:
+    """A forward and backward pass whose gradients cross processes only if it is the ``last``."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+    if isinstance(module, DistributedDataParallel) and not last:
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+def whole(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module whose parameters may be sharded, put together, on the CPU.
+
+    Every process has to call it, and gets it.
+    """
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+        for name, tensor in module.state_dict().items()
+    }
