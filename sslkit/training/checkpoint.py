@@ -1,6 +1,7 @@
 """Checkpoints of a run: sharded, written in the background, complete or not there at all."""
 
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -27,7 +28,9 @@ _TEMPORARY = ".tmp"
 _MANIFEST = "manifest.json"
 _CHUNK = 1 << 24  # bytes read at a time
 
-# What a process without others is told by each save and load; it is meant.
+# A process without others says so, also beside others; torch 2.6 has no such argument, and takes
+# the group of all if there is one. Each save and load then warns of what is meant.
+_ALONE = {"no_dist": True} if "no_dist" in inspect.signature(save).parameters else {}
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 State = Mapping[str, Any]
@@ -93,6 +96,7 @@ class Checkpoints:
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.group = group
+        self._together: dict[str, Any] = _ALONE if group is None else {"process_group": group}
         self._rank = 0 if group is None else dist.get_rank(group)
         self._world_size = 1 if group is None else dist.get_world_size(group)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -173,7 +177,7 @@ class Checkpoints:
         reader = FileSystemReader(path)
         saved = reader.read_metadata().state_dict_metadata
         _require_fit(saved, dict(_flat(state)), path, partial=partial)
-        load(dict(state), storage_reader=reader, process_group=self.group)
+        load(dict(state), storage_reader=reader, **self._together)
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
         """In the thread of the writer: a temporary folder, its files, its manifest, its name."""
@@ -193,8 +197,7 @@ class Checkpoints:
                 raise
 
         attempt(lambda: self._make(temporary) if self._rank == 0 else None)
-        writer = FileSystemWriter(temporary)  # flushes its files to the disk
-        attempt(lambda: _saved(state, writer, self.group))
+        attempt(lambda: self._write_tensors(temporary, state))
         sums = attempt(lambda: _checksums(temporary, self._rank))
         files = {name: digest for own in sums for name, digest in own.items()}
         attempt(lambda: self._publish(temporary, path, files) if self._rank == 0 else None)
@@ -204,6 +207,10 @@ class Checkpoints:
         for leftover in self.directory.glob(f".step_*{_TEMPORARY}"):  # of writers that were killed
             shutil.rmtree(leftover)
         temporary.mkdir()
+
+    def _write_tensors(self, temporary: Path, state: dict[str, Any]) -> None:
+        # A writer flushes its files to the disk.
+        save(state, storage_writer=FileSystemWriter(temporary), **self._together)
 
     def _publish(self, temporary: Path, path: Path, files: dict[str, str]) -> None:
         with atomic_write(temporary / _MANIFEST) as file:
@@ -308,10 +315,6 @@ def _flush_directory(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _saved(state: dict[str, Any], writer: FileSystemWriter, group: ProcessGroup | None) -> None:
-    save(state, storage_writer=writer, process_group=group)
 
 
 def _checksums(folder: Path, rank: int) -> dict[str, str]:

@@ -1,0 +1,184 @@
+"""One training step of the recipe in 1 to 4 processes (gloo), replicated and sharded."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sslkit.data import Batch
+from sslkit.training.checkpoint import Checkpoints, checkpoint_group, step_of
+from sslkit.training.monitor import NonFiniteLoss
+from sslkit.training.parallel import Parallel
+from tests.recipe import ALONE, batch, recipe, saved_tensors, tiny
+
+IMAGES = 24  # 2, 3 and 4 processes of 2 micro-batches
+WORLDS = (2, 3, 4)
+STEP = 3
+# What a step depends on: the settings, and how the processes share it.
+PROBLEMS: dict[str, Any] = {
+    "sinkhorn": tiny(optim={"clip": 1e9}),
+    "centering": tiny(optim={"clip": 1e9}, targets={"kind": "centering"}),
+    "accumulated": tiny(optim={"clip": 1e9}, losses={"koleo": 0.0}, accumulation=2),
+    "factored": tiny(optim={"clip": 1e9}, model={"factored_scores": True}),
+    "checkpointed": tiny(optim={"clip": 1e9}, model={"activation_checkpointing": True}),
+    "clipped": tiny(optim={"clip": 0.01}),
+}
+PROBLEMS = {name: replace(settings, batch_size=IMAGES) for name, settings in PROBLEMS.items()}
+
+
+def trainer(settings: Any, parallel: Parallel = ALONE) -> Any:
+    return recipe.Trainer(recipe.pretraining(settings), settings, parallel)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def outcome(own: Any, images: Batch) -> dict[str, Tensor]:
+    """What a step computes and leaves: losses, gradients, weights, moments, centers."""
+    seen = own.step(STEP, images)
+    found = {f"loss {name}": term for name, term in seen.terms.items()}
+    found |= {f"norm {name}": norm for name, norm in seen.gradient_norms.items()}
+    for name, parameter in own.student.named_parameters():
+        found[f"gradient {name}"] = whole(parameter.grad)
+    for kind, tensors in own.state().items():
+        for name, value in tensors.items():
+            values = value.values() if isinstance(value, dict) else [value]
+            found |= {f"{kind} {name} {i}": whole(x).clone() for i, x in enumerate(values)}
+    return found
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """To 1e-5 of the largest entry of each tensor."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (found[name] - value).abs()
+        kind, _, parameter = name.partition(" ")
+        if kind in ("student", "teacher"):
+            # AdamW's first step divides the gradient by itself: the sign alone of what is noise,
+            # such as the gradient of a bias of keys, which softmax does not depend on.
+            gradient = expected[f"gradient {parameter.removesuffix(' 0')}"].abs()
+            error = error[gradient > max(1e-3 * gradient.max().item(), 1e-5)]
+        limit = 1e-5 * max(value.abs().max().item(), 1e-3)
+        assert error.numel() == 0 or error.max().item() <= limit, (name, error.max(), limit)
+
+
+def share(images: Batch, rank: int, world: int) -> Batch:
+    """Every ``world``-th image, as the loader deals them out."""
+    return images._replace(
+        global_crops=images.global_crops[:, rank::world],
+        local_crops=images.local_crops[:, rank::world],
+        labels=images.labels[rank::world],
+        epochs=images.epochs[rank::world],
+        indices=images.indices[rank::world],
+    )
+
+
+def check_steps(parallel: Parallel, folder: Path) -> None:
+    """Every problem, replicated and sharded, against the step of one process."""
+    images = share(batch(IMAGES), parallel.rank, parallel.world_size)
+    for name, settings in PROBLEMS.items():
+        expected = torch.load(folder / f"{name}.pt")
+        kinds = [("ddp", 1), ("fsdp", 1)] + [("fsdp", 2)] * (parallel.world_size == 4)
+        for kind, replicas in kinds:
+            own = trainer(replace(settings, parallel=kind, hsdp_replicas=replicas), parallel)
+            sharded = [isinstance(p, DTensor) for p in own.student.parameters()]
+            assert all(sharded) if kind == "fsdp" else not any(sharded)
+            assert_same(outcome(own, images), expected)
+
+
+def check_collectives(parallel: Parallel) -> None:
+    """Sinkhorn of all ten levels: three packed all-reduces a step."""
+    own = trainer(PROBLEMS["sinkhorn"], parallel)
+    images = share(batch(IMAGES), parallel.rank, parallel.world_size)
+    calls: list[str] = []
+    all_reduce, targets = dist.all_reduce, own.targets.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        dist.all_reduce = lambda *a, **k: calls.append("all_reduce") or all_reduce(*a, **k)
+        try:
+            return targets(*args, **kwargs)
+        finally:
+            dist.all_reduce = all_reduce
+
+    own.targets.forward = counted
+    own.step(STEP, images)
+    assert calls == ["all_reduce"] * 3
+
+
+def check_nan(parallel: Parallel) -> None:
+    """A NaN in one process's images stops all of them, which name that process."""
+    images = share(batch(IMAGES), parallel.rank, parallel.world_size)
+    if parallel.rank == 1:
+        images.global_crops[1, 0, 0, 3, 3] = torch.nan
+    for kind in ("ddp", "fsdp"):
+        own = trainer(replace(PROBLEMS["sinkhorn"], parallel=kind), parallel)
+        before = {name: whole(p).clone() for name, p in own.student.named_parameters()}
+        with pytest.raises(NonFiniteLoss) as error:
+            own.step(STEP, images)
+        assert error.value.names[:2] == ("images of rank 1", "teacher's features of rank 1")
+        assert "images of rank 0" not in str(error.value)
+        for name, parameter in own.student.named_parameters():
+            assert torch.equal(whole(parameter), before[name])
+
+
+def check_checkpoints(parallel: Parallel, folder: Path) -> None:
+    """What any number of processes saved, sharded or not, any other reads."""
+    group = checkpoint_group(parallel.group)
+    for kind in ("ddp", "fsdp"):
+        settings = replace(PROBLEMS["sinkhorn"], parallel=kind)
+        own = trainer(settings, parallel)
+        own.step(STEP, share(batch(IMAGES), parallel.rank, parallel.world_size))
+        checkpoints = Checkpoints(folder / f"{kind}{parallel.world_size}", group=group)
+        checkpoints.save(STEP + 1, own.state())
+        checkpoints.wait()
+        for origin in folder.glob("*[1-4]"):
+            fresh = trainer(settings, parallel)
+            checkpoints = Checkpoints(origin, group=group)
+            assert step_of(checkpoints.latest()) == STEP + 1
+            checkpoints.load_(checkpoints.latest(), fresh.state())
+            saved = saved_tensors(checkpoints.latest())
+            for part, tensors in fresh.state().items():
+                for name, value in tensors.items():
+                    for key, x in value.items() if isinstance(value, dict) else [(None, value)]:
+                        path = f"{part}.{name}" + (f".{key}" if key else "")
+                        assert torch.equal(whole(x), saved.pop(path)), path
+            assert not saved
+
+
+def run_rank(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/{world}_meet", rank=rank, world_size=world)
+    parallel = Parallel(rank, world, torch.device("cpu"), dist.group.WORLD)
+    check_steps(parallel, folder)
+    check_collectives(parallel)
+    check_nan(parallel)
+    check_checkpoints(parallel, folder)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The steps of one process, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("steps")
+    for name, settings in PROBLEMS.items():
+        own = trainer(settings)
+        torch.save(outcome(own, batch(IMAGES)), folder / f"{name}.pt")
+        if name == "sinkhorn":
+            checkpoints = Checkpoints(folder / "alone1")
+            checkpoints.save(STEP + 1, own.state())
+            checkpoints.wait()
+    return folder
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_many_processes_take_the_step_of_one(world: int, expected: Path) -> None:
+    mp.set_forkserver_preload([__name__])
+    mp.start_processes(run_rank, (world, expected), nprocs=world, start_method="forkserver")
