@@ -120,10 +120,17 @@ def saved_tensors(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def start_process(arguments: list[str], *, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    """The recipe in a process of its own, its output to this test's.
+def start_process(
+    arguments: list[str], *, launcher: tuple[str, ...] = (), piped: bool = False
+) -> subprocess.Popen:
+    """The recipe in a process of its own, its output to this test's or, ``piped``, to be read.
 
     With one thread, as the tests themselves have: sums over more are rounded differently.
     """
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *launcher, str(RECIPE), *arguments], env=one_thread)
+    command = [sys.executable, *launcher, str(RECIPE), *arguments]
+    if not piped:
+        return subprocess.Popen(command, env=one_thread)
+    return subprocess.Popen(
+        command, env=one_thread, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )

@@ -1,5 +1,6 @@
 """One training step of the recipe in 1 to 4 processes (gloo), replicated and sharded."""
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sslkit.data import Batch
-from sslkit.training.checkpoint import Checkpoints, checkpoint_group, step_of
+from sslkit.training.checkpoint import CheckpointError, Checkpoints, checkpoint_group, step_of
 from sslkit.training.monitor import NonFiniteLoss
 from sslkit.training.parallel import Parallel
 from tests.recipe import ALONE, batch, recipe, saved_tensors, tiny
@@ -152,6 +153,23 @@ def check_checkpoints(parallel: Parallel, folder: Path) -> None:
             assert not saved
 
 
+def check_full_disk(parallel: Parallel, folder: Path) -> None:
+    """The disk of one process is full: all of them hear of it, and the last checkpoint is whole."""
+    group = checkpoint_group(parallel.group)
+    checkpoints = Checkpoints(folder / f"full_{parallel.world_size}_disk", group=group)
+    checkpoints.save(1, {"x": torch.zeros(3)})
+    checkpoints.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if parallel.rank == parallel.world_size - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    state = {f"x{i}": torch.zeros(100_000) for i in range(2 * parallel.world_size)}  # dealt out
+    checkpoints.save(2, state)
+    with pytest.raises(CheckpointError, match=r"File too large.*step_00000001 is unharmed"):
+        checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in checkpoints.directory.iterdir()] == ["step_00000001"]
+
+
 def run_rank(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/{world}_meet", rank=rank, world_size=world)
@@ -160,6 +178,7 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
     check_collectives(parallel)
     check_nan(parallel)
     check_checkpoints(parallel, folder)
+    check_full_disk(parallel, folder)
     dist.barrier()
     dist.destroy_process_group()
 

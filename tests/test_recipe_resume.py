@@ -147,35 +147,3 @@ def test_a_collapsing_run_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixtu
     hot = "--stages pretrain --targets.start-temperature 100 --targets.temperature 100"
     recipe.main(smoke(tmp_path / "run", *hot.split(), "--optim.lr-warmup", "0"))
     assert "warning: step 3: uniform targets" in capsys.readouterr().out
-
-
-@pytest.fixture(scope="module")
-def split_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """One and two processes; without masks and KoLeo nothing depends on how images are split."""
-    one, two = (tmp_path_factory.mktemp("processes") / name for name in ("one", "two"))
-    unsplit = "--stages pretrain --steps 2 --losses.koleo 0 --masks.probability 0"
-    arguments = [*unsplit.split(), "--optim.lr-warmup", "0"]
-    recipe.main(smoke(one, *arguments))
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    process = start_process(smoke(two, *arguments), launcher=launcher)
-    try:
-        assert process.wait(timeout=240) == 0
-    finally:
-        process.kill()
-    return one, two
-
-
-def test_two_processes_end_with_a_checkpoint_and_an_encoder(split_runs: tuple[Path, Path]) -> None:
-    _, two = split_runs
-    checkpoints = Checkpoints(two / "pretrain" / "checkpoints")
-    assert step_of(checkpoints.latest()) == 2
-    assert recipe.backbones.load(two / "pretrain.safetensors").embed_dim == 32
-
-
-def test_two_processes_have_the_losses_and_gradients_of_one(split_runs: tuple[Path, Path]) -> None:
-    one, two = (read_metrics(run / "pretrain" / "metrics.jsonl") for run in split_runs)
-    assert len(one) == len(two) == 2
-    for a, b in zip(one, two, strict=True):
-        for name in a:
-            if name == "loss" or name.startswith(("dino/", "gradient_norm/", "lr", "momentum")):
-                assert a[name] == pytest.approx(b[name], rel=1e-4), name

@@ -115,6 +115,18 @@ def test_settings_that_change_the_training_are_refused_on_resume(
     assert (started / "settings.json").read_text() == before
 
 
+def test_changed_settings_can_be_insisted_on(started: Path) -> None:
+    changed = ["--resume", "--optim.clip", "1.5"]
+    with pytest.raises(recipe.SettingsError, match="or insist with --accept-changes"):
+        recipe.check(recipe.parse(smoke(started, *changed)), world_size=1)
+    recipe.check(recipe.parse(smoke(started, *changed, "--accept-changes")), world_size=1)
+    # It is asked anew in each call.
+    (started / "settings.json").write_text(
+        recipe.as_json(recipe.parse(smoke(started, "--accept-changes")))
+    )
+    assert not recipe.parse(["--output", str(started)]).accept_changes
+
+
 def test_settings_that_do_not_change_the_training_may_differ_on_resume(started: Path) -> None:
     free = "--workers 3 --log-every 7 --rasa.num-iterations 2 --evaluation.knn 5"
     free += " --highres.steps 9"  # free until the stage has begun

@@ -102,8 +102,18 @@ def start(device: str = "auto") -> Parallel:
         device = f"cuda:{index}"
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Parallel(0, 1, torch.device(device), None)
-    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    # Rendezvous of one attempt do not see the addresses that an earlier one left in torchrun's
+    # store (pytorch#135712). Nodes count attempts for themselves, so only those of one node do.
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=_TIMEOUT)))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(f"attempt_{_attempt()}", store)
+    dist.init_process_group(
+        "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=_TIMEOUT,
+    )
     group = dist.group.WORLD
     return Parallel(dist.get_rank(), dist.get_world_size(), torch.device(device), group)
 
@@ -117,7 +127,12 @@ def stop(parallel: Parallel) -> Parallel:
 
 def restarted() -> bool:
     """Whether `torchrun --max-restarts` has started this job again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _attempt() > 0
+
+
+def _attempt() -> int:
+    """How often torchrun has started this node's processes before."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def lost_contact(error: BaseException) -> bool:

@@ -1,0 +1,205 @@
+"""What a cluster does to a run: processes killed, machines taken away, other numbers of ranks."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sslkit.training.checkpoint import Checkpoints, step_of
+from sslkit.training.metrics import read_metrics
+from sslkit.training.parallel import Parallel, choose, lost_contact, restarted, start
+from tests.recipe import recipe, saved_tensors, smoke, start_process
+
+TRAINING = "--stages pretrain --steps 14 --checkpoint-every 4 --optim.lr-warmup 0"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def launch(output: Path, *arguments: str, restarts: int | None = None) -> subprocess.Popen:
+    launcher = () if restarts is None else (*TORCHRUN, f"--max-restarts={restarts}")
+    return start_process(
+        smoke(output, *TRAINING.split(), *arguments), launcher=launcher, piped=True
+    )
+
+
+def finish(process: subprocess.Popen, *, seconds: float = 120) -> str:
+    try:
+        return process.communicate(timeout=seconds)[0]
+    finally:
+        process.kill()
+
+
+def wait_for_step(output: Path, step: int, process: subprocess.Popen) -> None:
+    metrics = output / "pretrain" / "metrics.jsonl"
+    while not metrics.exists() or all(row["step"] < step for row in read_metrics(metrics)):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+
+
+def process_of(rank: int, torchrun: subprocess.Popen) -> int:
+    """The process of a rank, among the children of torchrun."""
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    for child in children:
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"torchrun has no rank {rank} among {children}")
+
+
+def last_state(output: Path) -> dict[str, torch.Tensor]:
+    return saved_tensors(Checkpoints(output / "pretrain" / "checkpoints").latest())
+
+
+def assert_same_end(output: Path, expected: Path) -> None:
+    own, other = last_state(output), last_state(expected)
+    assert own.keys() == other.keys()
+    for name, value in own.items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=1e-6, msg=name)
+    for run in (output, expected):
+        rows = read_metrics(run / "pretrain" / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(1, 15))
+        assert recipe.backbones.load(run / "pretrain.safetensors").embed_dim == 32
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes."""
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    text = finish(launch(output, restarts=0))
+    assert (output / "pretrain.safetensors").exists(), text
+    return output
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc").exists(), reason="finds ranks in /proc")
+
+
+@needs_proc
+def test_a_killed_rank_ends_the_job_on_all_ranks_with_words(tmp_path: Path) -> None:
+    process = launch(tmp_path / "run", "--steps", "1000", restarts=0)
+    wait_for_step(tmp_path / "run", 6, process)
+    killed = time.monotonic()
+    os.kill(process_of(1, process), signal.SIGKILL)
+    text = finish(process, seconds=60)
+    assert time.monotonic() - killed < 60
+    assert process.returncode != 0
+    assert "error: another process of this job is gone" in text
+    assert "Signal 9 (SIGKILL)" in text  # torchrun, of the rank that died
+    assert step_of(Checkpoints(tmp_path / "run" / "pretrain" / "checkpoints").latest()) >= 4
+
+
+@needs_proc
+def test_torchrun_restarts_a_job_that_then_ends_the_same(undisturbed: Path, tmp_path: Path) -> None:
+    process = launch(tmp_path / "run", restarts=1)
+    wait_for_step(tmp_path / "run", 6, process)
+    os.kill(process_of(1, process), signal.SIGKILL)
+    text = finish(process)
+    assert process.returncode == 0, text
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
+def test_a_run_of_two_goes_on_alone_and_in_shards(undisturbed: Path, tmp_path: Path) -> None:
+    """Six steps in two processes, then one, then two with sharded networks."""
+    output = tmp_path / "run"
+    for step, restarts, arguments in ((5, 0, []), (9, None, ["--resume"])):
+        process = launch(output, *arguments, restarts=restarts)
+        wait_for_step(output, step, process)
+        process.terminate()
+        text = finish(process)
+        assert "stopped by SIGTERM and saved at step" in text
+    text = finish(launch(output, "--resume", "--parallel", "fsdp", restarts=0))
+    assert (output / "pretrain.safetensors").exists(), text
+    own, other = last_state(output), last_state(undisturbed)
+    for name, value in own.items():
+        # AdamW divides gradients by their size: of what is near zero it keeps the rounding.
+        distance = (value - other[name]).norm() / other[name].norm().clamp(min=1e-3)
+        assert distance < 1e-3, name
+
+
+@pytest.mark.parametrize("restarts", [None, 0])
+def test_sigterm_saves_and_leaves(undisturbed: Path, tmp_path: Path, restarts: int | None) -> None:
+    output = tmp_path / "run"
+    process = launch(output, restarts=restarts)
+    wait_for_step(output, 6, process)
+    process.terminate()
+    text = finish(process, seconds=60)
+    latest = step_of(Checkpoints(output / "pretrain" / "checkpoints").latest())
+    assert (
+        f"pretrain: stopped by SIGTERM and saved at step {latest}; continue with --resume" in text
+    )
+    assert latest >= 6
+    assert not (output / "pretrain.safetensors").exists()
+    if restarts is None:
+        assert process.returncode == 0
+    else:
+        text = finish(launch(output, "--resume", restarts=0))
+        assert_same_end(output, undisturbed)
+
+
+def test_a_flipped_byte_is_refused_and_the_checkpoint_before_it_offered(tmp_path: Path) -> None:
+    recipe.main(smoke(tmp_path / "run", *TRAINING.split()))
+    (tmp_path / "run" / "pretrain.safetensors").unlink()
+    checkpoints = Checkpoints(tmp_path / "run" / "pretrain" / "checkpoints")
+    damaged, before = checkpoints.latest(), checkpoints.paths()[-2]
+    content = bytearray((damaged / "__0_0.distcp").read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / "__0_0.distcp").write_bytes(content)
+    with pytest.raises(SystemExit, match=rf"error: .*{damaged.name} is damaged: .*{before.name}$"):
+        recipe.main(smoke(tmp_path / "run", *TRAINING.split(), "--resume"))
+    damaged.rename(tmp_path / "set aside")
+    recipe.main(smoke(tmp_path / "run", *TRAINING.split(), "--resume"))
+    assert checkpoints.latest() == damaged
+
+
+# ------------------------------------------------------------------------------ the small questions
+
+
+def test_what_says_that_a_process_is_gone() -> None:
+    closed = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]"
+    assert lost_contact(RuntimeError(closed))
+    assert not lost_contact(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not lost_contact(ValueError("gloo"))
+
+
+def test_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    assert not restarted()
+    for count in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert restarted() == (count == "1")
+
+
+def test_small_networks_are_replicated_and_large_ones_sharded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Properties:
+        total_memory = 80 * 10**9
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    group: object = "a group"
+    gpu = Parallel(0, 8, torch.device("cuda:0"), group)
+    assert choose(10**12, start("cpu")) == "none"
+    assert choose(10**12, Parallel(0, 2, torch.device("cpu"), group)) == "ddp"
+    assert choose(500_000_000, gpu) == "ddp"  # 10 GB
+    assert choose(1_500_000_000, gpu) == "fsdp"  # 30 GB
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world_size", "message"),
+    [
+        ("--parallel ddp", 1, r"--parallel ddp: there are 1 process\(es\)"),
+        ("--parallel fsdp", 1, r"--parallel fsdp: there are 1 process\(es\)"),
+        ("--parallel none", 2, r"--parallel none: there are 2 process\(es\)"),
+        ("--hsdp-replicas 3", 2, r"--hsdp-replicas 3 does not divide the 2 process\(es\)"),
+        (
+            "--parallel fsdp --model.factored-scores --model.no-normalize",
+            2,
+            "--model.factored-scores needs --model.normalize",
+        ),
+    ],
+)
+def test_refused_parallelism(arguments: str, world_size: int, message: str, tmp_path: Path) -> None:
+    settings = recipe.parse(smoke(tmp_path / "run", *arguments.split()))
+    with pytest.raises(recipe.SettingsError, match=message):
+        recipe.check(settings, world_size=world_size)
