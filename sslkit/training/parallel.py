@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -104,9 +105,9 @@ def start(device: str = "auto") -> Parallel:
         return Parallel(0, 1, torch.device(device), None)
     # Rendezvous of one attempt do not see the addresses that an earlier one left in torchrun's
     # store (pytorch#135712). Nodes count attempts for themselves, so only those of one node do.
-    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=_TIMEOUT)))
+    store, rank, world_size = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        store = dist.PrefixStore(f"attempt_{_attempt()}", store)
+        store = dist.PrefixStore(f"attempt_{_attempt()}", store)  # type: ignore[attr-defined]
     dist.init_process_group(
         "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
         store=store,
