@@ -583,7 +583,7 @@ def phases(work: Workload, strategy: Strategy, device: Device = "cuda") -> list[
         ),
         phase(
             "backward of the last block",
-            gradients=p.heads,
+            gradients=p.heads + work.mlp_hidden * work.width,  # and of the block's last layer
             copied=copies.block,
             activations=held_tokens + s.student_tokens + s.encoder_backward,
             scores=scores,
@@ -596,3 +596,341 @@ def phases(work: Workload, strategy: Strategy, device: Device = "cuda") -> list[
             moments=work_space,
         ),
     ]
+
+
+# ------------------------------------------------------------------- products, traffic and time
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Matrix products and attention of one step on all GPUs; a multiply-add is two.
+
+    All else counts as 0: norms, activations, exponentials, losses, Sinkhorn, AdamW, augmentation.
+    """
+
+    student: float
+    """Forward and backward."""
+    recomputation: float
+    """The blocks' forward again, with activation checkpointing."""
+    teacher: float
+    heads: float
+    """MLPs of both heads, student and teacher."""
+    prototypes: float
+    """Scores of student and teacher, and the gradients of their factors."""
+
+    @property
+    def total(self) -> float:
+        """A step's."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+def flops(work: Workload) -> Flops:
+    """What a step has to multiply.
+
+    A layer's backward has two products of the size of its one, the patch embedding's one: pixels
+    need no gradient. Attention's has five for two, as flash attention computes its weights again.
+    Factored scores are formed once more by the student's backward; the teacher's in each of T
+    passes of Sinkhorn, and in the forward and the backward of the losses (T + 2 products for 1).
+    """
+    D, F = work.width, work.mlp_hidden
+    of_token = 2 * (4 * D * D + (3 if work.mlp == "swiglu" else 2) * D * F)
+    linear = [work.depth * count * n * of_token for count, n in work.crops]
+    attention = [work.depth * count * 4 * n * n * D for count, n in work.crops]
+    of_patch = 2 * work.in_chans * work.patch_size**2 * D
+    embedding = [count * (n - work.prefix) * of_patch for count, n in work.crops]
+
+    teacher_rows = NUM_GLOBAL, work.masked  # of an image, for the DINO and the iBOT head
+    student_rows = NUM_GLOBAL + work.num_local, work.masked
+    student_products = 4 if work.factored_scores else 3
+    teacher_products = work.sinkhorn_iterations + 2 if work.factored_scores else 1
+    heads = prototypes = 0.0
+    bottlenecks = work.dino_bottleneck, work.ibot_bottleneck
+    for b, student, teacher in zip(bottlenecks, student_rows, teacher_rows, strict=True):
+        of_row = sum(2 * i * o for level in work.levels for i, o in _head_layers(work, level, b))
+        heads += (3 * student + teacher) * of_row
+        scores = 2 * b * work.all_prototypes
+        prototypes += (student_products * student + teacher_products * teacher) * scores
+    blocks = sum(linear) + sum(attention)
+    return Flops(
+        student=work.batch_size * (3 * sum(linear) + 3.5 * sum(attention) + 2 * sum(embedding)),
+        recomputation=work.batch_size * blocks * work.activation_checkpointing,
+        teacher=work.batch_size * (linear[0] + attention[0] + embedding[0]),
+        heads=work.batch_size * heads,
+        prototypes=work.batch_size * prototypes,
+    )
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one GPU sends in a step; rings, so that it receives as many."""
+
+    gathers: float
+    """Parameters of student (forward, backward) and teacher (FSDP)."""
+    gradients: float
+    """All-reduced (DDP), or reduce-scattered in float32 (FSDP)."""
+    replicas: float
+    """Shards of gradients, all-reduced over the replicas (HSDP)."""
+    sinkhorn: float
+    """Sums over the rows of all prototypes of both heads, packed, once an iteration."""
+    koleo: float
+    """Class tokens of all GPUs, and their gradients."""
+
+    @property
+    def total(self) -> float:
+        """A step's."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+def traffic(work: Workload, strategy: Strategy) -> Traffic:
+    """What a step has to send: an all-reduce of n bytes over w processes sends 2 (w - 1) / w n.
+
+    With FSDP each micro-batch gathers and reduces; with DDP only the last one reduces.
+    """
+    p, w, count = parameters(work), strategy.gpus, work.accumulation
+    gathers = gradients = replicas = 0.0
+    if strategy.kind == "fsdp":
+        sent = (strategy.shards - 1) / strategy.shards
+        passes = 3 * p.backbone * work.element + 2 * p.heads * FLOAT  # heads stay for the backward
+        gathers = count * sent * passes
+        gradients = count * sent * p.total * FLOAT
+        R = strategy.replicas
+        replicas = count * 2 * (R - 1) / R * p.total / strategy.shards * FLOAT
+    elif strategy.kind == "ddp":
+        gradients = 2 * (w - 1) / w * p.total * FLOAT
+    # Cosines have a known bound; without it the maxima of all columns cross first.
+    reductions = work.sinkhorn_iterations + (0 if work.normalize else 1)
+    sums = 2 * work.all_prototypes * FLOAT  # both heads
+    # Of each view, rows of all processes [w b, D] are gathered, and their gradients all-reduced.
+    rows = NUM_GLOBAL * work.batch_size / w * work.width * FLOAT
+    return Traffic(
+        gathers=gathers,
+        gradients=gradients,
+        replicas=replicas,
+        sinkhorn=reductions * 2 * (w - 1) / w * sums,
+        koleo=3 * (w - 1) * rows,
+    )
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Seconds of one step, by its parts."""
+
+    compute: float
+    """Products at `utilisation` times the peak."""
+    memory: float
+    """Passes over scores and state, which wait for memory alone."""
+    overlapped: float
+    """Traffic of parameters and gradients, while products are computed."""
+    exposed: float
+    """Traffic of Sinkhorn and KoLeo, which everything waits for."""
+
+    @property
+    def total(self) -> float:
+        """The longer of products and the traffic that they hide, and then the rest."""
+        return max(self.compute, self.overlapped) + self.memory + self.exposed
+
+
+def duration(work: Workload, strategy: Strategy, hardware: Hardware) -> Duration:
+    """Expected seconds of a step, from given figures."""
+    sent = traffic(work, strategy)
+    everywhere = _ring_bandwidth(strategy.gpus, hardware)
+    spread = strategy.gpus > hardware.gpus_per_node
+    replicas = hardware.inter_bandwidth if spread else hardware.intra_bandwidth
+    in_shards = (
+        everywhere if strategy.kind != "fsdp" else _ring_bandwidth(strategy.shards, hardware)
+    )
+    return Duration(
+        compute=flops(work).total / strategy.gpus / (hardware.flops * hardware.utilisation),
+        memory=bytes_moved(work, strategy) / hardware.bandwidth,
+        overlapped=(sent.gathers + sent.gradients) / in_shards + sent.replicas / replicas,
+        exposed=(sent.sinkhorn + sent.koleo) / everywhere,
+    )
+
+
+def _ring_bandwidth(gpus: int, hardware: Hardware) -> float:
+    """Of a ring inside a node its links'. Rings over nodes leave each once, by one card each."""
+    if gpus <= hardware.gpus_per_node:
+        return hardware.intra_bandwidth
+    return min(hardware.intra_bandwidth, hardware.gpus_per_node * hardware.inter_bandwidth)
+
+
+def bytes_moved(work: Workload, strategy: Strategy) -> float:
+    """Bytes that one GPU reads and writes in passes over scores, and over parameters at the end.
+
+    Of T iterations, Sinkhorn reads the teacher's scores in 1 + 2 (T - 1) passes, the losses' forward
+    and backward once each. The student's are read by both and written over by the latter. Written
+    scores of the teacher are also concatenated (a copy).
+    AdamW reads parameter, gradient and moments, and writes all but the gradient; the average reads
+    student and teacher and writes the teacher.
+    """
+    images = work.batch_size / strategy.gpus
+    score = images * work.all_prototypes * FLOAT  # of one row an image, at all levels
+    of_teacher = 2 * work.sinkhorn_iterations - 1 + 2 + (0 if work.factored_scores else 2)
+    scores = of_teacher * (NUM_GLOBAL + work.masked) * score
+    scores += 3 * (NUM_GLOBAL + work.num_local + work.masked) * score
+    return scores + (4 + 3 + 3) * FLOAT * parameters(work).total / strategy.shards
+
+
+# ------------------------------------------------------------------------------------- command
+
+# The recipe's presets on GPUs.
+PRESETS = {
+    "vitb14_in21k": Workload(width=768, depth=12, heads=12, mlp_hidden=2048),
+    "vitl14_in21k": Workload(width=1024, depth=24, heads=16, mlp_hidden=2736, batch_size=3072),
+    "vitg14_laion": Workload(
+        width=1536,
+        depth=40,
+        heads=24,
+        mlp_hidden=4096,
+        batch_size=3072,
+        activation_checkpointing=True,
+    ),
+}
+HIGH_RESOLUTION = 518  # pixels of the global crops in the recipe's second stage
+_SHARDED_FROM = 500_000_000  # parameters of the encoder above which FSDP is the default
+
+
+def report(work: Workload, strategy: Strategy, hardware: Hardware) -> str:
+    """The plan as text: memory, work, traffic, time, and what they assume."""
+    p, fullest = parameters(work), peak(work, strategy)
+    products, sent = flops(work), traffic(work, strategy)
+    seconds = duration(work, strategy, hardware)
+    shards = f" in {strategy.replicas} replicas" if strategy.replicas > 1 else ""
+    micro = work.batch_size // strategy.gpus // work.accumulation
+    limit = hardware.memory - hardware.reserve
+    lines = [
+        f"{p.total / 1e6:,.1f} M parameters: encoder {p.backbone / 1e6:,.1f} M, DINO head "
+        f"{p.dino_head / 1e6:,.1f} M, iBOT head {p.ibot_head / 1e6:,.1f} M",
+        f"{strategy.gpus} GPUs, {strategy.kind}{shards}; {work.batch_size} images a step: "
+        f"{work.accumulation} x {micro} on each",
+        "",
+        f"Memory on the main GPU, GiB (fullest: {fullest.phase})",
+        *(_row(name, size / GIB) for name, size in fullest.parts.items()),
+        _row("total", fullest.total / GIB),
+        _row("of", limit / GIB, f"{hardware.memory / GIB:.0f} less a reserve for what is not here"),
+        "  by phase: "
+        + ", ".join(f"{m.phase} {m.total / GIB:.2f}" for m in phases(work, strategy)),
+        "",
+        "Products and attention, TFLOP a step (all GPUs)",
+        *(_row(f.name, getattr(products, f.name) / 1e12) for f in fields(products)),
+        _row("total", products.total / 1e12, f"{products.total / 1e12 / strategy.gpus:,.1f} a GPU"),
+        "",
+        "Sent by each GPU, MB a step",
+        *(_row(f.name, getattr(sent, f.name) / 1e6) for f in fields(sent)),
+        _row("total", sent.total / 1e6),
+        "",
+        "Time of a step, ms: max(compute, overlapped) + memory + exposed",
+        *(_row(f.name, getattr(seconds, f.name) * 1e3) for f in fields(seconds)),
+        _row("total", seconds.total * 1e3),
+        _row("images/s", work.batch_size / seconds.total, "expected, all GPUs"),
+        "",
+        "Assumed, not measured:",
+        f"  {hardware.flops / 1e12:,.0f} TFLOP/s bfloat16 x {hardware.utilisation:.0%} utilisation, "
+        f"float32 heads too (TF32 or float32 products are slower)",
+        f"  {hardware.bandwidth / 1e12:.2f} TB/s memory; {hardware.intra_bandwidth / 1e9:,.0f} GB/s "
+        f"to a node's GPUs, {hardware.inter_bandwidth / 1e9:,.0f} GB/s to other nodes, "
+        f"{hardware.gpus_per_node} GPUs a node",
+        "  traffic of parameters and gradients hides behind products; latency, stragglers and the "
+        "loader cost nothing",
+        "  kernels of sslkit.ops run; the main GPU also keeps the results of the previous step",
+    ]
+    if fullest.total > limit:
+        lines += ["", f"does not fit: {fullest.total / GIB:.1f} GiB of {limit / GIB:.1f} GiB; "]
+        lines[-1] += _what_would_help(work, strategy, limit)
+    return "\n".join(lines)
+
+
+def _row(name: str, value: float, remark: str = "") -> str:
+    return f"  {name:<14}{value:>14,.2f}  {remark}".rstrip()
+
+
+def _what_would_help(work: Workload, strategy: Strategy, limit: float) -> str:
+    """Changes, each by itself, and the need that they leave."""
+    options: dict[str, tuple[Workload, Strategy]] = {}
+    if strategy.kind != "fsdp" and strategy.gpus > 1:
+        options["--parallel fsdp"] = work, replace(strategy, kind="fsdp")
+    if not work.activation_checkpointing:
+        options["--activation-checkpointing"] = (
+            replace(work, activation_checkpointing=True),
+            strategy,
+        )
+    if not work.factored_scores:
+        options["--factored-scores"] = replace(work, factored_scores=True), strategy
+    each = work.batch_size // strategy.gpus
+    for count in (n for n in range(work.accumulation + 1, each + 1) if each % n == 0):
+        changed = replace(work, accumulation=count), strategy
+        options[f"--accumulation {count}"] = changed
+        if peak(*changed).total <= limit:
+            break
+    if strategy.kind != "none" and each % (2 * work.accumulation) == 0:
+        options[f"--gpus {2 * strategy.gpus}"] = work, replace(strategy, gpus=2 * strategy.gpus)
+    needs = {name: peak(*changed).total for name, changed in options.items()}
+    fewer = {name: need for name, need in needs.items() if need < peak(work, strategy).total}
+    return "each of these by itself would need: " + (
+        ", ".join(f"{name} {need / GIB:.1f} GiB" for name, need in fewer.items()) or "(none helps)"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sslkit.training.plan", description="Memory, work and time of a step."
+    )
+    add = parser.add_argument
+    add("--preset", choices=list(PRESETS), default="vitg14_laion", help="of the recipe")
+    add("--highres", action="store_true", help=f"the stage at {HIGH_RESOLUTION} pixels")
+    add("--gpus", type=int, default=8)
+    add(
+        "--parallel",
+        choices=("none", "ddp", "fsdp"),
+        help="default: none on one GPU, fsdp for a ViT-g, else ddp",
+    )
+    add("--hsdp-replicas", type=int, default=1, help="groups of GPUs that hold a whole copy")
+    add("--batch-size", type=int, help="images a step, over all GPUs; default: the preset's")
+    add("--accumulation", type=int, help="micro-batches a step")
+    flag = argparse.BooleanOptionalAction
+    add("--activation-checkpointing", action=flag, default=None)
+    add("--factored-scores", action=flag, default=None)
+    add("--precision", choices=("bfloat16", "float32"), help="of the encoder")
+    add("--gpu", choices=list(HARDWARE), default="h100", help="whose figures are taken")
+    add("--memory", type=float, metavar="GIB")
+    add("--reserve", type=float, metavar="GIB", help="for what is not counted")
+    add("--flops", type=float, metavar="TFLOPS", help="dense bfloat16, at best")
+    add("--utilisation", type=float, help="share of them that a step reaches")
+    add("--bandwidth", type=float, metavar="GB/S", help="of a GPU's memory")
+    add("--intra-bandwidth", type=float, metavar="GB/S", help="of a GPU to others of its node")
+    add("--inter-bandwidth", type=float, metavar="GB/S", help="of a GPU to other nodes")
+    add("--gpus-per-node", type=int)
+    return parser
+
+
+_UNITS = {"memory": GIB, "reserve": GIB, "flops": 1e12, "utilisation": 1, "gpus_per_node": 1} | {
+    name: 1e9 for name in ("bandwidth", "intra_bandwidth", "inter_bandwidth")
+}
+_OVERRIDES = ("batch_size", "accumulation", "activation_checkpointing", "factored_scores")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a plan; exit with status 2 and the name of the option if one is impossible."""
+    parser = _parser()
+    given = vars(parser.parse_args(arguments))
+    work = PRESETS[given["preset"]]
+    if given["highres"]:
+        work = replace(work, global_size=HIGH_RESOLUTION)
+    overrides = {k: given[k] for k in (*_OVERRIDES, "precision") if given[k] is not None}
+    work = replace(work, **overrides)
+    figures = {k: given[k] * unit for k, unit in _UNITS.items() if given[k] is not None}
+    hardware = replace(HARDWARE[given["gpu"]], **figures)
+    kind = given["parallel"]
+    if kind is None:
+        sharded = parameters(work).backbone > _SHARDED_FROM or given["hsdp_replicas"] > 1
+        kind = "none" if given["gpus"] == 1 else "fsdp" if sharded else "ddp"
+    strategy = Strategy(kind, given["gpus"], given["hsdp_replicas"])
+    if found := problems(work, strategy, hardware):
+        parser.error("; ".join(found))
+    stage = f", {HIGH_RESOLUTION} px" if given["highres"] else ""
+    print(f"{given['preset']}{stage} on {strategy.gpus} {given['gpu'].upper()}")
+    print(report(work, strategy, hardware))
+
+
+if __name__ == "__main__":
+    main()
