@@ -6,9 +6,9 @@ Bytes and FLOPs are derived from the shapes; the figures of the hardware are giv
 options of the command) and not measured, and images a second follow from them.
 """
 
+from sslkit.training.plan.cost import Duration, Flops, Traffic, duration, flops, traffic
 from sslkit.training.plan.hardware import HARDWARE, Hardware, Strategy, problems
 from sslkit.training.plan.memory import Memory, between_steps, peak, phases, state_bytes
-from sslkit.training.plan.cost import Duration, Flops, Traffic, duration, flops, traffic
 from sslkit.training.plan.workload import PRESETS, Parameters, Workload, parameters
 
 __all__ = [

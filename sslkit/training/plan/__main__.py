@@ -3,10 +3,11 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import product
 
+from sslkit.training.plan.cost import duration, flops, traffic
 from sslkit.training.plan.hardware import BANDWIDTHS, GIB, HARDWARE, Hardware, Strategy, problems
 from sslkit.training.plan.memory import peak, phases
-from sslkit.training.plan.cost import duration, flops, traffic
 from sslkit.training.plan.workload import PRESETS, Workload, parameters
 
 HIGH_RESOLUTION = 518  # pixels of the global crops in the recipe's second stage
@@ -31,8 +32,9 @@ def report(work: Workload, strategy: Strategy, hardware: Hardware) -> str:
         *(_row(name, size / GIB) for name, size in fullest.parts.items()),
         _row("total", fullest.total / GIB),
         _row("of", limit / GIB, f"{hardware.memory / GIB:.0f} less a reserve for what is not here"),
-        "  by phase: "
-        + ", ".join(f"{m.phase} {m.total / GIB:.2f}" for m in phases(work, strategy)),
+        "",
+        "Fullest moment of each phase, GiB",
+        *(_row(memory.phase, memory.total / GIB) for memory in phases(work, strategy)),
         "",
         "Products and attention, TFLOP a step (all GPUs)",
         *(_row(f.name, getattr(products, f.name) / 1e12) for f in fields(products)),
@@ -52,46 +54,64 @@ def report(work: Workload, strategy: Strategy, hardware: Hardware) -> str:
         f"{hardware.float32_flops / 1e12:,.1f} TFLOP/s float32, for heads and prototypes",
         f"  {hardware.bandwidth / 1e12:.2f} TB/s to a GPU's memory, "
         f"{hardware.intra_bandwidth / 1e9:,.0f} GB/s to GPUs of its node, "
-        f"{hardware.inter_bandwidth / 1e9:,.0f} GB/s to others; {hardware.gpus_per_node} GPUs a node",
+        f"{hardware.inter_bandwidth / 1e9:,.0f} GB/s to others; "
+        f"{hardware.gpus_per_node} GPUs a node",
         "  traffic of parameters and gradients hides behind products; latency, stragglers and the "
         "loader cost nothing",
         "  kernels of sslkit.ops run; the main GPU also keeps the results of the previous step",
     ]
     if fullest.total > limit:
         lines += ["", f"does not fit: {fullest.total / GIB:.1f} GiB of {limit / GIB:.1f} GiB; "]
-        lines[-1] += _what_would_help(work, strategy, limit)
+        lines[-1] += _what_would_help(work, strategy, hardware)
     return "\n".join(lines)
 
 
 def _row(name: str, value: float, remark: str = "") -> str:
-    return f"  {name:<14}{value:>14,.2f}  {remark}".rstrip()
+    return f"  {name:<28}{value:>14,.2f}  {remark}".rstrip()
 
 
-def _what_would_help(work: Workload, strategy: Strategy, limit: float) -> str:
-    """Changes, each by itself, and the need that they leave."""
-    options: dict[str, tuple[Workload, Strategy]] = {}
-    if strategy.kind != "fsdp" and strategy.gpus > 1:
-        options["--parallel fsdp"] = work, replace(strategy, kind="fsdp")
-    if not work.activation_checkpointing:
-        options["--activation-checkpointing"] = (
-            replace(work, activation_checkpointing=True),
-            strategy,
-        )
-    if not work.factored_scores:
-        options["--factored-scores"] = replace(work, factored_scores=True), strategy
+def _what_would_help(work: Workload, strategy: Strategy, hardware: Hardware) -> str:
+    """The fastest change of settings that fits, and the number of GPUs that need none."""
+
+    def fits(work: Workload, strategy: Strategy) -> bool:
+        return peak(work, strategy).total <= hardware.memory - hardware.reserve
+
+    def needed(option: str, value: bool) -> list[tuple[str, bool]]:
+        return [("", value)] if value else [("", False), (option, True)]
+
     each = work.batch_size // strategy.gpus
-    for count in (n for n in range(work.accumulation + 1, each + 1) if each % n == 0):
-        changed = replace(work, accumulation=count), strategy
-        options[f"--accumulation {count}"] = changed
-        if peak(*changed).total <= limit:
-            break
-    if strategy.kind != "none" and each % (2 * work.accumulation) == 0:
-        options[f"--gpus {2 * strategy.gpus}"] = work, replace(strategy, gpus=2 * strategy.gpus)
-    needs = {name: peak(*changed).total for name, changed in options.items()}
-    fewer = {name: need for name, need in needs.items() if need < peak(work, strategy).total}
-    return "each of these by itself would need: " + (
-        ", ".join(f"{name} {need / GIB:.1f} GiB" for name, need in fewer.items()) or "(none helps)"
-    )
+    counts = [n for n in range(work.accumulation, each + 1) if each % n == 0]
+    sharded = strategy.kind == "fsdp" or strategy.gpus == 1
+    found = []
+    for (a, checkpoints), (b, factored), (c, shard), count in product(
+        needed("--activation-checkpointing", work.activation_checkpointing),
+        needed("--factored-scores", work.factored_scores),
+        needed("--parallel fsdp", sharded),
+        counts,
+    ):
+        changed = replace(
+            work,
+            activation_checkpointing=checkpoints,
+            factored_scores=factored,
+            accumulation=count,
+        )
+        other = replace(strategy, kind="fsdp") if shard and c else strategy
+        if fits(changed, other):
+            accumulation = f"--accumulation {count}" if count > work.accumulation else ""
+            options = [x for x in (a, b, c, accumulation) if x]
+            seconds = duration(changed, other, hardware).total
+            found.append((seconds, len(options), count, " ".join(options)))
+    seconds, _, _, options = min(found, default=(0.0, 0, 0, ""))
+    advice = ["no setting helps on so few GPUs"]
+    if found:
+        advice = [f"it fits with {options} ({work.batch_size / seconds:,.0f} images/s)"]
+    kind = strategy.kind if strategy.gpus > 1 else "ddp"
+    micro = (n for n in range(each // work.accumulation, 0, -1) if each % n == 0)
+    for gpus in (each // n * strategy.gpus // work.accumulation for n in micro):
+        wider = replace(strategy, kind=kind, gpus=gpus)
+        if not problems(work, wider, hardware) and fits(work, wider):
+            return "; ".join([*advice, f"as it is, on --gpus {gpus}"])
+    return "; ".join(advice)
 
 
 def _parser() -> argparse.ArgumentParser:

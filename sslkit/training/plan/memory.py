@@ -210,6 +210,18 @@ def _prototypes_backward(work: Workload, bottleneck: int) -> float:
     return 4 * work.levels[-1].prototypes * bottleneck * FLOAT
 
 
+def _adamw_work_space(work: Workload, strategy: Strategy, device: Device) -> float:
+    """Roots of the second moments: on a GPU of all at once; on a CPU of one after the other.
+
+    There with a second tensor, the root over its bias correction.
+    """
+    if device == "cuda":
+        return parameters(work).total * FLOAT / strategy.shards
+    prototypes = work.levels[-1].prototypes * max(work.dino_bottleneck, work.ibot_bottleneck)
+    mlp = (2 if work.mlp == "swiglu" else 1) * work.mlp_hidden * work.width
+    return 2 * FLOAT * max(prototypes, mlp)
+
+
 class _Copies(NamedTuple):
     """Bytes of parameters and gradients in other forms than their own, in each phase."""
 
@@ -263,14 +275,6 @@ def phases(work: Workload, strategy: Strategy, device: Device = "cuda") -> list[
     waiting = work.all_prototypes * FLOAT if work.factored_scores else 0
     waiting_dino, waiting_ibot = waiting * work.dino_bottleneck, waiting * work.ibot_bottleneck
     scores = held_scores + s.student_scores
-    if device == "cuda":  # one root of the second moments for all parameters of a call
-        work_space = p.total * each
-    else:  # one parameter after the other: its root, and that over the bias correction
-        bottleneck = max(work.dino_bottleneck, work.ibot_bottleneck)
-        finest = work.levels[-1].prototypes * bottleneck
-        work_space = (
-            2 * FLOAT * max(finest, (1 + (work.mlp == "swiglu")) * work.mlp_hidden * work.width)
-        )
 
     def phase(
         name: str,
@@ -355,6 +359,6 @@ def phases(work: Workload, strategy: Strategy, device: Device = "cuda") -> list[
             gradients=p.total,
             activations=held_tokens + s.student_tokens,
             scores=scores,
-            moments=work_space,
+            moments=_adamw_work_space(work, strategy, device),
         ),
     ]
