@@ -314,7 +314,7 @@ def test_command():
 
 
 def test_command_says_what_would_fit(capsys):
-    main("--preset vitb14_in21k --gpus 8".split())
+    main(["--preset", "vitb14_in21k", "--gpus", "8"])
     out = capsys.readouterr().out
     assert "does not fit: " in out
     advice = out.split("it fits with ")[1].split(" (")[0]

@@ -101,10 +101,10 @@ def _what_would_help(work: Workload, strategy: Strategy, hardware: Hardware) -> 
             options = [x for x in (a, b, c, accumulation) if x]
             seconds = duration(changed, other, hardware).total
             found.append((seconds, len(options), count, " ".join(options)))
-    seconds, _, _, options = min(found, default=(0.0, 0, 0, ""))
     advice = ["no setting helps on so few GPUs"]
     if found:
-        advice = [f"it fits with {options} ({work.batch_size / seconds:,.0f} images/s)"]
+        seconds, _, _, chosen = min(found)
+        advice = [f"it fits with {chosen} ({work.batch_size / seconds:,.0f} images/s)"]
     kind = strategy.kind if strategy.gpus > 1 else "ddp"
     micro = (n for n in range(each // work.accumulation, 0, -1) if each % n == 0)
     for gpus in (each // n * strategy.gpus // work.accumulation for n in micro):
