@@ -27,6 +27,8 @@ from sslkit.training.plan.__main__ import main
 from tests.recipe import batches, recipe, tiny, trainer
 
 ALONE = Strategy("none")
+# 15 % are promised and 3 % are measured; between them, so that a term left out is noticed.
+TOLERANCE = 0.05
 
 
 def network(settings: Any, global_size: int | None = None) -> Any:
@@ -115,7 +117,7 @@ CASES = {
     },
     "factored": {"batch_size": 32, "num_prototypes": 4096, "factored_scores": True},
     "factored-prototypes": {"batch_size": 8, "num_prototypes": 32768, "factored_scores": True},
-    "accumulation": {"batch_size": 32, "num_prototypes": 4096, "accumulation": 2},
+    "accumulation": {"batch_size": 16, "num_prototypes": 8192, "accumulation": 2},
     "accumulation-factored": {
         "batch_size": 32,
         "num_prototypes": 8192,
@@ -194,9 +196,9 @@ def test_memory_is_what_a_step_allocates(name):
     between, fullest = between_steps(work, ALONE, "cpu"), peak(work, ALONE, "cpu").total
     print(f"{name}: {measured.peak / 1e6:.1f} MB measured, {fullest / 1e6:.1f} MB planned")
     assert state_bytes(work, ALONE) / 2 == pytest.approx(measured.made, rel=0.01)  # no moments yet
-    assert between == pytest.approx(measured.before, rel=0.15)
-    assert fullest == pytest.approx(measured.peak, rel=0.15)
-    assert fullest - between == pytest.approx(measured.peak - measured.before, rel=0.15)
+    assert between == pytest.approx(measured.before, rel=TOLERANCE)
+    assert fullest == pytest.approx(measured.peak, rel=TOLERANCE)
+    assert fullest - between == pytest.approx(measured.peak - measured.before, rel=TOLERANCE)
 
 
 def test_cases_reach_the_phases_that_can_be_fullest():
