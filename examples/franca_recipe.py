@@ -760,36 +760,33 @@ class Trainer:
         with self.autocast():
             teacher = [self.teacher([crops[0]], masks, hide=False) for crops, masks in micro]
         scores = [s.dino + s.ibot for s in teacher]
+        rows = [[len(level) for level in levels] for levels in scores]
+        watched = {
+            "images": nan_if_bad(images for crops, _ in micro for images in crops),
+            "teacher's features": nan_if_bad(s.cls for s in teacher),
+            "masked images": all_masks.flatten(2).any(2).float().mean().to(self.parallel.device),
+        }
         logits = [concatenated(parts) for parts in zip(*scores, strict=True)]
+        del teacher, scores  # a copy of the logits, where there are several micro-batches
         targets = self.targets(logits, now.teacher_temperature)
 
         self.optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, Tensor] = {}
-        rows = [0] * len(targets)
-        for i, ((crops, masks), scores) in enumerate(zip(micro, teacher, strict=True)):
-            own = []  # the targets of this micro-batch
-            for level, part in enumerate(scores.dino + scores.ibot):
-                stop_row = rows[level] + len(part)
-                own.append(
-                    replace(targets[level], logits=targets[level].logits[rows[level] : stop_row])
-                )
-                rows[level] = stop_row
+        first = [0] * len(targets)
+        for i, (crops, masks) in enumerate(micro):
+            ends = [start + count for start, count in zip(first, rows[i], strict=True)]
+            own = [
+                replace(level, logits=level.logits[start:end])
+                for level, start, end in zip(targets, first, ends, strict=True)
+            ]
             with gradients_synchronised(self.replica, last=i == len(micro) - 1):
-                with self.autocast():
-                    student = self.replica(crops, masks, hide=True)
-                levels = len(scores.dino)
-                terms = self.loss(student, own[:levels], own[levels:], masks)
-                (weighted_sum(terms, self.settings.losses) / len(micro)).backward()
+                terms, cls = self.backward(crops, masks, own, share=1 / len(micro))
             for name, term in terms.items():
-                sums[name] = sums.get(name, 0) + term.detach() / len(micro)
-        watched = {
-            "images": nan_if_bad(images for crops, _ in micro for images in crops),
-            "teacher's features": nan_if_bad(scores.cls for scores in teacher),
-            **sums,
-        }
+                watched[name] = watched.get(name, 0) + term / len(micro)
+            first = ends
+
         everywhere = self.parallel.gather(torch.stack(list(watched.values())))  # [processes, names]
         means = dict(zip(watched, everywhere.mean(0), strict=True))
-        sums = {name: means[name] for name in sums}
+        sums = {name: means[name] for name in terms}
         parts = {name: getattr(self.student, name) for name in SUBMODULES}
         norms = clip_gradients(parts, self.settings.optim.clip)
         gradients = {f"gradient of {name}": n for name, n in norms.items()}
@@ -802,9 +799,20 @@ class Trainer:
             schedule=now,
             gradient_norms=norms,
             targets=dict(zip(self.num_prototypes, targets, strict=True)),
-            cls=student.cls.detach(),
-            masked_images=all_masks.flatten(2).any(2).float().mean().item(),
+            cls=cls,
+            masked_images=means["masked images"].item(),
         )
+
+    def backward(
+        self, crops: list[Tensor], masks: Tensor, targets: list[Assignments], *, share: float
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Add the gradients of a micro-batch, this share of the batch: its terms, class tokens."""
+        with self.autocast():
+            student = self.replica(crops, masks, hide=True)
+        levels = len(student.dino)
+        terms = self.loss(student, targets[:levels], targets[levels:], masks)
+        (share * weighted_sum(terms, self.settings.losses)).backward()
+        return {name: term.detach() for name, term in terms.items()}, student.cls.detach()
 
     def seed(self, *words: int) -> int:
         """Of random numbers of this stage."""
@@ -874,6 +882,8 @@ def by_rank(names: Iterable[str], values: Tensor) -> dict[str, Tensor]:
 
 def concatenated(parts: Sequence[Logits]) -> Logits:
     """Rows of scores of the same prototypes."""
+    if len(parts) == 1:
+        return parts[0]
     if isinstance(parts[0], Tensor):
         return torch.cat(cast(list[Tensor], parts))
     features = [part.features for part in cast(list[FactoredLogits], parts)]
@@ -963,6 +973,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
             if asked_to_stop:
                 checkpoints.wait()
                 raise Stopped(plan.name, done)
+            del seen  # the teacher's scores, before there are new ones
         checkpoints.wait()
     weights = whole(trainer.teacher.module.backbone)
     if parallel.is_main:

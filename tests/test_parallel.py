@@ -94,6 +94,21 @@ def check_steps(parallel: Parallel, folder: Path) -> None:
             assert_same(outcome(own, images), expected)
 
 
+def check_half_precision(parallel: Parallel) -> None:
+    """Blocks gathered in bfloat16 compute what autocast computes; heads and scores are float32."""
+    images = share(batch(IMAGES), parallel.rank, parallel.world_size)
+    settings = replace(PROBLEMS["sinkhorn"], precision="bfloat16")
+    ddp, fsdp = (
+        trainer(replace(settings, parallel=kind), parallel).step(STEP, images)
+        for kind in ("ddp", "fsdp")
+    )
+    exact = trainer(PROBLEMS["sinkhorn"], parallel).step(STEP, images)
+    for name, term in fsdp.terms.items():
+        assert term.dtype == torch.float32
+        assert term.item() == pytest.approx(ddp.terms[name].item(), rel=0.02), name
+    assert fsdp.loss != exact.loss
+
+
 def check_collectives(parallel: Parallel) -> None:
     """Sinkhorn of all ten levels: three packed all-reduces a step."""
     own = trainer(PROBLEMS["sinkhorn"], parallel)
@@ -167,6 +182,7 @@ def check_full_disk(parallel: Parallel, folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"File too large.*step_00000001 is unharmed"):
         checkpoints.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    parallel.wait()  # for the main process, which clears up
     assert [path.name for path in checkpoints.directory.iterdir()] == ["step_00000001"]
 
 
@@ -175,6 +191,7 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
     dist.init_process_group("gloo", f"file://{folder}/{world}_meet", rank=rank, world_size=world)
     parallel = Parallel(rank, world, torch.device("cpu"), dist.group.WORLD)
     check_steps(parallel, folder)
+    check_half_precision(parallel)
     check_collectives(parallel)
     check_nan(parallel)
     check_checkpoints(parallel, folder)

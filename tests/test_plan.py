@@ -119,7 +119,7 @@ CASES = {
     "factored-prototypes": {"batch_size": 8, "num_prototypes": 32768, "factored_scores": True},
     "accumulation": {"batch_size": 16, "num_prototypes": 8192, "accumulation": 2},
     "accumulation-factored": {
-        "batch_size": 32,
+        "batch_size": 64,  # few images have another number of masked patches than expected
         "num_prototypes": 8192,
         "accumulation": 4,
         "factored_scores": True,
@@ -155,7 +155,7 @@ class Measured(NamedTuple):
     made: int
     """By the trainer alone: student and teacher."""
     before: int
-    """When the second step begins, with the result of the first."""
+    """When the second step begins."""
     peak: int
     """In the second step."""
 
@@ -170,10 +170,9 @@ def measure(settings: Any) -> Measured:
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profiler:
         own = trainer(settings)
         with label("first"):
-            seen = own.step(0, batch)
+            own.step(0, batch)
         with label("second"):
-            seen = own.step(1, batch)
-    del seen
+            own.step(1, batch)
     events = list(profiler.profiler.kineto_results.events())
     starts = {e.name(): e.start_ns() for e in events if e.name() in ("first", "second")}
     made = before = now = top = 0
@@ -193,7 +192,7 @@ def test_memory_is_what_a_step_allocates(name):
     """State, what lies there between steps, and the peak of a step, alone and beyond that."""
     settings = case_settings(CASES[name])
     work, measured = workload(settings), measure(settings)
-    between, fullest = between_steps(work, ALONE, "cpu"), peak(work, ALONE, "cpu").total
+    between, fullest = between_steps(work, ALONE), peak(work, ALONE, "cpu").total
     print(f"{name}: {measured.peak / 1e6:.1f} MB measured, {fullest / 1e6:.1f} MB planned")
     assert state_bytes(work, ALONE) / 2 == pytest.approx(measured.made, rel=0.01)  # no moments yet
     assert between == pytest.approx(measured.before, rel=TOLERANCE)

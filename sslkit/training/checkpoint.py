@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -209,8 +211,7 @@ class Checkpoints:
         temporary.mkdir()
 
     def _write_tensors(self, temporary: Path, state: dict[str, Any]) -> None:
-        # A writer flushes its files to the disk.
-        save(state, storage_writer=FileSystemWriter(temporary), **self._together)
+        save(state, storage_writer=_Writer(temporary), **self._together)
 
     def _publish(self, temporary: Path, path: Path, files: dict[str, str]) -> None:
         with atomic_write(temporary / _MANIFEST) as file:
@@ -243,10 +244,9 @@ class Checkpoints:
         try:
             result = action()
         except (OSError, RuntimeError) as error:
-            # torch.save reports a failed write as a RuntimeError raised from the OSError.
-            problem = error.__context__ if isinstance(error.__context__, OSError) else error
+            problem = error
         except CheckpointException as error:
-            problem = _root(error)
+            problem = next((first for first, _ in error.failures.values()), error)
         outcomes = [(result, None if problem is None else str(problem))]
         if self.group is not None:
             outcomes = outcomes * self._world_size
@@ -372,10 +372,18 @@ def _described(saved: Any) -> str:
     return f"{str(saved.properties.dtype).removeprefix('torch.')} {list(saved.size)}"
 
 
-def _root(error: CheckpointException) -> BaseException:
-    """What went wrong first, of what `torch.distributed.checkpoint` gathered from processes."""
-    first: BaseException = next((own for own, _ in error.failures.values()), error)
-    return first.__context__ if isinstance(first.__context__, OSError) else first
+class _Writer(FileSystemWriter):
+    """Flushes its files to the disk; says why when it fails.
+
+    A failed write comes as a RuntimeError about the file format. The OSError behind it would be
+    lost on the way to the other processes.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def _describe(value: Any) -> str:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -198,7 +198,10 @@ def shard_(
     else:
         names = ("replicate", "shard")
         mesh = init_device_mesh(kind, (replicas, world // replicas), mesh_dim_names=names)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # Inputs stay as they are: the residual stream is float32, as autocast has it elsewhere.
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     own_precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for network in networks:
         trained = any(parameter.requires_grad for parameter in network.parameters())
@@ -229,9 +232,10 @@ def replicate(module: nn.Module, parallel: Parallel) -> nn.Module:
 
 @contextmanager
 def gradients_synchronised(module: nn.Module, *, last: bool) -> Iterator[None]:
-    """A forward and backward pass whose gradients cross processes only if it is the ``last``."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(last)
+    """A forward and backward pass of several, the ``last`` of which averages the gradients.
+
+    Sharded ones are reduced in each pass: whole gradients would have to be kept until the last.
+    """
     if isinstance(module, DistributedDataParallel) and not last:
         with module.no_sync():
             yield

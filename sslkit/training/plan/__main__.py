@@ -28,7 +28,7 @@ def report(work: Workload, strategy: Strategy, hardware: Hardware) -> str:
         f"{strategy.gpus} GPUs, {strategy.kind}{shards}; {work.batch_size} images a step: "
         f"{work.accumulation} x {micro} on each",
         "",
-        f"Memory on the main GPU, GiB (fullest: {fullest.phase})",
+        f"Memory of each GPU, GiB (fullest: {fullest.phase})",
         *(_row(name, size / GIB) for name, size in fullest.parts.items()),
         _row("total", fullest.total / GIB),
         _row("of", limit / GIB, f"{hardware.memory / GIB:.0f} less a reserve for what is not here"),
@@ -58,7 +58,7 @@ def report(work: Workload, strategy: Strategy, hardware: Hardware) -> str:
         f"{hardware.gpus_per_node} GPUs a node",
         "  traffic of parameters and gradients hides behind products; latency, stragglers and the "
         "loader cost nothing",
-        "  kernels of sslkit.ops run; the main GPU also keeps the results of the previous step",
+        "  kernels of sslkit.ops run",
     ]
     if fullest.total > limit:
         lines += ["", f"does not fit: {fullest.total / GIB:.1f} GiB of {limit / GIB:.1f} GiB; "]

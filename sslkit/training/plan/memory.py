@@ -52,11 +52,9 @@ def state_bytes(work: Workload, strategy: Strategy) -> float:
     return 4 * FLOAT * parameters(work).total / strategy.shards
 
 
-def between_steps(work: Workload, strategy: Strategy, device: Device = "cuda") -> float:
-    """Bytes on one GPU when a step begins: state, gradients and results of the one before."""
-    s, p = _sizes(work, strategy, device), parameters(work)
-    results = work.accumulation * s.teacher_scores + s.teacher_prototypes + s.student_tokens
-    return 5 * FLOAT * p.total / strategy.shards + results + _copies(work, strategy).always
+def between_steps(work: Workload, strategy: Strategy) -> float:
+    """Bytes on one GPU when a step begins: state, and gradients of the one before."""
+    return 5 * FLOAT * parameters(work).total / strategy.shards + _copies(work, strategy).always
 
 
 def peak(work: Workload, strategy: Strategy, device: Device = "cuda") -> Memory:
@@ -70,8 +68,6 @@ class _Sizes(NamedTuple):
     crops: float
     teacher_block: float
     """Work space of the teacher's last MLP."""
-    teacher_tokens: float
-    """Normalised tokens; the class tokens are a view of them."""
     student_tokens: float
     teacher_scores: float
     teacher_prototypes: float
@@ -124,7 +120,6 @@ def _sizes(work: Workload, strategy: Strategy, device: Device) -> _Sizes:
     return _Sizes(
         crops=crops,
         teacher_block=T_teacher * in_teacher,
-        teacher_tokens=T_teacher * D * FLOAT,
         student_tokens=T * D * FLOAT,
         teacher_scores=_scores(work, teacher_rows, ibot_rows),
         teacher_prototypes=factored,
@@ -262,15 +257,12 @@ def phases(work: Workload, strategy: Strategy, device: Device = "cuda") -> list[
     count, again = work.accumulation, work.accumulation > 1
     each = FLOAT / strategy.shards  # bytes of a parameter
 
-    # What a step returns lives until the next one returns: the scores that Sinkhorn took, and all
-    # tokens of the student. Within a step the teacher's scores of each micro-batch, and their
-    # concatenation; factors of each micro-batch have prototypes of their own.
-    past_scores, past_tokens = count * s.teacher_scores + s.teacher_prototypes, s.student_tokens
+    # The teacher's scores of each micro-batch, with prototypes of their own where scores are
+    # factored, and, of several, their concatenation, which takes their place.
     by_micro_batch = count * (s.teacher_scores + s.teacher_prototypes)
-    held_scores = past_scores + by_micro_batch + count * s.teacher_scores
-    held_tokens = past_tokens + count * (s.crops + s.teacher_tokens)
-    heads = s.dino_head + s.ibot_head
-    norm = 2 * s.student_tokens  # input and output of the final norm
+    held_scores = count * s.teacher_scores + s.teacher_prototypes
+    concatenating = by_micro_batch + again * count * s.teacher_scores
+    crops, heads, norm = count * s.crops, s.dino_head + s.ibot_head, s.student_tokens
     # The losses come first: gradients of all factors' prototypes wait for the heads' backward.
     waiting = work.all_prototypes * FLOAT if work.factored_scores else 0
     waiting_dino, waiting_ibot = waiting * work.dino_bottleneck, waiting * work.ibot_bottleneck
@@ -302,34 +294,34 @@ def phases(work: Workload, strategy: Strategy, device: Device = "cuda") -> list[
             "teacher's last block",
             gradients=p.total,  # of the step before
             copied=copies.teacher,
-            activations=held_tokens - s.teacher_tokens + s.teacher_block,
-            scores=past_scores + by_micro_batch * (count - 1) / count,
+            activations=crops + s.teacher_block,
+            scores=by_micro_batch * (count - 1) / count,
         ),
         phase(
             "targets",
             gradients=p.total,
-            activations=held_tokens,
-            scores=held_scores + s.loss,
+            activations=crops,
+            scores=max(concatenating, held_scores + s.loss),
         ),
-        phase(  # the scores and tokens of the micro-batch before go when this one's are there
+        phase(  # with the output of the final norm
             "end of the student's forward",
             gradients=0,
             copied=copies.forward,
-            activations=held_tokens + s.encoder_forward + norm + heads + again * s.student_tokens,
-            scores=scores + again * s.student_scores,
+            activations=crops + s.encoder_forward + 2 * norm + heads,
+            scores=scores,
         ),
         phase(
             "losses",
             gradients=0,
             copied=copies.losses,
-            activations=held_tokens + s.encoder_forward + norm + heads,
+            activations=crops + s.encoder_forward + norm + heads,
             scores=scores + waiting_dino + waiting_ibot + s.loss,
         ),
         phase(
             "backward of the iBOT head",
             gradients=0,
             copied=copies.ibot_head,
-            activations=held_tokens
+            activations=crops
             + s.encoder_forward
             + norm
             + heads
@@ -340,7 +332,7 @@ def phases(work: Workload, strategy: Strategy, device: Device = "cuda") -> list[
             "backward of the DINO head",
             gradients=p.ibot_head,
             copied=copies.dino_head,
-            activations=held_tokens
+            activations=crops
             + s.encoder_forward
             + norm
             + s.dino_head
@@ -351,14 +343,14 @@ def phases(work: Workload, strategy: Strategy, device: Device = "cuda") -> list[
             "backward of the last block",
             gradients=p.heads + work.mlp_hidden * work.width,  # and of the block's last layer
             copied=copies.block,
-            activations=held_tokens + s.student_tokens + s.encoder_backward,
+            activations=crops + s.encoder_backward,
             scores=scores,
         ),
         phase(
             "optimizer",
             gradients=p.total,
-            activations=held_tokens + s.student_tokens,
-            scores=scores,
+            activations=crops,
+            scores=held_scores,
             moments=_adamw_work_space(work, strategy, device),
         ),
     ]
