@@ -226,14 +226,17 @@ class ImageFolder:
             number = {name: i for i, name in enumerate(self.class_names)}
             self._labels = np.array([number[top] for top in top_folders], dtype=np.int32)
         self.num_classes = len(self.class_names or ())
-        self._files = _StringTable(files)
+        self._files = StringTable(files)
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        label = -1 if self._labels is None else int(self._labels[index])
-        return read_image(self.name(index), max_side=self.max_side), label
+        return read_image(self.name(index), max_side=self.max_side), self.label(index)
+
+    def label(self, index: int) -> int:
+        """The class of the image, which is not read; -1 where there are no classes."""
+        return -1 if self._labels is None else int(self._labels[index])
 
     def name(self, index: int) -> str:
         """The path of the file."""
@@ -506,7 +509,7 @@ def _shorten(names: Sequence[str], limit: int = 10) -> str:
     return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"
 
 
-class _StringTable:
+class StringTable:
     """Strings in one buffer.
 
     A list of millions of ``str`` takes gigabytes, and every worker process would copy it page by
