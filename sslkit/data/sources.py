@@ -11,7 +11,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -63,6 +63,47 @@ class Source(Protocol):
 
     def name(self, index: int, /) -> str:
         """The image's file path, or file and position, for messages."""
+
+
+class StreamItem(NamedTuple):
+    """A sample of a stream: what :class:`StreamReader` gives.
+
+    Attributes:
+        image: uint8 [C, h, w].
+        label: -1 where there is none.
+        epoch: the pass over the stream (over the sample's part of it) that the image belongs to.
+        position: the number in the stream of the image that is shown.
+        unreadable: position and error of the broken images that this one stands in for.
+    """
+
+    image: Tensor
+    label: int
+    epoch: int
+    position: int
+    unreadable: tuple[tuple[int, UnreadableImage], ...]
+
+
+class StreamReader(Protocol):
+    """Reads a stream at rising positions."""
+
+    def read(self, position: int, /) -> StreamItem:
+        """Sample number ``position``; a function of it alone, not of what was read before."""
+
+
+@runtime_checkable
+class StreamSource(Protocol):
+    """Images that can be read in one order only: an endless stream for each seed."""
+
+    @property
+    def num_classes(self) -> int:
+        """As of a :class:`Source`."""
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """As of a :class:`Source`."""
+
+    def reader(self, seed: int, /) -> StreamReader:
+        """A reader of the stream in the order that ``seed`` gives."""
 
 
 def open_source(

@@ -25,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{report.num_images} images in {len(report.shards)} shard(s) in {options.output}")
-    for error in report.unreadable[:10]:
-        print(f"left out: {error}", file=sys.stderr)
+    for each in report.unreadable[:10]:
+        print(f"left out: {each}", file=sys.stderr)
     if report.unreadable:
         print(f"{len(report.unreadable)} unreadable image(s) left out", file=sys.stderr)
     return 0

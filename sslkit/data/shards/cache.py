@@ -20,7 +20,7 @@ def is_remote(url: str) -> bool:
 
 
 def open_url(url: str) -> contextlib.AbstractContextManager[IO[bytes]]:
-    """Open ``url`` for reading by webdataset's ``gopen``, or by fsspec where gopen does not know it.
+    """Open ``url`` for reading by webdataset's ``gopen``, or by fsspec where that does not know it.
 
     Raises:
         ImportError: webdataset, fsspec or fsspec's driver for this kind of URL is not installed.

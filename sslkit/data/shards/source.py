@@ -105,6 +105,13 @@ class TarShards:
         FileNotFoundError: there is no shard of that name, or no image in any of them.
     """
 
+    # What a copy or a pickle leaves behind, and each process has of its own.
+    _pid: int
+    _lock: threading.Lock
+    _files: OrderedDict[str, IO[bytes]]
+    _tables: OrderedDict[str, Members]
+    _failures: dict[str, tuple[float, str]]
+
     def __init__(
         self,
         urls: str | os.PathLike[str] | Sequence[str],
@@ -255,7 +262,7 @@ class TarShards:
         path = self._path(shard)
         with self._lock:
             if self._pid != os.getpid():  # a forked file handle shares its position with others
-                self._files = OrderedDict()
+                self._files.clear()
                 self._pid = os.getpid()
             if path not in self._files:
                 self._files[path] = open(path, "rb")  # noqa: SIM115
@@ -277,9 +284,9 @@ class TarShards:
     def _start_process(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._files: OrderedDict[str, IO[bytes]] = OrderedDict()
-        self._tables: OrderedDict[str, Members] = OrderedDict()
-        self._failures: dict[str, tuple[float, str]] = {}
+        self._files = OrderedDict()
+        self._tables = OrderedDict()
+        self._failures = {}
 
     def __getstate__(self) -> dict[str, Any]:
         here = ("_pid", "_lock", "_files", "_tables", "_failures")

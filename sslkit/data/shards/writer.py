@@ -141,7 +141,8 @@ class _Writer:
         if self._tar is None:
             name = f"{self.split}-{len(self.entries):06d}.tar"
             self.entries.append({"url": name, "nsamples": 0})
-            self._tar = tarfile.open(self.folder / name, "x", format=tarfile.USTAR_FORMAT)
+            path = self.folder / name
+            self._tar = tarfile.open(path, "x", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         if label >= 0:
             self._write(f"{self._key:09d}.cls", str(label).encode())
         self._write(f"{self._key:09d}{extension}", content)
