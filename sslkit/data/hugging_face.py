@@ -68,9 +68,9 @@ class HuggingFaceStream:
     The stream has ``S = min(dataset.num_shards, max_lanes)`` lanes. Lane l reads
     ``dataset.shard(S, l)`` to its end, over and over; pass e of it is shuffled by
     ``datasets``' buffer of ``max(shuffle // S, 1)`` samples (which also puts the files of a lane in
-    random order, unless samples are held out) with a seed that depends on (seed, l, e). Sample p of the stream is item
-    ``p // S`` of lane ``p % S``. So the stream is a function of the seed alone, whatever the
-    number of ranks, workers and restarts.
+    random order, unless samples are held out) with a seed that depends on (seed, l, e). Sample p
+    of the stream is item ``p // S`` of lane ``p % S``. So the stream is a function of the seed
+    alone, whatever the number of ranks, workers and restarts.
 
     What it costs:
 

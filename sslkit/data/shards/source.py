@@ -31,7 +31,9 @@ _MAX_MEMBER_TABLES = 256
 _RETRY_SECONDS = 60
 
 
-def expand_shards(patterns: str | os.PathLike[str] | Iterable[str]) -> list[str]:
+def expand_shards(
+    patterns: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> list[str]:
     """The shards that ``patterns`` name, each once: existing paths for a local glob, else names.
 
     Braces (``train-{000..123}.tar``), several patterns joined by ``::`` and variables are expanded
@@ -46,10 +48,10 @@ def expand_shards(patterns: str | os.PathLike[str] | Iterable[str]) -> list[str]
     ['pipe:cat a-0.tar', 'pipe:cat a-1.tar', 'pipe:cat a-2.tar']
     """
     if isinstance(patterns, str | os.PathLike):
-        patterns = [os.fspath(patterns)]
+        patterns = [patterns]
     shards: list[str] = []
     for pattern in patterns:
-        for url in _expand_braces(pattern):
+        for url in _expand_braces(os.fspath(pattern)):
             if url.startswith("file:"):
                 url = unquote(url.removeprefix("file:").removeprefix("//"))
             if is_remote(url):
@@ -114,7 +116,7 @@ class TarShards:
 
     def __init__(
         self,
-        urls: str | os.PathLike[str] | Sequence[str],
+        urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         index: str | os.PathLike[str] | None = None,
         num_classes: int | None = None,
