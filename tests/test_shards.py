@@ -280,7 +280,7 @@ def test_a_shard_counts_once(shards):
         ("{folder}/zip.tar", FileNotFoundError, r"compressed \(gzip\); decompress it"),
         ("{folder}/notes.tar", FileNotFoundError, r"members ending in .jpg"),
         ("pipe:cat {folder}/none.tar", FileNotFoundError, "exit 1"),
-        ("nosuchscheme://a/b.tar", FileNotFoundError, "nosuchscheme"),
+        ("nosuchscheme://a/b.tar", ValueError, "cannot open the URL 'nosuchscheme:"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:damaged shard")

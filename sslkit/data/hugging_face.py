@@ -1,7 +1,9 @@
 """Hugging Face ``datasets`` as sources of images: map-style, and streaming."""
 
+import random
 from collections import deque
 from collections.abc import Iterator
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
 _MAX_REPLACEMENTS = 64
+_ROWS_AT_A_TIME = 16
 _EXTRA = "install Hugging Face datasets: pip install 'sslkit[streaming]'"
 
 
@@ -65,12 +68,12 @@ class HuggingFaceImages:
 class HuggingFaceStream:
     """A ``datasets.IterableDataset`` as an endless stream (``sources.StreamSource``).
 
-    The stream has ``S = min(dataset.num_shards, max_lanes)`` lanes. Lane l reads
-    ``dataset.shard(S, l)`` to its end, over and over; pass e of it is shuffled by
-    ``datasets``' buffer of ``max(shuffle // S, 1)`` samples (which also puts the files of a lane in
-    random order, unless samples are held out) with a seed that depends on (seed, l, e). Sample p
-    of the stream is item ``p // S`` of lane ``p % S``. So the stream is a function of the seed
-    alone, whatever the number of ranks, workers and restarts.
+    The stream has ``S = min(dataset.num_shards, max_lanes)`` lanes. Lane l holds the shards (the
+    files) ``l``, ``l + S``, ``l + 2 S``, ... and is read to its end over and over. Pass e of it
+    puts its shards in random order and shuffles their samples in a buffer of
+    ``max(shuffle // S, 1)``, by a seed that depends on (seed, l, e). Sample p of the stream is
+    item ``p // S`` of lane ``p % S``. So the stream is a function of the seed alone, whatever the
+    number of ranks, workers and restarts.
 
     What it costs:
 
@@ -93,7 +96,7 @@ class HuggingFaceStream:
         max_lanes: how many files are read at a time, at most. A multiple of the number of ranks
             keeps their lanes apart.
         held_out: samples that the stream leaves out, about the same number at the beginning of
-            each lane; :meth:`held_out_images` gives them.
+            the first shard of each lane; :meth:`held_out_images` gives them.
         max_side: see :func:`sslkit.data.decode.read_image`.
     """
 
@@ -142,9 +145,9 @@ class HuggingFaceStream:
 
         if self.held_out == 0:
             raise ValueError("this stream holds no sample out; make it with held_out=2000, say")
-        rows = []
+        rows: list[dict[str, Any]] = []
         for lane in range(self.num_lanes):
-            rows += list(self._lane(lane).take(self._held_out_of(lane)))
+            rows += islice(self._shard(lane), self._num_held_out(lane))
         table = Dataset.from_list(rows, features=self._dataset.features)
         columns = self._columns
         return HuggingFaceImages(
@@ -153,26 +156,42 @@ class HuggingFaceStream:
 
     def rows(self, seed: int, lane: int, epoch: int) -> Iterator[dict[str, Any]]:
         """Pass ``epoch`` of ``lane``, undecoded."""
-        data = self._lane(lane)
-        if self.held_out:
-            data = data.skip(self._held_out_of(lane))
-        data = data.shuffle(
-            seed=sample_seed(seed, lane, epoch),
-            buffer_size=max(self.shuffle // self.num_lanes, 1),
-        )
-        # Unlike __iter__, iter() does not deal the files out to the workers of a torch loader.
-        for batch in data.iter(batch_size=1):
-            yield {name: values[0] for name, values in batch.items()}
+        # Not by IterableDataset.shuffle: its order depends on the version of datasets, and it
+        # keeps threads, which wait for seconds at the end of each pass.
+        generator = random.Random(sample_seed(seed, lane, epoch))
+        shards = list(range(lane, self._dataset.num_shards, self.num_lanes))
+        generator.shuffle(shards)
+        buffer: list[dict[str, Any]] = []
+        size = max(self.shuffle // self.num_lanes, 1)
+        for row in chain.from_iterable(map(self._training_rows, shards)):
+            if len(buffer) < size:
+                buffer.append(row)
+            else:
+                i = generator.randrange(size)
+                yield buffer[i]
+                buffer[i] = row
+        generator.shuffle(buffer)
+        yield from buffer
 
     def decode(self, row: dict[str, Any], name: str) -> tuple[Tensor, int]:
         """The image and label of a row."""
         image, label = self._columns.decode(row, name, self.max_side)
         return image, label if self.num_classes else -1
 
-    def _lane(self, lane: int) -> "IterableDataset":
-        return self._dataset.shard(num_shards=self.num_lanes, index=lane)
+    def _shard(self, index: int) -> Iterator[dict[str, Any]]:
+        shard = self._dataset.shard(num_shards=self._dataset.num_shards, index=index)
+        # Unlike __iter__, iter() does not deal the files out to the workers of a torch loader.
+        for batch in shard.iter(batch_size=_ROWS_AT_A_TIME):
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))
 
-    def _held_out_of(self, lane: int) -> int:
+    def _training_rows(self, shard: int) -> Iterator[dict[str, Any]]:
+        is_first_of_its_lane = shard < self.num_lanes
+        return islice(
+            self._shard(shard), self._num_held_out(shard) if is_first_of_its_lane else 0, None
+        )
+
+    def _num_held_out(self, lane: int) -> int:
         return self.held_out // self.num_lanes + (lane < self.held_out % self.num_lanes)
 
 

@@ -453,11 +453,11 @@ class TorchvisionImages:
         return f"{type(self.dataset).__name__}[{index}]"
 
 
-def _find_tar_shards(text: str, path: Path, split: Split) -> tuple[list[str], bool] | None:
+def _find_tar_shards(text: str, path: Path, split: Split) -> tuple[str | list[str], bool] | None:
     """The shards that ``text`` means, if it does, and whether they are a split of their own."""
     if not path.is_dir():
         means_shards = text.startswith("pipe:") or re.search(r"\.(tar|tgz|tbz2|txz)\b", text)
-        return ([text], False) if means_shards else None
+        return (text, False) if means_shards else None
     shards: dict[str, list[str]] = {}
     for shard in sorted(path.glob("*.tar")):
         shards.setdefault(re.split(r"[^a-z]", shard.name)[0], []).append(str(shard))

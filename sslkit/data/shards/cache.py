@@ -24,6 +24,7 @@ def open_url(url: str) -> contextlib.AbstractContextManager[IO[bytes]]:
 
     Raises:
         ImportError: webdataset, fsspec or fsspec's driver for this kind of URL is not installed.
+        ValueError: neither knows this kind of URL.
         OSError: it cannot be opened. Commands (``pipe:``, ``http:``) fail on reading or closing.
     """
     try:
@@ -33,7 +34,10 @@ def open_url(url: str) -> contextlib.AbstractContextManager[IO[bytes]]:
         raise ImportError(f"to read {url!r}, install webdataset and fsspec: {_EXTRA}") from error
     if url.partition(":")[0] in gopen_schemes:
         return gopen(url, "rb")
-    opened: Any = fsspec.open(url, "rb")
+    try:
+        opened: Any = fsspec.open(url, "rb")
+    except ValueError as error:
+        raise ValueError(f"cannot open the URL {url!r}: {error}") from error
     return opened
 
 

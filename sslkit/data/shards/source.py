@@ -133,14 +133,15 @@ class TarShards:
         self._cache = ShardCache(cache, max_bytes=cache_bytes)
         self._start_process()
         shards = expand_shards(urls)
+        asked = repr(os.fspath(urls)) if isinstance(urls, str | os.PathLike) else "the given list"
         if not shards:
-            raise FileNotFoundError(f"no file matches the pattern {urls!r} of tar shards")
+            raise FileNotFoundError(f"no file matches the pattern {asked} of tar shards")
         contents = _Contents.read(shards, None if index is None else os.fspath(index))
         sizes = [self._count(shard, contents) for shard in shards]
         if not any(sizes):
             reason = next((f"; {url}: {why}" for url, why in self.damaged.items()), "")
             raise FileNotFoundError(
-                f"no image in the {len(shards)} tar shard(s) of {urls!r}; looked for members "
+                f"no image in the {len(shards)} tar shard(s) of {asked}; looked for members "
                 f"ending in {' '.join(IMAGE_EXTENSIONS)}{reason}"
             )
         if num_classes is None:
