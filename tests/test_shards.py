@@ -376,26 +376,32 @@ def test_pickle_is_small_and_leaves_files_behind(shards):
     assert all(torch.equal(again[i][0], expected[i][0]) for i in range(30))
 
 
-def test_forked_processes_do_not_share_a_file_position(shards):
+def test_a_forked_process_opens_files_of_its_own(shards):
     images = TarShards(shards / "*.tar")
-    expected = contents(images)  # the files are open now
+    images[0]
+    (file,) = images._files.values()
+    position = os.lseek(file.fileno(), 0, os.SEEK_CUR)  # a shared handle has one for all
+    os.lseek(file.fileno(), 5, os.SEEK_SET)
+    child = multiprocessing.get_context("fork").Process(target=lambda: images[6])
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 5 != position
 
-    def read(queue):
-        queue.put(all(contents(images) == expected for _ in range(5)))
 
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    children = [context.Process(target=read, args=(queue,)) for _ in range(3)]
-    for child in children:
-        child.start()
-    assert all(queue.get(timeout=60) for _ in children)
-    for child in children:
-        child.join()
+class SlowFile(io.FileIO):
+    """Gives other threads the time to move the position."""
+
+    def seek(self, *arguments):
+        position = super().seek(*arguments)
+        time.sleep(0.001)
+        return position
 
 
 def test_threads_and_many_shards(shards, monkeypatch):
     monkeypatch.setattr(source, "_MAX_OPEN_FILES", 2)
     monkeypatch.setattr(source, "_MAX_MEMBER_TABLES", 2)
+    monkeypatch.setattr(source, "open", SlowFile, raising=False)
     images = TarShards(shards / "*.tar")
     expected = contents(images)
     same = []
@@ -599,6 +605,29 @@ def test_windows_bound_how_far_a_sample_moves(size, lanes, window, seed):
         moved = [abs(index - min(items) - i) for i, index in enumerate(items)]
         assert max(moved) < window
         assert math.floor(size / lanes) <= len(items) <= math.ceil(size / lanes)
+
+
+def test_every_window_has_a_permutation_of_its_own():
+    order = LaneOrder([400], lanes=4, window=50, seed=0)
+    windows = {
+        tuple(order[4 * item + lane] % 50 for item in range(start, start + 50))
+        for lane in range(4)
+        for start in (0, 50)
+    }
+    assert len(windows) == 8
+
+
+def test_the_loader_reads_in_the_order_of_the_lanes(shards):
+    images = TarShards(shards / "*.tar", lanes=2, window=3)
+    met = []
+    for rank in range(2):
+        loader = make_loader(
+            MultiCropDataset(images, CROPS), batch_size=30, rank=rank, world_size=2
+        )
+        indices = next(iter(loader)).indices.tolist()
+        met.append({images.name(i).partition(":")[0] for i in indices})
+    assert len(met[0] & met[1]) <= 1
+    assert len(met[0] | met[1]) == 5
 
 
 def test_epochs_are_ordered_differently(shards):
