@@ -1,6 +1,8 @@
 """Tar shards: made from folders, read exactly once an epoch, and what damage costs."""
 
 import collections
+import functools
+import http.server
 import io
 import itertools
 import json
@@ -8,6 +10,8 @@ import math
 import multiprocessing
 import os
 import pickle
+import shutil
+import sys
 import tarfile
 import threading
 import time
@@ -263,6 +267,38 @@ def test_patterns(tmp_path, shards, pattern):
     assert len(images.shards) == 5
     if not pattern.startswith("pipe:"):  # a command has no index beside it
         assert images.class_names == CLASSES
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset opens http: with curl")
+def test_shards_from_a_web_server(tmp_path, shards):
+    handler = functools.partial(QuietHandler, directory=str(shards))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_port}/train-{{000000..000004}}.tar"
+        try:
+            images = TarShards(url, cache=tmp_path / "cache")
+            assert not (tmp_path / "cache").exists()  # the index beside the shards has been read
+            assert contents(images) == contents(TarShards(shards / "*.tar"))
+        finally:
+            server.shutdown()
+    assert images.class_names == CLASSES
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+def test_what_is_not_installed_is_named(monkeypatch, shards):
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    monkeypatch.setitem(sys.modules, "webdataset.gopen", None)
+    monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    extra = r"pip install 'sslkit\[streaming\]'"
+    assert len(TarShards(shards / "*.tar")) == 30  # local files need nothing more
+    for spec in (f"{shards}/train-{{0..1}}.tar", f"pipe:cat {shards}/a.tar", "hf:x", "hf-stream:x"):
+        with pytest.raises(ImportError, match=extra):
+            open_source(spec, split="test")
 
 
 def test_a_shard_counts_once(shards):
