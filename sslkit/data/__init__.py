@@ -6,7 +6,8 @@ from sslkit.data.crops import (
     Crops,
     MultiCrop,
 )
-from sslkit.data.decode import UnreadableImage, read_image
+from sslkit.data.decode import UnreadableImage, decode_image, read_image
+from sslkit.data.hugging_face import HuggingFaceImages, HuggingFaceStream, open_stream
 from sslkit.data.loader import (
     Batch,
     MultiCropDataset,
@@ -17,10 +18,12 @@ from sslkit.data.loader import (
 )
 from sslkit.data.scenes import Scene, Scenes
 from sslkit.data.seeds import sample_seed
+from sslkit.data.shards import TarShards, make_shards
 from sslkit.data.sources import (
     ImageArray,
     ImageFolder,
     Source,
+    StreamSource,
     Subset,
     TorchvisionImages,
     open_source,
@@ -32,6 +35,8 @@ __all__ = [
     "IMAGENET_STD",
     "Batch",
     "Crops",
+    "HuggingFaceImages",
+    "HuggingFaceStream",
     "ImageArray",
     "ImageFolder",
     "MultiCrop",
@@ -40,13 +45,18 @@ __all__ = [
     "Scene",
     "Scenes",
     "Source",
+    "StreamSource",
     "Subset",
+    "TarShards",
     "TorchvisionImages",
     "UnreadableImage",
     "UnreadableLog",
     "collate",
+    "decode_image",
     "make_loader",
+    "make_shards",
     "open_source",
+    "open_stream",
     "read_image",
     "sample_seed",
     "train_test_split",

@@ -11,6 +11,7 @@ Rules, applied in this order:
 4. An image whose longer side exceeds ``max_side`` is shrunk to it (bicubic, antialiased).
 """
 
+import io
 import os
 import threading
 from typing import IO
@@ -67,28 +68,52 @@ def read_image(
     >>> image.shape, image.dtype
     (torch.Size([3, 3, 5]), torch.uint8)
     """
+    name = os.fspath(path)
     try:
         with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise ValueError("the file is empty (0 bytes)")
-            with _open_any_size(file) as image:
-                longer = max(image.size)
-                if longer > max_side:
-                    width, height = (max(side * max_side // longer, 1) for side in image.size)
-                    image.draft(None, (width, height))
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise ValueError(
-                        f"{width} x {height} = {width * height} pixels is more than the limit "
-                        f"max_pixels={max_pixels} that guards against decompression bombs"
-                    )
-                return pil_to_tensor(image, max_side=max_side)
+            return _decode(file, os.fstat(file.fileno()).st_size, name, max_side, max_pixels)
+    except OSError as error:
+        raise UnreadableImage(name, f"{type(error).__name__}: {error}") from error
+
+
+def decode_image(
+    content: bytes, *, name: str, max_side: int = MAX_SIDE, max_pixels: int = MAX_PIXELS
+) -> Tensor:
+    """The image file whose bytes are ``content`` as uint8 [3, h, w]; see :func:`read_image`.
+
+    Args:
+        content: the whole file.
+        name: what an :class:`UnreadableImage` calls it.
+        max_side, max_pixels: see :func:`read_image`.
+
+    Raises:
+        UnreadableImage: empty, truncated, broken, too large or of an unknown kind.
+    """
+    return _decode(io.BytesIO(content), len(content), name, max_side, max_pixels)
+
+
+def _decode(file: IO[bytes], num_bytes: int, name: str, max_side: int, max_pixels: int) -> Tensor:
+    try:
+        if num_bytes == 0:
+            raise ValueError("the file is empty (0 bytes)")
+        with _open_any_size(file) as image:
+            longer = max(image.size)
+            if longer > max_side:
+                width, height = (max(side * max_side // longer, 1) for side in image.size)
+                image.draft(None, (width, height))
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ValueError(
+                    f"{width} x {height} = {width * height} pixels is more than the limit "
+                    f"max_pixels={max_pixels} that guards against decompression bombs"
+                )
+            return pil_to_tensor(image, max_side=max_side)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
-        raise UnreadableImage(os.fspath(path), "not an image of a format Pillow knows") from error
+        raise UnreadableImage(name, "not an image of a format Pillow knows") from error
     except Exception as error:  # Pillow's readers raise errors of any type on broken bytes
-        raise UnreadableImage(os.fspath(path), f"{type(error).__name__}: {error}") from error
+        raise UnreadableImage(name, f"{type(error).__name__}: {error}") from error
 
 
 def pil_to_tensor(image: Image.Image, *, max_side: int = MAX_SIDE) -> Tensor:

@@ -5,20 +5,22 @@ the number of worker processes, of ranks, of restarts, or of what workers had pr
 was stopped. A run resumes with ``make_loader(..., start_sample=step * batch_size)``.
 """
 
+import itertools
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from sslkit.data.crops import Crops, MultiCrop
 from sslkit.data.decode import UnreadableImage
 from sslkit.data.seeds import sample_seed
-from sslkit.data.sources import Source
+from sslkit.data.sources import Source, StreamItem, StreamSource
 
 _MAX_REPLACEMENTS = 64
 _PERMUTATION, _VIEWS, _REPLACEMENT = range(3)  # keep the random streams of one seed apart
@@ -78,11 +80,17 @@ class Batch(NamedTuple):
         return Batch(global_crops, local_crops, labels, epochs, indices, self.unreadable)
 
 
+class Order(Protocol):
+    """A permutation, read by position."""
+
+    def __getitem__(self, position: int, /) -> int | Tensor: ...
+
+
 class SampleStream(Sampler[list[tuple[int, int]]]):
     """Endless batches of (epoch, index): the stream of all samples, from ``start_sample`` on.
 
     Sample ``p`` of the stream belongs to epoch ``e = p // num_images`` and has index
-    ``permutation_e[p % num_images]``, where ``permutation_e`` is a function of (seed, e). Batch
+    ``order_e[p % num_images]``, where ``order_e`` is a permutation, a function of (seed, e). Batch
     ``g`` is the ``batch_size`` samples from ``start_sample + g * batch_size`` on, so batches run
     across the end of an epoch and are never short. ``rank`` takes every ``world_size``-th of them,
     starting at its own number.
@@ -93,6 +101,8 @@ class SampleStream(Sampler[list[tuple[int, int]]]):
         start_sample: samples that training has consumed before, over all ranks.
         seed: of the permutations.
         rank, world_size: this process and how many share each batch.
+        epoch_order: gives the permutation of an epoch for a seed: indices by position
+            ``0 .. num_images - 1``. None draws all permutations with equal probability.
 
     >>> stream = iter(SampleStream(5, batch_size=4, seed=0))
     >>> first, second = next(stream), next(stream)
@@ -111,42 +121,57 @@ class SampleStream(Sampler[list[tuple[int, int]]]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        epoch_order: Callable[[int], Order] | None = None,
     ):
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1, got {num_images}")
-        if start_sample < 0:
-            raise ValueError(f"start_sample must be at least 0, got {start_sample}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must lie in 0..{world_size - 1}, got {rank}")
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(
-                f"batch_size counts the samples of all ranks: it must be a positive multiple of "
-                f"world_size {world_size}, got {batch_size}"
-            )
         self.num_images = num_images
-        self.batch_size = batch_size
-        self.start_sample = start_sample
         self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
+        self.epoch_order = epoch_order
+        self.positions = _Positions(batch_size, start_sample, rank, world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        position = self.start_sample
-        epoch, order = -1, torch.empty(0, dtype=torch.int64)
-        while True:
+        epoch, order = -1, None
+        for positions in self.positions:
             batch = []
-            for p in range(position + self.rank, position + self.batch_size, self.world_size):
-                if p // self.num_images != epoch:
+            for p in positions:
+                if order is None or p // self.num_images != epoch:
                     epoch = p // self.num_images
                     order = self.permutation(epoch)
                 batch.append((epoch, int(order[p % self.num_images])))
             yield batch
-            position += self.batch_size
 
-    def permutation(self, epoch: int) -> Tensor:
-        """The order of the images in ``epoch``, int64 [num_images]."""
+    def permutation(self, epoch: int) -> Order:
+        """The order of the images in ``epoch``: int64 [num_images] without ``epoch_order``."""
         seed = sample_seed(self.seed, _PERMUTATION, epoch)
+        if self.epoch_order is not None:
+            return self.epoch_order(seed)
         return torch.randperm(self.num_images, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Endless batches of this rank's sample numbers; the arguments of :class:`SampleStream`."""
+
+    batch_size: int
+    start_sample: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        if self.start_sample < 0:
+            raise ValueError(f"start_sample must be at least 0, got {self.start_sample}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must lie in 0..{self.world_size - 1}, got {self.rank}")
+        if self.batch_size < 1 or self.batch_size % self.world_size:
+            raise ValueError(
+                f"batch_size counts the samples of all ranks: it must be a positive multiple of "
+                f"world_size {self.world_size}, got {self.batch_size}"
+            )
+
+    def __iter__(self) -> Iterator[range]:
+        for start in itertools.count(self.start_sample, self.batch_size):
+            yield range(start + self.rank, start + self.batch_size, self.world_size)
 
 
 class MultiCropDataset(Dataset[Sample]):
@@ -159,8 +184,8 @@ class MultiCropDataset(Dataset[Sample]):
         RuntimeError: on access, when 64 images drawn one after the other are all unreadable.
     """
 
-    def __init__(self, source: Source, crops: MultiCrop, *, seed: int = 0):
-        self.source = source
+    def __init__(self, source: Source | StreamSource, crops: MultiCrop, *, seed: int = 0):
+        self.source: Any = source  # a stream has no items: make_loader alone reads it
         self.crops = crops
         self.seed = seed
 
@@ -221,7 +246,10 @@ def make_loader(
     """A torch ``DataLoader`` over the endless stream of ``dataset``; iterate over it once.
 
     Args:
-        dataset: the views; its seed also orders the images.
+        dataset: the views; its seed also orders the images, by the ``epoch_order`` of its source
+            where that has one (:class:`~sslkit.data.shards.TarShards` does). Its source may be a
+            :class:`~sslkit.data.sources.StreamSource`; a batch's indices are then numbers of
+            samples in the stream.
         batch_size: samples a batch over all ranks; this rank's :class:`Batch` holds
             ``batch_size // world_size`` of them. See :class:`SampleStream`.
         start_sample: where to start: the samples consumed so far, over all ranks.
@@ -237,6 +265,19 @@ def make_loader(
     >>> batch.global_crops.shape, batch.local_crops.shape
     (torch.Size([2, 4, 3, 16, 16]), torch.Size([3, 4, 3, 8, 8]))
     """
+    settings: dict[str, Any] = {
+        "collate_fn": collate,
+        "num_workers": num_workers,
+        "prefetch_factor": prefetch_batches if num_workers else None,
+        "pin_memory": torch.cuda.is_available() if pin_memory is None else pin_memory,
+        "generator": torch.Generator(),  # else iter() takes a draw from torch's global generator
+    }
+    if isinstance(dataset.source, StreamSource):
+        positions = _Positions(batch_size, start_sample, rank, world_size)
+        stream_loader: DataLoader = DataLoader(
+            _StreamBatches(dataset, positions), batch_size=None, **settings
+        )
+        return stream_loader
     stream = SampleStream(
         len(dataset.source),
         batch_size=batch_size,
@@ -244,17 +285,47 @@ def make_loader(
         seed=dataset.seed,
         rank=rank,
         world_size=world_size,
+        epoch_order=getattr(dataset.source, "epoch_order", None),
     )
-    loader: DataLoader = DataLoader(
-        dataset,
-        batch_sampler=stream,
-        collate_fn=collate,
-        num_workers=num_workers,
-        prefetch_factor=prefetch_batches if num_workers else None,
-        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-        generator=torch.Generator(),  # else iter() takes a draw from torch's global generator
-    )
+    loader: DataLoader = DataLoader(dataset, batch_sampler=stream, **settings)
     return loader
+
+
+class _StreamBatches(IterableDataset[list[Sample]]):
+    """The batches of a rank over a stream; worker w of n makes every n-th of them, from w on.
+
+    A loader takes the batches of its workers in turn, which puts them back in order.
+    """
+
+    def __init__(self, dataset: MultiCropDataset, positions: _Positions):
+        self.dataset = dataset
+        self.positions = positions
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        seed = sample_seed(self.dataset.seed, _PERMUTATION)
+        reader = self.dataset.source.reader(seed)
+        for positions in itertools.islice(self.positions, first, None, step):
+            yield [self._sample(reader.read(position), position) for position in positions]
+
+    def _sample(self, item: StreamItem, position: int) -> Sample:
+        views = copy(self.dataset)
+        views.source = _OneImage(item.image, item.label)
+        broken = tuple(Unreadable(at, error.name, error.reason) for at, error in item.unreadable)
+        sample = views[item.epoch, position]
+        return replace(sample, index=item.position, unreadable=broken)
+
+
+class _OneImage:
+    """A source that gives the same image whatever the index."""
+
+    def __init__(self, image: Tensor, label: int):
+        self.image = image
+        self.label = label
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.image, self.label
 
 
 class UnreadableLog:
@@ -263,12 +334,12 @@ class UnreadableLog:
     With s distinct images seen so far (on this rank), b of them unreadable, and t the threshold,
     ``update`` raises when b >= 2 and
 
-    - s has reached the whole source and ``b > t * s``, or
+    - s has reached the whole source (a stream has no whole) and ``b > t * s``, or
     - s >= 20 and ``b > t * s + 3 * sqrt(t * (1 - t) * s)``: more than a share t of the source could
       explain by three standard deviations.
 
     Args:
-        num_images: length of the source.
+        num_images: length of the source; None for a stream, whose samples count as distinct.
         threshold: the share t that is put up with.
 
     >>> log = UnreadableLog(100)
@@ -277,13 +348,13 @@ class UnreadableLog:
     (2, 0)
     """
 
-    def __init__(self, num_images: int, *, threshold: float = 0.05):
+    def __init__(self, num_images: int | None, *, threshold: float = 0.05):
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold is a share and must lie in 0..1, got {threshold}")
         self.threshold = threshold
         self.num_seen = 0
         self.names: dict[int, str] = {}
-        self._seen = torch.zeros(num_images, dtype=torch.bool)
+        self._seen = None if num_images is None else torch.zeros(num_images, dtype=torch.bool)
 
     @property
     def num_unreadable(self) -> int:
@@ -300,8 +371,11 @@ class UnreadableLog:
         """
         unreadable = list(unreadable)
         seen = torch.as_tensor([*map(int, indices), *(each.index for each in unreadable)]).unique()
-        self.num_seen += int((~self._seen[seen]).sum())
-        self._seen[seen] = True
+        if self._seen is None:
+            self.num_seen += len(seen)
+        else:
+            self.num_seen += int((~self._seen[seen]).sum())
+            self._seen[seen] = True
         for each in unreadable:
             if each.index not in self.names:
                 self.names[each.index] = each.name
@@ -321,7 +395,7 @@ class UnreadableLog:
         seen, share = self.num_seen, self.threshold
         if self.num_unreadable < 2:
             return False
-        if seen == len(self._seen):
+        if self._seen is not None and seen == len(self._seen):
             return self.num_unreadable > share * seen
         margin = 3 * math.sqrt(share * (1 - share) * seen)
         return seen >= 20 and self.num_unreadable > share * seen + margin

@@ -1,4 +1,4 @@
-"""Where images come from: folders, array files, torchvision data sets, rendered scenes.
+"""Where images come from: folders, array files, shards, public data sets, rendered scenes.
 
 A *source* is an indexable set of images with optional labels (:class:`Source`).
 :func:`open_source` finds one from what a user types on a command line.
@@ -6,12 +6,13 @@ A *source* is an indexable set of images with optional labels (:class:`Source`).
 
 import difflib
 import inspect
+import itertools
 import os
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -36,8 +37,10 @@ _SPLIT_ALIASES: dict[str, tuple[str, ...]] = {
     "test": ("test", "val", "valid"),
 }
 _ACCEPTED = (
-    "a folder of images, an image array file (.npy or .npz), the name of a torchvision data set "
-    "such as CIFAR10, or 'scenes'"
+    "a folder of images or of tar shards, an image array file (.npy or .npz), tar shards (a path, "
+    "pattern or URL such as 'train-{000000..000099}.tar'), 'hf:NAME' for a Hugging Face data set "
+    "('hf-stream:NAME' to stream it), the name of a torchvision data set such as CIFAR10, or "
+    "'scenes'"
 )
 
 
@@ -65,6 +68,47 @@ class Source(Protocol):
         """The image's file path, or file and position, for messages."""
 
 
+class StreamItem(NamedTuple):
+    """A sample of a stream: what :class:`StreamReader` gives.
+
+    Attributes:
+        image: uint8 [C, h, w].
+        label: -1 where there is none.
+        epoch: the pass over the stream (over the sample's part of it) that the image belongs to.
+        position: the number in the stream of the image that is shown.
+        unreadable: position and error of the broken images that this one stands in for.
+    """
+
+    image: Tensor
+    label: int
+    epoch: int
+    position: int
+    unreadable: tuple[tuple[int, UnreadableImage], ...]
+
+
+class StreamReader(Protocol):
+    """Reads a stream at rising positions."""
+
+    def read(self, position: int, /) -> StreamItem:
+        """Sample number ``position``; a function of it alone, not of what was read before."""
+
+
+@runtime_checkable
+class StreamSource(Protocol):
+    """Images that can be read in one order only: an endless stream for each seed."""
+
+    @property
+    def num_classes(self) -> int:
+        """As of a :class:`Source`."""
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """As of a :class:`Source`."""
+
+    def reader(self, seed: int, /) -> StreamReader:
+        """A reader of the stream in the order that ``seed`` gives."""
+
+
 def open_source(
     spec: str | os.PathLike[str],
     *,
@@ -82,6 +126,16 @@ def open_source(
 
     - ``"scenes"``: ``num_scenes`` rendered scenes (:class:`sslkit.data.scenes.Scenes`); the two
       splits come from different seeds and share no scene. A folder of that name is ``./scenes``.
+    - ``hf:NAME`` or ``hf:NAME:CONFIG``: a data set of the Hugging Face Hub, or a local folder, that
+      ``datasets.load_dataset`` takes; see :func:`sslkit.data.hugging_face.open_hugging_face`.
+      Of ``hf-stream:NAME``, only the test images; the training images have no length:
+      :func:`sslkit.data.hugging_face.open_stream`.
+    - webdataset tar shards: a path, glob, brace expansion or URL, several of them joined by
+      ``::``: :class:`sslkit.data.shards.TarShards`. The test split is the last
+      ``test_fraction`` of the shards; a single shard is divided like a folder. Copies of remote
+      shards go to ``root/shards``.
+    - a folder with ``.tar`` files in it: these shards. When some are called ``train...`` and others
+      ``val...``, ``valid...``, ``validation...`` or ``test...``, these are the two splits.
     - a folder: :class:`ImageFolder`. With sub-folders ``train`` and one of ``val``, ``valid``,
       ``validation``, ``test`` (the first that exists), these are the two splits.
     - a ``.npy`` or ``.npz`` file: :class:`ImageArray`.
@@ -109,13 +163,36 @@ def open_source(
         raise ValueError(f"split must be one of {get_args(Split)}, got {split!r}")
     text = os.fspath(spec)
     path = Path(text).expanduser()
+    source: Source
     if text == "scenes":
         from sslkit.data.scenes import Scenes
 
         # Scene i is a function of (seed, i), and different seeds share no scene.
         scene_seed = seed if split == "train" else sample_seed(seed, 1)
         return Scenes(num_scenes, size=scene_size, seed=scene_seed)
-    if path.is_dir():
+    if text.startswith("hf-stream:"):
+        if split == "train":
+            raise ValueError(
+                f"data {text!r} is a stream, which has no length; open it with open_stream and "
+                f"train on it with make_loader, or take 'hf:' in place of 'hf-stream:'"
+            )
+        from sslkit.data.hugging_face import open_stream_test
+
+        return open_stream_test(text, max_side=max_side)
+    tar_shards = _find_tar_shards(text, path, split)
+    if text.startswith("hf:") and not text.startswith("hf://"):
+        from sslkit.data.hugging_face import open_hugging_face
+
+        source, has_splits = open_hugging_face(text, split=split, max_side=max_side)
+    elif tar_shards is not None:
+        from sslkit.data.shards import TarShards
+
+        urls, has_splits = tar_shards
+        shards = TarShards(urls, cache=Path(root) / "shards", max_side=max_side)
+        if not has_splits and test_fraction and len(shards.shards) > 1:
+            return shards.split(test_fraction)[split == "test"]
+        source = shards
+    elif path.is_dir():
         source, has_splits = _open_folder(path, split, max_side)
     elif path.suffix.lower() in (".npy", ".npz") and path.is_file():
         source, has_splits = _open_array(path, split)
@@ -226,14 +303,17 @@ class ImageFolder:
             number = {name: i for i, name in enumerate(self.class_names)}
             self._labels = np.array([number[top] for top in top_folders], dtype=np.int32)
         self.num_classes = len(self.class_names or ())
-        self._files = _StringTable(files)
+        self._files = StringTable(files)
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        label = -1 if self._labels is None else int(self._labels[index])
-        return read_image(self.name(index), max_side=self.max_side), label
+        return read_image(self.name(index), max_side=self.max_side), self.label(index)
+
+    def label(self, index: int) -> int:
+        """The class of the image, which is not read; -1 where there are no classes."""
+        return -1 if self._labels is None else int(self._labels[index])
 
     def name(self, index: int) -> str:
         """The path of the file."""
@@ -373,6 +453,21 @@ class TorchvisionImages:
         return f"{type(self.dataset).__name__}[{index}]"
 
 
+def _find_tar_shards(text: str, path: Path, split: Split) -> tuple[str | list[str], bool] | None:
+    """The shards that ``text`` means, if it does, and whether they are a split of their own."""
+    if not path.is_dir():
+        means_shards = text.startswith("pipe:") or re.search(r"\.(tar|tgz|tbz2|txz)\b", text)
+        return (text, False) if means_shards else None
+    shards: dict[str, list[str]] = {}
+    for shard in sorted(path.glob("*.tar")):
+        shards.setdefault(re.split(r"[^a-z]", shard.name)[0], []).append(str(shard))
+    test = next((name for name in TEST_FOLDERS if name in shards), None)
+    if "train" in shards and test is not None:
+        return shards["train" if split == "train" else test], True
+    everything = sorted(itertools.chain(*shards.values()))
+    return (everything, False) if everything else None
+
+
 def _open_folder(folder: Path, split: Split, max_side: int) -> tuple[Source, bool]:
     children = {child.name for child in folder.iterdir() if child.is_dir()}
     test_folder = next((name for name in TEST_FOLDERS if name in children), None)
@@ -506,7 +601,7 @@ def _shorten(names: Sequence[str], limit: int = 10) -> str:
     return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"
 
 
-class _StringTable:
+class StringTable:
     """Strings in one buffer.
 
     A list of millions of ``str`` takes gigabytes, and every worker process would copy it page by
