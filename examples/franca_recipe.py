@@ -51,11 +51,14 @@ from sslkit.data import (
     MultiCropDataset,
     Scenes,
     Source,
+    StreamSource,
     UnreadableImage,
     UnreadableLog,
     make_loader,
     open_source,
+    open_stream,
     sample_seed,
+    train_test_split,
 )
 from sslkit.data.crops import normalisation
 from sslkit.evaluation import figures as draw
@@ -253,7 +256,7 @@ class Settings:
     preset: PresetName = "demo"
     """Where the defaults come from; every other setting overrides it."""
     data: str = "scenes"
-    """A folder of images, a torchvision dataset by name, a .npy/.npz file, or `scenes`."""
+    """A folder, tar shards, hf:NAME, hf-stream:NAME, a torchvision data set, .npz or `scenes`."""
     output: Path = Path("runs/franca")
     """Every stage reads and writes here."""
     stages: tuple[Stage, ...] = ("pretrain", "highres", "rasa", "evaluate", "report")
@@ -915,6 +918,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
         group=checkpoint_group(parallel.group),
     )
     sources = open_data(settings)
+    images = open_training_images(settings, sources)
     trainer = Trainer(plan, settings, parallel)
     latest = checkpoints.latest()
     start = 0 if latest is None else step_of(latest)
@@ -922,7 +926,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
         checkpoints.load_(latest, trainer.state())
     batches = iter(
         make_loader(
-            MultiCropDataset(sources.train, multi_crop(plan, settings), seed=settings.seed),
+            MultiCropDataset(images, multi_crop(plan, settings), seed=settings.seed),
             batch_size=plan.batch_size,
             start_sample=start * plan.batch_size,
             rank=parallel.rank,
@@ -930,7 +934,8 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
             num_workers=settings.workers,
         )
     )
-    unreadable = UnreadableLog(len(sources.train), threshold=settings.max_unreadable)
+    num_images = None if isinstance(images, StreamSource) else len(images)
+    unreadable = UnreadableLog(num_images, threshold=settings.max_unreadable)
     monitor = CollapseMonitor(
         trainer.num_prototypes, grace_steps=round(1.25 * settings.optim.lr_warmup * plan.steps)
     )
@@ -1056,22 +1061,34 @@ class Sources(NamedTuple):
 
 
 def open_data(settings: Settings) -> Sources:
-    """Both splits of `--data`."""
-    try:
-        train, test = (
-            open_source(
-                settings.data,
-                split=split,
-                seed=settings.seed,
-                scene_size=(settings.scene_size, settings.scene_size),
-                num_scenes=settings.num_scenes,
-                test_fraction=settings.test_fraction,
-            )
-            for split in ("train", "test")
+    """Both splits of `--data`; of a stream, two halves of what it holds out for tests."""
+
+    def opened(split: Literal["train", "test"]) -> Source:
+        return open_source(
+            settings.data,
+            split=split,
+            seed=settings.seed,
+            scene_size=(settings.scene_size, settings.scene_size),
+            num_scenes=settings.num_scenes,
+            test_fraction=settings.test_fraction,
         )
+
+    try:
+        if is_stream(settings.data):
+            return Sources(*train_test_split(opened("test"), 0.5, settings.seed))
+        return Sources(opened("train"), opened("test"))
     except (FileNotFoundError, ValueError) as error:
         raise SettingsError(f"--data: {error}") from error
-    return Sources(train, test)
+
+
+def open_training_images(settings: Settings, sources: Sources) -> Source | StreamSource:
+    """What the training loop learns from: the training split, or a stream beside it."""
+    return open_stream(settings.data) if is_stream(settings.data) else sources.train
+
+
+def is_stream(data: str) -> bool:
+    """Whether `--data` can be read in one order only."""
+    return data.startswith("hf-stream:")
 
 
 def multi_crop(plan: Plan, settings: Settings) -> MultiCrop:
