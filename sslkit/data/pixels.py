@@ -11,13 +11,14 @@ does in torchvision.
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as in torchvision
 # What each of (R, G, B) adds to the hue, in turns, so that 0 is the hue furthest from the channel.
-_HUE_OFFSETS = torch.tensor([1 / 2, 1 / 6, -1 / 6]).view(3, 1, 1)
+_HUE_OFFSETS = (1 / 2, 1 / 6, -1 / 6)
 
 
 def adjust_brightness_(image: Tensor, factor: float) -> Tensor:
@@ -52,22 +53,21 @@ def shift_hue_(image: Tensor, turns: float) -> Tensor:
     if len(image) != 3:
         return image
     red, green, blue = image
-    value = torch.maximum(torch.maximum(red, green), blue)
-    chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    sixth = chroma.mul(6).clamp_(min=1e-6).reciprocal_()
-    hue = torch.where(
-        value == red,
-        (green - blue).mul_(sixth),
-        torch.where(
-            value == green,
-            (blue - red).mul_(sixth).add_(1 / 3),
-            (red - green).mul_(sixth).add_(2 / 3),
-        ),
-    )
-    distance = hue.add_(turns) + _HUE_OFFSETS  # [h, w] + [3, 1, 1] -> [3, h, w]
-    distance.sub_(distance.round()).abs_()
-    torch.mul(distance.mul_(6).clamp_(1, 2), chroma, out=image)
-    return image.add_(value.sub_(chroma, alpha=2))
+    value, low = torch.maximum(green, blue), torch.minimum(green, blue)
+    torch.maximum(value, red, out=value)
+    torch.minimum(low, red, out=low)
+    chroma = value - low
+    # With (r, g, b) = (image - low) / chroma, one of them 0 and one 1, the hue from red to cyan
+    # (g >= b) is 1 - r + g + b sixths of the circle, and its mirror image where g < b. Selecting
+    # the formula of each sixth by torch.where takes three times as long.
+    sixths = (green + blue).sub_(red).add_(value).sub_(low, alpha=2)
+    sixths.div_(chroma.clamp(min=1e-6)).copysign_(green - blue)
+    base, scratch = value.sub_(chroma, alpha=2), low
+    for channel, offset in zip(image, _HUE_OFFSETS, strict=True):
+        distance = sixths.add(6 * (turns + offset)).mul_(1 / 6)
+        distance.sub_(torch.round(distance, out=scratch)).abs_().clamp_(1 / 6, 1 / 3)
+        torch.addcmul(base, distance, chroma, value=6, out=channel)
+    return image
 
 
 def to_grey_(image: Tensor) -> Tensor:
@@ -81,23 +81,40 @@ def gaussian_blur(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
     ``sigma`` is in pixels; the taps are ``exp(-x**2 / (2 sigma**2))`` at integer x, scaled to sum
     to 1. The two axes are convolved one after the other.
     """
-    radius = kernel_size // 2
-    taps = [math.exp(-0.5 * (x / sigma) ** 2) for x in range(-radius, radius + 1)]
-    taps = [tap / sum(taps) for tap in taps]
+    taps = gaussian_taps(kernel_size, sigma)
+    radius = len(taps) // 2
     _, height, width = image.shape
     padded = pad(image, (radius, radius, radius, radius), mode="reflect")
     rows = padded[:, :, :width] * taps[0]
-    for i in range(1, kernel_size):
-        rows.add_(padded[:, :, i : i + width], alpha=taps[i])
+    for i, tap in enumerate(taps[1:], start=1):
+        rows.add_(padded[:, :, i : i + width], alpha=tap)
     blurred = rows[:, :height] * taps[0]
-    for i in range(1, kernel_size):
-        blurred.add_(rows[:, i : i + height], alpha=taps[i])
+    for i, tap in enumerate(taps[1:], start=1):
+        blurred.add_(rows[:, i : i + height], alpha=tap)
     return blurred
+
+
+def gaussian_taps(kernel_size: int, sigma: float) -> list[float]:
+    """``exp(-x**2 / (2 sigma**2))`` at the integers around 0, scaled to sum to 1.
+
+    There are ``kernel_size`` of them less those that weigh under a millionth of the middle one:
+    they change no digit that matters, and the smallest are denormal, which CPUs multiply by at a
+    tenth of their speed.
+
+    >>> [round(tap, 3) for tap in gaussian_taps(5, 1.0)], len(gaussian_taps(5, 0.3))
+    ([0.054, 0.244, 0.403, 0.244, 0.054], 3)
+    """
+    radius = min(kernel_size // 2, int(sigma * math.sqrt(2 * math.log(1e6))))
+    taps = [math.exp(-0.5 * (x / sigma) ** 2) for x in range(-radius, radius + 1)]
+    return [tap / sum(taps) for tap in taps]
 
 
 def solarise(image: Tensor, threshold: float = 128) -> Tensor:
     """Invert the values from ``threshold`` upwards: ``255 - image`` there."""
-    return torch.where(image >= threshold, 255 - image, image)
+    # 255 - 2 * bright is 0 below the threshold; torch.where takes five times as long.
+    below = float(np.nextafter(np.float32(threshold), np.float32(-math.inf)))
+    bright = torch.nn.functional.threshold(image, below, 127.5)
+    return bright.mul_(-2).add_(255).add_(image)
 
 
 def _luma(image: Tensor) -> Tensor:
