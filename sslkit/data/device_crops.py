@@ -45,9 +45,11 @@ class PackedViews(NamedTuple):
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedViews":
         """The views with all tensors on ``device``."""
-        *tensors, counts = self
-        moved = (tensor.to(device, non_blocking=non_blocking) for tensor in tensors)
-        return PackedViews(*moved, counts)
+        boxes, flips, factors, rows = (
+            tensor.to(device, non_blocking=non_blocking)
+            for tensor in (self.boxes, self.flips, self.factors, self.rows)
+        )
+        return PackedViews(boxes, flips, factors, rows, self.counts)
 
 
 def pack_views(views: Sequence[Sequence[View]]) -> PackedViews:

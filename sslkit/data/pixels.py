@@ -13,6 +13,7 @@ does in torchvision.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ def gaussian_blur(image: Tensor, kernel_size: int, sigma: float | Tensor) -> Ten
     return _weighted_sum([rows[..., i : i + height, :] for i in range(len(taps))], taps)
 
 
-def gaussian_taps(kernel_size: int, sigma: float | Tensor) -> list[float] | list[Tensor]:
+def gaussian_taps(kernel_size: int, sigma: float | Tensor) -> Sequence[float | Tensor]:
     """``exp(-x**2 / (2 sigma**2))`` at the integers around 0, scaled to sum to 1.
 
     There are ``kernel_size`` of them, less those that weigh under a millionth of the middle one
@@ -128,7 +129,7 @@ def _luma(image: Tensor) -> Tensor:
     return red.mul(_LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
 
 
-def _weighted_sum(images: list[Tensor], weights: list[float] | list[Tensor]) -> Tensor:
+def _weighted_sum(images: list[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
     total = images[0] * weights[0]
     for image, weight in zip(images[1:], weights[1:], strict=True):
         if isinstance(weight, Tensor):
