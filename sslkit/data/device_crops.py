@@ -60,7 +60,7 @@ def pack_views(views: Sequence[Sequence[View]]) -> PackedViews:
     >>> packed.rows.tolist(), packed.counts[-3:]
     ([0, 1, 2], (3, 0, 0))
     """
-    num_images = len(views)
+    num_images, num_views = len(views), len(views[0])
     flat = [view for same in zip(*views, strict=True) for view in same]  # v * B + b
     selected = [
         [n for n, view in enumerate(flat) if view.jitter and view.jitter_order[place] == step]
@@ -70,13 +70,12 @@ def pack_views(views: Sequence[Sequence[View]]) -> PackedViews:
     selected.append([n for n, view in enumerate(flat) if view.grey])
     selected.append([n for n, view in enumerate(flat) if view.blur_sigma is not None])
     selected.append([n for n, view in enumerate(flat) if view.solarise])
+    boxes, flips = [view.box for view in flat], [view.flip for view in flat]
     factors = [(*(view.jitter or (1, 1, 1, 0)), view.blur_sigma or 1) for view in flat]
     return PackedViews(
-        boxes=torch.tensor([view.box for view in flat], dtype=torch.float32).view(
-            -1, num_images, 4
-        ),
-        flips=torch.tensor([view.flip for view in flat], dtype=torch.bool).view(-1, num_images),
-        factors=torch.tensor(factors, dtype=torch.float32).view(-1, _NUM_STEPS + 1),
+        boxes=torch.tensor(boxes, dtype=torch.float32).view(num_views, num_images, 4),
+        flips=torch.tensor(flips, dtype=torch.bool).view(num_views, num_images),
+        factors=torch.tensor(factors, dtype=torch.float32).view(len(flat), _NUM_STEPS + 1),
         rows=torch.tensor([n for rows in selected for n in rows], dtype=torch.int64),
         counts=tuple(len(rows) for rows in selected),
     )
@@ -152,7 +151,7 @@ def resize_boxes(images: Tensor, boxes: Tensor, flips: Tensor, size: Size) -> Te
         flip = flips[:, part].T[..., None, None]
         across = torch.where(flip, across.flip(-2), across)
         x = torch.bmm(source, across.flatten(1, 2).mT)  # [b, C * H, V * w]
-        x = x.view(-1, channels, extent_down, num_views, width).permute(0, 3, 2, 1, 4)
+        x = x.view(len(source), channels, extent_down, num_views, width).permute(0, 3, 2, 1, 4)
         x = x.contiguous().round_().clamp_(0, 255).flatten(3)  # [b, V, H, C * w]
         x = torch.matmul(down, x).unflatten(3, (channels, width))  # [b, V, h, C, w]
         out[:, part] = x.permute(1, 0, 3, 2, 4)
