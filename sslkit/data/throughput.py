@@ -130,10 +130,10 @@ class DataWatch:
         read = sum(step.read for step in self._steps)
         augment = sum(step.augment for step in self._steps)
         if read > augment:
-            slow, share = "reading and decoding images", read / (read + augment)
+            slow, share = "Reading and decoding images", read / (read + augment)
             remedy = "use smaller source images, shards or a faster disk"
         else:
-            slow, share = "augmentation", augment / (read + augment)
+            slow, share = "Augmentation", augment / (read + augment)
             remedy = "augment on the GPU (augment_on of make_loader)"
         return f"{rates}. {slow} takes {share:.0%} of the loader's time: {remedy}" + self._more(
             needed
