@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -289,6 +290,7 @@ def main() -> int:
 
 def report(raced: dict[str, Contestant], source: ImageFolder, options: argparse.Namespace) -> int:
     machine = describe_machine(torch.device("cpu"))
+    machine["versions"] |= {name: version(name) for name in ("torchvision", "pillow")}
     options.results.mkdir(parents=True, exist_ok=True)
     reference = median(raced[V1].speeds)
     print(f"\nimages/s, {options.workers} workers, median (quartiles) of {options.rounds} rounds:")
