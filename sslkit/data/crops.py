@@ -31,6 +31,7 @@ JITTER = (
     pixels.adjust_saturation_,
     pixels.shift_hue_,
 )
+"""What the numbers in ``View.jitter_order`` stand for."""
 _DRAWS_PER_VIEW = 2 * _CROP_ATTEMPTS + 13
 
 
