@@ -1,6 +1,7 @@
 """The stream of batches: exact under restarts, ranks and workers; broken images are survived."""
 
 import itertools
+import time
 import traceback
 import warnings
 
@@ -60,6 +61,8 @@ def assert_same(batches, others):
     assert len(batches) == len(others)
     for batch, other in zip(batches, others, strict=True):
         for name, value in batch._asdict().items():
+            if name.endswith("_seconds"):
+                continue
             counterpart = getattr(other, name)
             same = torch.equal(value, counterpart) if name != "unreadable" else value == counterpart
             assert same, name
@@ -147,6 +150,29 @@ def test_batch_layout():
     moved = batch.to("meta")
     assert moved.global_crops.device.type == moved.indices.device.type == "meta"
     assert moved._fields == batch._fields
+
+
+@pytest.mark.parametrize("augment_on", [None, "cpu"])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_time_is_told_apart(num_workers, augment_on):
+    class Slow(Broken):
+        def __getitem__(self, index):
+            time.sleep(0.02)
+            return super().__getitem__(index)
+
+    class SlowCrops(MultiCrop):
+        def render_all(self, image, views):
+            time.sleep(0.1)
+            return super().render_all(image, views)
+
+    crops = SlowCrops(global_size=12, local_size=8, num_local=1)
+    data = MultiCropDataset(Slow(5, (2,)), crops)
+    loader = make_loader(data, batch_size=5, num_workers=num_workers, augment_on=augment_on)
+    (batch,) = take(loader, 1)
+    rendered = 5 * (augment_on is None)
+    assert 0.02 * 6 <= batch.read_seconds < 0.02 * 6 + 0.5  # the replacement of 2 is read, too
+    assert 0.1 * rendered < batch.augment_seconds < 0.1 * rendered + 0.5
+    assert batch.seconds == batch.read_seconds + batch.augment_seconds
 
 
 def test_no_local_crops():

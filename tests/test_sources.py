@@ -9,6 +9,7 @@ import torch
 import torchvision
 from PIL import Image
 
+from sslkit.data import decode as decode_module
 from sslkit.data.decode import UnreadableImage, read_image
 from sslkit.data.scenes import Scenes
 from sslkit.data.sources import (
@@ -111,6 +112,30 @@ def test_exif_orientation(tmp_path, orientation, corner, extension):
 def test_extreme_shapes(tmp_path, size):
     path = save(tmp_path / "thin.png", Image.new("RGB", size))
     assert read_image(path).shape == (3, size[1], size[0])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
+@pytest.mark.parametrize("fault", [None, RuntimeError, DeprecationWarning])
+def test_jpeg_is_decoded_as_pillow_does(tmp_path, monkeypatch, mode, options, fault):
+    """Whether torchvision can decode it or not."""
+    coarse = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    image = Image.fromarray(coarse).resize((83, 61), Image.Resampling.BICUBIC).convert(mode)
+    path = save(tmp_path / "a.jpg", image, **options)
+    decoded = []
+
+    def decode(*arguments, **options):
+        decoded.append(True)
+        if fault is not None or torchvision_decode is None:
+            raise (fault or RuntimeError)("no libjpeg")
+        return torchvision_decode(*arguments, **options)
+
+    torchvision_decode = decode_module._torchvision_decode_jpeg
+    monkeypatch.setattr(decode_module, "_torchvision_decode_jpeg", decode)
+    result = read_image(path)
+    assert decoded
+    expected = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+    assert torch.equal(result, expected)
 
 
 def write_truncated(path, extension):

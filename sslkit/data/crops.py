@@ -25,12 +25,13 @@ Size = int | tuple[int, int]
 
 _CROP_ATTEMPTS = 10  # torchvision's: then the largest central crop of an allowed aspect ratio
 _JITTER_ORDERS = tuple(itertools.permutations(range(4)))
-_JITTER = (
+JITTER = (
     pixels.adjust_brightness_,
     pixels.adjust_contrast_,
     pixels.adjust_saturation_,
     pixels.shift_hue_,
 )
+"""What the numbers in ``View.jitter_order`` stand for."""
 _DRAWS_PER_VIEW = 2 * _CROP_ATTEMPTS + 13
 
 
@@ -142,29 +143,30 @@ class MultiCrop:
         if self.blur_kernel_size is not None and self.blur_kernel_size % 2 != 1:
             raise ValueError(f"blur_kernel_size must be odd, got {self.blur_kernel_size}")
         for name in ("global_size", "local_size"):
-            shorter = min(_height_width(getattr(self, name)))
-            if shorter <= self._kernel_size(shorter) // 2:
+            shorter = min(height_width(getattr(self, name)))
+            if shorter <= self.blur_taps(shorter) // 2:
                 raise ValueError(f"{name} {getattr(self, name)} is too small for the blur")
 
     def __call__(self, image: Tensor, *, generator: torch.Generator) -> Crops:
         """The views of ``image`` uint8 [C, h, w], a function of it and the generator's state."""
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.numel() == 0:
-            raise ValueError(
-                f"image must be a non-empty uint8 tensor [C, h, w], got {image.dtype} "
-                f"{list(image.shape)}"
-            )
-        channels, height, width = image.shape
+        check_image(image)
+        return self.render_all(image, self.draw(*image.shape[1:], generator=generator))
+
+    def render_all(self, image: Tensor, views: Sequence[View]) -> Crops:
+        """The given views of ``image`` uint8 [C, h, w], the global ones first, normalised."""
+        channels = len(image)
         mean, std = normalisation(channels, self.mean, self.std)
-        scale, shift = 1 / (255 * std), -mean / std
-        views = self.draw(height, width, generator=generator)
+        scale, shift = (1 / (255 * std)).flatten().tolist(), (-mean / std).flatten()
         groups = []
         for size, group in (
             (self.global_size, views[: self.num_global]),
             (self.local_size, views[self.num_global :]),
         ):
-            out = torch.empty(len(group), channels, *_height_width(size))
+            out = torch.empty(len(group), channels, *height_width(size))
             for view, target in zip(group, out, strict=True):
-                torch.addcmul(shift, self.render(image, view, size), scale, out=target)
+                rendered = self.render(image, view, size)
+                for c in range(channels):  # a pass each; one broadcast over channels takes longer
+                    torch.add(shift[c], rendered[c], alpha=scale[c], out=target[c])
             groups.append(out)
         return Crops(*groups)
 
@@ -179,23 +181,24 @@ class MultiCrop:
 
     def render(self, image: Tensor, view: View, size: Size) -> Tensor:
         """One view of ``image`` uint8 [C, h, w]: float32 [C, *size], values in 0..255."""
-        x = vision.resized_crop(
-            image,
-            *view.box,
-            size=list(_height_width(size)),
+        top, left, height, width = view.box
+        box = image[None, :, top : top + height, left : left + width]
+        x = vision.resize(
+            box.contiguous(memory_format=torch.channels_last),  # resized a quarter faster
+            size=list(height_width(size)),
             interpolation=InterpolationMode.BICUBIC,
             antialias=True,
-        )
+        )[0]
         if view.flip:
             x = x.flip(-1)
         x = x.to(torch.float32, memory_format=torch.contiguous_format)
         if view.jitter is not None:
             for i in view.jitter_order:
-                x = _JITTER[i](x, view.jitter[i])
+                x = JITTER[i](x, view.jitter[i])
         if view.grey:
             x = pixels.to_grey_(x)
         if view.blur_sigma is not None:
-            x = pixels.gaussian_blur(x, self._kernel_size(min(x.shape[1:])), view.blur_sigma)
+            x = pixels.gaussian_blur(x, self.blur_taps(min(x.shape[1:])), view.blur_sigma)
         if view.solarise:
             x = pixels.solarise(x)
         return x
@@ -205,7 +208,7 @@ class MultiCrop:
         down, right, flip, jitter, brightness, contrast, saturation, hue, *rest = draws
         order, grey, blur, sigma, solarise, *shape_draws = rest
         is_global = index < self.num_global
-        view_height, view_width = _height_width(self.global_size if is_global else self.local_size)
+        view_height, view_width = height_width(self.global_size if is_global else self.local_size)
         box = _draw_box(
             height,
             width,
@@ -231,11 +234,21 @@ class MultiCrop:
             solarise=is_global and index > 0 and solarise < self.solarise_probability,
         )
 
-    def _kernel_size(self, side: int) -> int:
+    def blur_taps(self, side: int) -> int:
+        """``blur_kernel_size`` of a view whose shorter side has ``side`` pixels."""
         if self.blur_kernel_size is not None:
             return self.blur_kernel_size
         tenth = side // 10
         return min(max(tenth - (tenth + 1) % 2, 3), 9)
+
+
+def check_image(image: Tensor) -> None:
+    """Raise ValueError unless ``image`` is a non-empty uint8 tensor [C, h, w]."""
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.numel() == 0:
+        raise ValueError(
+            f"image must be a non-empty uint8 tensor [C, h, w], got {image.dtype} "
+            f"{list(image.shape)}"
+        )
 
 
 def normalisation(
@@ -293,5 +306,6 @@ def _between(low: float, high: float, fraction: float) -> float:
     return low + (high - low) * fraction
 
 
-def _height_width(size: Size) -> tuple[int, int]:
+def height_width(size: Size) -> tuple[int, int]:
+    """A side, or (height, width), as the latter."""
     return (size, size) if isinstance(size, int) else size

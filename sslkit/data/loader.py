@@ -7,20 +7,30 @@ was stopped. A run resumes with ``make_loader(..., start_sample=step * batch_siz
 
 import itertools
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    default_collate,
+    get_worker_info,
+)
 
-from sslkit.data.crops import Crops, MultiCrop
+from sslkit.data.crops import Crops, MultiCrop, View, check_image
 from sslkit.data.decode import UnreadableImage
+from sslkit.data.device_crops import PackedViews, pack_views, render_batch
 from sslkit.data.seeds import sample_seed
-from sslkit.data.sources import Source, StreamItem, StreamSource
+from sslkit.data.sources import Source, StreamReader, StreamSource
 
 _MAX_REPLACEMENTS = 64
 _PERMUTATION, _VIEWS, _REPLACEMENT = range(3)  # keep the random streams of one seed apart
@@ -36,14 +46,34 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
+class DrawnSample:
+    """One image and the views drawn for it.
+
+    ``index`` is the image shown, ``unreadable`` what it had to replace, ``read_seconds`` how long
+    reading and decoding took.
+    """
+
+    image: Tensor
+    views: list[View]
+    label: int
+    epoch: int
+    index: int
+    unreadable: tuple[Unreadable, ...]
+    read_seconds: float
+    augment_seconds: float
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One image's views. ``index`` is the image shown, ``unreadable`` what it had to replace."""
+    """One image's views; the other fields are those of :class:`DrawnSample`."""
 
     crops: Crops
     label: int
     epoch: int
     index: int
     unreadable: tuple[Unreadable, ...]
+    read_seconds: float
+    augment_seconds: float
 
 
 class Batch(NamedTuple):
@@ -56,6 +86,11 @@ class Batch(NamedTuple):
         epochs: int64 [B], the pass over the source that each sample belongs to.
         indices: int64 [B], the images shown, as indices of the source.
         unreadable: the broken images met on the way, each replaced by another image.
+        read_seconds: what one process needed to read and decode the images.
+        augment_seconds: what it needed to draw and render the views and to stack them; with views
+            rendered on a device, to draw them and to stack the images.
+        render_seconds: with views rendered on a device, what the process that takes the batch
+            needed to start that, which on a CPU is all of it.
     """
 
     global_crops: Tensor
@@ -64,20 +99,70 @@ class Batch(NamedTuple):
     epochs: Tensor
     indices: Tensor
     unreadable: tuple[Unreadable, ...]
+    read_seconds: float = 0.0
+    augment_seconds: float = 0.0
+    render_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long one process worked on the batch before handing it over."""
+        return self.read_seconds + self.augment_seconds
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The batch with all tensors on ``device``."""
         global_crops, local_crops, labels, epochs, indices = (
-            tensor.to(device, non_blocking=non_blocking)
-            for tensor in (
-                self.global_crops,
-                self.local_crops,
-                self.labels,
-                self.epochs,
-                self.indices,
-            )
+            tensor.to(device, non_blocking=non_blocking) for tensor in self[:5]
         )
-        return Batch(global_crops, local_crops, labels, epochs, indices, self.unreadable)
+        return self._replace(
+            global_crops=global_crops,
+            local_crops=local_crops,
+            labels=labels,
+            epochs=epochs,
+            indices=indices,
+        )
+
+
+class DrawnBatch(NamedTuple):
+    """B images and the views drawn for them, to be rendered; see :class:`Batch` for the rest.
+
+    Attributes:
+        images: uint8 [B, C, H, W], each image in the upper left corner, H and W the largest of the
+            batch; zeros fill the rest.
+        global_views, local_views: V_g and V_l views of each.
+    """
+
+    images: Tensor
+    global_views: PackedViews
+    local_views: PackedViews
+    labels: Tensor
+    epochs: Tensor
+    indices: Tensor
+    unreadable: tuple[Unreadable, ...]
+    read_seconds: float
+    augment_seconds: float
+
+    def render(self, crops: MultiCrop, device: torch.device | str) -> Batch:
+        """The batch on ``device``, its views rendered there. Does not wait for a GPU."""
+        start = time.perf_counter()
+        images, labels, epochs, indices = (
+            tensor.to(device, non_blocking=True)
+            for tensor in (self.images, self.labels, self.epochs, self.indices)
+        )
+        global_views, local_views = (
+            views.to(device, non_blocking=True) for views in (self.global_views, self.local_views)
+        )
+        views = render_batch(images, crops, global_views, local_views)
+        return Batch(
+            views.globals_,
+            views.locals_,
+            labels,
+            epochs,
+            indices,
+            self.unreadable,
+            self.read_seconds,
+            self.augment_seconds,
+            render_seconds=time.perf_counter() - start,
+        )
 
 
 class Order(Protocol):
@@ -190,9 +275,25 @@ class MultiCropDataset(Dataset[Sample]):
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
+        drawn = self.drawn(key)
+        start = time.perf_counter()
+        crops = self.crops.render_all(drawn.image, drawn.views)
+        return Sample(
+            crops,
+            drawn.label,
+            drawn.epoch,
+            drawn.index,
+            drawn.unreadable,
+            drawn.read_seconds,
+            drawn.augment_seconds + time.perf_counter() - start,
+        )
+
+    def drawn(self, key: tuple[int, int]) -> DrawnSample:
+        """As ``dataset[key]``, with the image and its views drawn but not rendered."""
         epoch, index = key
         unreadable: dict[int, Unreadable] = {}
         shown = index
+        start = time.perf_counter()
         for attempt in range(_MAX_REPLACEMENTS):
             try:
                 image, label = self.source[shown]
@@ -202,9 +303,21 @@ class MultiCropDataset(Dataset[Sample]):
                     self.source
                 )
                 continue
+            read = time.perf_counter()
+            check_image(image)
             seed = sample_seed(self.seed, _VIEWS, epoch, index)
-            crops = self.crops(image, generator=torch.Generator().manual_seed(seed))
-            return Sample(crops, label, epoch, shown, tuple(unreadable.values()))
+            generator = torch.Generator().manual_seed(seed)
+            views = self.crops.draw(*image.shape[1:], generator=generator)
+            return DrawnSample(
+                image,
+                views,
+                label,
+                epoch,
+                shown,
+                tuple(unreadable.values()),
+                read - start,
+                time.perf_counter() - read,
+            )
         first = unreadable[index]
         raise RuntimeError(
             f"{_MAX_REPLACEMENTS} images drawn in a row are unreadable ({len(unreadable)} "
@@ -219,17 +332,90 @@ def collate(samples: Sequence[Sample]) -> Batch:
     Raises:
         ValueError: the images have different numbers of channels.
     """
-    channels = {sample.crops.globals_.shape[1] for sample in samples}
-    if len(channels) > 1:
-        raise ValueError(f"one batch holds images of different channel counts: {sorted(channels)}")
+    start = time.perf_counter()
+    _check_channels([sample.crops.globals_.shape[1] for sample in samples])
     return Batch(
-        global_crops=torch.stack([sample.crops.globals_ for sample in samples], dim=1),
-        local_crops=torch.stack([sample.crops.locals_ for sample in samples], dim=1),
-        labels=torch.tensor([sample.label for sample in samples]),
-        epochs=torch.tensor([sample.epoch for sample in samples]),
-        indices=torch.tensor([sample.index for sample in samples]),
-        unreadable=tuple(each for sample in samples for each in sample.unreadable),
+        _stack_views([sample.crops.globals_ for sample in samples]),
+        _stack_views([sample.crops.locals_ for sample in samples]),
+        **_stack_rest(samples, start),
     )
+
+
+def collate_drawn(samples: Sequence[DrawnSample], *, num_global: int) -> DrawnBatch:
+    """Stack samples whose first ``num_global`` views are global ones; see :class:`DrawnBatch`.
+
+    Raises:
+        ValueError: the images have different numbers of channels.
+    """
+    start = time.perf_counter()
+    shapes = [sample.image.shape for sample in samples]
+    _check_channels([shape[0] for shape in shapes])
+    height, width = (max(shape[axis] for shape in shapes) for axis in (1, 2))
+    # Channels last, as decoders give them: rows are copied whole.
+    pixels = torch.zeros(len(samples), height, width, shapes[0][0], dtype=torch.uint8)
+    images = pixels.permute(0, 3, 1, 2)
+    for sample, target in zip(samples, images, strict=True):
+        _, h, w = sample.image.shape
+        target[:, :h, :w] = sample.image
+    return DrawnBatch(
+        images,
+        pack_views([sample.views[:num_global] for sample in samples]),
+        pack_views([sample.views[num_global:] for sample in samples]),
+        **_stack_rest(samples, start),
+    )
+
+
+def _check_channels(channels: list[int]) -> None:
+    if len(set(channels)) > 1:
+        raise ValueError(
+            f"one batch holds images of different channel counts: {sorted(set(channels))}"
+        )
+
+
+def _stack_views(crops: list[Tensor]) -> Tensor:
+    """B of [V, C, h, w] -> [V, B, C, h, w]."""
+    num_views = len(crops[0])
+    if num_views == 0:
+        return torch.stack(crops, dim=1)
+    # In a worker, default_collate stacks into shared memory, where torch.stack's result would be
+    # copied to.
+    views: Tensor = default_collate([crop[v] for v in range(num_views) for crop in crops])
+    return views.unflatten(0, (num_views, -1))
+
+
+def _stack_rest(samples: Sequence[Sample | DrawnSample], start: float) -> dict[str, Any]:
+    """What the two kinds of batch have in common; stacking began at the time ``start``."""
+    stacked = {
+        "labels": torch.tensor([sample.label for sample in samples]),
+        "epochs": torch.tensor([sample.epoch for sample in samples]),
+        "indices": torch.tensor([sample.index for sample in samples]),
+        "unreadable": tuple(each for sample in samples for each in sample.unreadable),
+        "read_seconds": sum(sample.read_seconds for sample in samples),
+    }
+    augment_seconds = sum(sample.augment_seconds for sample in samples)
+    return stacked | {"augment_seconds": augment_seconds + time.perf_counter() - start}
+
+
+class _Drawn(Dataset[DrawnSample]):
+    """The samples of a dataset before rendering."""
+
+    def __init__(self, dataset: MultiCropDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> DrawnSample:
+        return self.dataset.drawn(key)
+
+
+class _Rendered:
+    """The batches of a loader of drawn ones, rendered on a device as they are taken."""
+
+    def __init__(self, loader: Iterable[DrawnBatch], crops: MultiCrop, device: torch.device | str):
+        self.loader = loader
+        self.crops = crops
+        self.device = device
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (drawn.render(self.crops, self.device) for drawn in self.loader)
 
 
 def make_loader(
@@ -242,6 +428,7 @@ def make_loader(
     num_workers: int = 0,
     prefetch_batches: int = 2,
     pin_memory: bool | None = None,
+    augment_on: torch.device | str | None = None,
 ) -> Iterable[Batch]:
     """A torch ``DataLoader`` over the endless stream of ``dataset``; iterate over it once.
 
@@ -257,6 +444,10 @@ def make_loader(
         num_workers: processes that make batches, with one thread each; 0 makes them in this one.
         prefetch_batches: how many batches each worker makes ahead.
         pin_memory: None pins it when CUDA is available.
+        augment_on: render the views on this device, where the batch then is, in the process that
+            iterates: the workers only decode and draw. The views are those of ``None``, which
+            renders them in the workers, up to rounding (:mod:`sslkit.data.device_crops`). Meant for
+            a GPU whose loader is too slow; a CPU renders slower this way.
 
     >>> from sslkit.data.sources import ImageArray
     >>> images = ImageArray(torch.zeros(10, 16, 16, 3, dtype=torch.uint8).numpy())
@@ -265,56 +456,69 @@ def make_loader(
     >>> batch.global_crops.shape, batch.local_crops.shape
     (torch.Size([2, 4, 3, 16, 16]), torch.Size([3, 4, 3, 8, 8]))
     """
+    drawn = augment_on is not None
     settings: dict[str, Any] = {
-        "collate_fn": collate,
+        "collate_fn": (
+            partial(collate_drawn, num_global=dataset.crops.num_global) if drawn else collate
+        ),
         "num_workers": num_workers,
         "prefetch_factor": prefetch_batches if num_workers else None,
         "pin_memory": torch.cuda.is_available() if pin_memory is None else pin_memory,
         "generator": torch.Generator(),  # else iter() takes a draw from torch's global generator
     }
+    loader: DataLoader
     if isinstance(dataset.source, StreamSource):
         positions = _Positions(batch_size, start_sample, rank, world_size)
-        stream_loader: DataLoader = DataLoader(
-            _StreamBatches(dataset, positions), batch_size=None, **settings
+        batches = _StreamBatches(dataset, positions, drawn=drawn)
+        loader = DataLoader(batches, batch_size=None, **settings)
+    else:
+        stream = SampleStream(
+            len(dataset.source),
+            batch_size=batch_size,
+            start_sample=start_sample,
+            seed=dataset.seed,
+            rank=rank,
+            world_size=world_size,
+            epoch_order=getattr(dataset.source, "epoch_order", None),
         )
-        return stream_loader
-    stream = SampleStream(
-        len(dataset.source),
-        batch_size=batch_size,
-        start_sample=start_sample,
-        seed=dataset.seed,
-        rank=rank,
-        world_size=world_size,
-        epoch_order=getattr(dataset.source, "epoch_order", None),
-    )
-    loader: DataLoader = DataLoader(dataset, batch_sampler=stream, **settings)
-    return loader
+        samples = _Drawn(dataset) if drawn else dataset
+        loader = DataLoader(samples, batch_sampler=stream, **settings)
+    return loader if augment_on is None else _Rendered(loader, dataset.crops, augment_on)
 
 
-class _StreamBatches(IterableDataset[list[Sample]]):
+class _StreamBatches(IterableDataset[list[Sample] | list[DrawnSample]]):
     """The batches of a rank over a stream; worker w of n makes every n-th of them, from w on.
 
     A loader takes the batches of its workers in turn, which puts them back in order.
     """
 
-    def __init__(self, dataset: MultiCropDataset, positions: _Positions):
+    def __init__(self, dataset: MultiCropDataset, positions: _Positions, *, drawn: bool):
         self.dataset = dataset
         self.positions = positions
+        self.drawn = drawn
 
-    def __iter__(self) -> Iterator[list[Sample]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         seed = sample_seed(self.dataset.seed, _PERMUTATION)
         reader = self.dataset.source.reader(seed)
         for positions in itertools.islice(self.positions, first, None, step):
-            yield [self._sample(reader.read(position), position) for position in positions]
+            yield [self._sample(reader, position) for position in positions]
 
-    def _sample(self, item: StreamItem, position: int) -> Sample:
+    def _sample(self, reader: StreamReader, position: int) -> Any:
+        start = time.perf_counter()
+        item = reader.read(position)
+        seconds = time.perf_counter() - start
         views = copy(self.dataset)
         views.source = _OneImage(item.image, item.label)
-        broken = tuple(Unreadable(at, error.name, error.reason) for at, error in item.unreadable)
-        sample = views[item.epoch, position]
-        return replace(sample, index=item.position, unreadable=broken)
+        key = item.epoch, position
+        sample: Any = views.drawn(key) if self.drawn else views[key]
+        return replace(
+            sample,
+            index=item.position,
+            unreadable=tuple(Unreadable(at, e.name, e.reason) for at, e in item.unreadable),
+            read_seconds=seconds,
+        )
 
 
 class _OneImage:
