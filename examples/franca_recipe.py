@@ -61,6 +61,7 @@ from sslkit.data import (
     train_test_split,
 )
 from sslkit.data.crops import normalisation
+from sslkit.data.throughput import DataWatch
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.attention import cls_attention
 from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
@@ -274,6 +275,8 @@ class Settings:
     """Micro-batches a step. The targets are balanced over all of them; only KoLeo differs."""
     workers: int = 8
     """Processes that load images, for each training process."""
+    augment_on: Literal["workers", "device"] = "workers"
+    """Where views are rendered; `device` for a GPU that waits for its workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the encoder; auto: bfloat16 autocast on a GPU, float32 on a CPU."""
@@ -932,8 +935,10 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
             rank=parallel.rank,
             world_size=parallel.world_size,
             num_workers=settings.workers,
+            augment_on=parallel.device if settings.augment_on == "device" else None,
         )
     )
+    data = DataWatch(settings.workers)
     num_images = None if isinstance(images, StreamSource) else len(images)
     unreadable = UnreadableLog(num_images, threshold=settings.max_unreadable)
     monitor = CollapseMonitor(
@@ -949,7 +954,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
                 TrainingProgress(plan.steps, start_step=start, description=plan.name)
             )
         for step in range(start, plan.steps):
-            batch = next(batches)
+            batch = data.next(batches)
             unreadable.update(batch.indices, batch.unreadable)
             seen = trainer.step(step, batch)
             done = step + 1
@@ -965,7 +970,8 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
                 if due(done, settings.log_every, plan.steps):
                     record, warnings = watch(seen, monitor, done, settings)
                     record["images_per_second"] = progress.images_per_second
-                    for warning in warnings:
+                    record |= {k: v for k, v in data.metrics().items() if math.isfinite(v)}
+                    for warning in filter(None, (*warnings, data.warning())):
                         progress.message(f"warning: {warning}")
                 if accuracy is not None:
                     record[f"knn/{k}"] = accuracy
@@ -1508,7 +1514,7 @@ STAGES: dict[Stage, Callable[[Settings, Parallel], None]] = {
 FREE_SETTINGS = {
     *("output", "stages", "resume", "accept_changes", "workers", "device", "log_every"),
     *("checkpoint_every", "keep_last", "keep_every", "max_unreadable", "rasa", "evaluation"),
-    *("parallel", "hsdp_replicas", "compile_blocks"),
+    *("parallel", "hsdp_replicas", "compile_blocks", "augment_on"),
 }
 
 
