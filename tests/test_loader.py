@@ -108,6 +108,20 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(world_size):
         assert [part[i] for i in range(6 // world_size) for part in parts] == batch
 
 
+@pytest.mark.parametrize("worlds", [(2, 3), (3, 1), (1, 4), (4, 2)])
+def test_another_number_of_ranks_neither_repeats_nor_skips(worlds):
+    """Two steps on one number of ranks, the rest of the epoch on another: each index once."""
+    shown, start = [], 0
+    for world_size, steps in zip(worlds, (2, 3), strict=True):
+        for rank in range(world_size):
+            stream = SampleStream(
+                60, batch_size=12, start_sample=start, rank=rank, world_size=world_size
+            )
+            shown += itertools.chain(*take(stream, steps))
+        start += 12 * steps
+    assert sorted(shown) == [(0, index) for index in range(60)]
+
+
 def test_epochs_and_seeds_are_ordered_differently():
     orders = {
         tuple(SampleStream(50, batch_size=1, seed=seed).permutation(epoch).tolist())
