@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
-.PHONY: demo test lint types unit smoke bench bench-gpu clean
+.PHONY: demo test test-slow lint types unit smoke bench bench-gpu clean
 
 demo: $(VENV)/recipe.installed
 	rm -rf $(DEMO)
@@ -21,6 +21,10 @@ types: $(VENV)/dev.installed
 
 unit: $(VENV)/dev.installed
 	$(BIN)/python -m pytest -n 2
+
+# What takes minutes: a run that is killed twenty times.
+test-slow: $(VENV)/dev.installed
+	$(BIN)/python -m pytest -m slow -s
 
 # The recipe as a user runs it: every stage, on the built-in scenes, in under two minutes.
 smoke: $(VENV)/dev.installed

@@ -162,12 +162,21 @@ def test_what_says_that_a_process_is_gone() -> None:
     assert not lost_contact(ValueError("gloo"))
 
 
-def test_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
-    assert not restarted()
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_restarted(variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same command then means --resume, also where nothing is there yet."""
+    (tmp_path / "pretrain").mkdir()
+    settings = recipe.parse(smoke(tmp_path))
+    (tmp_path / "settings.json").write_text(recipe.as_json(settings))
     for count in ("0", "1"):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        monkeypatch.setenv(variable, count)
         assert restarted() == (count == "1")
+        if restarted():
+            recipe.check(settings, world_size=1)
+        else:
+            with pytest.raises(recipe.SettingsError, match="holds a run already"):
+                recipe.check(settings, world_size=1)
+    recipe.check(recipe.parse(smoke(tmp_path / "nothing")), world_size=1)
 
 
 def test_small_networks_are_replicated_and_large_ones_sharded(

@@ -348,12 +348,15 @@ def test_log_refuses_a_threshold_in_percent():
         UnreadableLog(10, threshold=5)
 
 
-def test_a_folder_with_a_broken_file_trains(tmp_path):
+@pytest.mark.parametrize("fault", ["truncated", "vanished"])
+def test_a_folder_with_a_broken_file_trains(tmp_path, fault):
     for i in range(6):
         Image.new("RGB", (20, 16), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    content = (tmp_path / "3.png").read_bytes()
-    (tmp_path / "3.png").write_bytes(content[:40])
     source = ImageFolder(tmp_path)
+    content = (tmp_path / "3.png").read_bytes()
+    (tmp_path / "3.png").unlink()
+    if fault == "truncated":
+        (tmp_path / "3.png").write_bytes(content[:40])
     log = UnreadableLog(len(source), threshold=0.2)
     with warnings.catch_warnings(record=True) as caught:
         for batch in take(make_loader(MultiCropDataset(source, CROPS), batch_size=4), 6):

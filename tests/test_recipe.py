@@ -315,3 +315,12 @@ def test_unfinished_pretraining_cannot_be_continued_at_high_resolution(tmp_path:
     settings = tiny(output=tmp_path, highres={"global_size": 48, "local_size": 16})
     with pytest.raises(recipe.SettingsError, match="no finished pretrain: run --stages pretrain"):
         recipe.Trainer(recipe.high_resolution(settings), settings, ALONE)
+
+
+def test_compiled_blocks_change_nothing() -> None:
+    own = trainer(tiny(compile_blocks=True))
+    for network in (own.student, own.teacher.module):
+        assert all(block._compiled_call_impl for block in network.backbone.vit.blocks)
+    compiled, plain = own.step(3, batch()).terms, trainer(tiny()).step(3, batch()).terms
+    for name, term in plain.items():
+        assert compiled[name].item() == pytest.approx(term.item(), rel=1e-5), name

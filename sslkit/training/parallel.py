@@ -127,8 +127,8 @@ def stop(parallel: Parallel) -> Parallel:
 
 
 def restarted() -> bool:
-    """Whether `torchrun --max-restarts` has started this job again after a failure."""
-    return _attempt() > 0
+    """Whether `torchrun --max-restarts` or a requeue of Slurm has started this job again."""
+    return _attempt() > 0 or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
 def _attempt() -> int:

@@ -1,0 +1,85 @@
+"""Twenty SIGKILLs at random moments of one run; minutes, so run with `make test-slow`."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from sslkit.training.checkpoint import Checkpoints
+from sslkit.training.metrics import read_metrics
+from tests.recipe import recipe, saved_tensors, smoke, start_process
+from tests.test_faults import TORCHRUN, process_of
+
+pytestmark = pytest.mark.slow
+
+KILLS = 20
+# Stochastic depth depends on the random numbers of a step, EMA centering is a state of its own.
+TRAINING = "--stages pretrain --steps 100 --checkpoint-every 2 --model.drop-path 0.3"
+TRAINING += " --targets.kind centering --workers 1"
+
+
+def last_step(output: Path) -> int:
+    metrics = output / "pretrain" / "metrics.jsonl"
+    return max((row["step"] for row in read_metrics(metrics)), default=0) if metrics.exists() else 0
+
+
+def assert_same_end(output: Path, expected: Path, *, atol: float) -> None:
+    """Weights, teacher, centers, moments, and a line of metrics for each step."""
+    states = [
+        saved_tensors(Checkpoints(run / "pretrain" / "checkpoints").latest())
+        for run in (output, expected)
+    ]
+    assert states[0].keys() == states[1].keys()
+    largest = max((states[0][k].double() - states[1][k].double()).abs().max() for k in states[0])
+    print(f"largest difference of any weight, moment or center: {largest.item():g}")
+    assert largest <= atol
+    for run in (output, expected):
+        rows = read_metrics(run / "pretrain" / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(1, 101))
+        assert recipe.backbones.load(run / "pretrain.safetensors").embed_dim == 32
+
+
+def wait_for_steps(output: Path, steps: int, process: subprocess.Popen, delay: float) -> None:
+    """Until there is a step that was not there before, some more, and a moment."""
+    goal = last_step(output) + steps
+    while last_step(output) < goal:
+        assert process.poll() is None, "the run ended too early to be killed as often as planned"
+        time.sleep(0.005)
+    time.sleep(delay)
+
+
+def test_one_process_ends_bit_identical(tmp_path: Path) -> None:
+    recipe.main(smoke(tmp_path / "whole", *TRAINING.split()))
+    output, moments = tmp_path / "killed", random.Random(0)
+    words = smoke(output, *TRAINING.split())
+    for kill in range(KILLS):
+        process = start_process([*words, *(["--resume"] if kill else [])])
+        try:
+            wait_for_steps(output, moments.randint(1, 5), process, moments.uniform(0, 0.15))
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    recipe.main([*words, "--resume"])
+    assert_same_end(output, tmp_path / "whole", atol=0)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds ranks in /proc")
+def test_two_processes_under_torchrun_end_the_same(tmp_path: Path) -> None:
+    whole = start_process(smoke(tmp_path / "whole", *TRAINING.split()), launcher=TORCHRUN)
+    assert whole.wait(timeout=300) == 0
+    output, moments = tmp_path / "killed", random.Random(1)
+    torchrun = start_process(
+        smoke(output, *TRAINING.split()), launcher=(*TORCHRUN, f"--max-restarts={KILLS}")
+    )
+    try:
+        for _ in range(KILLS):
+            wait_for_steps(output, moments.randint(1, 5), torchrun, moments.uniform(0, 0.15))
+            os.kill(process_of(moments.randint(0, 1), torchrun), signal.SIGKILL)
+        assert torchrun.wait(timeout=300) == 0
+    finally:
+        torchrun.kill()
+    assert_same_end(output, tmp_path / "whole", atol=1e-6)
