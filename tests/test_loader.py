@@ -362,5 +362,5 @@ def test_a_folder_with_a_broken_file_trains(tmp_path, fault):
         for batch in take(make_loader(MultiCropDataset(source, CROPS), batch_size=4), 6):
             assert 3 not in batch.indices
             log.update(batch.indices, batch.unreadable)
-    assert [str(each.message).count("3.png") for each in caught] == [1], caught
+    assert ["3.png" in str(each.message) for each in caught] == [True], caught
     assert (log.num_seen, log.num_unreadable) == (6, 1)
