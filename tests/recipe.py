@@ -132,5 +132,10 @@ def start_process(
     if not piped:
         return subprocess.Popen(command, env=one_thread)
     return subprocess.Popen(
-        command, env=one_thread, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        env=one_thread,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # signals to its group do not reach the tests
     )

@@ -119,10 +119,11 @@ def test_a_run_of_two_goes_on_alone_and_in_shards(undisturbed: Path, tmp_path: P
 
 @pytest.mark.parametrize("restarts", [None, 0])
 def test_sigterm_saves_and_leaves(undisturbed: Path, tmp_path: Path, restarts: int | None) -> None:
+    """Sent to every process, those that load data too, as schedulers do."""
     output = tmp_path / "run"
-    process = launch(output, restarts=restarts)
+    process = launch(output, "--workers", "2", restarts=restarts)
     wait_for_step(output, 6, process)
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)
     text = finish(process, seconds=60)
     latest = step_of(Checkpoints(output / "pretrain" / "checkpoints").latest())
     assert (

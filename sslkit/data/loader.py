@@ -7,6 +7,7 @@ was stopped. A run resumes with ``make_loader(..., start_sample=step * batch_siz
 
 import itertools
 import math
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -465,6 +466,7 @@ def make_loader(
         "prefetch_factor": prefetch_batches if num_workers else None,
         "pin_memory": torch.cuda.is_available() if pin_memory is None else pin_memory,
         "generator": torch.Generator(),  # else iter() takes a draw from torch's global generator
+        "worker_init_fn": _outlive_sigterm,
     }
     loader: DataLoader
     if isinstance(dataset.source, StreamSource):
@@ -484,6 +486,14 @@ def make_loader(
         samples = _Drawn(dataset) if drawn else dataset
         loader = DataLoader(samples, batch_sampler=stream, **settings)
     return loader if augment_on is None else _Rendered(loader, dataset.crops, augment_on)
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Schedulers send SIGTERM to every process of a job; the one that trains decides when to stop.
+
+    Workers end with it: they see that it is gone.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _StreamBatches(IterableDataset[list[Sample] | list[DrawnSample]]):
