@@ -13,6 +13,7 @@ many threads, with bit-identical weights.
 
 import argparse
 import dataclasses
+import errno
 import json
 import math
 import sys
@@ -1524,9 +1525,7 @@ def run(settings: Settings) -> None:
     try:
         check(settings, parallel.world_size)
         if parallel.is_main:
-            settings.output.mkdir(parents=True, exist_ok=True)
-            with atomic_write(settings.output / "settings.json") as file:
-                file.write(as_json(settings).encode())
+            write_settings(settings)
         parallel.wait()
         for name, stage in STAGES.items():
             if name not in ("pretrain", "highres"):  # one process does the rest
@@ -1639,6 +1638,16 @@ def as_json(settings: Settings) -> str:
     return json.dumps(dataclasses.asdict(settings), indent=2, default=str)
 
 
+def write_settings(settings: Settings) -> None:
+    """The first thing that goes into the output folder."""
+    try:
+        settings.output.mkdir(parents=True, exist_ok=True)
+        with atomic_write(settings.output / "settings.json") as file:
+            file.write(as_json(settings).encode())
+    except OSError as error:
+        raise SettingsError(f"--output {settings.output} cannot be written: {error}") from error
+
+
 def read_settings(output: Path) -> Settings | None:
     """The settings that a run in `output` was started with."""
     path = output / "settings.json"
@@ -1684,6 +1693,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(stopped)
     except (SettingsError, NonFiniteLoss, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(
+            f"error: {error}. Free space, then continue with --resume from the last checkpoint"
+        )
     except RuntimeError as error:
         if not lost_contact(error):
             raise

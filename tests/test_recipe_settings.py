@@ -91,6 +91,21 @@ def test_what_cannot_work(arguments: str, message: str, tmp_path: Path) -> None:
     recipe.check(recipe.parse(smoke(output)), world_size=1)
 
 
+def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit, match=r"error: --output .*file/run cannot be written: .*Errno"):
+        recipe.main(smoke(tmp_path / "file" / "run"))
+
+
+def test_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(recipe.MetricsWriter, "log", full)
+    with pytest.raises(SystemExit, match=r"error: .*No space left.* continue with --resume"):
+        recipe.main(smoke(tmp_path / "run"))
+
+
 def test_a_run_is_not_overwritten(started: Path) -> None:
     with pytest.raises(SystemExit, match="holds a run already: continue it with --resume"):
         recipe.main(smoke(started))
