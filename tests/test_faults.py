@@ -108,8 +108,15 @@ def test_a_run_of_two_goes_on_alone_and_in_shards(undisturbed: Path, tmp_path: P
         process.terminate()
         text = finish(process)
         assert "stopped by SIGTERM and saved at step" in text
-    text = finish(launch(output, "--resume", "--parallel", "fsdp", restarts=0))
-    assert (output / "pretrain.safetensors").exists(), text
+    stages = "--stages pretrain highres --highres.steps 2 --resume --parallel fsdp"
+    text = finish(launch(output, *stages.split(), restarts=0))
+    for stage in ("pretrain", "highres"):
+        assert (output / f"{stage}.safetensors").exists(), text
+    moments = saved_tensors(Checkpoints(output / "highres" / "checkpoints").latest())
+    steps = {n: x.item() for n, x in moments.items() if n.endswith(".step")}
+    fresh = {n: steps.pop(n) for n in list(steps) if "pos_embed" in n}
+    assert set(fresh.values()) == {2}  # a new shape, so that its moments began anew
+    assert set(steps.values()) == {14 + 2}
     own, other = last_state(output), last_state(undisturbed)
     for name, value in own.items():
         # AdamW divides gradients by their size: of what is near zero it keeps the rounding.
