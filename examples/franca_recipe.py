@@ -53,6 +53,7 @@ from sslkit.data import (
     Scenes,
     Source,
     StreamSource,
+    TooManyUnreadable,
     UnreadableImage,
     UnreadableLog,
     make_loader,
@@ -107,6 +108,7 @@ from sslkit.training.progress import TrainingProgress
 from sslkit.training.signals import StopRequest
 
 SUBMODULES = ("backbone", "dino_head", "ibot_head")  # gradients are clipped in each by itself
+MASK_COUNTS, MASKS, DROP_PATH = range(3)  # what a stage draws random numbers for
 NUM_GLOBAL = 2  # global crops of an image; the teacher sees these alone
 PresetName = Literal["demo", "smoke", "cifar10", "vitb14_in21k", "vitl14_in21k", "vitg14_laion"]
 Stage = Literal["pretrain", "highres", "rasa", "evaluate", "report"]
@@ -579,7 +581,7 @@ def weighted_sum(terms: dict[str, Tensor], weights: Losses) -> Tensor:
 class Plan:
     """What distinguishes pretraining from high-resolution adaptation."""
 
-    name: str
+    name: Stage
     steps: int
     batch_size: int
     global_size: int
@@ -669,12 +671,6 @@ class Trainer:
         self.plan, self.settings, self.parallel = plan, settings, parallel
         torch.manual_seed(settings.seed)
         self.student = FrancaNetwork(settings.model, settings.crops.global_size)
-        for size in (plan.global_size, plan.local_size):
-            if any(size % patch for patch in self.student.backbone.patch_size):
-                raise SettingsError(
-                    f"{plan.name}: crops of {size} pixels do not divide into patches of "
-                    f"{self.student.backbone.patch_size}"
-                )
         self.student.to(parallel.device)
         self.teacher = EMATeacher(self.student)
         levels = {
@@ -695,7 +691,8 @@ class Trainer:
         self.loss = FrancaLoss(settings.targets.student_temperature, parallel.group)
         networks = (self.student, self.teacher.module)
         if plan.name == "highres":
-            pretrained, path = last_checkpoint("pretrain", settings)
+            group = checkpoint_group(parallel.group)
+            pretrained, path = last_checkpoint("pretrain", settings, group)
             pretrained.load_(path, self.weights(), partial=True)
             for network in networks:
                 network.backbone.set_img_size_(plan.global_size)
@@ -721,6 +718,10 @@ class Trainer:
         self.kind = settings.parallel
         if self.kind == "auto":
             self.kind = choose(sum(p.numel() for p in self.student.parameters()), parallel)
+        if settings.hsdp_replicas > 1 and self.kind != "fsdp":
+            raise SettingsError(
+                f"--hsdp-replicas {settings.hsdp_replicas} is for --parallel fsdp, not {self.kind}"
+            )
         self.replica: nn.Module = self.student
         if self.kind == "fsdp":
             shard_(
@@ -752,7 +753,7 @@ class Trainer:
     def step(self, step: int, batch: Batch) -> Seen:
         """One optimizer step, counted from 0."""
         # Stochastic depth alone draws from it; all else has generators of its own.
-        torch.manual_seed(self.seed(step, self.parallel.rank))
+        torch.manual_seed(self.seed(DROP_PATH, step, self.parallel.rank))
         now = schedule(step, self.plan, self.settings)
         set_hyperparameters(
             self.optimizer,
@@ -821,9 +822,9 @@ class Trainer:
         (share * weighted_sum(terms, self.settings.losses)).backward()
         return {name: term.detach() for name, term in terms.items()}, student.cls.detach()
 
-    def seed(self, *words: int) -> int:
-        """Of random numbers of this stage."""
-        return sample_seed(self.settings.seed, len(self.plan.name), *words)
+    def seed(self, purpose: int, *words: int) -> int:
+        """Of the random numbers of this stage for one purpose."""
+        return sample_seed(self.settings.seed, list(STAGES).index(self.plan.name), purpose, *words)
 
     def masks(self, step: int, batch: Batch) -> Tensor:
         """Bool [V, B, H, W] for this process's images.
@@ -833,12 +834,12 @@ class Trainer:
         """
         V, B = batch.global_crops.shape[:2]
         rank, world = self.parallel.rank, self.parallel.world_size
-        whole_batch = torch.Generator().manual_seed(self.seed(step))
+        whole_batch = torch.Generator().manual_seed(self.seed(MASK_COUNTS, step))
         counts = self.draw_masks.counts(V * B * world, generator=whole_batch)
         masks = []
         for view in range(V):
             for i in range(rank, B * world, world):
-                seed = self.seed(step * B * world + i, view)
+                seed = self.seed(MASKS, step * B * world + i, view)
                 own = torch.Generator().manual_seed(seed)
                 masks.append(self.draw_masks.one(counts[view * B * world + i], generator=own))
         return torch.stack(masks).unflatten(0, (V, B))
@@ -926,8 +927,15 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     trainer = Trainer(plan, settings, parallel)
     latest = checkpoints.latest()
     start = 0 if latest is None else step_of(latest)
+    if start > plan.steps:
+        raise SettingsError(f"{plan.name} has {plan.steps} steps, but {latest} is further")
     if latest is not None:
-        checkpoints.load_(latest, trainer.state())
+        try:
+            checkpoints.load_(latest, trainer.state())
+        except ValueError as error:
+            raise SettingsError(f"these settings make another network: {error}") from error
+    if parallel.is_main:
+        write_settings(settings)
     batches = iter(
         make_loader(
             MultiCropDataset(images, multi_crop(plan, settings), seed=settings.seed),
@@ -941,6 +949,9 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     )
     data = DataWatch(settings.workers)
     num_images = None if isinstance(images, StreamSource) else len(images)
+    counts = parallel.gather(torch.tensor(num_images or 0)).tolist()
+    if len(set(counts)) > 1:
+        raise SettingsError(f"--data {settings.data} has {counts} images for ranks 0, 1, ...")
     unreadable = UnreadableLog(num_images, threshold=settings.max_unreadable)
     monitor = CollapseMonitor(
         trainer.num_prototypes, grace_steps=round(1.25 * settings.optim.lr_warmup * plan.steps)
@@ -949,6 +960,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
         say(parallel, "accumulation: KoLeo sees the neighbours within each micro-batch alone")
     with ExitStack() as stack:
         request = stack.enter_context(StopRequest())
+        stack.callback(checkpoints.wait)  # also when the training fails
         if parallel.is_main:
             metrics = stack.enter_context(MetricsWriter(folder, resume_step=start))
             progress = stack.enter_context(
@@ -983,10 +995,11 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
             if asked_to_stop or due(done, settings.checkpoint_every, plan.steps):
                 checkpoints.save(done, trainer.state())
             if asked_to_stop:
-                checkpoints.wait()
                 raise Stopped(plan.name, done)
             del seen  # the teacher's scores, before there are new ones
         checkpoints.wait()
+        if parallel.any(request.arrived):
+            raise Stopped(plan.name, plan.steps)
     weights = whole(trainer.teacher.module.backbone)
     if parallel.is_main:
         described = {"stage": plan.name, "step": str(plan.steps), "settings": as_json(settings)}
@@ -1084,7 +1097,7 @@ def open_data(settings: Settings) -> Sources:
         if is_stream(settings.data):
             return Sources(*train_test_split(opened("test"), 0.5, settings.seed))
         return Sources(opened("train"), opened("test"))
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ImportError, ValueError) as error:
         raise SettingsError(f"--data: {error}") from error
 
 
@@ -1111,9 +1124,11 @@ def multi_crop(plan: Plan, settings: Settings) -> MultiCrop:
     )
 
 
-def last_checkpoint(stage: str, settings: Settings) -> tuple[Checkpoints, Path]:
+def last_checkpoint(
+    stage: str, settings: Settings, group: ProcessGroup | None = None
+) -> tuple[Checkpoints, Path]:
     """The checkpoint at which a training stage ended, and who reads it."""
-    checkpoints = Checkpoints(settings.output / stage / "checkpoints")
+    checkpoints = Checkpoints(settings.output / stage / "checkpoints", group=group)
     latest = checkpoints.latest()
     if latest is None or not (settings.output / f"{stage}.safetensors").exists():
         raise SettingsError(f"{settings.output} has no finished {stage}: run --stages {stage}")
@@ -1521,23 +1536,31 @@ FREE_SETTINGS = {
 
 def run(settings: Settings) -> None:
     """Every stage of `--stages`, in order."""
-    parallel = start(settings.device)
     try:
-        check(settings, parallel.world_size)
-        if parallel.is_main:
-            write_settings(settings)
-        parallel.wait()
+        parallel = start(settings.device)
+    except ValueError as error:
+        raise SettingsError(f"--device {settings.device}: {error}") from error
+    try:
+        check(settings, parallel.world_size, again=parallel.any(restarted()))
+        parallel.wait()  # nobody writes before all have looked
+        if parallel.is_main and not (settings.accept_changes and read_settings(settings.output)):
+            write_settings(settings)  # changed ones once they have proved to fit
         for name, stage in STAGES.items():
             if name not in ("pretrain", "highres"):  # one process does the rest
                 parallel = stop(parallel)
             if name in settings.stages and (parallel.is_main or parallel.group is not None):
                 stage(settings, parallel)
-    finally:
-        stop(parallel)
+    except (Stopped, NonFiniteLoss, CheckpointError):
+        stop(parallel)  # together; who fails alone ends without waiting for the others
+        raise
+    stop(parallel)
 
 
-def check(settings: Settings, world_size: int) -> None:
-    """Refuse settings that cannot work, and output folders that hold another run."""
+def check(settings: Settings, world_size: int, *, again: bool = False) -> None:
+    """Refuse settings that cannot work, and output folders that hold another run.
+
+    `again`: the same command has run before, and a cluster repeats it.
+    """
     problems = []
     positive = ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_last")
     problems += [f"--{name} must be at least 1" for name in positive if getattr(settings, name) < 1]
@@ -1555,6 +1578,13 @@ def check(settings: Settings, world_size: int) -> None:
         for name, size in batches.items()
         if size % share
     ]
+    for name in ("workers", "keep_every"):
+        if getattr(settings, name) < 0:
+            problems.append(f"--{name} must not be negative, got {getattr(settings, name)}")
+    if not 0 <= settings.max_unreadable <= 1:
+        problems.append(f"--max-unreadable is a share, got {settings.max_unreadable}")
+    if settings.optim.clip <= 0:
+        problems.append(f"--optim.clip must be positive, got {settings.optim.clip}")
     if all(weight == 0 for weight in dataclasses.astuple(settings.losses)):
         problems.append("--losses.* are all 0: there is nothing to learn from")
     if settings.targets.kind == "sinkhorn" and settings.targets.sinkhorn_iterations < 1:
@@ -1567,14 +1597,15 @@ def check(settings: Settings, world_size: int) -> None:
     stored = read_settings(settings.output)
     if stored is None and settings.resume:
         raise SettingsError(f"--resume: {settings.output} holds no run")
-    if stored is None or not (settings.output / "pretrain").exists():
-        return  # nothing there, or settings that never came as far as a first step
-    if "pretrain" in settings.stages and not (settings.resume or restarted()):
+    begun = {name for name in ("pretrain", "highres") if has_begun(name, settings.output)}
+    if stored is None or not begun:
+        return  # nothing there, or settings that never came as far as a checkpoint
+    if "pretrain" in settings.stages and not (settings.resume or again):
         raise SettingsError(
             f"{settings.output} holds a run already: continue it with --resume, run its later "
             "stages with --stages, or choose another --output"
         )
-    free = FREE_SETTINGS | ({"highres"} - {p.name for p in settings.output.iterdir()})
+    free = FREE_SETTINGS | ({"highres"} - begun)
     changed = [
         f"{name} was {old!r}, is {new!r}"
         for name, old, new in differences(stored, settings)
@@ -1585,6 +1616,19 @@ def check(settings: Settings, world_size: int) -> None:
             f"{settings.output} was made with other settings: {'; '.join(changed)}. Leave them as "
             "they were, choose another --output, or insist with --accept-changes"
         )
+    asked = [name for name in ("pretrain", "highres") if name in settings.stages]
+    finished = [settings.output / f"{name}.safetensors" for name in asked]
+    if changed and all(path.exists() for path in finished):
+        raise SettingsError(
+            f"--accept-changes: {'; '.join(changed)}, but there is nothing left to train. Remove "
+            f"{', '.join(map(str, finished)) or 'the results'} to go on, or choose another --output"
+        )
+
+
+def has_begun(stage: str, output: Path) -> bool:
+    """Whether there is anything to continue."""
+    checkpoints = Checkpoints(output / stage / "checkpoints")
+    return bool(checkpoints.paths()) or (output / f"{stage}.safetensors").exists()
 
 
 def refused_parallelism(settings: Settings, world_size: int) -> list[str]:
@@ -1595,6 +1639,8 @@ def refused_parallelism(settings: Settings, world_size: int) -> list[str]:
             f"--parallel {settings.parallel}: there are {world_size} process(es); start several "
             "with torchrun, or leave --parallel out"
         )
+    if settings.hsdp_replicas > 1 and settings.parallel in ("none", "ddp"):
+        problems.append(f"--hsdp-replicas is for --parallel fsdp, not {settings.parallel}")
     if settings.hsdp_replicas < 1 or world_size % settings.hsdp_replicas:
         problems.append(
             f"--hsdp-replicas {settings.hsdp_replicas} does not divide the {world_size} process(es)"
@@ -1608,18 +1654,41 @@ def refused_parallelism(settings: Settings, world_size: int) -> list[str]:
 
 def refused_by_parts(settings: Settings) -> list[str]:
     """What the parts themselves find wrong with the settings that they are made from."""
+    plans = [pretraining(settings)] + [high_resolution(settings)] * ("highres" in settings.stages)
+
+    def network() -> FrancaNetwork:
+        return FrancaNetwork(settings.model, settings.crops.global_size)
+
+    def groups() -> None:
+        layer_decay, patch_scale = settings.optim.layer_decay, settings.optim.patch_embed_lr_scale
+        parameter_groups(network(), layer_decay=layer_decay, patch_embed_lr_scale=patch_scale)
+
+    def sizes() -> None:
+        patch_size = network().backbone.patch_size
+        for plan in plans:
+            for size in (plan.global_size, plan.local_size):
+                if any(size % patch for patch in patch_size):
+                    raise ValueError(
+                        f"{plan.name}: crops of {size} pixels do not divide into patches of "
+                        f"{patch_size}"
+                    )
+
     parts: dict[str, Callable[[], object]] = {
-        "--model": lambda: FrancaNetwork(settings.model, settings.crops.global_size),
-        "--crops": lambda: multi_crop(pretraining(settings), settings),
+        "--model": network,
+        "--crops": lambda: multi_crop(plans[0], settings),
         "--masks": lambda: mask_generator((2, 2), settings.masks),
+        "--optim": groups,
+        "--optim or --targets": lambda: [schedule(0, plan, settings) for plan in plans],
+        "--crops or --highres": sizes,
     }
-    problems = []
+    problems: list[str] = []
     for name, make in parts.items():
         try:
             with torch.device("meta"):
                 make()
         except ValueError as error:
-            problems.append(f"{name}: {error}")
+            if not any(problem.endswith(str(error)) for problem in problems):
+                problems.append(f"{name}: {error}")
     return problems
 
 
@@ -1651,7 +1720,13 @@ def write_settings(settings: Settings) -> None:
 def read_settings(output: Path) -> Settings | None:
     """The settings that a run in `output` was started with."""
     path = output / "settings.json"
-    return _restore(Settings(), json.loads(path.read_text())) if path.exists() else None
+    try:
+        return _restore(Settings(), json.loads(path.read_text())) if path.exists() else None
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise SettingsError(
+            f"{path} cannot be read ({error}): it is damaged, or another version of this recipe "
+            "wrote it. Restore it, or choose another --output"
+        ) from error
 
 
 def _restore(default: Any, values: dict[str, Any]) -> Any:
@@ -1686,13 +1761,14 @@ def parse(arguments: Sequence[str]) -> Settings:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    settings = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        run(settings)
+        run(parse(sys.argv[1:] if arguments is None else arguments))
     except Stopped as stopped:
         print(stopped)
     except (SettingsError, NonFiniteLoss, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    except TooManyUnreadable as error:
+        sys.exit(f"error: {error}: --max-unreadable")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -186,7 +186,6 @@ def test_time_is_told_apart(num_workers, augment_on):
     rendered = 5 * (augment_on is None)
     assert 0.02 * 6 <= batch.read_seconds < 0.02 * 6 + 0.5  # the replacement of 2 is read, too
     assert 0.1 * rendered < batch.augment_seconds < 0.1 * rendered + 0.5
-    assert batch.seconds == batch.read_seconds + batch.augment_seconds
 
 
 def test_no_local_crops():

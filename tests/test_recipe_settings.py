@@ -11,9 +11,9 @@ from tests.recipe import recipe, smoke
 
 @pytest.fixture
 def started(tmp_path: Path) -> Path:
-    """An output folder with the settings of a run that was killed before its first checkpoint."""
+    """An output folder with the settings and the name of a checkpoint of a run that was killed."""
     output = tmp_path / "run"
-    (output / "pretrain").mkdir(parents=True)
+    (output / "pretrain" / "checkpoints" / "step_00000001").mkdir(parents=True)
     settings = recipe.parse(smoke(output))
     (output / "settings.json").write_text(recipe.as_json(settings))
     return output
@@ -71,6 +71,15 @@ def test_what_does_not_parse(
         ("--data /nowhere", "no data '/nowhere'"),
         ("--num-scenes 0", "num_"),
         ("--crops.global-size 30", r"pretrain: crops of 30 pixels do not divide into patches"),
+        ("--highres.global-size 50", r"highres: crops of 50 pixels do not divide into patches"),
+        ("--workers -1", "--workers must not be negative, got -1"),
+        ("--keep-every -1", "--keep.every must not be negative, got -1"),
+        ("--max-unreadable 2", "--max-unreadable is a share, got 2"),
+        ("--optim.clip 0", "--optim.clip must be positive, got 0"),
+        ("--optim.layer-decay 1.5", "layer_decay must be above 0 and at most 1, got 1.5"),
+        ("--optim.lr-warmup 1.5", "--optim or --targets: warmup_steps"),
+        ("--hsdp-replicas 2 --parallel ddp", "--hsdp-replicas is for --parallel fsdp, not ddp"),
+        ("--device cuda", "--device cuda: device 'cuda' needs GPU 0"),
         ("--crops.global-scale 0.5 2", "--crops: global_scale must satisfy"),
         ("--masks.ratio 0.9 0.1", "--masks: mask_ratio"),
         ("--model.nesting-dims 4 4", "--model: nesting_dims must rise strictly"),
@@ -104,6 +113,41 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(recipe.MetricsWriter, "log", full)
     with pytest.raises(SystemExit, match=r"error: .*No space left.* continue with --resume"):
         recipe.main(smoke(tmp_path / "run"))
+
+
+def test_a_run_without_a_checkpoint_may_be_begun_again(tmp_path: Path) -> None:
+    settings = recipe.parse(smoke(tmp_path))
+    (tmp_path / "settings.json").write_text(recipe.as_json(settings))
+    (tmp_path / "pretrain").mkdir()
+    recipe.check(recipe.parse(smoke(tmp_path, "--optim.clip", "1.5")), world_size=1)
+
+
+@pytest.mark.parametrize("content", ["{", '{"no_such_setting": 1}', '{"steps": [1]}'])
+def test_settings_that_cannot_be_read(content: str, started: Path) -> None:
+    (started / "settings.json").write_text(content)
+    with pytest.raises(SystemExit, match=r"settings.json cannot be read .*: it is damaged, or"):
+        recipe.main(["--output", str(started), "--resume"])
+
+
+def test_a_finished_run_does_not_take_other_settings(started: Path) -> None:
+    (started / "pretrain.safetensors").touch()
+    words = "--resume --accept-changes --steps 99 --stages pretrain"
+    with pytest.raises(recipe.SettingsError, match="steps was 12, is 99, but there is nothing lef"):
+        recipe.check(recipe.parse(smoke(started, *words.split())), world_size=1)
+
+
+def test_changes_that_do_not_fit_leave_the_settings_as_they_were(tmp_path: Path) -> None:
+    words = ["--stages", "pretrain", "--steps", "2"]
+    recipe.main(smoke(tmp_path, *words))
+    (tmp_path / "pretrain.safetensors").unlink()
+    before = (tmp_path / "settings.json").read_text()
+    changed = [*words, "--resume", "--accept-changes", "--model.num-prototypes", "32"]
+    with pytest.raises(SystemExit, match="error: these settings make another network: "):
+        recipe.main(smoke(tmp_path, *changed))
+    assert (tmp_path / "settings.json").read_text() == before
+    with pytest.raises(SystemExit, match=r"pretrain has 1 steps, but .*step_00000002 is further"):
+        recipe.main(smoke(tmp_path, *words, "--resume", "--accept-changes", "--steps", "1"))
+    recipe.main(smoke(tmp_path, *words, "--resume"))
 
 
 def test_a_run_is_not_overwritten(started: Path) -> None:
@@ -146,7 +190,7 @@ def test_settings_that_do_not_change_the_training_may_differ_on_resume(started: 
     free = "--workers 3 --log-every 7 --rasa.num-iterations 2 --evaluation.knn 5"
     free += " --highres.steps 9"  # free until the stage has begun
     recipe.check(recipe.parse(smoke(started, "--resume", *free.split())), world_size=1)
-    (started / "highres").mkdir()
+    (started / "highres" / "checkpoints" / "step_00000001").mkdir(parents=True)
     with pytest.raises(recipe.SettingsError, match=r"highres\.steps was 4, is 9"):
         recipe.check(recipe.parse(smoke(started, "--resume", *free.split())), world_size=1)
 

@@ -174,7 +174,7 @@ def test_a_real_loop_warns_if_and_only_if_the_model_waits(num_workers, slow_mode
     for _ in range(12):
         batch = watch.next(batches)
         if slow_model:
-            time.sleep(20 * batch.seconds)
+            time.sleep(20 * (batch.read_seconds + batch.augment_seconds))
         warnings.append(watch.warning())
     metrics = watch.metrics()
     assert metrics["loader_images_per_second"] > 10

@@ -104,11 +104,6 @@ class Batch(NamedTuple):
     augment_seconds: float = 0.0
     render_seconds: float = 0.0
 
-    @property
-    def seconds(self) -> float:
-        """How long one process worked on the batch before handing it over."""
-        return self.read_seconds + self.augment_seconds
-
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The batch with all tensors on ``device``."""
         global_crops, local_crops, labels, epochs, indices = (
@@ -542,6 +537,10 @@ class _OneImage:
         return self.image, self.label
 
 
+class TooManyUnreadable(RuntimeError):
+    """More broken images than :class:`UnreadableLog` puts up with; the message names the last."""
+
+
 class UnreadableLog:
     """Counts the broken images of a run: names each once, and stops the run when they are many.
 
@@ -581,7 +580,7 @@ class UnreadableLog:
         Warns once for every new broken image.
 
         Raises:
-            RuntimeError: too many are broken; see the class.
+            TooManyUnreadable: see the class.
         """
         unreadable = list(unreadable)
         seen = torch.as_tensor([*map(int, indices), *(each.index for each in unreadable)]).unique()
@@ -599,7 +598,7 @@ class UnreadableLog:
                     stacklevel=2,
                 )
         if self._too_many():
-            raise RuntimeError(
+            raise TooManyUnreadable(
                 f"{self.num_unreadable} of the {self.num_seen} images seen so far are unreadable, "
                 f"more than the {self.threshold:.1%} put up with; the last one is "
                 f"{list(self.names.values())[-1]}. Repair or remove them, or raise the threshold"

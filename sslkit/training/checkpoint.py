@@ -61,6 +61,9 @@ class Checkpoints:
     Reading one unpickles its ``.metadata``, which is how PyTorch keeps it: read only checkpoints
     whose origin you trust. What is meant for others is exported as safetensors.
 
+    Importing this module silences the note of `torch.distributed.checkpoint` that there is no
+    process group.
+
     Args:
         directory: made if missing; seen by all processes.
         keep_last: how many of the latest checkpoints to keep, at least 1; 2 survive a damaged file.
@@ -111,14 +114,25 @@ class Checkpoints:
         return sorted((p for p in self.directory.iterdir() if _NAME.fullmatch(p.name)), key=step_of)
 
     def latest(self) -> Path | None:
-        """The checkpoint of the highest step; None if there is none."""
+        """The checkpoint of the highest step; None if there is none.
+
+        In a group what its first process sees: file systems do not show a file to all at once.
+        """
+        found = [self._newest()]
+        if self.group is not None:
+            first = dist.get_global_rank(self.group, 0)
+            dist.broadcast_object_list(found, src=first, group=self.group)
+        return found[0]
+
+    def _newest(self) -> Path | None:
         return next(reversed(self.paths()), None)
 
     def save(self, step: int, state: State) -> None:
         """Copy ``state``, write it as the checkpoint of ``step``, delete what need not be kept.
 
-        Returns when the copy is made, and may be called from the next step on: it waits for the
-        writing of the last one. :meth:`wait` before the end of the program.
+        Returns when the copy is made. No other method may be called while a thread writes, but
+        for :meth:`wait` and :meth:`save`, which waits for the last one. :meth:`wait` before the end
+        of the program.
 
         Args:
             step: above the latest step in the directory: a later checkpoint left of another run
@@ -179,13 +193,17 @@ class Checkpoints:
         reader = FileSystemReader(path)
         saved = reader.read_metadata().state_dict_metadata
         _require_fit(saved, dict(_flat(state)), path, partial=partial)
-        load(dict(state), storage_reader=reader, **self._together)
+        self._attempt(
+            lambda: load(dict(state), storage_reader=reader, **self._together),
+            f"could not read {path}: ",
+            self._way_out(path),
+        )
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
         """In the thread of the writer: a temporary folder, its files, its manifest, its name."""
         path = self.directory / f"step_{step:08d}"
         temporary = path.with_name(f".{path.name}{_TEMPORARY}")
-        latest = self.latest()
+        latest = self._newest()
         unharmed = f"{latest} is unharmed" if latest else "there is no earlier checkpoint"
         what = f"could not write {path}: "
         remedy = f"Free space or choose another directory, then resume; {unharmed}"
@@ -203,27 +221,39 @@ class Checkpoints:
         sums = attempt(lambda: _checksums(temporary, self._rank))
         files = {name: digest for own in sums for name, digest in own.items()}
         attempt(lambda: self._publish(temporary, path, files) if self._rank == 0 else None)
+        if self._rank == 0:
+            self._prune()
 
     def _make(self, temporary: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob(f".step_*{_TEMPORARY}"):  # of writers that were killed
-            shutil.rmtree(leftover)
+        if temporary.exists():  # of a writer that was killed
+            shutil.rmtree(temporary)
         temporary.mkdir()
 
     def _write_tensors(self, temporary: Path, state: dict[str, Any]) -> None:
         save(state, storage_writer=_Writer(temporary), **self._together)
 
     def _publish(self, temporary: Path, path: Path, files: dict[str, str]) -> None:
+        for name in files:
+            if not (temporary / name).exists():
+                raise OSError(
+                    f"{name}, which another process wrote, is not here: all nodes must see the "
+                    "same directory"
+                )
         with atomic_write(temporary / _MANIFEST) as file:
             file.write(json.dumps(files, indent=1).encode())
         os.replace(temporary, path)
         _flush_directory(self.directory)
+
+    def _prune(self) -> None:
+        """Delete what need not be kept, and what writers left that were killed."""
         for old in self.paths()[: -self.keep_last]:
             if self.keep_every == 0 or step_of(old) % self.keep_every != 0:
                 # First its name, so that nobody takes the rest for a checkpoint.
-                doomed = old.with_name(f".{old.name}{_TEMPORARY}")
-                os.replace(old, doomed)
-                shutil.rmtree(doomed)
+                os.replace(old, old.with_name(f".{old.name}{_TEMPORARY}"))
+        for leftover in self.directory.glob(f".step_*{_TEMPORARY}"):
+            # What somebody still reads may refuse to go; the next time will do.
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _verify(self, folder: Path) -> None:
         """Raise OSError unless every file is as it was written; each process looks at its share."""

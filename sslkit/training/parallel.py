@@ -5,6 +5,7 @@ gradients are averaged, so that N processes with equal shares of a batch take th
 """
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,6 +109,15 @@ def start(device: str = "auto") -> Parallel:
     store, rank, world_size = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         store = dist.PrefixStore(f"attempt_{_attempt()}", store)  # type: ignore[attr-defined]
+    elif (
+        int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+        and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"
+    ):
+        warnings.warn(
+            "torchrun --max-restarts on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+            "in the environment of torchrun: without it a restarted job meets old addresses",
+            stacklevel=2,
+        )
     dist.init_process_group(
         "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
         store=store,
@@ -158,7 +168,8 @@ def choose(num_parameters: int, parallel: Parallel) -> Kind:
     if parallel.device.type == "cpu":
         return "ddp"
     memory = torch.cuda.get_device_properties(parallel.device).total_memory
-    return "ddp" if _BYTES_PER_PARAMETER * num_parameters <= _LARGEST_SHARE * memory else "fsdp"
+    smallest = int(parallel.gather(torch.tensor(memory)).min())  # all choose the same
+    return "ddp" if _BYTES_PER_PARAMETER * num_parameters <= _LARGEST_SHARE * smallest else "fsdp"
 
 
 def shard_(

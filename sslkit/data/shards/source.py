@@ -168,14 +168,13 @@ class TarShards:
         return len(members)
 
     def _set_shards(self, shards: Sequence[str], sizes: Sequence[int]) -> None:
-        kept = [(shard, size) for shard, size in zip(shards, sizes, strict=True) if size]
-        self._shards = StringTable([shard for shard, _ in kept])
-        self._sizes = np.array([size for _, size in kept], dtype=np.int64)
+        self._shards = StringTable(shards)
+        self._sizes = np.array(sizes, dtype=np.int64)
         self._ends = np.cumsum(self._sizes)
 
     @property
     def shards(self) -> tuple[str, ...]:
-        """The shards with images, in the order of the indices."""
+        """All shards, in the order of the indices: also those in which no image was found."""
         return tuple(self._shards[i] for i in range(len(self._shards)))
 
     def __len__(self) -> int:
