@@ -17,10 +17,10 @@ HEADS = ("dino", "ibot")
 # threads and 6e-7 from weights that differ in their last bit; a student temperature .5 % off gives
 # 2e-3. The tolerance leaves room for the sums of other CPUs and torch versions.
 GOLDEN = {
-    0: {"loss": 27.984587, "dino/level_0": 2.282526, "ibot/level_4": 2.698696, "koleo": 2.939585},
-    9: {"loss": 21.499777, "dino/level_0": 1.410252, "ibot/level_4": 2.223315, "koleo": 2.686452},
-    19: {"loss": 20.954386, "dino/level_0": 1.399693, "ibot/level_4": 2.076436, "koleo": 1.451173},
-    29: {"loss": 20.400532, "dino/level_0": 1.345715, "ibot/level_4": 2.066402, "koleo": 1.398952},
+    0: {"loss": 28.094494, "dino/level_0": 2.285711, "ibot/level_4": 2.755508, "koleo": 3.084896},
+    9: {"loss": 21.415377, "dino/level_0": 1.405228, "ibot/level_4": 2.225557, "koleo": 2.511399},
+    19: {"loss": 20.967817, "dino/level_0": 1.394191, "ibot/level_4": 2.092400, "koleo": 1.616054},
+    29: {"loss": 20.394346, "dino/level_0": 1.347318, "ibot/level_4": 2.070334, "koleo": 1.230033},
 }
 
 
