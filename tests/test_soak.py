@@ -1,8 +1,9 @@
-"""Twenty SIGKILLs at random moments of one run; minutes, so run with `make test-slow`."""
+"""Runs killed twenty times, and on two nodes; minutes, so run with `make test-slow`."""
 
 import os
 import random
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -83,3 +84,29 @@ def test_two_processes_under_torchrun_end_the_same(tmp_path: Path) -> None:
     finally:
         torchrun.kill()
     assert_same_end(output, tmp_path / "whole", atol=1e-6)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds ranks in /proc")
+def test_two_nodes_restart_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two agents of torchrun, as on two nodes; one loses its process, both go on."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d"
+    launcher += f" --rdzv-endpoint localhost:{port} --local-addr localhost --max-restarts 3"
+    output = tmp_path / "run"
+    words = smoke(output, *TRAINING.split())
+    agents = [
+        start_process(words, launcher=(*launcher.split(), "--node-rank", str(node)))
+        for node in range(2)
+    ]
+    try:
+        wait_for_steps(output, 10, agents[0], 0)
+        os.kill(process_of(1, agents[1]), signal.SIGKILL)
+        assert [agent.wait(timeout=200) for agent in agents] == [0, 0]
+    finally:
+        for agent in agents:
+            agent.kill()
+    rows = read_metrics(output / "pretrain" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 101))
