@@ -132,7 +132,6 @@ def test_leftovers_of_killed_runs_go_at_the_next_save(tmp_path):
     assert names(tmp_path) == [".mine.tmp", "step_00000005"]
 
 
-@pytest.mark.parametrize("step", [9, 10])
 def test_what_refuses_to_be_deleted_does_not_stop_the_run(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     save(checkpoints, 1)
@@ -151,6 +150,7 @@ def test_what_refuses_to_be_deleted_does_not_stop_the_run(tmp_path, monkeypatch)
     assert names(tmp_path) == ["step_00000004"]
 
 
+@pytest.mark.parametrize("step", [9, 10])
 def test_a_step_is_above_the_latest(tmp_path, step):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     save(checkpoints, 10)

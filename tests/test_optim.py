@@ -199,7 +199,7 @@ def test_moments_are_named_and_settings_are_no_part_of_them():
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"capturable": True}, {"fused": True}])
+@pytest.mark.parametrize("settings", [{}, {"fused": True}])
 def test_moments_before_the_first_step_are_those_it_starts_from(settings):
     asked, fresh = make_student(), make_student()
     fresh.load_state_dict(asked.state_dict())
