@@ -350,7 +350,7 @@ PRESETS: dict[PresetName, Settings] = {
     # embedding, less iBOT, larger local crops, and a blur as wide as 2 of 224 pixels.
     "demo": Settings(
         preset="demo",
-        steps=240,
+        steps=210,
         batch_size=48,
         workers=1,
         scene_size=48,
@@ -383,7 +383,7 @@ PRESETS: dict[PresetName, Settings] = {
             freeze_prototypes=0.02,
             momentum=(0.98, 1.0),
         ),
-        highres=HighRes(steps=30, global_size=48, local_size=24, batch_size=48),
+        highres=HighRes(steps=20, global_size=48, local_size=24, batch_size=48),
         rasa=Rasa(num_images=500),
         evaluation=Evaluation(
             num_train=3000,
@@ -391,7 +391,7 @@ PRESETS: dict[PresetName, Settings] = {
             num_dense=300,
             online_train=1000,
             online_test=500,
-            online_every=60,
+            online_every=70,
             resize_over_crop=1.0,
         ),
     ),
