@@ -10,12 +10,11 @@ from torch import Tensor
 
 from sslkit.data.decode import MAX_SIDE, UnreadableImage, decode_image, read_image
 from sslkit.data.seeds import sample_seed
-from sslkit.data.sources import TEST_FOLDERS, Split, StreamItem
+from sslkit.data.sources import MAX_REPLACEMENTS, TEST_FOLDERS, Split, StreamItem
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
-_MAX_REPLACEMENTS = 64
 _ROWS_AT_A_TIME = 16
 _EXTRA = "install Hugging Face datasets: pip install 'sslkit[streaming]'"
 
@@ -215,7 +214,7 @@ class HuggingFaceReader:
         lane = self._lanes[lane_number]
         lane.advance(item)
         unreadable: list[tuple[int, UnreadableImage]] = []
-        for ahead in range(_MAX_REPLACEMENTS):
+        for ahead in range(MAX_REPLACEMENTS):
             at = position + ahead * self.stream.num_lanes
             _, row = lane.peek(ahead)
             try:
@@ -226,7 +225,7 @@ class HuggingFaceReader:
             return StreamItem(image, label, lane.peek(0)[0], at, tuple(unreadable))
         first = unreadable[0][1]
         raise RuntimeError(
-            f"{_MAX_REPLACEMENTS} images in a row of lane {lane_number} of the stream are "
+            f"{MAX_REPLACEMENTS} images in a row of lane {lane_number} of the stream are "
             f"unreadable, the first of them {first.name}: {first.reason}"
         )
 

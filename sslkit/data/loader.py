@@ -11,8 +11,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -31,9 +30,8 @@ from sslkit.data.crops import Crops, MultiCrop, View, check_image
 from sslkit.data.decode import UnreadableImage
 from sslkit.data.device_crops import PackedViews, pack_views, render_batch
 from sslkit.data.seeds import sample_seed
-from sslkit.data.sources import Source, StreamReader, StreamSource
+from sslkit.data.sources import MAX_REPLACEMENTS, Source, StreamReader, StreamSource
 
-_MAX_REPLACEMENTS = 64
 _PERMUTATION, _VIEWS, _REPLACEMENT = range(3)  # keep the random streams of one seed apart
 
 
@@ -46,35 +44,35 @@ class Unreadable:
     reason: str
 
 
-@dataclass(frozen=True)
-class DrawnSample:
-    """One image and the views drawn for it.
+@dataclass(frozen=True, kw_only=True)
+class _Shown:
+    """What is known of a sample's image.
 
     ``index`` is the image shown, ``unreadable`` what it had to replace, ``read_seconds`` how long
-    reading and decoding took.
+    reading and decoding took, ``augment_seconds`` all that came after.
     """
+
+    label: int
+    epoch: int
+    index: int
+    unreadable: tuple[Unreadable, ...]
+    read_seconds: float
+    augment_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnSample(_Shown):
+    """One image and the views drawn for it."""
 
     image: Tensor
     views: list[View]
-    label: int
-    epoch: int
-    index: int
-    unreadable: tuple[Unreadable, ...]
-    read_seconds: float
-    augment_seconds: float
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One image's views; the other fields are those of :class:`DrawnSample`."""
+@dataclass(frozen=True, kw_only=True)
+class Sample(_Shown):
+    """One image's views."""
 
     crops: Crops
-    label: int
-    epoch: int
-    index: int
-    unreadable: tuple[Unreadable, ...]
-    read_seconds: float
-    augment_seconds: float
 
 
 class Batch(NamedTuple):
@@ -271,18 +269,7 @@ class MultiCropDataset(Dataset[Sample]):
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        drawn = self.drawn(key)
-        start = time.perf_counter()
-        crops = self.crops.render_all(drawn.image, drawn.views)
-        return Sample(
-            crops,
-            drawn.label,
-            drawn.epoch,
-            drawn.index,
-            drawn.unreadable,
-            drawn.read_seconds,
-            drawn.augment_seconds + time.perf_counter() - start,
-        )
+        return self.render(self.drawn(key))
 
     def drawn(self, key: tuple[int, int]) -> DrawnSample:
         """As ``dataset[key]``, with the image and its views drawn but not rendered."""
@@ -290,7 +277,7 @@ class MultiCropDataset(Dataset[Sample]):
         unreadable: dict[int, Unreadable] = {}
         shown = index
         start = time.perf_counter()
-        for attempt in range(_MAX_REPLACEMENTS):
+        for attempt in range(MAX_REPLACEMENTS):
             try:
                 image, label = self.source[shown]
             except UnreadableImage as error:
@@ -299,27 +286,54 @@ class MultiCropDataset(Dataset[Sample]):
                     self.source
                 )
                 continue
-            read = time.perf_counter()
-            check_image(image)
-            seed = sample_seed(self.seed, _VIEWS, epoch, index)
-            generator = torch.Generator().manual_seed(seed)
-            views = self.crops.draw(*image.shape[1:], generator=generator)
-            return DrawnSample(
+            return self.draw(
+                key,
                 image,
-                views,
-                label,
-                epoch,
-                shown,
-                tuple(unreadable.values()),
-                read - start,
-                time.perf_counter() - read,
+                label=label,
+                index=shown,
+                unreadable=tuple(unreadable.values()),
+                read_seconds=time.perf_counter() - start,
             )
         first = unreadable[index]
         raise RuntimeError(
-            f"{_MAX_REPLACEMENTS} images drawn in a row are unreadable ({len(unreadable)} "
+            f"{MAX_REPLACEMENTS} images drawn in a row are unreadable ({len(unreadable)} "
             f"different ones of {len(self.source)}), the first of them {first.name}: "
             f"{first.reason}"
         )
+
+    def draw(
+        self,
+        key: tuple[int, int],
+        image: Tensor,
+        *,
+        label: int,
+        index: int,
+        unreadable: tuple[Unreadable, ...],
+        read_seconds: float,
+    ) -> DrawnSample:
+        """The views of ``image``, uint8 [C, h, w], by the random choices of sample ``key``."""
+        start = time.perf_counter()
+        check_image(image)
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, _VIEWS, *key))
+        views = self.crops.draw(*image.shape[1:], generator=generator)
+        return DrawnSample(
+            image=image,
+            views=views,
+            label=label,
+            epoch=key[0],
+            index=index,
+            unreadable=unreadable,
+            read_seconds=read_seconds,
+            augment_seconds=time.perf_counter() - start,
+        )
+
+    def render(self, drawn: DrawnSample) -> Sample:
+        """The drawn views as float32 crops."""
+        start = time.perf_counter()
+        crops = self.crops.render_all(drawn.image, drawn.views)
+        shown = {each.name: getattr(drawn, each.name) for each in fields(_Shown)}
+        shown["augment_seconds"] += time.perf_counter() - start
+        return Sample(crops=crops, **shown)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -491,7 +505,7 @@ def _outlive_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class _StreamBatches(IterableDataset[list[Sample] | list[DrawnSample]]):
+class _StreamBatches(IterableDataset[list[Sample | DrawnSample]]):
     """The batches of a rank over a stream; worker w of n makes every n-th of them, from w on.
 
     A loader takes the batches of its workers in turn, which puts them back in order.
@@ -502,7 +516,7 @@ class _StreamBatches(IterableDataset[list[Sample] | list[DrawnSample]]):
         self.positions = positions
         self.drawn = drawn
 
-    def __iter__(self) -> Iterator[list[Any]]:
+    def __iter__(self) -> Iterator[list[Sample | DrawnSample]]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         seed = sample_seed(self.dataset.seed, _PERMUTATION)
@@ -510,31 +524,18 @@ class _StreamBatches(IterableDataset[list[Sample] | list[DrawnSample]]):
         for positions in itertools.islice(self.positions, first, None, step):
             yield [self._sample(reader, position) for position in positions]
 
-    def _sample(self, reader: StreamReader, position: int) -> Any:
+    def _sample(self, reader: StreamReader, position: int) -> Sample | DrawnSample:
         start = time.perf_counter()
         item = reader.read(position)
-        seconds = time.perf_counter() - start
-        views = copy(self.dataset)
-        views.source = _OneImage(item.image, item.label)
-        key = item.epoch, position
-        sample: Any = views.drawn(key) if self.drawn else views[key]
-        return replace(
-            sample,
+        drawn = self.dataset.draw(
+            (item.epoch, position),
+            item.image,
+            label=item.label,
             index=item.position,
             unreadable=tuple(Unreadable(at, e.name, e.reason) for at, e in item.unreadable),
-            read_seconds=seconds,
+            read_seconds=time.perf_counter() - start,
         )
-
-
-class _OneImage:
-    """A source that gives the same image whatever the index."""
-
-    def __init__(self, image: Tensor, label: int):
-        self.image = image
-        self.label = label
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.image, self.label
+        return drawn if self.drawn else self.dataset.render(drawn)
 
 
 class TooManyUnreadable(RuntimeError):

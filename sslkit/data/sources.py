@@ -44,6 +44,10 @@ _ACCEPTED = (
 )
 
 
+MAX_REPLACEMENTS = 64
+"""How many images in a row may be unreadable before a loader gives up."""
+
+
 class Source(Protocol):
     """An indexable set of images.
 
