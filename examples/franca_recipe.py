@@ -105,7 +105,7 @@ from sslkit.training.parallel import (
     whole,
 )
 from sslkit.training.progress import TrainingProgress
-from sslkit.training.signals import StopRequest
+from sslkit.training.signals import stop_request
 
 SUBMODULES = ("backbone", "dino_head", "ibot_head")  # gradients are clipped in each by itself
 MASK_COUNTS, MASKS, DROP_PATH = range(3)  # what a stage draws random numbers for
@@ -652,6 +652,15 @@ def schedule(step: int, plan: Plan, settings: Settings) -> Schedule:
     )
 
 
+def make_groups(student: FrancaNetwork, optim: Optim) -> list[dict[str, Any]]:
+    """The parameters of the student by learning rate and weight decay."""
+    return parameter_groups(
+        student,
+        layer_decay=optim.layer_decay,
+        patch_embed_lr_scale=optim.patch_embed_lr_scale,
+    )
+
+
 class Seen(NamedTuple):
     """What one step leaves to watch."""
 
@@ -697,11 +706,7 @@ class Trainer:
             for network in networks:
                 network.backbone.set_img_size_(plan.global_size)
         self.distribute(networks)
-        groups = parameter_groups(
-            self.student,
-            layer_decay=settings.optim.layer_decay,
-            patch_embed_lr_scale=settings.optim.patch_embed_lr_scale,
-        )
+        groups = make_groups(self.student, settings.optim)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.optim.betas)
         if plan.name == "highres":  # the position embedding, which changed shape, starts afresh
             fitting = {n: m for n, m in moments(self.optimizer).items() if "pos_embed" not in n}
@@ -836,13 +841,14 @@ class Trainer:
         rank, world = self.parallel.rank, self.parallel.world_size
         whole_batch = torch.Generator().manual_seed(self.seed(MASK_COUNTS, step))
         counts = self.draw_masks.counts(V * B * world, generator=whole_batch)
-        masks = []
+        masks = torch.zeros(V, B, *self.draw_masks.grid_size, dtype=torch.bool)
         for view in range(V):
-            for i in range(rank, B * world, world):
-                seed = self.seed(MASKS, step * B * world + i, view)
-                own = torch.Generator().manual_seed(seed)
-                masks.append(self.draw_masks.one(counts[view * B * world + i], generator=own))
-        return torch.stack(masks).unflatten(0, (V, B))
+            for b, i in enumerate(range(rank, B * world, world)):
+                if count := counts[view * B * world + i]:
+                    seed = self.seed(MASKS, step * B * world + i, view)
+                    own = torch.Generator().manual_seed(seed)
+                    masks[view, b] = self.draw_masks.one(count, generator=own)
+        return masks
 
     def micro_batches(self, batch: Batch, masks: Tensor) -> list[tuple[list[Tensor], Tensor]]:
         """Equal shares of the images, as (crops by resolution, masks), each view-major."""
@@ -959,7 +965,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     if settings.accumulation > 1 and settings.losses.koleo > 0:
         say(parallel, "accumulation: KoLeo sees the neighbours within each micro-batch alone")
     with ExitStack() as stack:
-        request = stack.enter_context(StopRequest())
+        request = stack.enter_context(stop_request())
         stack.callback(checkpoints.wait)  # also when the training fails
         if parallel.is_main:
             metrics = stack.enter_context(MetricsWriter(folder, resume_step=start))
@@ -1655,16 +1661,17 @@ def refused_parallelism(settings: Settings, world_size: int) -> list[str]:
 def refused_by_parts(settings: Settings) -> list[str]:
     """What the parts themselves find wrong with the settings that they are made from."""
     plans = [pretraining(settings)] + [high_resolution(settings)] * ("highres" in settings.stages)
+    problems = []
 
-    def network() -> FrancaNetwork:
-        return FrancaNetwork(settings.model, settings.crops.global_size)
-
-    def groups() -> None:
-        layer_decay, patch_scale = settings.optim.layer_decay, settings.optim.patch_embed_lr_scale
-        parameter_groups(network(), layer_decay=layer_decay, patch_embed_lr_scale=patch_scale)
+    def attempt(name: str, make: Callable[[], Any]) -> Any:
+        try:
+            with torch.device("meta"):
+                return make()
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
 
     def sizes() -> None:
-        patch_size = network().backbone.patch_size
+        patch_size = network.backbone.patch_size
         for plan in plans:
             for size in (plan.global_size, plan.local_size):
                 if any(size % patch for patch in patch_size):
@@ -1673,22 +1680,13 @@ def refused_by_parts(settings: Settings) -> list[str]:
                         f"{patch_size}"
                     )
 
-    parts: dict[str, Callable[[], object]] = {
-        "--model": network,
-        "--crops": lambda: multi_crop(plans[0], settings),
-        "--masks": lambda: mask_generator((2, 2), settings.masks),
-        "--optim": groups,
-        "--optim or --targets": lambda: [schedule(0, plan, settings) for plan in plans],
-        "--crops or --highres": sizes,
-    }
-    problems: list[str] = []
-    for name, make in parts.items():
-        try:
-            with torch.device("meta"):
-                make()
-        except ValueError as error:
-            if not any(problem.endswith(str(error)) for problem in problems):
-                problems.append(f"{name}: {error}")
+    attempt("--crops", lambda: multi_crop(plans[0], settings))
+    attempt("--masks", lambda: mask_generator((2, 2), settings.masks))
+    attempt("--optim or --targets", lambda: [schedule(0, plan, settings) for plan in plans])
+    network = attempt("--model", lambda: FrancaNetwork(settings.model, plans[0].global_size))
+    if network is not None:
+        attempt("--optim", lambda: make_groups(network, settings.optim))
+        attempt("--crops or --highres", sizes)
     return problems
 
 

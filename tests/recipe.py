@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from sslkit.data import Batch
 from sslkit.training.checkpoint import Checkpoints
+from sslkit.training.metrics import read_metrics
 from sslkit.training.parallel import Parallel
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -118,6 +119,12 @@ def saved_tensors(path: Path) -> dict[str, Tensor]:
     }
     Checkpoints(path.parent).load_(path, state)
     return state
+
+
+def last_step(output: Path, stage: str = "pretrain") -> int:
+    """The last step that a run has logged; 0 before the first."""
+    metrics = output / stage / "metrics.jsonl"
+    return max((row["step"] for row in read_metrics(metrics)), default=0) if metrics.exists() else 0
 
 
 def start_process(

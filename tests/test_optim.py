@@ -171,10 +171,6 @@ def trained(student: nn.Module, **settings) -> torch.optim.AdamW:
     return optimizer
 
 
-def copied(state: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
-    return copy.deepcopy(state)
-
-
 def fill_(optimizer: torch.optim.Optimizer, saved: dict[str, dict[str, torch.Tensor]]) -> None:
     """What a checkpoint does."""
     own = moments(optimizer)
@@ -187,7 +183,7 @@ def fill_(optimizer: torch.optim.Optimizer, saved: dict[str, dict[str, torch.Ten
 
 def test_moments_are_named_and_settings_are_no_part_of_them():
     old, new = make_student(), make_student()
-    saved = copied(moments(trained(old)))
+    saved = copy.deepcopy(moments(trained(old)))
     assert saved.keys() == dict(old.named_parameters()).keys()
     optimizer = torch.optim.AdamW(parameter_groups(new, layer_decay=0.5), betas=(0.9, 0.999))
     fill_(optimizer, saved)
@@ -220,7 +216,7 @@ def test_resumed_steps_are_bit_identical():
     resumed = make_student()
     resumed.load_state_dict(straight.state_dict())
     other = torch.optim.AdamW(parameter_groups(resumed), betas=(0.5, 0.5))
-    fill_(other, copied(moments(optimizer)))
+    fill_(other, copy.deepcopy(moments(optimizer)))
     for step in range(3):
         for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
             a.grad = torch.randn_like(a)

@@ -10,7 +10,7 @@ import torch
 
 from sslkit.training.checkpoint import Checkpoints, step_of
 from sslkit.training.metrics import read_metrics
-from tests.recipe import recipe, saved_tensors, smoke, start_process
+from tests.recipe import last_step, recipe, saved_tensors, smoke, start_process
 
 # Stochastic depth makes the weights depend on the random state; EMACentering adds a state.
 TRAINING = "--stages pretrain highres --model.drop-path 0.3 --targets.kind centering"
@@ -67,13 +67,10 @@ def kill_after(
     output: Path, stage: str, step: int, *arguments: str, with_checkpoint: bool = False
 ) -> None:
     """Run the recipe in a process and SIGKILL it once it has logged ``step`` of ``stage``."""
-    metrics, checkpoints = (
-        output / stage / "metrics.jsonl",
-        Checkpoints(output / stage / "checkpoints"),
-    )
+    checkpoints = Checkpoints(output / stage / "checkpoints")
     process = start_process(smoke(output, *TRAINING.split(), *arguments))
     try:
-        while not metrics.exists() or all(row["step"] < step for row in read_metrics(metrics)):
+        while last_step(output, stage) < step:
             assert process.poll() is None, f"the run ended before step {step} of {stage}"
             time.sleep(0.002)
         while with_checkpoint and checkpoints.latest() is None:

@@ -10,38 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from sslkit.training.checkpoint import Checkpoints
 from sslkit.training.metrics import read_metrics
-from tests.recipe import recipe, saved_tensors, smoke, start_process
-from tests.test_faults import TORCHRUN, process_of
+from tests.recipe import last_step, recipe, smoke, start_process
+from tests.test_faults import TORCHRUN, assert_same_end, process_of
 
 pytestmark = pytest.mark.slow
 
-KILLS = 20
+KILLS, STEPS = 20, 100
 # Stochastic depth depends on the random numbers of a step, EMA centering is a state of its own.
-TRAINING = "--stages pretrain --steps 100 --checkpoint-every 2 --model.drop-path 0.3"
+TRAINING = f"--stages pretrain --steps {STEPS} --checkpoint-every 2 --model.drop-path 0.3"
 TRAINING += " --targets.kind centering --workers 1"
-
-
-def last_step(output: Path) -> int:
-    metrics = output / "pretrain" / "metrics.jsonl"
-    return max((row["step"] for row in read_metrics(metrics)), default=0) if metrics.exists() else 0
-
-
-def assert_same_end(output: Path, expected: Path, *, atol: float) -> None:
-    """Weights, teacher, centers, moments, and a line of metrics for each step."""
-    states = [
-        saved_tensors(Checkpoints(run / "pretrain" / "checkpoints").latest())
-        for run in (output, expected)
-    ]
-    assert states[0].keys() == states[1].keys()
-    largest = max((states[0][k].double() - states[1][k].double()).abs().max() for k in states[0])
-    print(f"largest difference of any weight, moment or center: {largest.item():g}")
-    assert largest <= atol
-    for run in (output, expected):
-        rows = read_metrics(run / "pretrain" / "metrics.jsonl")
-        assert [row["step"] for row in rows] == list(range(1, 101))
-        assert recipe.backbones.load(run / "pretrain.safetensors").embed_dim == 32
 
 
 def wait_for_steps(output: Path, steps: int, process: subprocess.Popen, delay: float) -> None:
@@ -65,7 +43,7 @@ def test_one_process_ends_bit_identical(tmp_path: Path) -> None:
             process.send_signal(signal.SIGKILL)
             process.wait()
     recipe.main([*words, "--resume"])
-    assert_same_end(output, tmp_path / "whole", atol=0)
+    assert_same_end(output, tmp_path / "whole", steps=STEPS, atol=0)
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds ranks in /proc")
@@ -83,7 +61,7 @@ def test_two_processes_under_torchrun_end_the_same(tmp_path: Path) -> None:
         assert torchrun.wait(timeout=300) == 0
     finally:
         torchrun.kill()
-    assert_same_end(output, tmp_path / "whole", atol=1e-6)
+    assert_same_end(output, tmp_path / "whole", steps=STEPS, atol=1e-6)
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds ranks in /proc")
@@ -109,4 +87,4 @@ def test_two_nodes_restart_together(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         for agent in agents:
             agent.kill()
     rows = read_metrics(output / "pretrain" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 101))
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))

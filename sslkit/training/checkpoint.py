@@ -389,17 +389,11 @@ def _require_fit(
     if not partial:
         problems += [f"unexpected: {name}" for name in saved if name not in state]
     for name in state.keys() & saved.keys():
-        found, expected = _described(saved[name]), _describe(state[name])
+        found, expected = _describe(saved[name]), _describe(state[name])
         if found != expected:
             problems.append(f"different: {name} is {found}, expected {expected}")
     if problems:
         raise ValueError(f"{path} does not fit:\n  " + "\n  ".join(sorted(problems)))
-
-
-def _described(saved: Any) -> str:
-    if not isinstance(saved, TensorStorageMetadata):
-        return "no tensor"
-    return f"{str(saved.properties.dtype).removeprefix('torch.')} {list(saved.size)}"
 
 
 class _Writer(FileSystemWriter):
@@ -417,6 +411,11 @@ class _Writer(FileSystemWriter):
 
 
 def _describe(value: Any) -> str:
-    if not isinstance(value, Tensor):
+    """Type and shape of a tensor, or of what a checkpoint's metadata say of one."""
+    if isinstance(value, TensorStorageMetadata):
+        dtype, size = value.properties.dtype, value.size
+    elif isinstance(value, Tensor):
+        dtype, size = value.dtype, value.shape
+    else:
         return f"a {type(value).__name__}"
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"{str(dtype).removeprefix('torch.')} {list(size)}"

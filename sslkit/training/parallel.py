@@ -169,7 +169,16 @@ def choose(num_parameters: int, parallel: Parallel) -> Kind:
         return "ddp"
     memory = torch.cuda.get_device_properties(parallel.device).total_memory
     smallest = int(parallel.gather(torch.tensor(memory)).min())  # all choose the same
-    return "ddp" if _BYTES_PER_PARAMETER * num_parameters <= _LARGEST_SHARE * smallest else "fsdp"
+    return choose_for_gpus(num_parameters, smallest)
+
+
+def choose_for_gpus(num_parameters: int, memory: float) -> Literal["ddp", "fsdp"]:
+    """As :func:`choose`, for several GPUs of so many bytes.
+
+    >>> choose_for_gpus(500_000_000, 80e9), choose_for_gpus(1_500_000_000, 80e9)
+    ('ddp', 'fsdp')
+    """
+    return "ddp" if _BYTES_PER_PARAMETER * num_parameters <= _LARGEST_SHARE * memory else "fsdp"
 
 
 def shard_(

@@ -1,37 +1,40 @@
 """Stopping when asked to: the SIGTERM that schedulers send before they take a machine away."""
 
 import signal
-from types import FrameType, TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
 
 
+@dataclass
 class StopRequest:
-    """Notes a SIGTERM instead of dying of it, inside a ``with`` block in the main thread.
+    """Whether a SIGTERM has arrived."""
+
+    arrived: bool = False
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Note a SIGTERM instead of dying of it, inside a ``with`` block in the main thread.
 
     A training loop looks at ``arrived`` between two steps, saves and leaves. A second SIGTERM is
     noted too: whoever loses patience sends SIGKILL. The earlier handler comes back with the end of
     the block.
 
     >>> import os
-    >>> with StopRequest() as request:
+    >>> with stop_request() as request:
     ...     os.kill(os.getpid(), signal.SIGTERM)
     ...     request.arrived
     True
     """
+    request = StopRequest()
 
-    def __init__(self) -> None:
-        self.arrived = False
+    def note(number: int, frame: FrameType | None) -> None:
+        request.arrived = True
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.arrived = True
-
-    def __enter__(self) -> "StopRequest":
-        self._earlier = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        signal.signal(signal.SIGTERM, self._earlier)
+    earlier = signal.signal(signal.SIGTERM, note)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGTERM, earlier)

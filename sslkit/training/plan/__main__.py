@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from itertools import product
 
+from sslkit.training.parallel import choose_for_gpus
 from sslkit.training.plan.cost import duration, flops, traffic
 from sslkit.training.plan.hardware import BANDWIDTHS, GIB, HARDWARE, Hardware, Strategy, problems
 from sslkit.training.plan.memory import peak, phases
 from sslkit.training.plan.workload import PRESETS, Workload, parameters
 
 HIGH_RESOLUTION = 518  # pixels of the global crops in the recipe's second stage
-_SHARDED_FROM = 500_000_000  # parameters of the encoder above which FSDP is the default
 
 
 def report(work: Workload, strategy: Strategy, hardware: Hardware) -> str:
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--parallel",
         choices=("none", "ddp", "fsdp"),
-        help="default: none on one GPU, fsdp for a ViT-g, else ddp",
+        help="default: none on one GPU, else what the recipe chooses for so much memory",
     )
     add("--hsdp-replicas", type=int, default=1, help="groups of GPUs that hold a whole copy")
     add("--batch-size", type=int, help="images a step, over all GPUs; default: the preset's")
@@ -169,8 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     hardware = replace(HARDWARE[given["gpu"]], **figures)
     kind = given["parallel"]
     if kind is None:
-        sharded = parameters(work).backbone > _SHARDED_FROM or given["hsdp_replicas"] > 1
-        kind = "none" if given["gpus"] == 1 else "fsdp" if sharded else "ddp"
+        kind = choose_for_gpus(parameters(work).total, hardware.memory)
+        if given["gpus"] == 1:
+            kind = "none"
+        elif given["hsdp_replicas"] > 1:
+            kind = "fsdp"
     strategy = Strategy(kind, given["gpus"], given["hsdp_replicas"])
     if found := problems(work, strategy, hardware):
         parser.error("; ".join(found))
