@@ -21,6 +21,7 @@ from sslkit.data.scenes import Scenes
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
 from sslkit.evaluation.features import EvalTransform
+from sslkit.evaluation.figures.style import MASKED_GREY
 from sslkit.evaluation.pca import pca_maps
 
 SIZE, GRID = (48, 72), (6, 9)  # pixels, patches
@@ -199,7 +200,7 @@ def test_pictures_hold_the_pixels():
     mask[0, 1, 2] = True
     shown = draw.crops_and_masks([image], [], [mask]).axes[0].images[0].get_array()
     assert shown.shape == (*SIZE, 3)
-    grey = (shown == np.float32(draw.MASKED_GREY)).all(-1)
+    grey = (shown == np.float32(MASKED_GREY)).all(-1)
     assert grey.nonzero()[0].tolist() == [y for y in range(8, 16) for _ in range(8)]
     assert grey[8:16, 16:24].all()
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

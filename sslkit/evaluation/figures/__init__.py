@@ -1,0 +1,32 @@
+"""The report's figures. Each function returns a matplotlib `Figure` and touches no global state.
+
+Every figure says in its title what it shows and below the title what to look for.
+"""
+
+from sslkit.evaluation.figures.features import (
+    attention_maps,
+    cluster_entropy,
+    matryoshka,
+    pca_maps,
+    position_error,
+)
+from sslkit.evaluation.figures.segmentation import in_context
+from sslkit.evaluation.figures.training import (
+    crops_and_masks,
+    loss_curves,
+    mask_exposure,
+    online_knn,
+)
+
+__all__ = [
+    "attention_maps",
+    "cluster_entropy",
+    "crops_and_masks",
+    "in_context",
+    "loss_curves",
+    "mask_exposure",
+    "matryoshka",
+    "online_knn",
+    "pca_maps",
+    "position_error",
+]
