@@ -140,8 +140,10 @@ def open_source(
       shards go to ``root/shards``.
     - a folder with ``.tar`` files in it: these shards. When some are called ``train...`` and others
       ``val...``, ``valid...``, ``validation...`` or ``test...``, these are the two splits.
-    - a folder: :class:`ImageFolder`. With sub-folders ``train`` and one of ``val``, ``valid``,
-      ``validation``, ``test`` (the first that exists), these are the two splits.
+    - a folder of images and masks with lists of names:
+      :class:`sslkit.data.annotated.image_masks.ImagesAndMasks`.
+    - another folder: :class:`ImageFolder`. With sub-folders ``train`` and one of ``val``,
+      ``valid``, ``validation``, ``test`` (the first that exists), these are the two splits.
     - a ``.npy`` or ``.npz`` file: :class:`ImageArray`.
     - the name of a torchvision data set with images, such as ``CIFAR10``, ``STL10`` or
       ``Flowers102``: :class:`TorchvisionImages`, downloaded by torchvision into ``root``.
@@ -473,6 +475,10 @@ def _find_tar_shards(text: str, path: Path, split: Split) -> tuple[str | list[st
 
 
 def _open_folder(folder: Path, split: Split, max_side: int) -> tuple[Source, bool]:
+    from sslkit.data.annotated.image_masks import ImagesAndMasks, is_images_and_masks
+
+    if is_images_and_masks(folder):
+        return ImagesAndMasks(folder, split=split), True
     children = {child.name for child in folder.iterdir() if child.is_dir()}
     test_folder = next((name for name in TEST_FOLDERS if name in children), None)
     if "train" not in children or test_folder is None:
