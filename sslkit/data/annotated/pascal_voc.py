@@ -1,10 +1,10 @@
 """Pascal VOC, segmentation and boxes, as its archives unpack.
 
 The format: Everingham and Winn, The PASCAL Visual Object Classes Challenge 2012 (VOC2012)
-Development Kit, sections 3 and 8 and the XML files themselves. Masks are palette PNGs whose
-indices are the classes, 0 the background and 255 the border to be ignored. Boxes are inclusive
-and count pixels from 1; as in the published object discovery code (Siméoni et al. 2021, LOST),
-(xmin, ymin, xmax, ymax) is the half open (xmin - 1, ymin - 1, xmax, ymax).
+Development Kit, http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc. Masks are palette PNGs
+whose indices are the classes, 0 the background and 255 the border to be ignored. Boxes are
+inclusive and count pixels from 1; as in the published object discovery code (Siméoni et al. 2021,
+LOST), (xmin, ymin, xmax, ymax) is the half open (xmin - 1, ymin - 1, xmax, ymax).
 """
 
 import os
