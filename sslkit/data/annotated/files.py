@@ -68,18 +68,7 @@ class ImageFiles:
 
     def sizes(self, index: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """(height, width) in the file, upright, and of the image that is read."""
-        path = self.name(index)
-        try:
-            with Image.open(path) as image:
-                width, height = image.size
-                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        except OSError as error:
-            raise UnreadableImage(path, f"{type(error).__name__}: {error}") from error
-        stored = (width, height) if orientation >= 5 else (height, width)
-        if max(stored) <= self.max_side:
-            return stored, stored
-        _, *read = read_image(path, max_side=self.max_side).shape
-        return stored, (read[0], read[1])
+        return image_sizes(self.name(index), self.max_side)
 
     def fit_mask(self, mask: np.ndarray, index: int, name: str) -> Tensor:
         """A map [H, W] of the file's pixels at the size of the image that is read, [h, w].
@@ -104,6 +93,21 @@ class ImageFiles:
         x, y = width / stored_width, height / stored_height
         scaled = torch.tensor(boxes, dtype=torch.float64).view(-1, 4)
         return (scaled * torch.tensor([x, y, x, y], dtype=torch.float64)).float()
+
+
+def image_sizes(path: str, max_side: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) in an image file, upright, and of the image that `read_image` makes of it."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (OSError, SyntaxError) as error:
+        raise UnreadableImage(path, f"{type(error).__name__}: {error}") from error
+    stored = (width, height) if orientation >= 5 else (height, width)
+    if max(stored) <= max_side:
+        return stored, stored
+    _, read_height, read_width = read_image(path, max_side=max_side).shape
+    return stored, (read_height, read_width)
 
 
 def read_class_map(path: str | os.PathLike[str]) -> np.ndarray:
