@@ -105,4 +105,4 @@ def _read_scenes(path: Path) -> dict[str, str]:
     lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
     if wrong := next((line for line in lines if len(line) != 2), None):
         raise ValueError(f"{path} should have an image and a category a line, got {wrong}")
-    return {image: scene for image, scene in lines}
+    return dict(lines)

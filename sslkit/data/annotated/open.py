@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sslkit.data.annotated.ade20k import ADE20K
 from sslkit.data.annotated.coco import COCOStuff, COCOThings
@@ -15,7 +16,7 @@ from sslkit.data.annotated.spair import SPair
 from sslkit.data.decode import MAX_SIDE
 from sslkit.data.sources import Source, Split, open_source, train_test_split
 
-_Reader = Callable[[str, bool, int], Source | Paired]
+_Reader = Callable[..., Source | Paired]
 
 
 def open_annotated(
@@ -73,7 +74,8 @@ def open_annotated(
     if prefix in _READERS:
         if not path:
             raise ValueError(f"{text!r} names no folder; give {prefix}:FOLDER")
-        return _READERS[prefix](os.path.expanduser(path), split == "test", max_side)
+        reader, *arguments = _READERS[prefix]
+        return reader(Path(path).expanduser(), max_side=max_side, **arguments[split == "test"])
     if prefix == "imglist":
         return _open_list(path, split, seed, test_fraction, max_side)
     try:
@@ -115,62 +117,29 @@ def _open_list(
     return train_test_split(images, test_fraction, seed)[split == "test"]
 
 
-def _voc(path: str, test: bool, max_side: int) -> Source:
-    return VOCSegmentation(path, split="val" if test else "train", max_side=max_side)
-
-
-def _voc_aug(path: str, test: bool, max_side: int) -> Source:
-    return VOCSegmentation(path, split="val" if test else "trainaug", max_side=max_side)
-
-
-def _voc_boxes(path: str, test: bool, max_side: int) -> Source:
-    return VOCBoxes(path, max_side=max_side)
-
-
-def _ade20k(path: str, test: bool, max_side: int) -> Source:
-    return ADE20K(path, split="validation" if test else "training", max_side=max_side)
-
-
-def _coco_stuff(path: str, test: bool, max_side: int) -> Source:
-    return COCOStuff(path, split="val" if test else "train", max_side=max_side)
-
-
-def _coco_stuff15(path: str, test: bool, max_side: int) -> Source:
-    return COCOStuff(path, split="val" if test else "train", things=False, max_side=max_side)
-
-
-def _coco_stuff_fine(path: str, test: bool, max_side: int) -> Source:
-    return COCOStuff(path, split="val" if test else "train", classes="fine", max_side=max_side)
-
-
-def _coco_things(path: str, test: bool, max_side: int) -> Source:
-    return COCOThings(path, split="val" if test else "train", max_side=max_side)
-
-
-def _coco_things_fine(path: str, test: bool, max_side: int) -> Source:
-    return COCOThings(path, split="val" if test else "train", classes="fine", max_side=max_side)
-
-
-def _spair(path: str, test: bool, max_side: int) -> Paired:
-    return SPair(path, split="test" if test else "trn", max_side=max_side)
-
-
-def _nyu(path: str, test: bool, max_side: int) -> Source:
-    return open_nyu_depth(
-        path, split="test" if test else "train", eigen_crop=test, max_side=max_side
-    )
-
-
-_READERS: dict[str, _Reader] = {
-    "voc": _voc,
-    "voc-aug": _voc_aug,
-    "voc-boxes": _voc_boxes,
-    "ade20k": _ade20k,
-    "coco-stuff": _coco_stuff,
-    "coco-stuff15": _coco_stuff15,
-    "coco-stuff-fine": _coco_stuff_fine,
-    "coco-things": _coco_things,
-    "coco-things-fine": _coco_things_fine,
-    "spair": _spair,
-    "nyu": _nyu,
+# The reader of each prefix, and its arguments for the training and for the test images.
+_READERS: dict[str, tuple[_Reader, dict[str, Any], dict[str, Any]]] = {
+    "voc": (VOCSegmentation, {"split": "train"}, {"split": "val"}),
+    "voc-aug": (VOCSegmentation, {"split": "trainaug"}, {"split": "val"}),
+    "voc-boxes": (VOCBoxes, {"split": "trainval"}, {"split": "trainval"}),
+    "ade20k": (ADE20K, {"split": "training"}, {"split": "validation"}),
+    "coco-stuff": (COCOStuff, {"split": "train"}, {"split": "val"}),
+    "coco-stuff15": (
+        COCOStuff,
+        {"split": "train", "things": False},
+        {"split": "val", "things": False},
+    ),
+    "coco-stuff-fine": (
+        COCOStuff,
+        {"split": "train", "classes": "fine"},
+        {"split": "val", "classes": "fine"},
+    ),
+    "coco-things": (COCOThings, {"split": "train"}, {"split": "val"}),
+    "coco-things-fine": (
+        COCOThings,
+        {"split": "train", "classes": "fine"},
+        {"split": "val", "classes": "fine"},
+    ),
+    "spair": (SPair, {"split": "trn"}, {"split": "test"}),
+    "nyu": (open_nyu_depth, {"split": "train"}, {"split": "test", "eigen_crop": True}),
 }
