@@ -224,8 +224,8 @@ def _read_split(path: Path, split: str) -> np.ndarray:
     key = f"{split}Ndxs"
     try:
         splits = loadmat(path)
-    except (ValueError, NotImplementedError, OSError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+    except Exception as error:  # SciPy's errors have no base of their own
+        raise ValueError(f"cannot read {path}: {type(error).__name__}: {error}") from error
     if key not in splits:
         raise ValueError(f"{path} has no {key}; it has {sorted(splits)}")
     return np.ravel(splits[key]).astype(np.int64) - 1
