@@ -202,7 +202,7 @@ class ViM:
         norms = sum(
             ((x - origin) @ residual).norm(dim=1).sum().item() for (x,) in _in_parts(features)
         )
-        if not norms:
+        if norms <= 1e-9 * len(features) * scatter.trace().sqrt().item():
             raise ValueError(
                 f"all features lie in the principal space: choose num_principal < {num_principal}"
             )
