@@ -11,6 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sslkit.evaluation.confusion import confusion_matrix
+from sslkit.evaluation.features import Features
+from sslkit.evaluation.scores import Outcome, Score
+from sslkit.evaluation.subject import Subject, require_labels
+
 LEARNING_RATES = (
     *(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
     *(1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
@@ -298,3 +303,88 @@ def _check(split: str, cls: Tensor, patch: Tensor | None, labels: Tensor) -> Non
             f"{split}_labels must be [{len(cls)}], one for each of {split}_cls, got "
             f"{list(labels.shape)}"
         )
+
+
+@dataclass(frozen=True)
+class Options:
+    """Linear classification: the best of a grid of heads on class and mean patch tokens."""
+
+    num_steps: int = 12_500
+    """Steps of SGD."""
+    batch_size: int = 1024
+    """Items a step; the learning rates are scaled by a 256th of it."""
+    num_blocks: tuple[int, ...] = (1, 4)
+    """Heads read the class tokens of the last so many blocks; of an encoder that gives none of its
+    blocks, and after RASA or nesting, which are of the last block alone, those of 1."""
+    learning_rates: tuple[float, ...] = LEARNING_RATES
+    """For a batch of 256."""
+
+
+def evaluate(subject: Subject, options: Options) -> Outcome:
+    """Accuracy of the best head, chosen on the test images themselves."""
+    from sslkit.evaluation import figures
+
+    result, test = probe_subject(subject, options)
+    head, C = result.best, len(result.best.bias)
+    names = subject.test.class_names
+    C = max(C, int(test.labels.max()) + 1)
+    counts = confusion_matrix(test.labels, result.predictions, C)
+    return Outcome(
+        {"best head": Score.mean(result.correct)},
+        {
+            "linear_confusion": figures.confusion(
+                counts, class_names=names if names is not None and len(names) == C else None
+            )
+        },
+        {
+            "best head": f"{head.inputs}, learning rate {head.learning_rate:g}",
+            "chosen on": "test",
+            "accuracies": {
+                f"{one}, learning rate {rate:g}": accuracy
+                for (one, rate), accuracy in result.accuracies.items()
+            },
+        },
+    )
+
+
+def probe_subject(subject: Subject, options: Options) -> tuple[LinearProbeResult, Features]:
+    """`linear_probe` of a subject's training and test data, and the test features."""
+    blocks = options.num_blocks if _has_blocks(subject) else (1,)
+    train, test = (head_features(subject, name, max(blocks)) for name in ("train", "test"))
+    result = linear_probe(
+        *_head_inputs(train),
+        require_labels(train, "train"),
+        *_head_inputs(test),
+        require_labels(test, "test"),
+        generator=subject.generator(),
+        num_blocks=blocks,
+        learning_rates=options.learning_rates,
+        num_steps=options.num_steps,
+        batch_size=options.batch_size,
+        num_classes=subject.train.num_classes or None,
+        device=subject.device,
+    )
+    return result, test
+
+
+def head_features(subject: Subject, source: str, num_blocks: int) -> Features:
+    """What heads of up to ``num_blocks`` blocks read of a source's images."""
+    if num_blocks > 1:
+        return subject.features(source, "layer_cls", "mean_patch", num_layers=num_blocks)
+    return subject.features(source, "cls", "mean_patch")
+
+
+def head_logits(head: LinearHead, features: Features) -> Tensor:
+    """Logits [B, C] of a head on `head_features`."""
+    return head.logits(*_head_inputs(features))
+
+
+def _head_inputs(features: Features) -> tuple[Tensor, Tensor]:
+    if "layer_cls" in features.tokens:
+        return features["layer_cls"], features["mean_patch"]
+    return features.cls[:, None], features["mean_patch"]
+
+
+def _has_blocks(subject: Subject) -> bool:
+    projected = subject.rasa is not None or subject.nesting is not None
+    return hasattr(subject.encoder, "intermediate") and not projected
