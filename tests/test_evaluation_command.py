@@ -1,4 +1,4 @@
-"""``python -m sslkit.evaluation``: models and data by name, one table, errors that say what to do."""
+"""``python -m sslkit.evaluation``: models and data by name, one table, errors in one line."""
 
 import json
 from pathlib import Path
