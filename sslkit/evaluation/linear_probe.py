@@ -192,39 +192,34 @@ def linear_probe(
         raise ValueError(
             f"num_steps and batch_size must be at least 1, got {num_steps} and {batch_size}"
         )
-    inputs = [LinearInput(n, patch) for n in num_blocks for patch in mean_patch]
+    inputs = [
+        LinearInput(n, p) for n in dict.fromkeys(num_blocks) for p in dict.fromkeys(mean_patch)
+    ]
+    learning_rates = list(dict.fromkeys(learning_rates))
     if not inputs or not learning_rates:
         raise ValueError("num_blocks, mean_patch and learning_rates must each hold a value")
-    for one in inputs:
+    if train_cls.shape[2] != test_cls.shape[2]:
+        raise ValueError(
+            f"train_cls and test_cls must have the same D, got {train_cls.shape[2]} and "
+            f"{test_cls.shape[2]}"
+        )
+    for one in inputs:  # complains about what is missing
+        one(train_cls[:1], None if train_mean_patch is None else train_mean_patch[:1])
         one(test_cls[:1], None if test_mean_patch is None else test_mean_patch[:1])
-
-    most = max(num_blocks)
-    columns = [_columns(one, most, train_cls.shape[2]) for one in inputs]
+    joined = _JoinedInputs(inputs, max(num_blocks), train_cls.shape[2])
+    weights = [
+        weight.to(device)
+        for weight in joined.start(len(learning_rates) * C, generator)  # [heads * C, d + 1]
+    ]
+    velocities = [torch.zeros_like(weight) for weight in weights]
     rates = torch.tensor(learning_rates, device=device).repeat_interleave(C)[:, None]
     rates *= batch_size / 256  # [heads * C, 1]
-    # The bias is the weight, 0 at the start, of a feature that is always 1.
-    weights = []
-    for one, (start, stop) in zip(inputs, columns, strict=True):
-        weight = torch.randn(len(rates), stop - start, generator=generator) * _INIT_STD
-        weight[:, one.num_blocks * train_cls.shape[2]] = 0
-        weights.append(weight.to(device))
-    velocities = [torch.zeros_like(weight) for weight in weights]
-
-    labels = train_labels.to(torch.int64)
-    for step, batch in enumerate(_batches(len(labels), batch_size, num_steps, generator)):
+    for step, batch in enumerate(_batches(len(train_cls), batch_size, num_steps, generator)):
         cosine = (1 + math.cos(math.pi * step / num_steps)) / 2
-        features = _joined(train_cls, train_mean_patch, most, batch, device)
-        target = labels[batch].to(device)[:, None, None].expand(-1, len(learning_rates), 1)
-        for (start, stop), weight, velocity in zip(columns, weights, velocities, strict=True):
-            x = features[:, start:stop]
-            logits = (x @ weight.T).view(len(x), -1, C)  # [batch, heads, C]
-            # d(mean cross-entropy) / d(logits) = (softmax - onehot) / batch
-            # Below e^-60 the products with the features are subnormal, and several times slower.
-            gradient = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-60).exp_()
-            gradient /= gradient.sum(-1, keepdim=True) * len(x)
-            one_over = gradient.new_full((), -1 / len(x)).expand(target.shape)
-            gradient.scatter_add_(2, target, one_over)
-            velocity.mul_(_MOMENTUM).addmm_(gradient.flatten(1).T, x)
+        label = train_labels[batch].to(device, torch.int64)
+        parts = joined(train_cls, train_mean_patch, batch, device)
+        for x, weight, velocity in zip(parts, weights, velocities, strict=True):
+            velocity.mul_(_MOMENTUM).addmm_(_logit_gradient(x @ weight.T, label, C).T, x)
             weight.addcmul_(rates, velocity, value=-cosine)
         if progress is not None:
             progress(step + 1)
@@ -233,44 +228,75 @@ def linear_probe(
             "the trained weights are not finite: the training features hold NaN or infinite values"
         )
 
-    parts: list[list[Tensor]] = [[] for _ in inputs]
+    predicted: list[list[Tensor]] = [[] for _ in inputs]
     for rows in torch.arange(len(test_cls)).split(_ITEMS_AT_ONCE):
-        features = _joined(test_cls, test_mean_patch, most, rows, device)
-        for (start, stop), weight, predicted in zip(columns, weights, parts, strict=True):
-            logits = (features[:, start:stop] @ weight.T).view(len(rows), -1, C)
-            predicted.append(logits.argmax(-1).cpu())
+        parts = joined(test_cls, test_mean_patch, rows, device)
+        for x, weight, found in zip(parts, weights, predicted, strict=True):
+            found.append((x @ weight.T).unflatten(1, (-1, C)).argmax(-1).cpu())  # [rows, heads]
     truth = test_labels.cpu()
-    accuracies: dict[tuple[LinearInput, float], float] = {}
-    best: tuple[float, LinearHead, Tensor] | None = None
-    for one, weight, predicted in zip(inputs, weights, parts, strict=True):
-        bias_at = one.num_blocks * train_cls.shape[2]
-        for i, (rate, guess) in enumerate(zip(learning_rates, torch.cat(predicted).T, strict=True)):
-            accuracy = (guess == truth).double().mean().item()
-            accuracies[one, rate] = accuracy
-            if best is None or accuracy > best[0]:
-                w = weight[i * C : (i + 1) * C].cpu()
-                w, bias = torch.cat([w[:, :bias_at], w[:, bias_at + 1 :]], dim=1), w[:, bias_at]
-                best = accuracy, LinearHead(one, rate, w, bias.clone()), guess.clone()
-    assert best is not None  # there is at least one head
-    _, head, guess = best
-    return LinearProbeResult(accuracies, head, guess, guess == truth)
+    guesses = {
+        (one, rate): guess
+        for one, found in zip(inputs, predicted, strict=True)
+        for rate, guess in zip(learning_rates, torch.cat(found).T, strict=True)
+    }
+    accuracies = {head: (guess == truth).double().mean().item() for head, guess in guesses.items()}
+    one, rate = max(accuracies, key=lambda head: accuracies[head])  # the first of equal ones
+    i = learning_rates.index(rate)
+    rows_of_head = weights[inputs.index(one)][i * C : (i + 1) * C].cpu()
+    best = LinearHead(one, rate, *joined.split(one, rows_of_head))
+    guess = guesses[one, rate].clone()
+    return LinearProbeResult(accuracies, best, guess, guess == truth)
 
 
-def _columns(one: LinearInput, most: int, dim: int) -> tuple[int, int]:
-    """Where the features of an input begin and end in `_joined`."""
-    stop = most * dim + 1
-    return (most - one.num_blocks) * dim, stop + dim if one.mean_patch else stop
+def _logit_gradient(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Of each head's mean cross-entropy: (softmax - onehot) / batch, [batch, heads * C]."""
+    logits = logits.unflatten(1, (-1, num_classes))  # [batch, heads, C]
+    # Below e^-60 the products with the features are subnormal, and several times slower.
+    gradient = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-60).exp_()
+    gradient /= gradient.sum(-1, keepdim=True) * len(labels)
+    where = labels[:, None, None].expand(-1, gradient.shape[1], 1)
+    less = gradient.new_full((), -1 / len(labels)).expand(where.shape)
+    return gradient.scatter_add_(2, where, less).flatten(1)
 
 
-def _joined(
-    cls: Tensor, patch: Tensor | None, most: int, rows: Tensor, device: torch.device | str
-) -> Tensor:
-    """[class token of each of the last ``most`` blocks, 1, mean patch]: every input is a slice."""
-    tokens = cls[rows, -most:].to(device).float().flatten(1)
-    parts = [tokens, tokens.new_ones(len(rows), 1)]
-    if patch is not None:
-        parts.append(patch[rows].to(device).float())
-    return torch.cat(parts, dim=1)
+@dataclass(frozen=True)
+class _JoinedInputs:
+    """[class tokens of the last ``most`` blocks, 1, mean patch]: every input is a slice of it.
+
+    The 1 stands for the bias, which is so a column of the weight.
+    """
+
+    inputs: list[LinearInput]
+    most: int
+    dim: int
+
+    def __call__(
+        self, cls: Tensor, patch: Tensor | None, rows: Tensor, device: torch.device | str
+    ) -> list[Tensor]:
+        """For each input, float32 [rows, d + 1]."""
+        tokens = cls[rows, -self.most :].to(device).float().flatten(1)
+        parts = [tokens, tokens.new_ones(len(rows), 1)]
+        if patch is not None:
+            parts.append(patch[rows].to(device).float())
+        joined = torch.cat(parts, dim=1)
+        end = self.most * self.dim + 1
+        return [
+            joined[:, (self.most - one.num_blocks) * self.dim : end + self.dim * one.mean_patch]
+            for one in self.inputs
+        ]
+
+    def start(self, num_rows: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """For each input, the weight and bias before the first step, [num_rows, d + 1]."""
+        for one in self.inputs:
+            d = (one.num_blocks + one.mean_patch) * self.dim
+            weight = torch.randn(num_rows, d, generator=generator) * _INIT_STD
+            cls, patch = weight.tensor_split((one.num_blocks * self.dim,), dim=1)
+            yield torch.cat([cls, weight.new_zeros(num_rows, 1), patch], dim=1)
+
+    def split(self, one: LinearInput, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight [C, d] and bias [C] of rows [C, d + 1]."""
+        at = one.num_blocks * self.dim
+        return torch.cat([weight[:, :at], weight[:, at + 1 :]], dim=1), weight[:, at].clone()
 
 
 def _batches(
