@@ -65,7 +65,7 @@ def test_segmentation_is_that_of_the_loop(grid, size):
     memory = Memory(noise(20, 4), noise(20, 3, seed=1).softmax(-1))
     patches = noise(2, *grid, 4, seed=2)
     found = segment(memory, patches, size, num_neighbours=6, temperature=0.1, chunk_size=4)
-    assert (found.shape, found.dtype) == ((2, *size), torch.int64)
+    assert (found.shape, found.dtype) == ((2, *size), torch.uint8)
     for image, classes in zip(patches.tolist(), found, strict=True):
         scores = [
             [
@@ -79,7 +79,7 @@ def test_segmentation_is_that_of_the_loop(grid, size):
         maps = [
             oracle.bilinear([[cell[c] for cell in row] for row in scores], size) for c in range(3)
         ]
-        assert torch.equal(classes, torch.tensor(maps).argmax(0))
+        assert torch.equal(classes.long(), torch.tensor(maps).argmax(0))
 
 
 def test_memory_holds_every_labelled_patch():
