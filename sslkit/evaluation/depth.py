@@ -18,8 +18,8 @@ _IMAGES_AT_ONCE = 32
 class DepthHead(nn.Module):
     """Depth [B, 4 H, 4 W] from patch tokens and class tokens of n layers.
 
-    The class token of each layer is appended to each of its patches; the scores of the bins, linear in
-    the n · 2 D features of a patch, are resized bilinearly to four times the grid. There, with
+    The class token of each layer is appended to each of its patches; the scores of the bins, linear
+    in the n · 2 D features of a patch, are resized bilinearly to four times the grid. There, with
     ``s_k`` the score of bin k of K::
 
         w_k = (relu(s_k) + 0.1) / sum_j (relu(s_j) + 0.1)

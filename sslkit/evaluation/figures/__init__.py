@@ -3,6 +3,7 @@
 Every figure says in its title what it shows and below the title what to look for.
 """
 
+from sslkit.evaluation.figures.depth import depth
 from sslkit.evaluation.figures.features import (
     attention_maps,
     cluster_entropy,
@@ -10,7 +11,7 @@ from sslkit.evaluation.figures.features import (
     pca_maps,
     position_error,
 )
-from sslkit.evaluation.figures.segmentation import in_context
+from sslkit.evaluation.figures.segmentation import segmentation
 from sslkit.evaluation.figures.training import (
     crops_and_masks,
     loss_curves,
@@ -22,11 +23,12 @@ __all__ = [
     "attention_maps",
     "cluster_entropy",
     "crops_and_masks",
-    "in_context",
+    "depth",
     "loss_curves",
     "mask_exposure",
     "matryoshka",
     "online_knn",
     "pca_maps",
     "position_error",
+    "segmentation",
 ]
