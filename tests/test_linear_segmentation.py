@@ -82,10 +82,11 @@ def test_training_is_that_of_the_formula():
 
 def test_planted_classes_are_found_and_noise_is_not():
     train, test = blocks(20, (4, 6), 5), blocks(6, (4, 6), 5, seed=1)
-    test[0, :3] = 255
     arguments = {"size": (24, 36), "lr": 0.3, "batch_size": 5}
+    features = codes_of(test, seed=1)
+    test[0, :3] = 255
     found = linear_segmentation(
-        codes_of(train), train, codes_of(test, seed=1), test, 5, generator=seeded(), **arguments
+        codes_of(train), train, features, test, 5, generator=seeded(), **arguments
     )
     assert found.predictions.shape == test.shape
     known = test[:, 1::4, 1::4] != 255
