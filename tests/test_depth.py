@@ -76,7 +76,7 @@ def test_gradient_loss_quirk_compares_the_images_of_a_batch():
 
 
 def test_head_is_that_of_the_loop():
-    head = DepthHead(6, num_bins=5, min_depth=1, max_depth=3, generator=seeded()).double()
+    head = DepthHead(6, 6, num_bins=5, min_depth=1, max_depth=3, generator=seeded()).double()
     head.bins = torch.linspace(1, 3, 5, dtype=torch.float64)
     patches, cls = 4 * noise(2, 2, 3, 2, 3).double(), 4 * noise(2, 2, 3, seed=1).double()
     found = head(patches, cls)
@@ -197,7 +197,7 @@ def test_a_depth_of_zero_or_less_is_not_near():
             lambda: fit_depth_head(
                 noise(2, 3, 4, 1, 5), noise(2, 2, 5), torch.ones(2, 6, 8), generator=seeded()
             ),
-            r"\[B, n, D\] and \[B, h, w\], got \[2, 3, 4, 1, 5\], \[2, 2, 5\]",
+            r"\[B, n, D'\] and \[B, h, w\], got \[2, 3, 4, 1, 5\], \[2, 2, 5\]",
         ),
         (
             lambda: fit_depth_head(

@@ -18,6 +18,10 @@ def depths(count):
     return depth
 
 
+def noise(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+
+
 FIGURES = {
     "segmentation_small": lambda: draw.segmentation(
         images(1), masks(1), masks(1), title="Overclustering"
@@ -26,6 +30,15 @@ FIGURES = {
         images(6), masks(6), torch.arange(20).repeat(6, 4, 1).repeat_interleave(9, 1)
     ),
     "depth": lambda: draw.depth(images(5), depths(5), 6 - depths(5)[:, ::4, ::4]),
+    "position_maps": lambda: draw.position_maps(
+        {
+            "linear": noise(6, 9) / 12,
+            "two layers": noise(6, 9) / 20,
+            "before RASA: linear": noise(6, 9) / 50,
+            "before RASA: two layers": noise(6, 9) / 90,
+        }
+    ),
+    "position_maps_one": lambda: draw.position_maps({"linear": noise(4, 4) / 5}),
     "depth_one": lambda: draw.depth(images(1), depths(1), depths(1)),
 }
 

@@ -6,10 +6,16 @@ AdaBins (Bhat et al. 2021, arXiv 2011.14141), trained and scored as in Probe3D (
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sslkit.evaluation.features import Features
+from sslkit.evaluation.scores import Outcome, Score
+from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.views import EvalTransform
 
 _UPSAMPLING = 4  # of the grid, before depth is read off the bins
 _IMAGES_AT_ONCE = 32
@@ -18,20 +24,20 @@ _IMAGES_AT_ONCE = 32
 class DepthHead(nn.Module):
     """Depth [B, 4 H, 4 W] from patch tokens and class tokens of n layers.
 
-    The class token of each layer is appended to each of its patches; the scores of the bins, linear
-    in the n · 2 D features of a patch, are resized bilinearly to four times the grid. There, with
-    ``s_k`` the score of bin k of K::
+    The class tokens are appended to each patch; the scores of the bins, linear in these features,
+    are resized bilinearly to four times the grid. There, with ``s_k`` the score of bin k of K::
 
         w_k = (relu(s_k) + 0.1) / sum_j (relu(s_j) + 0.1)
         depth = sum_k w_k d_k,   d_k = min_depth + k (max_depth - min_depth) / (K - 1)
 
     Args:
         dim: n · D, the features of a patch over all layers.
+        cls_dim: the same of the class tokens.
         num_bins: K.
         min_depth, max_depth: in metres.
-        generator: of the initial weights, uniform within 1/√(2 dim).
+        generator: of the initial weights, uniform within 1/√(dim + cls_dim).
 
-    >>> head = DepthHead(2 * 8, generator=torch.Generator().manual_seed(0))
+    >>> head = DepthHead(2 * 8, 2 * 8, generator=torch.Generator().manual_seed(0))
     >>> head(torch.rand(3, 4, 5, 2, 8), torch.rand(3, 2, 8)).shape
     torch.Size([3, 16, 20])
     """
@@ -41,6 +47,7 @@ class DepthHead(nn.Module):
     def __init__(
         self,
         dim: int,
+        cls_dim: int,
         *,
         num_bins: int = 256,
         min_depth: float = 0.001,
@@ -51,14 +58,14 @@ class DepthHead(nn.Module):
         # A [x; c] = A_x x + A_c c: the class token's part is the same for all patches of an image,
         # and is computed once.
         self.of_patch = nn.utils.skip_init(nn.Linear, dim, num_bins)
-        self.of_image = nn.utils.skip_init(nn.Linear, dim, num_bins, bias=False)
+        self.of_image = nn.utils.skip_init(nn.Linear, cls_dim, num_bins, bias=False)
         for parameter in self.parameters():
-            bound = (2 * dim) ** -0.5
+            bound = (dim + cls_dim) ** -0.5
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
         self.register_buffer("bins", torch.linspace(min_depth, max_depth, num_bins))
 
     def forward(self, layer_patches: Tensor, layer_cls: Tensor) -> Tensor:
-        """[B, H, W, n, D] and [B, n, D] to [B, 4 H, 4 W]."""
+        """[B, H, W, n, D] and [B, n, D'] to [B, 4 H, 4 W]."""
         scores = self.of_patch(layer_patches.flatten(-2)) + self.of_image(
             layer_cls.flatten(-2)[:, None, None]
         )
@@ -168,7 +175,7 @@ def fit_depth_head(
 
     Args:
         layer_patches: patch tokens of n layers, [B, H, W, n, D], any float type.
-        layer_cls: class tokens of the same layers, [B, n, D].
+        layer_cls: class tokens of the same layers, [B, n, D'], usually with D' = D.
         depths: metres [B, h, w]; 0 where unknown.
         num_bins, min_depth, max_depth: see `DepthHead`.
         lr: the highest learning rate.
@@ -179,16 +186,22 @@ def fit_depth_head(
         reference_quirks: see `gradient_loss`.
     """
     B, _H, _W, n, D = layer_patches.shape
-    if layer_cls.shape != (B, n, D) or len(depths) != B or depths.ndim != 3:
+    if layer_cls.ndim != 3 or layer_cls.shape[:2] != (B, n) or len(depths) != B or depths.ndim != 3:
         raise ValueError(
-            "layer_patches, layer_cls and depths must be [B, H, W, n, D], [B, n, D] and [B, h, w], "
-            f"got {list(layer_patches.shape)}, {list(layer_cls.shape)} and {list(depths.shape)}"
+            "layer_patches, layer_cls and depths must be [B, H, W, n, D], [B, n, D'] and "
+            f"[B, h, w], got {list(layer_patches.shape)}, {list(layer_cls.shape)} and "
+            f"{list(depths.shape)}"
         )
     if not 0 <= warmup_epochs < epochs:
         raise ValueError(f"warmup_epochs={warmup_epochs} must be below epochs={epochs}")
     device = layer_patches.device
     head = DepthHead(
-        n * D, num_bins=num_bins, min_depth=min_depth, max_depth=max_depth, generator=generator
+        n * D,
+        n * layer_cls.shape[2],
+        num_bins=num_bins,
+        min_depth=min_depth,
+        max_depth=max_depth,
+        generator=generator,
     ).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr)
     steps_per_epoch = -(-B // batch_size)
@@ -311,3 +324,81 @@ def depth_errors(predicted: Tensor, truth: Tensor) -> DepthErrors:
         abs_rel=mean((p - t).abs() / t),
         delta1=mean(((ratio < 1.25) & (p > 0)).double()),
     )
+
+
+@dataclass(frozen=True)
+class Options:
+    """Depth: a linear probe on the patch and class tokens of the last blocks."""
+
+    num_layers: int = 4
+    """Blocks whose tokens the probe reads; 1 where the encoder has no blocks to look into."""
+    max_depth: float = 10.0
+    """Metres; pixels beyond it are unknown."""
+    learning_rate: float = 5e-4
+    """The highest one of the schedule."""
+    epochs: int = 10
+    """Passes over the training images."""
+    batch_size: int = 8
+    """Images a step."""
+    reference_quirks: bool = False
+    """The published gradient loss, which compares the images of a batch."""
+
+
+def evaluate(subject: Subject, options: Options) -> Outcome:
+    """Errors of the test images' depths: RMSE up to scale and shift first."""
+    from sslkit.evaluation import figures
+
+    train, test = (_layers(subject, name, options.num_layers) for name in ("train", "test"))
+    head = fit_depth_head(
+        *train[1:],
+        _depths(subject, "train", train[0], options.max_depth),
+        max_depth=options.max_depth,
+        lr=options.learning_rate,
+        epochs=options.epochs,
+        warmup_epochs=0.15 * options.epochs,
+        batch_size=options.batch_size,
+        generator=subject.generator(),
+        reference_quirks=options.reference_quirks,
+    )
+    truth = _depths(subject, "test", test[0], options.max_depth)
+    predicted = predict_depth(head, *test[1:], (truth.shape[1], truth.shape[2]))
+    errors = depth_errors(predicted, truth)
+    known = truth.flatten(1).any(1)
+    metres = {"higher_is_better": False, "percent": False}
+    chosen = [i * len(truth) // min(5, len(truth)) for i in range(min(5, len(truth)))]
+    images = torch.stack(subject.images("test", test[0].indices[chosen].tolist()))
+    return Outcome(
+        {
+            "RMSE, scale and shift aligned (m)": Score.mean(errors.aligned_rmse[known], **metres),
+            "RMSE (m)": Score.mean(errors.rmse[known], **metres),
+            "absolute relative error": Score.mean(errors.abs_rel[known], **metres),
+            "within 1.25": Score.mean(errors.delta1[known]),
+        },
+        {"depth": figures.depth(images, truth[chosen], predicted[chosen])},
+        {"layers": train[1].shape[3]},
+    )
+
+
+def _layers(subject: Subject, source: str, num_layers: int) -> tuple[Features, Tensor, Tensor]:
+    """Features of dense views, their patches [B, H, W, n, D] and class tokens [B, n, D]."""
+    if num_layers == 1 or not hasattr(subject.encoder, "intermediate"):
+        features = subject.features(source, "patches", "cls", view="dense")
+        return features, features.patches[:, :, :, None], features.cls[:, None]
+    features = subject.features(
+        source, "layer_patches", "layer_cls", view="dense", num_layers=num_layers
+    )
+    return features, features["layer_patches"], features["layer_cls"]
+
+
+def _depths(subject: Subject, source: str, features: Features, max_depth: float) -> Tensor:
+    """True depths [B, h, w] under the dense views, 0 where unknown or beyond ``max_depth``."""
+    images: Any = subject.source(source)
+    if not hasattr(images, "depth"):
+        raise TypeError(
+            f"the {source} data ({type(images).__name__}) has no depth, which this protocol needs: "
+            "choose --data with depth (nyu:)"
+        )
+    view = subject.view("dense")
+    assert isinstance(view, EvalTransform)
+    depths = torch.stack([view.mask(images.depth(i)) for i in features.indices.tolist()])
+    return depths * (depths <= max_depth)

@@ -20,11 +20,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sslkit.evaluation.scores import Outcome, Score
+from sslkit.evaluation.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -220,3 +224,25 @@ def _check(predicted: Tensor, truth: Tensor, masks: Tensor) -> None:
             "predicted and truth must be [B, C, h, w] and masks bool [B, h, w], got "
             f"{list(predicted.shape)}, {list(truth.shape)}, {masks.dtype} {list(masks.shape)}"
         )
+
+
+@dataclass(frozen=True)
+class Options:
+    """Feat2GS: write the features of the test images, the views of one scene, for its training."""
+
+    features: Path
+    """Folder to write to."""
+    dim: int = 256
+    """Principal components kept, at most the features of a patch."""
+
+
+def evaluate(subject: Subject, options: Options) -> Outcome:
+    """Write the files; the score is the share of the variance that the components keep."""
+    views = subject.features("test", "patches", view="dense")
+    scene = pca_features(views.patches, dim=options.dim)
+    source: Any = subject.test
+    names = [Path(source.name(i)).stem for i in views.indices.tolist()]
+    write_pca_features(options.features, scene, names)
+    total = views.patches.flatten(0, 2).double().var(0, correction=0).sum().item()
+    kept = scene.variances.double().sum().item() / total
+    return Outcome({"variance kept": Score(kept)}, {}, {"views": names})

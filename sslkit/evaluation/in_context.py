@@ -5,6 +5,7 @@ Constants as in the public reimplementation that the paper used (Pariza et al. 2
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +13,17 @@ from torch import Tensor
 
 from sslkit.evaluation.confusion import iou, mean_iou
 from sslkit.evaluation.knn import cosine_neighbours
+from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.segmentation import (
     Segmentation,
     classes_of_clusters,
     confusions_by_image,
+    draw_segmentation,
+    masked_patches,
     merge_clusters,
     predicted_masks,
 )
+from sslkit.evaluation.subject import Subject
 
 _IMAGES_AT_ONCE = 64
 
@@ -266,3 +271,55 @@ def in_context_segmentation(
     confusion = confusions.sum(0)
     score = mean_iou(confusion, absent_as_zero=reference_quirks)
     return InContextResult(score, iou(confusion), confusions, predictions, len(memory))
+
+
+@dataclass(frozen=True)
+class Options:
+    """In-context segmentation: masks read off a memory of labelled training patches."""
+
+    patches_per_image: int | None = None
+    """Patches that each training image puts into the memory, rare classes first; default: all."""
+    num_neighbours: int = 30
+    """Memory patches that vote for each test patch."""
+    temperature: float = 0.02
+    """Divides the similarities."""
+    half: bool = True
+    """Keep the memory in float16."""
+    reference_quirks: bool = False
+    """Score as the published code does: matched classes, absent ones as 0, ignored as class 0."""
+
+
+def evaluate(subject: Subject, options: Options) -> Outcome:
+    """Mean IoU over the test images."""
+    train, train_masks, names = masked_patches(subject, "train")
+    test, test_masks, _ = masked_patches(subject, "test")
+    result = in_context_segmentation(
+        train.patches,
+        train_masks,
+        test.patches,
+        test_masks,
+        len(names),
+        patches_per_image=options.patches_per_image,
+        num_neighbours=options.num_neighbours,
+        temperature=options.temperature,
+        dtype=torch.float16 if options.half else None,
+        generator=subject.generator(),
+        reference_quirks=options.reference_quirks,
+    )
+    statistic = partial(mean_iou, absent_as_zero=options.reference_quirks)
+    figure = draw_segmentation(
+        subject,
+        test,
+        test_masks,
+        result.predictions,
+        title="In-context segmentation: read off a memory of labelled patches, without training",
+        class_names=names,
+    )
+    return Outcome(
+        {"mIoU": Score.of_confusion(result.confusions, statistic)},
+        {"in_context": figure},
+        {
+            "memory patches": result.memory_size,
+            "IoU": dict(zip(names, result.iou.tolist(), strict=True)),
+        },
+    )

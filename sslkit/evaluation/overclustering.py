@@ -6,6 +6,7 @@ constants; the Franca paper's Table 4 and Figure 10 (arXiv 2507.14137).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,15 @@ import torch
 from torch import Tensor
 
 from sslkit.evaluation.confusion import mean_iou
-from sslkit.evaluation.segmentation import classes_of_clusters, merge_clusters, resize_masks
+from sslkit.evaluation.scores import Outcome, Score
+from sslkit.evaluation.segmentation import (
+    classes_of_clusters,
+    draw_segmentation,
+    masked_patches,
+    merge_clusters,
+    resize_masks,
+)
+from sslkit.evaluation.subject import Subject
 
 _ROWS_AT_ONCE = 65_536
 
@@ -119,10 +128,9 @@ def overclustering(
             ignore_index=ignore_index,
         )
         total = count.sum(0, dtype=torch.int64)
-        of_cluster = classes_of_clusters(total)
-        scores.append(mean_iou(merge_clusters(total, of_cluster), absent_as_zero=reference_quirks))
+        scores.append(matched_mean_iou(total, absent_as_zero=reference_quirks))
         counts.append(count)
-        classes.append(of_cluster)
+        classes.append(classes_of_clusters(total))
         clusters.append(ids)
     return Overclustering(
         mean_iou=sum(scores) / len(scores),
@@ -131,6 +139,16 @@ def overclustering(
         classes=torch.stack(classes),
         clusters=torch.stack(clusters),
     )
+
+
+def matched_mean_iou(counts: Tensor, *, absent_as_zero: bool = False) -> float:
+    """Mean IoU of clusters once `classes_of_clusters` has named them, from counts [C, K].
+
+    >>> matched_mean_iou(torch.tensor([[0, 5, 1], [3, 0, 0]]))
+    1.0
+    """
+    merged = merge_clusters(counts, classes_of_clusters(counts))
+    return mean_iou(merged, absent_as_zero=absent_as_zero)
 
 
 def cluster_counts(
@@ -245,3 +263,68 @@ def _faiss() -> Any:
             "overclustering needs faiss for k-means: pip install 'sslkit[evaluation]'"
         ) from error
     return faiss
+
+
+@dataclass(frozen=True)
+class Options:
+    """Overclustering: k-means clusters of the test patches against their classes."""
+
+    num_clusters: tuple[int, ...] = (500, 300, 0)
+    """Numbers of clusters, 0 being the number of classes; those above the patches' are left out."""
+    size: tuple[int, int] | None = (100, 100)
+    """Pixels at which clusters and masks are compared; None: those of the dense view."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """The score is the mean over one run of k-means for each."""
+    num_iterations: int = 100
+    """Of k-means."""
+    num_restarts: int = 5
+    """Of these starts of a run, the one with the least distortion counts."""
+    reference_quirks: bool = False
+    """Fit to 256 patches a cluster, resize by corners, absent classes as 0, as published."""
+
+
+def evaluate(subject: Subject, options: Options) -> Outcome:
+    """Mean IoU over the test images for each number of clusters, the mean over seeds."""
+    test, masks, names = masked_patches(subject, "test")
+    scores, by_seed, figures = {}, {}, {}
+    for wanted in options.num_clusters:
+        num_clusters = wanted or len(names)
+        if num_clusters > test.patches.shape[:3].numel():
+            continue
+        result = overclustering(
+            test.patches,
+            masks,
+            len(names),
+            num_clusters=num_clusters,
+            size=options.size,
+            num_iterations=options.num_iterations,
+            num_restarts=options.num_restarts,
+            seeds=options.seeds,
+            reference_quirks=options.reference_quirks,
+        )
+        name = f"K={num_clusters}"
+        statistic = partial(matched_mean_iou, absent_as_zero=options.reference_quirks)
+        scores[name] = _mean_score(
+            [Score.of_confusion(counts, statistic) for counts in result.counts]
+        )
+        by_seed[name] = dict(zip(map(str, options.seeds), result.mean_ious, strict=True))
+        figures[f"overclustering_{num_clusters}"] = draw_segmentation(
+            subject,
+            test,
+            masks,
+            result.classes[0][result.clusters[0].long()],
+            title=f"Overclustering: {num_clusters} clusters, in the colours of their classes",
+            class_names=names,
+        )
+    if not scores:
+        raise ValueError(f"num_clusters={options.num_clusters} are all more than the patches")
+    return Outcome(scores, figures, {"mIoU by seed": by_seed})
+
+
+def _mean_score(scores: Sequence[Score]) -> Score:
+    """The mean of scores over the same items."""
+
+    def resampled(counts: Tensor) -> float:
+        return sum(s.resampled(counts) for s in scores if s.resampled) / len(scores)
+
+    return Score.of(resampled, scores[0].num_items)

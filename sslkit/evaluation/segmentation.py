@@ -1,12 +1,15 @@
 """What segmentation protocols share: scores to masks, masks to confusions, clusters to classes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sslkit.evaluation.confusion import confusion_matrix
+from sslkit.evaluation.features import Features
+from sslkit.evaluation.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -130,3 +133,35 @@ def merge_clusters(counts: Tensor, classes: Tensor) -> Tensor:
     """
     C = counts.shape[-2]
     return counts.new_zeros(*counts.shape[:-1], C).index_add_(-1, classes, counts)
+
+
+def masked_patches(subject: Subject, source: str) -> tuple[Features, Tensor, tuple[str, ...]]:
+    """Patches of a source's dense views, the masks [B, h, w] under them, and the classes' names."""
+    features = subject.features(source, "patches", view="dense")
+    masks = subject.masks(source, features)
+    images: Any = subject.source(source)
+    return features, masks, tuple(images.mask_class_names)
+
+
+def draw_segmentation(
+    subject: Subject,
+    features: Features,
+    truth: Tensor,
+    predictions: Tensor,
+    *,
+    title: str,
+    class_names: tuple[str, ...],
+    count: int = 5,
+) -> Any:
+    """The figure of a few test images, evenly spaced; masks are those of all of ``features``."""
+    from sslkit.evaluation import figures
+
+    count = min(count, len(features))
+    chosen = [i * len(features) // count for i in range(count)]
+    return figures.segmentation(
+        torch.stack(subject.images("test", features.indices[chosen].tolist())),
+        truth[chosen],
+        predictions[chosen],
+        title=title,
+        class_names=class_names,
+    )

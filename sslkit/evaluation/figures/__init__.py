@@ -11,6 +11,7 @@ from sslkit.evaluation.figures.features import (
     pca_maps,
     position_error,
 )
+from sslkit.evaluation.figures.position import position_maps
 from sslkit.evaluation.figures.segmentation import segmentation
 from sslkit.evaluation.figures.training import (
     crops_and_masks,
@@ -30,5 +31,6 @@ __all__ = [
     "online_knn",
     "pca_maps",
     "position_error",
+    "position_maps",
     "segmentation",
 ]
