@@ -3,6 +3,7 @@
 Every figure says in its title what it shows and below the title what to look for.
 """
 
+from sslkit.evaluation.figures.classification import confusion, ood_histograms
 from sslkit.evaluation.figures.depth import depth
 from sslkit.evaluation.figures.features import (
     attention_maps,
@@ -23,12 +24,14 @@ from sslkit.evaluation.figures.training import (
 __all__ = [
     "attention_maps",
     "cluster_entropy",
+    "confusion",
     "crops_and_masks",
     "depth",
     "loss_curves",
     "mask_exposure",
     "matryoshka",
     "online_knn",
+    "ood_histograms",
     "pca_maps",
     "position_error",
     "position_maps",
