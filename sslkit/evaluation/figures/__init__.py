@@ -4,6 +4,7 @@ Every figure says in its title what it shows and below the title what to look fo
 """
 
 from sslkit.evaluation.figures.classification import confusion, ood_histograms
+from sslkit.evaluation.figures.depth import depth
 from sslkit.evaluation.figures.features import (
     attention_maps,
     cluster_entropy,
@@ -11,7 +12,8 @@ from sslkit.evaluation.figures.features import (
     pca_maps,
     position_error,
 )
-from sslkit.evaluation.figures.segmentation import in_context
+from sslkit.evaluation.figures.position import position_maps
+from sslkit.evaluation.figures.segmentation import segmentation
 from sslkit.evaluation.figures.training import (
     crops_and_masks,
     loss_curves,
@@ -24,7 +26,7 @@ __all__ = [
     "cluster_entropy",
     "confusion",
     "crops_and_masks",
-    "in_context",
+    "depth",
     "loss_curves",
     "mask_exposure",
     "matryoshka",
@@ -32,4 +34,6 @@ __all__ = [
     "ood_histograms",
     "pca_maps",
     "position_error",
+    "position_maps",
+    "segmentation",
 ]
