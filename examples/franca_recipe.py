@@ -67,13 +67,14 @@ from sslkit.data.throughput import DataWatch
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.attention import cls_attention
 from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
-from sslkit.evaluation.features import EvalTransform, Features, extract
+from sslkit.evaluation.features import Features, extract
 from sslkit.evaluation.in_context import in_context_segmentation
 from sslkit.evaluation.knn import knn_accuracy
 from sslkit.evaluation.matryoshka import matryoshka_curve
 from sslkit.evaluation.pca import pca_maps
 from sslkit.evaluation.position import position_probe
 from sslkit.evaluation.report import format_table, write_report
+from sslkit.evaluation.views import EvalTransform
 from sslkit.factored_logits import Logits
 from sslkit.rasa import patch_positions
 from sslkit.schedules import cosine, linear_warmup, sqrt_batch_scaling, unfreeze, warmup_cosine
@@ -1463,7 +1464,7 @@ def feature_pictures(settings: Settings, results: dict[str, Any], plan: Plan) ->
     images = torch.stack([view(image) for image in some_images(test, 6)])
     with torch.no_grad():
         patches = encoder(images).patches
-        q, k = encoder.queries_keys(images)
+        q, k, _ = encoder.queries_keys_values(images)
     H, W = patches.shape[1:3]
     attention = cls_attention(q, k, num_prefix_tokens=encoder.num_prefix_tokens, grid=(H, W))
     figures = {

@@ -51,7 +51,7 @@ def test_maps_are_the_weights_of_fused_attention(prefix):
 def test_maps_of_an_encoder(num_registers):
     encoder = backbones.create("sslkit_vit_micro", img_size=(8, 12), reg_tokens=num_registers)
     with torch.no_grad():
-        q, k = encoder.queries_keys(noise(2, 3, 8, 12))
+        q, k, _ = encoder.queries_keys_values(noise(2, 3, 8, 12))
     maps = cls_attention(q, k, num_prefix_tokens=encoder.num_prefix_tokens, grid=(2, 3))
     assert maps.shape == (2, 2, 2, 3)
     # The class token and the registers receive the rest.

@@ -396,20 +396,24 @@ def test_queries_and_keys_are_those_of_the_block(block):
     for norm in (vit.blocks[block].attn.q_norm, vit.blocks[block].attn.k_norm):
         norm.register_forward_hook(lambda _module, _args, out: seen.append(out))
     images = torch.randn(2, 3, 32, 48)
+    attention_norm = vit.blocks[block].attn.norm
+    attention_norm.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     vit.forward_features(images)
-    q, k = encoder.queries_keys(images, block)
-    assert q.shape == k.shape == (2, encoder.num_heads, 1 + 2 * 3, 12)
+    q, k, v = encoder.queries_keys_values(images, block)
+    assert q.shape == k.shape == v.shape == (2, encoder.num_heads, 1 + 2 * 3, 12)
     torch.testing.assert_close(q, seen[0])
     torch.testing.assert_close(k, seen[1])
+    mixed = (q @ k.mT * 12**-0.5).softmax(-1) @ v  # [B, heads, T, head_dim]
+    torch.testing.assert_close(mixed.transpose(1, 2).flatten(2), seen[2])
 
 
 def test_queries_and_keys_errors():
     images = torch.zeros(1, 3, 16, 16)
     with pytest.raises(IndexError, match=r"block must be in \[-2, 1\], got 2"):
-        micro().queries_keys(images, 2)
+        micro().queries_keys_values(images, 2)
     _, encoder, _ = timm_pair("parallel blocks")
     with pytest.raises(TypeError, match="block -1 is a ParallelThingsBlock"):
-        encoder.queries_keys(images)
+        encoder.queries_keys_values(images)
 
 
 # 86.6 M is ViT-B with the positions of 518-pixel images, as DINOv2 and Franca count it.

@@ -13,7 +13,9 @@ from torch import nn
 from sslkit import backbones
 from sslkit.data.crops import IMAGENET_MEAN, IMAGENET_STD
 from sslkit.data.sources import UnreadableImage
-from sslkit.evaluation.features import EvalTransform, Features, extract, extract_batches, frozen
+from sslkit.evaluation.encoders import as_encoder
+from sslkit.evaluation.features import Features, encode, extract, frozen
+from sslkit.evaluation.views import EvalTransform, PaddedView
 
 
 def image(height=40, width=56, channels=3, seed=0):
@@ -232,6 +234,76 @@ def test_modes_are_given_back_after_an_error():
     assert torch.is_grad_enabled()
 
 
+# --- tokens --------------------------------------------------------------------------------------
+
+
+def sizes():
+    """Pictures of several sizes, neighbours of equal size among them."""
+    return [(image(*size, seed=i), i) for i, size in enumerate([(8, 12), (8, 12), (9, 5), (16, 8)])]
+
+
+def test_every_token_of_a_vit():
+    encoder = backbones.create("sslkit_vit_micro", img_size=(8, 12), reg_tokens=2).eval()
+    images = torch.randn(3, 3, 8, 12)
+    want = (
+        *("cls", "mean_patch", "layer_cls", "patches", "layer_patches"),
+        *("queries", "keys", "values", "attention"),
+    )
+    with torch.no_grad():
+        tokens = encode(encoder, images, want=want, num_layers=2)
+        last, layers = encoder(images), encoder.intermediate(images, 2)
+        q, k, v = encoder.queries_keys_values(images)
+    assert tuple(tokens) == want
+    torch.testing.assert_close(tokens["cls"], last.cls)
+    torch.testing.assert_close(tokens["patches"], last.patches)
+    torch.testing.assert_close(tokens["mean_patch"], last.patches.mean((1, 2)))
+    for n, layer in enumerate(layers):
+        torch.testing.assert_close(tokens["layer_cls"][:, n], layer.cls)
+        torch.testing.assert_close(tokens["layer_patches"][:, :, :, n], layer.patches)
+    for name, x in (("queries", q), ("keys", k), ("values", v)):  # x [B, heads, T, d]
+        for head in range(2):
+            columns = slice(16 * head, 16 * head + 16)
+            found = tokens[name][..., columns].flatten(1, 2)  # [B, N, d]
+            torch.testing.assert_close(found, x[:, head, 3:])
+    attention = (q @ k.mT / 4).softmax(-1)[:, :, 0, 3:]  # [B, heads, N]
+    torch.testing.assert_close(tokens["attention"].flatten(1, 2), attention.mT)
+
+
+def test_images_of_any_shape_keep_their_own_grid():
+    encoder = backbones.create("sslkit_vit_micro", img_size=(8, 12)).eval()
+    view = PaddedView(encoder.patch_size)
+    features = extract(encoder, sizes(), transform=view, batch_size=3, want=("cls", "keys"))
+    assert features.grids.tolist() == [[2, 3], [2, 3], [3, 2], [4, 2]]
+    assert features.cls.shape == (4, 32)
+    for keys, (picture, _) in zip(features.spatial("keys"), sizes(), strict=True):
+        with torch.no_grad():
+            expected = encode(encoder, view(picture)[None], want=("keys",))["keys"][0]
+        torch.testing.assert_close(keys, expected)
+    with pytest.raises(ValueError, match=r"different patch grids.*spatial\('keys'\)"):
+        _ = features["keys"]
+
+
+def test_padding_is_right_and_below_and_the_mean_colour():
+    picture = image(9, 5)
+    found = PaddedView((4, 4))(picture)
+    assert found.shape == (3, 12, 8)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    torch.testing.assert_close(found[:, :9, :5], (picture / 255 - mean) / std)
+    assert not found[:, 9:].any()
+    assert not found[:, :, 5:].any()
+
+
+def test_what_an_encoder_lacks_is_named():
+    colours = as_encoder(lambda x: (x.mean((2, 3)), x.movedim(1, -1)))
+    images = torch.rand(1, 3, 4, 4)
+    with pytest.raises(TypeError, match=r"FunctionEncoder has no intermediate\(\)"):
+        encode(colours, images, want=("layer_cls",))
+    with pytest.raises(TypeError, match=r"no queries_keys_values\(\), which queries, keys"):
+        encode(colours, images, want=("keys",))
+    with pytest.raises(ValueError, match="beyond float16"):
+        extract(colours, sizes()[:1], transform=lambda x: x.float() * 1e4, dtype=torch.float16)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -241,11 +313,13 @@ def test_modes_are_given_back_after_an_error():
             lambda: extract(Encoder(), Source(2, {0, 1}), transform=VIEW),
             "none of the 2 images can be read; .*photo_0.jpg.*truncated",
         ),
-        (lambda: extract(Encoder(), Source(2), transform=VIEW, want=("registers",)), "want must"),
-        (lambda: extract(Encoder(), Source(2), transform=VIEW, want=()), r"both, got \(\)"),
-        (lambda: extract_batches(Encoder(), []), "batches is empty"),
         (
-            lambda: Features({"cls": torch.zeros(1, 2)}, torch.zeros(1), torch.zeros(1)).patches,
+            lambda: extract(Encoder(), Source(2), transform=VIEW, want=("registers",)),
+            "want must name tokens",
+        ),
+        (lambda: extract(Encoder(), Source(2), transform=VIEW, want=()), r"got \(\)"),
+        (
+            lambda: Features({"cls": torch.zeros(1, 2)}, *[torch.zeros(1)] * 3).patches,
             r"hold \['cls'\], not 'patches'",
         ),
     ],

@@ -20,9 +20,9 @@ from matplotlib.text import Text
 from sslkit.data.scenes import Scenes
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
-from sslkit.evaluation.features import EvalTransform
 from sslkit.evaluation.figures.style import MASKED_GREY
 from sslkit.evaluation.pca import pca_maps
+from sslkit.evaluation.views import EvalTransform
 
 SIZE, GRID = (48, 72), (6, 9)  # pixels, patches
 SCENES = Scenes(6, size=(60, 100), seed=3)

@@ -193,17 +193,17 @@ class ViTEncoder(nn.Module):
                 outputs.append(self._unpack(x, grids)[0])
         return outputs
 
-    def queries_keys(self, images: Tensor, block: int = -1) -> tuple[Tensor, Tensor]:
-        """Queries and keys of a block, for attention maps.
+    def queries_keys_values(self, images: Tensor, block: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of a block, for attention maps and object discovery.
 
         Args:
             images: ``[B, C, h, w]``.
             block: its index, from 0; negative counts from the end.
 
         Returns:
-            ``q`` and ``k``, each ``[B, heads, T, head_dim]``, T = ``num_prefix_tokens`` + H * W,
-            after the q and k norms and before the scale: the attention of the block is
-            ``softmax(q @ k.mT * head_dim ** -0.5)``.
+            ``q``, ``k`` and ``v``, each ``[B, heads, T, head_dim]``, T = ``num_prefix_tokens`` +
+            H * W, after the q and k norms and before the scale: the attention of the block is
+            ``softmax(q @ k.mT * head_dim ** -0.5) @ v``.
 
         Raises:
             IndexError: there is no such block.
@@ -214,16 +214,16 @@ class ViTEncoder(nn.Module):
         chosen = self.vit.blocks[block]
         if not isinstance(chosen, PackedBlock):
             raise TypeError(
-                f"queries_keys: block {block} is a {type(chosen).__name__}; queries and keys are "
-                "known for timm's standard Block with its standard Attention"
+                f"queries_keys_values: block {block} is a {type(chosen).__name__}; they are known "
+                "for timm's standard Block with its standard Attention"
             )
         x, lengths, _ = self._pack([images], None)
         for earlier in self.vit.blocks[:block]:
             x = self._run(earlier, x, lengths)
         qkv = chosen.attn.project(chosen.norm1(x))  # [B * T, 3, h, d]
         qkv = qkv.unflatten(0, (len(images), -1))  # [B, T, 3, h, d]
-        q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, T, d]
-        return q, k
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, T, d]
+        return q, k, v
 
     def set_img_size_(self, img_size: int | tuple[int, int]) -> None:
         """Resample the stored position embedding to the grid of ``img_size``, in place.

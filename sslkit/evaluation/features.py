@@ -1,95 +1,27 @@
-"""Frozen features: run a token encoder over images once, so that every protocol can share them.
-
-The view is that of DINOv2's and Franca's evaluations: shorter side resized (bicubic, antialiased),
-centre crop, ImageNet normalisation.
-"""
+"""Frozen features: run an encoder over images once, so that every protocol can share them."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from sslkit.data.crops import normalisation
 from sslkit.data.sources import Source, UnreadableImage
+from sslkit.evaluation.attention import cls_attention
 
-_RESIZE_OVER_CROP = 256 / 224
+IMAGE_TOKENS = ("cls", "mean_patch", "layer_cls")
+"""Tokens of which an image has one: ``cls`` [B, D]; ``mean_patch`` [B, D], the mean of the patches;
+``layer_cls`` [B, n, D], the class tokens of the last n blocks, shallow to deep."""
 
-
-@dataclass(frozen=True)
-class EvalTransform:
-    """The deterministic view of an image that evaluations use.
-
-    The shorter side is resized to ``resize`` (bicubic, antialiased; the default is 256/224 of the
-    crop's shorter side), the centre ``crop`` is cut out, and the channels are normalised. An image
-    that would not fill the crop is enlarged just enough to fill it; nothing is ever padded.
-
-    Args:
-        crop: side of the square crop, or ``(height, width)``, in pixels.
-        resize: length of the shorter side before the crop, in pixels.
-        mean, std: see `sslkit.data.crops.normalisation`; by default ImageNet's.
-
-    >>> view = EvalTransform(crop=(28, 56))
-    >>> view(torch.zeros(3, 100, 300, dtype=torch.uint8)).shape
-    torch.Size([3, 28, 56])
-    >>> view.mask(torch.zeros(100, 300, dtype=torch.uint8)).shape
-    torch.Size([28, 56])
-    """
-
-    crop: int | tuple[int, int]
-    resize: int | None = None
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-
-    def __post_init__(self) -> None:
-        if min(*self.crop_size, 1 if self.resize is None else self.resize) < 1:
-            raise ValueError(
-                f"crop and resize must be positive, got crop={self.crop}, resize={self.resize}"
-            )
-
-    @property
-    def crop_size(self) -> tuple[int, int]:
-        """Height and width of the result, in pixels."""
-        return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """Turn a uint8 image [C, h, w] into a normalised float32 view [C, *crop_size]."""
-        if image.ndim != 3 or image.dtype != torch.uint8:
-            raise TypeError(
-                f"image must be uint8 [C, h, w], got {image.dtype} {list(image.shape)}; "
-                "convert floats in 0..1 with (image * 255).round().to(torch.uint8)"
-            )
-        mean, std = normalisation(len(image), self.mean, self.std)
-        size = self._resized(image.shape[1], image.shape[2])
-        # Bicubic weights are negative in places, so that values can leave 0..255.
-        pixels = F.interpolate(image[None].float(), size, mode="bicubic", antialias=True)[0]
-        return (self._centre(pixels.clamp(0, 255)) / 255 - mean) / std
-
-    def mask(self, mask: Tensor) -> Tensor:
-        """Cut the same region out of an integer label mask [h, w], by nearest neighbour."""
-        if mask.ndim != 2:
-            raise ValueError(f"mask must be [h, w], got {list(mask.shape)}")
-        size = self._resized(mask.shape[0], mask.shape[1])
-        resized = F.interpolate(mask[None, None].double(), size, mode="nearest-exact")[0, 0]
-        return self._centre(resized).to(mask.dtype)
-
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
-        crop_h, crop_w = self.crop_size
-        shorter = self.resize or round(min(crop_h, crop_w) * _RESIZE_OVER_CROP)
-        scale = max(shorter / min(height, width), crop_h / height, crop_w / width)
-        return max(crop_h, int(height * scale + 1e-6)), max(crop_w, int(width * scale + 1e-6))
-
-    def _centre(self, pixels: Tensor) -> Tensor:
-        crop_h, crop_w = self.crop_size
-        top, left = (
-            (full - cut) // 2 for full, cut in zip(pixels.shape[-2:], self.crop_size, strict=True)
-        )
-        return pixels[..., top : top + crop_h, left : left + crop_w]
+PATCH_TOKENS = ("patches", "layer_patches", "queries", "keys", "values", "attention")
+"""Tokens of which every patch has one: ``patches`` [B, H, W, D]; ``layer_patches`` [B, H, W, n, D];
+``queries``, ``keys`` and ``values`` [B, H, W, D] of a block, its heads one after the other;
+``attention`` [B, H, W, heads], what the class token pays each patch in that block."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +29,16 @@ class Features:
     """Frozen features of B images, on the CPU.
 
     Attributes:
-        tokens: ``"cls"`` [B, D] and ``"patches"`` [B, H, W, D], as far as they were asked for.
+        tokens: by the names above, as far as they were asked for: [B, ...] of `IMAGE_TOKENS`, and
+            of `PATCH_TOKENS` a row a patch, [R, ...], image after image and row after row.
+        grids: int64 [B, 2]: patches down and across of each image; R is the sum of their products.
         labels: int64 [B]; -1 where the image has none.
         indices: int64 [B]: the place of each image in its source (to align masks, say).
         num_unreadable: how many images were skipped because they could not be read.
     """
 
-    tokens: dict[str, Tensor]
+    tokens: Mapping[str, Tensor]
+    grids: Tensor
     labels: Tensor
     indices: Tensor
     num_unreadable: int = 0
@@ -114,12 +49,33 @@ class Features:
     @property
     def cls(self) -> Tensor:
         """Class tokens [B, D]."""
-        return self._get("cls")
+        return self["cls"]
 
     @property
     def patches(self) -> Tensor:
         """Patch tokens [B, H, W, D]."""
-        return self._get("patches")
+        return self["patches"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Tokens by name, [B, ...] or [B, H, W, ...]; images of several grids: see `spatial`."""
+        tokens = self._get(name)
+        if name in IMAGE_TOKENS:
+            return tokens
+        H, W = self.grids[0].tolist()
+        if (self.grids != self.grids[0]).any():
+            raise ValueError(
+                f"the images have different patch grids, {H} by {W} and others: take their {name} "
+                f"one by one, by spatial({name!r})"
+            )
+        return tokens.unflatten(0, (len(self), H, W))
+
+    def spatial(self, name: str) -> list[Tensor]:
+        """Patch tokens of each image, B times [H, W, ...], without a copy."""
+        sizes = self.grids.prod(1).tolist()
+        return [
+            rows.unflatten(0, (H, W))
+            for rows, (H, W) in zip(self._get(name).split(sizes), self.grids.tolist(), strict=True)
+        ]
 
     def _get(self, name: str) -> Tensor:
         if name not in self.tokens:
@@ -128,6 +84,23 @@ class Features:
                 f"extract them with want=(..., {name!r})"
             )
         return self.tokens[name]
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Tokens of some images of one size, and where they come from.
+
+    Attributes:
+        tokens: as of `Features`.
+        grid: patches down and across; (0, 0) where no patch token was asked for.
+        labels: of each image.
+        indices: of each image in its source.
+    """
+
+    tokens: dict[str, Tensor]
+    grid: tuple[int, int]
+    labels: list[int]
+    indices: list[int]
 
 
 @contextmanager
@@ -143,6 +116,106 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
             part.training = mode
 
 
+def encode(
+    encoder: nn.Module,
+    images: Tensor,
+    *,
+    want: Sequence[str] = ("cls", "patches"),
+    block: int = -1,
+    num_layers: int = 4,
+) -> dict[str, Tensor]:
+    """Tokens of images [B, C, h, w] of one size, by the names of this module, [B, ...].
+
+    The encoder (see `sslkit.evaluation.encoders`) is run as it stands: `frozen` sets its mode.
+
+    Args:
+        encoder: on the device of the images.
+        images: normalised.
+        want: of `IMAGE_TOKENS` and `PATCH_TOKENS`.
+        block: of queries, keys, values and attention.
+        num_layers: n of the ``layer_...`` tokens.
+
+    Raises:
+        ValueError: ``want`` is empty or names something else.
+        TypeError: the encoder lacks a method that a token needs.
+    """
+    unknown = [name for name in want if name not in IMAGE_TOKENS + PATCH_TOKENS]
+    if unknown or not want:
+        raise ValueError(
+            f"want must name tokens of {', '.join(IMAGE_TOKENS + PATCH_TOKENS)}, got {tuple(want)}"
+        )
+    found: dict[str, Tensor] = {}
+    output: Any = None
+    if any(name.startswith("layer_") for name in want):
+        layers = _method(encoder, "intermediate", "layer_cls and layer_patches")(images, num_layers)
+        output = layers[-1]
+        found["layer_cls"] = torch.stack([layer.cls for layer in layers], dim=1)
+        if "layer_patches" in want:
+            found["layer_patches"] = torch.stack([layer.patches for layer in layers], dim=3)
+    if output is None and {"cls", "patches", "mean_patch"} & set(want):
+        output = encoder(images)
+    if output is not None:
+        found["cls"] = output.cls
+        if "patches" in want:
+            found["patches"] = output.patches
+        if "mean_patch" in want:
+            found["mean_patch"] = output.patches.mean((1, 2))
+    if {"queries", "keys", "values", "attention"} & set(want):
+        take = _method(encoder, "queries_keys_values", "queries, keys, values and attention")
+        q, k, v = take(images, block)
+        ph, pw = cast(tuple[int, int], encoder.patch_size)
+        H, W = images.shape[2] // ph, images.shape[3] // pw
+        for name, x in (("queries", q), ("keys", k), ("values", v)):
+            if name in want:
+                patches = x[:, :, x.shape[2] - H * W :].transpose(1, 2)  # [B, N, heads, d]
+                found[name] = patches.flatten(2).unflatten(1, (H, W))
+        if "attention" in want:
+            prefix = k.shape[2] - H * W
+            maps = cls_attention(q, k, num_prefix_tokens=prefix, grid=(H, W))
+            found["attention"] = maps.movedim(1, -1)
+    return {name: found[name] for name in want}
+
+
+def encoded_batches(
+    encoder: nn.Module,
+    source: Source,
+    *,
+    transform: Callable[[Tensor], Tensor],
+    indices: Sequence[int],
+    want: Sequence[str] = ("cls", "patches"),
+    block: int = -1,
+    num_layers: int = 4,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    num_workers: int = 0,
+) -> Iterator[tuple[list[EncodedBatch], list[str]]]:
+    """For every ``batch_size`` images in turn: their tokens, and errors of the unreadable ones.
+
+    Neighbours of equal size share a forward pass, so that an item holds one batch for images that
+    the transform makes all alike, and up to ``batch_size`` for images of any shape. See `extract`.
+    """
+    # A generator of its own: a loader otherwise draws its workers' seed from the global one.
+    loader = DataLoader(
+        _Items(source, transform, indices),
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=list,
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        unreadable = [item for item in batch if isinstance(item, str)]
+        readable = (item for item in batch if not isinstance(item, str))
+        encoded = []
+        with frozen(encoder):
+            for _, alike in groupby(readable, key=lambda item: item[0].shape):
+                views, labels, positions = zip(*alike, strict=True)
+                images = torch.stack(views).to(device)
+                tokens = encode(encoder, images, want=want, block=block, num_layers=num_layers)
+                encoded.append(_rows(tokens, list(labels), list(positions), dtype))
+        yield encoded, unreadable
+
+
 def extract(
     encoder: nn.Module,
     source: Source,
@@ -151,22 +224,25 @@ def extract(
     batch_size: int = 64,
     want: Sequence[str] = ("cls", "patches"),
     indices: Sequence[int] | None = None,
+    block: int = -1,
+    num_layers: int = 4,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     num_workers: int = 0,
 ) -> Features:
-    """Features of the images of a source, in the source's order.
+    """Features of the images of a source, in the source's order, in memory.
 
     Images that raise `UnreadableImage` are left out, counted in ``num_unreadable``, and warned of
-    once; ``Features.indices`` says which images the rows belong to.
+    once; ``Features.indices`` says which images the rows belong to. The encoder runs in eval mode
+    without gradients and has its modes back afterwards.
 
     Args:
-        encoder: any module whose output has ``.cls`` [B, D] and ``.patches`` [B, H, W, D].
+        encoder: see `sslkit.evaluation.encoders`.
         source: see `sslkit.data.sources.Source`; only its length and items are used, so that a list
             of (image, label) pairs will do.
-        transform: uint8 [C, h, w] -> float [C, h', w'], the same size for every image.
+        transform: uint8 [C, h, w] -> float [C, h', w'].
         batch_size: images a forward pass.
-        want: the tokens to keep, of ``"cls"`` and ``"patches"``.
+        want, block, num_layers: see `encode`.
         indices: which images to take; all of them by default.
         device: where the encoder is run; it must already be there.
         dtype: of the kept features; float16 halves their memory.
@@ -174,79 +250,90 @@ def extract(
 
     Raises:
         ValueError: no image, or none that can be read.
+
+    >>> def colours(images):
+    ...     patches = nn.functional.avg_pool2d(images, 4).movedim(1, -1)
+    ...     return patches.mean((1, 2)), patches
+    >>> from sslkit.evaluation.encoders import as_encoder
+    >>> pictures = [(torch.zeros(3, 8, 16, dtype=torch.uint8), label) for label in (0, 1, 1)]
+    >>> features = extract(as_encoder(colours), pictures, transform=lambda x: x / 255)
+    >>> features.cls.shape, features.patches.shape, features.labels.tolist()
+    (torch.Size([3, 3]), torch.Size([3, 2, 4, 3]), [0, 1, 1])
     """
-    items = _Items(source, transform, range(len(source)) if indices is None else indices)
-    if not len(items):
+    indices = range(len(source)) if indices is None else indices
+    if not len(indices):
         raise ValueError("nothing to extract: the source, or the list of indices, is empty")
-    # A generator of its own: a loader otherwise draws its workers' seed from the global one.
-    loader = DataLoader(
-        items,
-        batch_size,
-        num_workers=num_workers,
-        collate_fn=list,
-        generator=torch.Generator(),
-    )
-    kept: list[int] = []
+    batches: list[EncodedBatch] = []
     unreadable: list[str] = []
+    for encoded, errors in encoded_batches(
+        encoder,
+        source,
+        transform=transform,
+        indices=indices,
+        want=want,
+        block=block,
+        num_layers=num_layers,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        num_workers=num_workers,
+    ):
+        batches += encoded
+        unreadable += errors
+    report_unreadable(unreadable, len(indices), all_of_them=not batches)
+    return joined(batches, num_unreadable=len(unreadable))
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in loader:
-            good = [item for item in batch if not isinstance(item, str)]
-            unreadable.extend(item for item in batch if isinstance(item, str))
-            if good:
-                kept.extend(index for _, _, index in good)
-                images = torch.stack([image for image, _, _ in good])
-                yield images, torch.tensor([label for _, label, _ in good])
-        if not kept:
-            raise ValueError(f"none of the {len(items)} images can be read; {unreadable[0]}")
 
-    features = extract_batches(encoder, batches(), want=want, device=device, dtype=dtype)
+def joined(batches: Sequence[EncodedBatch], *, num_unreadable: int = 0) -> Features:
+    """The features of some batches, one after the other."""
+    grids = [batch.grid for batch in batches for _ in batch.labels]
+    return Features(
+        {name: torch.cat([b.tokens[name] for b in batches]) for name in batches[0].tokens},
+        torch.tensor(grids),
+        torch.tensor([label for batch in batches for label in batch.labels]),
+        torch.tensor([index for batch in batches for index in batch.indices]),
+        num_unreadable,
+    )
+
+
+def report_unreadable(unreadable: Sequence[str], num_images: int, *, all_of_them: bool) -> None:
+    """Warn of unreadable images, once; raise if no image is left."""
+    if all_of_them:
+        raise ValueError(f"none of the {num_images} images can be read; {unreadable[0]}")
     if unreadable:
         warnings.warn(
-            f"{len(unreadable)} of {len(items)} images could not be read and were left out; "
+            f"{len(unreadable)} of {num_images} images could not be read and were left out; "
             f"the first: {unreadable[0]}",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return Features(features.tokens, features.labels, torch.tensor(kept), len(unreadable))
 
 
-def extract_batches(
-    encoder: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    want: Sequence[str] = ("cls", "patches"),
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Features:
-    """Features of batches ``(images [B, C, h, w], labels [B])`` that are ready for the encoder.
+def _rows(
+    tokens: dict[str, Tensor], labels: list[int], indices: list[int], dtype: torch.dtype
+) -> EncodedBatch:
+    """Patch tokens [b, H, W, ...] as rows, everything on the CPU."""
+    kept, grid = {}, (0, 0)
+    for name, x in tokens.items():
+        if name in PATCH_TOKENS:
+            grid = (x.shape[1], x.shape[2])
+            x = x.flatten(0, 2)
+        kept[name] = x.to("cpu", dtype)
+        if dtype == torch.float16 and not kept[name].isfinite().all() and x.isfinite().all():
+            raise ValueError(
+                f"{name} hold values up to {x.abs().max().item():.3g}, beyond float16: extract "
+                "them with dtype=torch.float32"
+            )
+    return EncodedBatch(kept, grid, labels, indices)
 
-    The encoder runs in eval mode without gradients and has its modes back afterwards.
 
-    >>> from types import SimpleNamespace
-    >>> class Mean(nn.Module):
-    ...     def forward(self, images):
-    ...         patches = F.avg_pool2d(images, 4).movedim(1, -1)
-    ...         return SimpleNamespace(cls=patches.mean((1, 2)), patches=patches)
-    >>> features = extract_batches(Mean(), [(torch.rand(2, 3, 8, 16), torch.tensor([0, 1]))] * 3)
-    >>> features.cls.shape, features.patches.shape, features.labels.tolist()
-    (torch.Size([6, 3]), torch.Size([6, 2, 4, 3]), [0, 1, 0, 1, 0, 1])
-    """
-    unknown = set(want) - {"cls", "patches"}
-    if unknown or not want:
-        raise ValueError(f"want must name 'cls', 'patches' or both, got {tuple(want)}")
-    tokens: dict[str, list[Tensor]] = {name: [] for name in want}
-    labels = []
-    with frozen(encoder):
-        for images, batch_labels in batches:
-            output = encoder(images.to(device))
-            for name, parts in tokens.items():
-                parts.append(getattr(output, name).to("cpu", dtype))
-            labels.append(batch_labels.to("cpu", torch.int64))
-    if not labels:
-        raise ValueError("there is nothing to extract features of: batches is empty")
-    joined = {name: torch.cat(parts) for name, parts in tokens.items()}
-    all_labels = torch.cat(labels)
-    return Features(joined, all_labels, torch.arange(len(all_labels)))
+def _method(encoder: nn.Module, name: str, what: str) -> Callable[..., Any]:
+    method = getattr(encoder, name, None)
+    if method is None:
+        raise TypeError(
+            f"{type(encoder).__name__} has no {name}(), which {what} come from; "
+            "sslkit.backbones.ViTEncoder has it (see sslkit.evaluation.encoders)"
+        )
+    return method
 
 
 class _Items(Dataset):

@@ -5,10 +5,14 @@ similarity, votes weighted by softmax(similarity / 0.07) over the nearest 200.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sslkit.evaluation.scores import Outcome, Score
+from sslkit.evaluation.subject import Subject, require_labels
 
 _KEYS_AT_ONCE = 16_384
 _FIRST_KEYS = 2048
@@ -215,3 +219,30 @@ def _check_labels(split: str, features: Tensor, labels: Tensor) -> None:
             f"{split}_labels must be [{len(features)}], one for each of {split}_features, "
             f"got {list(labels.shape)}"
         )
+
+
+@dataclass(frozen=True)
+class Options:
+    """k-NN accuracy of the class token."""
+
+    ks: tuple[int, ...] = (10, 20, 100, 200)
+    """Numbers of neighbours that vote; those above the number of training images are left out."""
+    temperature: float = 0.07
+    """Divides the similarities."""
+
+
+def evaluate(subject: Subject, options: Options) -> Outcome:
+    """Accuracy for each k, that of k = 20 first."""
+    train, test = (subject.features(name, "cls") for name in ("train", "test"))
+    ks = sorted({min(k, len(train)) for k in options.ks}, key=lambda k: (k != 20, k))
+    truth = require_labels(test, "test")
+    predictions = knn_predict(
+        train.cls,
+        require_labels(train, "train"),
+        test.cls,
+        ks=ks,
+        temperature=options.temperature,
+        num_neighbours=max(200, *ks),
+    )
+    scores = {f"k={k}": Score.mean(predictions[k] == truth) for k in ks}
+    return Outcome(scores)

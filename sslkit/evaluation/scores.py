@@ -1,0 +1,151 @@
+"""Scores with confidence intervals: what a protocol's command returns.
+
+Intervals are those of the percentile bootstrap (Efron 1979) over test items: images, or pairs of
+images. They say how much the score depends on which test images there are, not on the training.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from sslkit.evaluation.confusion import mean_iou
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number, and how to compute it anew when each test item counts another number of times.
+
+    Attributes:
+        value: the score.
+        num_items: n, the test items it is over.
+        resampled: counts float64 [n] -> the score with item i taken ``counts[i]`` times; all ones
+            give ``value``. None: there are no test items to resample (a cluster's entropy, say).
+        higher_is_better: False for errors.
+        percent: whether a table shows it times 100.
+    """
+
+    value: float
+    num_items: int = 0
+    resampled: Callable[[Tensor], float] | None = None
+    higher_is_better: bool = True
+    percent: bool = True
+
+    @staticmethod
+    def of(
+        resampled: Callable[[Tensor], float],
+        num_items: int,
+        *,
+        higher_is_better: bool = True,
+        percent: bool = True,
+    ) -> "Score":
+        """The score that ``resampled`` gives when every item counts once."""
+        value = resampled(torch.ones(num_items, dtype=torch.float64))
+        return Score(value, num_items, resampled, higher_is_better, percent)
+
+    @staticmethod
+    def mean(per_item: Tensor, *, higher_is_better: bool = True, percent: bool = True) -> "Score":
+        """The mean of a number for each item, [n].
+
+        >>> Score.mean(torch.tensor([True, False, True, True])).value
+        0.75
+        """
+        x = per_item.detach().cpu().double()
+        return Score.of(
+            lambda counts: (counts @ x / counts.sum()).item(),
+            len(x),
+            higher_is_better=higher_is_better,
+            percent=percent,
+        )
+
+    @staticmethod
+    def of_confusion(
+        confusions: Tensor, statistic: Callable[[Tensor], float] = mean_iou
+    ) -> "Score":
+        """A function of the sum of each image's confusion matrix, [n, C, C] or [n, C, K].
+
+        >>> two = torch.tensor([[[1, 0], [0, 1]], [[1, 1], [0, 0]]])
+        >>> Score.of_confusion(two).value
+        0.5833333333333333
+        """
+        n, *shape = confusions.shape
+        flat = confusions.detach().cpu().flatten(1).double()
+        return Score.of(lambda counts: statistic((counts @ flat).view(shape)), n)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a protocol found out about one model.
+
+    Attributes:
+        scores: by name; the first is the one that a table of several protocols shows.
+        figures: matplotlib figures by file name, without ending.
+        details: further numbers and choices, as plain values for a JSON file.
+    """
+
+    scores: Mapping[str, Score]
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval of a score, or of the difference of two."""
+
+    low: float
+    high: float
+
+
+def bootstrap(
+    score: Score,
+    *,
+    minus: Score | None = None,
+    level: float = 0.95,
+    num_resamples: int = 1000,
+    generator: Generator,
+) -> Interval | None:
+    """Percentile interval of a score, or of ``score - minus``, over resamples of the test items.
+
+    Each resample draws n of the n items with replacement; both scores of a difference see the same
+    draws, which is why the interval of a difference is far narrower than the two intervals suggest.
+
+    Args:
+        score: with ``resampled``.
+        minus: a score over the same items in the same order.
+        level: the share of resamples inside the interval.
+        num_resamples: draws.
+        generator: a CPU generator.
+
+    Returns:
+        None if a score cannot be resampled.
+
+    >>> hits = Score.mean(torch.tensor([1.0] * 50 + [0.0] * 50))
+    >>> interval = bootstrap(hits, generator=torch.Generator().manual_seed(0))
+    >>> 0.35 < interval.low < 0.45 < 0.55 < interval.high < 0.65
+    True
+    """
+    if minus is not None and minus.num_items != score.num_items:
+        raise ValueError(
+            f"the scores are over {score.num_items} and {minus.num_items} test items: a difference "
+            "needs the same items"
+        )
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, got {level}")
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples must be at least 1, got {num_resamples}")
+    if score.resampled is None or (minus is not None and minus.resampled is None):
+        return None
+    n = score.num_items
+    values = []
+    for _ in range(num_resamples):
+        drawn = torch.randint(n, (n,), generator=generator)
+        counts = torch.bincount(drawn, minlength=n).double()
+        value = score.resampled(counts)
+        if minus is not None and minus.resampled is not None:
+            value -= minus.resampled(counts)
+        values.append(value)
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.tensor(values, dtype=torch.float64).quantile(tails).tolist()
+    return Interval(low, high)

@@ -1,0 +1,222 @@
+"""A subject: one encoder on one data set, which hands every protocol the features it needs."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from sslkit.data.seeds import sample_seed
+from sslkit.data.sources import Source
+from sslkit.evaluation.feature_cache import cached_features
+from sslkit.evaluation.features import Features, encode, extract, frozen
+from sslkit.evaluation.views import EvalTransform, PaddedView
+from sslkit.rasa import RASAProjector
+
+View = Literal["global", "dense", "padded"]
+
+_PROJECTED = ("cls", "mean_patch", "patches")  # what RASA and nesting apply to: final tokens
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An encoder, images, and how the one sees the other.
+
+    There are three views of an image:
+
+    - ``"global"``, for class tokens: shorter side resized to ``global_size * resize_over_crop``,
+      centre crop of ``global_size``;
+    - ``"dense"``, for patch tokens with masks: shorter side resized to ``dense_size``, centre crop
+      of that;
+    - ``"padded"``: the whole image in its own size, with zeros up to a multiple of the patch size.
+
+    Attributes:
+        name: of the model, for tables and pictures.
+        encoder: see `sslkit.evaluation.encoders`.
+        sources: by name: ``"train"``, ``"test"``, and whatever a protocol adds (`with_source`).
+        identity: what tells this model and these images from others on the disk: the file and its
+            digest, the data set's name.
+        global_size, dense_size: pixels, one number or (height, width).
+        resize_over_crop: see above.
+        nesting: keep only the first so many features of the final tokens.
+        rasa: projects position out of the final tokens, before the nesting.
+        cache: folder of the features on the disk; None keeps them in memory, in float32.
+        limits: at most so many images of a source, evenly spaced; by source name.
+        batch_size, device, num_workers: of the extraction.
+        seed: of every generator a protocol asks for.
+        progress: whether to show a bar while features are extracted.
+    """
+
+    name: str
+    encoder: nn.Module
+    sources: Mapping[str, Source]
+    identity: Mapping[str, str]
+    global_size: int | tuple[int, int] = 224
+    dense_size: int | tuple[int, int] = 448
+    resize_over_crop: float = 256 / 224
+    nesting: int | None = None
+    rasa: RASAProjector | None = None
+    cache: Path | None = None
+    limits: Mapping[str, int] | None = None
+    batch_size: int = 64
+    device: str = "cpu"
+    num_workers: int = 0
+    seed: int = 0
+    progress: bool = False
+
+    @property
+    def train(self) -> Source:
+        """Images to learn from, or to look neighbours up in."""
+        return self.source("train")
+
+    @property
+    def test(self) -> Source:
+        """Held-out images."""
+        return self.source("test")
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Of the encoder, in pixels."""
+        size = getattr(self.encoder, "patch_size", None)
+        if size is None:
+            raise TypeError(
+                f"{self.name}: the encoder has no patch_size, which this protocol needs; give "
+                "as_encoder(function, patch_size=...)"
+            )
+        return size[0], size[1]
+
+    def source(self, name: str) -> Source:
+        """A source by its name."""
+        if name not in self.sources:
+            raise ValueError(f"there is no {name!r} data here, only {sorted(self.sources)}")
+        return self.sources[name]
+
+    def with_source(self, name: str, source: Source) -> "Subject":
+        """The same with one more source."""
+        return replace(self, sources={**self.sources, name: source})
+
+    def generator(self, *words: int) -> Generator:
+        """A CPU generator that depends on the seed and on ``words``."""
+        return torch.Generator().manual_seed(sample_seed(self.seed, *words))
+
+    def view(self, view: View) -> EvalTransform | PaddedView:
+        """The transform of a view, from uint8 images to the encoder's input."""
+        if view == "padded":
+            return PaddedView(self.patch_size)
+        size = self.global_size if view == "global" else self.dense_size
+        shorter = size if isinstance(size, int) else min(size)
+        ratio = self.resize_over_crop if view == "global" else 1.0
+        return EvalTransform(size, resize=round(shorter * ratio))
+
+    def features(
+        self,
+        source: str,
+        *want: str,
+        view: View = "global",
+        block: int = -1,
+        num_layers: int = 4,
+    ) -> Features:
+        """Features of a source's images, from the cache where they are there.
+
+        Args:
+            source: ``"train"``, ``"test"``, ...
+            want, block, num_layers: see `sslkit.evaluation.features.encode`. Class tokens, patches
+                and their mean have gone through ``rasa`` and ``nesting``; other tokens are as the
+                encoder gives them.
+            view: see the class.
+        """
+        images = self.source(source)
+        limit = (self.limits or {}).get(source, len(images))
+        count = min(limit, len(images))
+        indices: Sequence[int] = range(len(images))
+        if count < len(images):  # evenly spaced: sorted classes are all in the sample
+            indices = [i * len(images) // count for i in range(count)]
+        shared: dict[str, Any] = {
+            "transform": self.view(view),
+            "want": want,
+            "indices": indices,
+            "block": block,
+            "num_layers": num_layers,
+            "batch_size": self.batch_size,
+            "device": self.device,
+            "num_workers": self.num_workers,
+        }
+        if self.cache is None:
+            features = extract(self.encoder, images, **shared)
+        else:
+            identity = {**self.identity, "source": source, "view": repr(shared["transform"])}
+            words = json.dumps([identity, count, want, block, num_layers], default=str)
+            digest = hashlib.sha256(words.encode()).hexdigest()[:12]
+            features = cached_features(
+                self.cache / f"{self.name}-{source}-{digest}".replace("/", "_"),
+                self.encoder,
+                images,
+                identity=identity,
+                progress=f"{self.name}: {source} {', '.join(want)}" if self.progress else None,
+                **shared,
+            )
+        return replace(features, tokens=self._projected(features.tokens))
+
+    def encode(self, images: Tensor, *want: str, block: int = -1) -> dict[str, Tensor]:
+        """Tokens of normalised images [B, C, h, w] that are in no source, float32, on the CPU."""
+        with frozen(self.encoder):
+            tokens = encode(self.encoder, images.to(self.device), want=want, block=block)
+        return self._projected({name: x.float().cpu() for name, x in tokens.items()})
+
+    def images(self, source: str, indices: Sequence[int], view: View = "dense") -> list[Tensor]:
+        """Normalised views [C, h, w] of some images, for pictures."""
+        transform = self.view(view)
+        return [transform(self.source(source)[index][0]) for index in indices]
+
+    def masks(self, source: str, features: Features) -> Tensor:
+        """True classes under the ``"dense"`` views that features are of, int64 [B, h, w].
+
+        Raises:
+            TypeError: the source has no masks.
+        """
+        masked: Any = self.source(source)
+        if not hasattr(masked, "mask"):
+            raise TypeError(
+                f"the {source} data ({type(masked).__name__}) has no masks, which this protocol "
+                "needs: choose --data with masks (a folder of images and masks, voc:, ade20k:, "
+                "coco-stuff:, scenes, ...)"
+            )
+        view = self.view("dense")
+        assert isinstance(view, EvalTransform)
+        return torch.stack([view.mask(masked.mask(i)).long() for i in features.indices.tolist()])
+
+    def _projected(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """RASA, then the first features, of the final tokens."""
+        found = dict(tokens)
+        for name in _PROJECTED:
+            if name not in found:
+                continue
+            if self.rasa is not None:
+                rasa, rows = self.rasa, found[name]
+                with torch.no_grad():
+                    parts = [rasa(x.float()).to(x.dtype) for x in rows.split(65_536)]
+                found[name] = torch.cat(parts)
+            if self.nesting is not None:
+                D = found[name].shape[-1]
+                if not 1 <= self.nesting <= D:
+                    raise ValueError(
+                        f"{self.name}: nesting {self.nesting} must be between 1 and the {D} "
+                        "features of a token"
+                    )
+                found[name] = found[name][..., : self.nesting]
+        return found
+
+
+def require_labels(features: Features, source: str) -> Tensor:
+    """The labels [B] of features; an error if there are none."""
+    labels = features.labels
+    if int(labels.min()) < 0:
+        raise ValueError(
+            f"the {source} data has images without a label, which this protocol needs: class "
+            "folders (DATA/train/CLASS/x.jpg, DATA/val/CLASS/y.jpg), or another labelled --data"
+        )
+    return labels

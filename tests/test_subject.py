@@ -1,0 +1,120 @@
+"""A subject hands out features, views and masks, and knows what it cannot."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sslkit import RASAProjector, backbones
+from sslkit.data.scenes import Scenes
+from sslkit.evaluation import knn
+from sslkit.evaluation.encoders import as_encoder
+from sslkit.evaluation.subject import Subject, require_labels
+
+
+class MaskedScenes(Scenes):
+    """Scenes with their masks by index."""
+
+    def mask(self, index):
+        return self.scene(index).mask
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return Subject(
+        "micro",
+        backbones.create("sslkit_vit_micro", img_size=16),
+        {"train": MaskedScenes(24, size=(20, 32)), "test": MaskedScenes(9, size=(20, 32), seed=1)},
+        {"weights": "random", "data": "scenes"},
+        global_size=16,
+        dense_size=(16, 24),
+        batch_size=4,
+    )
+
+
+def test_views(subject):
+    assert subject.view("global")(subject.test[0][0]).shape == (3, 16, 16)
+    assert subject.view("global").resize == 18  # 16 * 256 / 224
+    assert subject.view("dense")(subject.test[0][0]).shape == (3, 16, 24)
+    assert subject.view("padded")(torch.zeros(3, 17, 30, dtype=torch.uint8)).shape == (3, 20, 32)
+    assert [x.shape for x in subject.images("test", [0, 3], "padded")] == [(3, 20, 32)] * 2
+
+
+def test_masks_lie_under_the_dense_views(subject):
+    features = subject.features("test", "patches", view="dense")
+    assert features.patches.shape == (9, 4, 6, 32)
+    masks = subject.masks("test", features)
+    view = subject.view("dense")
+    assert torch.equal(masks[3], view.mask(subject.test.mask(3)).long())
+    with pytest.raises(TypeError, match=r"train data \(list\) has no masks"):
+        replace(subject, sources={"train": [subject.test[0]]}).masks("train", features)
+
+
+def test_the_disk_changes_nothing_but_rounding(subject, tmp_path):
+    on_disk = replace(subject, cache=tmp_path)
+    expected = subject.features("test", "cls", "keys")
+    for _ in range(2):
+        found = on_disk.features("test", "cls", "keys")
+        torch.testing.assert_close(found.cls.float(), expected.cls, atol=2e-3, rtol=2e-3)
+    on_disk.features("test", "cls", "keys", view="dense")
+    replace(on_disk, identity={"weights": "others"}).features("test", "cls", "keys")
+    assert len(list(tmp_path.iterdir())) == 3  # nothing is taken for something else
+
+
+def test_limits_are_spread_evenly(subject):
+    limited = replace(subject, limits={"train": 5})
+    assert limited.features("train", "cls").indices.tolist() == [0, 4, 9, 14, 19]
+    assert len(limited.features("test", "cls")) == 9
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_rasa_and_nesting_are_of_final_tokens(subject, tmp_path, cache):
+    rasa = RASAProjector(32, num_iterations=2)
+    rasa.basis.copy_(torch.linalg.qr(torch.randn(32, 4))[0].T)
+    cut = replace(subject, rasa=rasa, nesting=8, cache=tmp_path if cache else None)
+    found = cut.features("test", "cls", "patches", "layer_cls", num_layers=2)
+    plain = subject.features("test", "cls", "patches", "layer_cls", num_layers=2)
+    close = {"atol": 4e-3, "rtol": 4e-3} if cache else {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(found.cls.float(), rasa(plain.cls)[:, :8], **close)
+    torch.testing.assert_close(found.patches.float(), rasa(plain.patches)[..., :8], **close)
+    torch.testing.assert_close(found["layer_cls"].float(), plain["layer_cls"], **close)
+    images = torch.stack(cut.images("test", [0, 1], "global"))
+    encoded = cut.encode(images, "cls", "keys")
+    torch.testing.assert_close(encoded["cls"], rasa(plain.cls)[:2, :8], atol=1e-5, rtol=1e-5)
+    assert encoded["keys"].shape == (2, 4, 4, 32)
+    with pytest.raises(ValueError, match="nesting 33 must be between 1 and the 32 features"):
+        replace(subject, nesting=33).features("test", "cls")
+
+
+def test_what_is_missing_is_named(subject):
+    with pytest.raises(ValueError, match=r"no 'near' data here, only \['test', 'train'\]"):
+        subject.features("near", "cls")
+    assert len(subject.with_source("near", subject.test).features("near", "cls")) == 9
+    function = as_encoder(lambda x: (x.mean((2, 3)), x.movedim(1, -1)))
+    with pytest.raises(TypeError, match="has no patch_size"):
+        replace(subject, encoder=function).view("padded")
+    features = subject.features("test", "cls")
+    assert torch.equal(require_labels(features, "test"), features.labels)
+    with pytest.raises(ValueError, match="test data has images without a label"):
+        require_labels(replace(features, labels=features.labels - 99), "test")
+
+
+def test_generators_depend_on_the_seed_and_the_words(subject):
+    draws = [
+        torch.rand(1, generator=s.generator(*words)).item()
+        for s in (subject, replace(subject, seed=1))
+        for words in ((), (1,), (1, 2))
+    ]
+    assert len(set(draws)) == 6
+    assert torch.rand(1, generator=subject.generator(1)).item() == draws[1]
+
+
+def test_knn_of_a_subject(subject):
+    outcome = knn.evaluate(subject, knn.Options(ks=(1, 20, 100)))
+    assert list(outcome.scores) == ["k=20", "k=1", "k=24"]
+    train, test = (subject.features(name, "cls") for name in ("train", "test"))
+    expected = knn.knn_accuracy(train.cls, train.labels, test.cls, test.labels, ks=(1, 20, 24))
+    assert {name: s.value for name, s in outcome.scores.items()} == {
+        f"k={k}": pytest.approx(value) for k, value in expected.items()
+    }
+    assert {score.num_items for score in outcome.scores.values()} == {9}
