@@ -10,6 +10,7 @@ from sslkit.evaluation.figures.features import (
     pca_maps,
     position_error,
 )
+from sslkit.evaluation.figures.objects import correspondences, discovery_boxes
 from sslkit.evaluation.figures.segmentation import in_context
 from sslkit.evaluation.figures.training import (
     crops_and_masks,
@@ -21,7 +22,9 @@ from sslkit.evaluation.figures.training import (
 __all__ = [
     "attention_maps",
     "cluster_entropy",
+    "correspondences",
     "crops_and_masks",
+    "discovery_boxes",
     "in_context",
     "loss_curves",
     "mask_exposure",
