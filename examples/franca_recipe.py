@@ -25,6 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, cast
 
+import safetensors.torch
 import torch
 import tyro
 from matplotlib.figure import Figure
@@ -50,7 +51,6 @@ from sslkit.data import (
     Batch,
     MultiCrop,
     MultiCropDataset,
-    Scenes,
     Source,
     StreamSource,
     TooManyUnreadable,
@@ -62,18 +62,20 @@ from sslkit.data import (
     sample_seed,
     train_test_split,
 )
+from sslkit.data.annotated import Segmented
 from sslkit.data.crops import normalisation
 from sslkit.data.throughput import DataWatch
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.attention import cls_attention
 from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
-from sslkit.evaluation.features import Features, extract
+from sslkit.evaluation.features import extract
 from sslkit.evaluation.in_context import in_context_segmentation
 from sslkit.evaluation.knn import knn_accuracy
 from sslkit.evaluation.matryoshka import matryoshka_curve
 from sslkit.evaluation.pca import pca_maps
 from sslkit.evaluation.position import position_probe
 from sslkit.evaluation.report import format_table, write_report
+from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import EvalTransform
 from sslkit.factored_logits import Logits
 from sslkit.rasa import patch_positions
@@ -1183,6 +1185,8 @@ def remove_position(settings: Settings, parallel: Parallel) -> None:
         print(f"rasa: iteration {iteration}, position error {error:.5f}")
     encoder = encoder.cpu()
     encoder.vit = rasa.fold_into_vit(encoder.vit)
+    with atomic_write(settings.output / "rasa_projector.safetensors") as file:
+        file.write(safetensors.torch.save(rasa.state_dict()))  # for sslkit.evaluation --rasa
     path = settings.output / "rasa.safetensors"
     described = {"stage": "rasa", "of": plan.name, "position_errors": json.dumps(errors)}
     backbones.save(encoder, path, described)
@@ -1230,22 +1234,12 @@ def knn_score(
     return knn_accuracy(train, train_labels, test, test_labels, ks=(k,))[k]
 
 
-def online_knn(backbone: ViTEncoder, plan: Plan, settings: Settings, sources: Sources) -> float:
-    """k-NN of the class token on a sample of the images: the teacher's, while it trains."""
-    options = settings.evaluation
-    train, test = (
-        extract(
-            backbone,
-            source,
-            transform=eval_view(plan.global_size, settings),
-            indices=spread(len(source), count),
-            batch_size=options.batch_size,
-            want=("cls",),
-            device=next(backbone.parameters()).device,
-        )
-        for source, count in zip(sources, (options.online_train, options.online_test), strict=True)
-    )
-    return knn_score(train.labels, test.labels, train.cls, test.cls, k=options.knn)
+def online_knn(encoder: nn.Module, plan: Plan, settings: Settings, sources: Sources) -> float:
+    """k-NN on a sample of the images: the teacher's, while it trains."""
+    counts = (settings.evaluation.online_train, settings.evaluation.online_test)
+    images = subject(encoder, plan, settings, sources, counts)
+    train, test = (images.features(split, "cls") for split in Sources._fields)
+    return knn_score(train.labels, test.labels, train.cls, test.cls, k=settings.evaluation.knn)
 
 
 def evaluate(settings: Settings, parallel: Parallel) -> None:
@@ -1253,94 +1247,84 @@ def evaluate(settings: Settings, parallel: Parallel) -> None:
     options, sources = settings.evaluation, open_data(settings)
     torch.manual_seed(settings.seed)
     untrained = FrancaNetwork(settings.model, settings.crops.global_size).backbone
-    plan = final_plan(settings)
-    first, last = (eval_view(p.global_size, settings) for p in (pretraining(settings), plan))
-    contestants = {"random init": (untrained, first)}
+    first, last = pretraining(settings), final_plan(settings)
+    # Pixels are what features have to beat.
+    contestants: dict[str, tuple[nn.Module, Plan]] = {
+        "raw pixels": (Pixels(standardised=False), first),
+        "standardised pixels": (Pixels(), first),
+        "random init": (untrained, first),
+    }
+    floor = list(contestants)
     for stage in finished_stages(settings):
-        view = first if stage == "pretrain" else last
-        contestants[stage] = (load_encoder(stage, settings), view)
+        contestants[stage] = (load_encoder(stage, settings), first if stage == "pretrain" else last)
 
     scores = ("knn", "online_knn", "matryoshka", "in_context", "position_r2")
     results: dict[str, Any] = {name: {} for name in scores}
-    if sources.labelled:
-        results["knn"] |= pixel_knn(sources, first, options, (options.num_train, options.num_test))
-        # What the curve of the online score, on fewer images, has to be compared with.
-        online = (options.online_train, options.online_test)
-        results["online_knn"] |= pixel_knn(sources, first, options, online)
-        results["online_knn"]["random init"] = online_knn(
-            untrained.to(parallel.device), pretraining(settings), settings, sources
-        )
-    for name, (encoder, view) in contestants.items():
+    for name, (encoder, plan) in contestants.items():
         print(f"evaluate: {name}")
-        encode = partial(
-            extract,
-            encoder.to(parallel.device),
-            transform=view,
-            batch_size=options.batch_size,
-            device=parallel.device,
-        )
+        encoder = encoder.to(parallel.device)
         if sources.labelled:
-            train, test = (
-                encode(source, want=("cls",), indices=spread(len(source), count))
-                for source, count in zip(
-                    sources, (options.num_train, options.num_test), strict=True
-                )
+            images = subject(
+                encoder, plan, settings, sources, (options.num_train, options.num_test)
             )
+            train, test = (images.features(split, "cls") for split in Sources._fields)
             score = partial(knn_score, train.labels, test.labels, k=options.knn)
             results["knn"][name] = score(train.cls, test.cls)
+            if name in floor:  # what the curve of the online score has to be compared with
+                results["online_knn"][name] = online_knn(encoder, plan, settings, sources)
+        if isinstance(encoder, Pixels):
+            continue
+        if sources.labelled:
             results["matryoshka"][name] = matryoshka_curve(
                 train.cls, test.cls, score=score, sizes=settings.model.nesting_dims or None
             )
-        train, test = (
-            encode(source, want=("patches",), indices=spread(len(source), options.num_dense))
-            for source in sources
-        )
+        images = subject(encoder, plan, settings, sources, 2 * (options.num_dense,))
+        train, test = (images.features(split, "patches", view="dense") for split in Sources._fields)
         results["position_r2"][name] = position_probe(train.patches, test.patches).r2
-        if isinstance(sources.train, Scenes) and isinstance(sources.test, Scenes):
+        if isinstance(sources.train, Segmented):
             results["in_context"][name] = in_context_segmentation(
                 train.patches,
-                scene_masks(sources.train, train, view),
+                images.masks("train", train),
                 test.patches,
-                scene_masks(sources.test, test, view),
-                sources.train.num_classes + 1,
+                images.masks("test", test),
+                len(sources.train.mask_class_names),
             ).mean_iou
     with atomic_write(settings.output / "results.json") as file:
         file.write(json.dumps(results, indent=2).encode())
 
 
+def subject(
+    encoder: nn.Module, plan: Plan, settings: Settings, sources: Sources, counts: tuple[int, ...]
+) -> Subject:
+    """An encoder and so many images of each split, in the views that evaluations use."""
+    parameters = list(encoder.parameters())
+    return Subject(
+        type(encoder).__name__,
+        encoder,
+        sources._asdict(),
+        identity={},
+        global_size=plan.global_size,
+        dense_size=plan.global_size,
+        resize_over_crop=settings.evaluation.resize_over_crop,
+        limits=dict(zip(Sources._fields, counts, strict=True)),
+        batch_size=settings.evaluation.batch_size,
+        device=str(parameters[0].device) if parameters else "cpu",
+        seed=settings.seed,
+    )
+
+
 class Pixels(nn.Module):
-    """Images in place of class tokens."""
+    """Images in place of class tokens, as they are standardised for encoders or in 0..1."""
+
+    def __init__(self, *, standardised: bool = True) -> None:
+        super().__init__()
+        self.standardised = standardised
 
     def forward(self, images: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(cls=images)
-
-
-def pixel_knn(
-    sources: Sources, view: EvalTransform, options: Evaluation, counts: tuple[int, int]
-) -> dict[str, float]:
-    """k-NN without a network, on pixels in 0..1 and standardised: what features have to beat."""
-    train, test = (
-        extract(
-            Pixels(),
-            source,
-            transform=view,
-            indices=spread(len(source), count),
-            batch_size=options.batch_size,
-            want=("cls",),
-        )
-        for source, count in zip(sources, counts, strict=True)
-    )
-    mean, std = normalisation(train.cls.shape[1], view.mean, view.std)
-    score = partial(knn_score, train.labels, test.labels, k=options.knn)
-    return {
-        "raw pixels": score(*((x.cls * std + mean).flatten(1) for x in (train, test))),
-        "standardised pixels": score(*(x.cls.flatten(1) for x in (train, test))),
-    }
-
-
-def scene_masks(source: Scenes, features: Features, view: EvalTransform) -> Tensor:
-    """The true classes [B, h, w] under the views that the features come from."""
-    return torch.stack([view.mask(source.scene(i).mask) for i in features.indices.tolist()])
+        if not self.standardised:
+            mean, std = normalisation(images.shape[1], None, None)
+            images = images * std + mean
+        return SimpleNamespace(cls=images.flatten(1))
 
 
 # -------------------------------------------------------------------------------------- report

@@ -14,7 +14,7 @@ from sslkit import backbones
 from sslkit.data.crops import IMAGENET_MEAN, IMAGENET_STD
 from sslkit.data.sources import UnreadableImage
 from sslkit.evaluation.encoders import as_encoder
-from sslkit.evaluation.features import Features, encode, extract, frozen
+from sslkit.evaluation.features import Features, Unsuitable, encode, extract, frozen
 from sslkit.evaluation.views import EvalTransform, PaddedView
 
 
@@ -296,9 +296,9 @@ def test_padding_is_right_and_below_and_the_mean_colour():
 def test_what_an_encoder_lacks_is_named():
     colours = as_encoder(lambda x: (x.mean((2, 3)), x.movedim(1, -1)))
     images = torch.rand(1, 3, 4, 4)
-    with pytest.raises(TypeError, match=r"FunctionEncoder has no intermediate\(\)"):
+    with pytest.raises(Unsuitable, match=r"FunctionEncoder has no intermediate\(\)"):
         encode(colours, images, want=("layer_cls",))
-    with pytest.raises(TypeError, match=r"no queries_keys_values\(\), which queries, keys"):
+    with pytest.raises(Unsuitable, match=r"no queries_keys_values\(\), which queries, keys"):
         encode(colours, images, want=("keys",))
     with pytest.raises(ValueError, match="beyond float16"):
         extract(colours, sizes()[:1], transform=lambda x: x.float() * 1e4, dtype=torch.float16)

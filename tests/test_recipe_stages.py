@@ -215,10 +215,17 @@ def test_an_array_file_with_labels(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_broken_images_do_not_stop_the_scores_of_pixels(tmp_path: Path) -> None:
     for label in ("a", "b"):
         write_images(tmp_path / label, 12)
-    settings = recipe.parse(smoke(tmp_path, "--data", str(tmp_path), "--test-fraction", "0.4"))
-    view = recipe.eval_view(32, settings)
-    options = recipe.Evaluation(knn=3)
-    with pytest.warns(UserWarning, match="could not be read"):
-        scores = recipe.pixel_knn(recipe.open_data(settings), view, options, (24, 24))
-    assert set(scores) == {"raw pixels", "standardised pixels"}
-    assert all(0 <= score <= 1 for score in scores.values())
+    words = ("--data", str(tmp_path), "--test-fraction", "0.4", "--evaluation.knn", "3")
+    settings = recipe.parse(smoke(tmp_path, *words))
+    plan, sources = recipe.pretraining(settings), recipe.open_data(settings)
+    for pixels in (recipe.Pixels(), recipe.Pixels(standardised=False)):
+        with pytest.warns(UserWarning, match="could not be read"):
+            assert 0 <= recipe.online_knn(pixels, plan, settings, sources) <= 1
+
+
+def test_pixels_are_those_of_the_view() -> None:
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    view = recipe.eval_view(32, recipe.PRESETS["demo"])(image)[None]
+    assert torch.equal(recipe.Pixels()(view).cls, view.flatten(1))
+    raw = recipe.Pixels(standardised=False)(view).cls
+    torch.testing.assert_close(raw, image.flatten()[None] / 255, atol=1e-5, rtol=0)

@@ -9,6 +9,7 @@ from sslkit import RASAProjector, backbones
 from sslkit.data.scenes import Scenes
 from sslkit.evaluation import knn
 from sslkit.evaluation.encoders import as_encoder
+from sslkit.evaluation.features import Unsuitable
 from sslkit.evaluation.subject import Subject, require_labels
 
 
@@ -46,7 +47,7 @@ def test_masks_lie_under_the_dense_views(subject):
     masks = subject.masks("test", features)
     view = subject.view("dense")
     assert torch.equal(masks[3], view.mask(subject.test.mask(3)).long())
-    with pytest.raises(TypeError, match=r"train data \(list\) has no masks"):
+    with pytest.raises(Unsuitable, match=r"train data \(list\) has no mask.*voc:PATH"):
         replace(subject, sources={"train": [subject.test[0]]}).masks("train", features)
 
 
@@ -91,11 +92,11 @@ def test_what_is_missing_is_named(subject):
         subject.features("near", "cls")
     assert len(subject.with_source("near", subject.test).features("near", "cls")) == 9
     function = as_encoder(lambda x: (x.mean((2, 3)), x.movedim(1, -1)))
-    with pytest.raises(TypeError, match="has no patch_size"):
+    with pytest.raises(Unsuitable, match="has no patch_size"):
         replace(subject, encoder=function).view("padded")
     features = subject.features("test", "cls")
     assert torch.equal(require_labels(features, "test"), features.labels)
-    with pytest.raises(ValueError, match="test data has images without a label"):
+    with pytest.raises(Unsuitable, match="test data has images without a label"):
         require_labels(replace(features, labels=features.labels - 99), "test")
 
 

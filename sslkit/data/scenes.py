@@ -121,6 +121,7 @@ class Scenes:
 
     class_names: tuple[str, ...] = CLASS_NAMES
     num_classes: int = len(CLASS_NAMES)
+    mask_class_names: tuple[str, ...] = ("ground", *CLASS_NAMES)
 
     def __init__(self, num_images: int, *, size: tuple[int, int] = (64, 64), seed: int = 0):
         if num_images < 1:
@@ -149,6 +150,24 @@ class Scenes:
         stream = np.random.SeedSequence(self.seed, spawn_key=(self._position(index),))
         layout = draw_layout(np.random.default_rng(stream), width / pixels, height / pixels)
         return _render(layout, height, width)
+
+    def mask(self, index: int) -> Tensor:
+        """The class of each pixel, int64 [H, W]: 0 for the ground, ``c + 1`` for class ``c``."""
+        return self.scene(index).mask
+
+    def boxes(self, index: int) -> Tensor:
+        """Boxes (x0, y0, x1, y1) of what is visible of each object, half open, float32 [n, 4]."""
+        boxes = [box[1:] for box in self.scene(index).boxes]
+        return torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+
+    def box_classes(self, index: int) -> Tensor:
+        """The class of each box, as in masks, int64 [n]."""
+        classes = [box.label + 1 for box in self.scene(index).boxes]
+        return torch.tensor(classes, dtype=torch.int64)
+
+    def depth(self, index: int) -> Tensor:
+        """Distance of each pixel in units of the scene, float32 [H, W]."""
+        return self.scene(index).depth
 
     def name(self, index: int) -> str:
         """What messages call item ``index``."""

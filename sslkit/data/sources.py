@@ -5,6 +5,7 @@ A *source* is an indexable set of images with optional labels (:class:`Source`).
 """
 
 import difflib
+import functools
 import inspect
 import itertools
 import os
@@ -243,13 +244,21 @@ def train_test_split(source: Source, test_fraction: float, seed: int) -> tuple["
 
 
 class Subset:
-    """The images of ``source`` at ``indices`` (int64 [n]), with the same classes."""
+    """The images of ``source`` at ``indices`` (int64 [n]), with the same classes.
+
+    It has those of the annotations of :mod:`sslkit.data.annotated` that ``source`` has.
+    """
 
     def __init__(self, source: Source, indices: Tensor):
         self.source = source
         self.indices = indices
         self.num_classes = source.num_classes
         self.class_names = source.class_names
+        for annotation in ("mask", "boxes", "box_classes", "depth"):
+            if hasattr(source, annotation):
+                setattr(self, annotation, functools.partial(self._annotation, annotation))
+        if hasattr(source, "mask_class_names"):
+            self.mask_class_names = source.mask_class_names
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -260,6 +269,9 @@ class Subset:
     def name(self, index: int) -> str:
         """The name that the whole source has for this image."""
         return self.source.name(int(self.indices[index]))
+
+    def _annotation(self, annotation: str, index: int) -> Tensor:
+        return getattr(self.source, annotation)(int(self.indices[index]))
 
 
 class ImageFolder:

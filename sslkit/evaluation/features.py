@@ -24,6 +24,10 @@ PATCH_TOKENS = ("patches", "layer_patches", "queries", "keys", "values", "attent
 ``attention`` [B, H, W, heads], what the class token pays each patch in that block."""
 
 
+class Unsuitable(ValueError):
+    """A model or data set that lacks what a protocol needs: no labels, masks, keys, ..."""
+
+
 @dataclass(frozen=True)
 class Features:
     """Frozen features of B images, on the CPU.
@@ -137,7 +141,7 @@ def encode(
 
     Raises:
         ValueError: ``want`` is empty or names something else.
-        TypeError: the encoder lacks a method that a token needs.
+        Unsuitable: the encoder lacks a method that a token needs.
     """
     unknown = [name for name in want if name not in IMAGE_TOKENS + PATCH_TOKENS]
     if unknown or not want:
@@ -329,7 +333,7 @@ def _rows(
 def _method(encoder: nn.Module, name: str, what: str) -> Callable[..., Any]:
     method = getattr(encoder, name, None)
     if method is None:
-        raise TypeError(
+        raise Unsuitable(
             f"{type(encoder).__name__} has no {name}(), which {what} come from; "
             "sslkit.backbones.ViTEncoder has it (see sslkit.evaluation.encoders)"
         )

@@ -15,22 +15,27 @@ from sslkit import __version__
 from sslkit.training.checkpoint import atomic_write
 
 
-def format_table(rows: Sequence[tuple[str, str]]) -> str:
-    """Two aligned columns of text, for a console and, fenced, for Markdown.
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns of text, for a console and, fenced, for Markdown.
 
     >>> print(format_table([("k-NN", "31.0 %"), ("position R2", "0.62 -> 0.01")]))
     k-NN         31.0 %
     position R2  0.62 -> 0.01
     """
-    width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def write_report(
     directory: str | Path,
     *,
     title: str,
-    results: Sequence[tuple[str, str]],
+    results: Sequence[Sequence[str]],
+    columns: Sequence[str] = ("Score", "Value"),
     figures: Mapping[str, Figure],
     settings: Mapping[str, Any],
 ) -> Path:
@@ -43,7 +48,8 @@ def write_report(
     Args:
         directory: made if missing.
         title: the heading.
-        results: name and value of each row of the table; `format_table` prints the same.
+        results: the rows of the table; `format_table` prints the same.
+        columns: the table's head.
         figures: by file name without ``.png``, in the order in which they are shown. A figure's
             label (``Figure.get_label()``), or else its name, is the text in place of the picture.
         settings: plain values, and mappings of them, written as ``outer.inner``.
@@ -67,7 +73,7 @@ def write_report(
             raise ValueError(
                 f"the figure's name {name!r} is not a plain file name: leave out paths"
             )
-    sections = [f"# {_one_line(title)}", "## Results", _markdown_table(results)]
+    sections = [f"# {_one_line(title)}", "## Results", _markdown_table([columns, *results])]
     if figures:
         (directory / "figures").mkdir(parents=True, exist_ok=True)
         sections += ["## Pictures", *(_picture(directory, *item) for item in figures.items())]
@@ -90,10 +96,9 @@ def _picture(directory: Path, name: str, figure: Figure) -> str:
     return f"![{alt.replace('[', '(').replace(']', ')')}](<{place}>)"
 
 
-def _markdown_table(rows: Sequence[tuple[str, str]]) -> str:
-    cells = [[_one_line(cell).replace("|", r"\|") for cell in row] for row in rows]
-    lines = [["Score", "Value"], [":--", ":--"], *cells]
-    return "\n".join(f"| {name} | {value} |" for name, value in lines)
+def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    head, *cells = [[_one_line(cell).replace("|", r"\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, [":--"] * len(head), *cells])
 
 
 def _fenced(rows: Sequence[tuple[str, str]]) -> str:

@@ -13,11 +13,18 @@ from torch import Generator, Tensor, nn
 from sslkit.data.seeds import sample_seed
 from sslkit.data.sources import Source
 from sslkit.evaluation.feature_cache import cached_features
-from sslkit.evaluation.features import Features, encode, extract, frozen
+from sslkit.evaluation.features import Features, Unsuitable, encode, extract, frozen
 from sslkit.evaluation.views import EvalTransform, PaddedView
 from sslkit.rasa import RASAProjector
 
 View = Literal["global", "dense", "padded"]
+
+_DATA_WITH = {
+    "mask": "a folder of images and masks, voc:PATH, ade20k:PATH, coco-stuff:PATH or scenes",
+    "boxes": "a folder of images and masks, voc-boxes:PATH or scenes",
+    "depth": "nyu:PATH",
+    "pair": "spair:PATH",
+}
 
 _PROJECTED = ("cls", "mean_patch", "patches")  # what RASA and nesting apply to: final tokens
 
@@ -83,7 +90,7 @@ class Subject:
         """Of the encoder, in pixels."""
         size = getattr(self.encoder, "patch_size", None)
         if size is None:
-            raise TypeError(
+            raise Unsuitable(
                 f"{self.name}: the encoder has no patch_size, which this protocol needs; give "
                 "as_encoder(function, patch_size=...)"
             )
@@ -173,21 +180,25 @@ class Subject:
         return [transform(self.source(source)[index][0]) for index in indices]
 
     def masks(self, source: str, features: Features) -> Tensor:
-        """True classes under the ``"dense"`` views that features are of, int64 [B, h, w].
-
-        Raises:
-            TypeError: the source has no masks.
-        """
-        masked: Any = self.source(source)
-        if not hasattr(masked, "mask"):
-            raise TypeError(
-                f"the {source} data ({type(masked).__name__}) has no masks, which this protocol "
-                "needs: choose --data with masks (a folder of images and masks, voc:, ade20k:, "
-                "coco-stuff:, scenes, ...)"
-            )
+        """True classes under the ``"dense"`` views that features are of, int64 [B, h, w]."""
+        masked = self.annotated(source, "mask")
         view = self.view("dense")
         assert isinstance(view, EvalTransform)
         return torch.stack([view.mask(masked.mask(i)).long() for i in features.indices.tolist()])
+
+    def annotated(self, source: str, annotation: str) -> Any:
+        """A source that has a method of that name (``mask``, ``boxes``, ``depth``, ``pair``).
+
+        Raises:
+            Unsuitable: it has not; the message names data that has.
+        """
+        images = self.source(source)
+        if not hasattr(images, annotation):
+            raise Unsuitable(
+                f"the {source} data ({type(images).__name__}) has no {annotation}, which this "
+                f"protocol needs: choose other --data, such as {_DATA_WITH[annotation]}"
+            )
+        return images
 
     def _projected(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """RASA, then the first features, of the final tokens."""
@@ -215,7 +226,7 @@ def require_labels(features: Features, source: str) -> Tensor:
     """The labels [B] of features; an error if there are none."""
     labels = features.labels
     if int(labels.min()) < 0:
-        raise ValueError(
+        raise Unsuitable(
             f"the {source} data has images without a label, which this protocol needs: class "
             "folders (DATA/train/CLASS/x.jpg, DATA/val/CLASS/y.jpg), or another labelled --data"
         )

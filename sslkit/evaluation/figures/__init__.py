@@ -3,6 +3,7 @@
 Every figure says in its title what it shows and below the title what to look for.
 """
 
+from sslkit.evaluation.figures.classification import confusion, ood_histograms
 from sslkit.evaluation.figures.features import (
     attention_maps,
     cluster_entropy,
@@ -22,6 +23,7 @@ from sslkit.evaluation.figures.training import (
 __all__ = [
     "attention_maps",
     "cluster_entropy",
+    "confusion",
     "correspondences",
     "crops_and_masks",
     "discovery_boxes",
@@ -30,6 +32,7 @@ __all__ = [
     "mask_exposure",
     "matryoshka",
     "online_knn",
+    "ood_histograms",
     "pca_maps",
     "position_error",
 ]

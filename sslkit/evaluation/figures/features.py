@@ -25,13 +25,17 @@ from sslkit.evaluation.figures.style import (
 
 @styled
 def matryoshka(
-    curves: Mapping[str, Mapping[int, float]], *, score_name: str = "k-NN accuracy (%)"
+    curves: Mapping[str, Mapping[int, float]],
+    *,
+    score_name: str = "k-NN accuracy",
+    percent: bool = True,
 ) -> Figure:
-    """Score (0..1, drawn in percent) against embedding size, one line a model.
+    """Score against embedding size, one line a model.
 
     Args:
         curves: by name, from `matryoshka_curve`; the first is the trained model.
         score_name: label of the vertical axis.
+        percent: draw scores of 0..1 as 0..100 %.
     """
     figure = new_figure(
         "Matryoshka curve",
@@ -44,8 +48,9 @@ def matryoshka(
     for i, (name, curve) in enumerate(curves.items()):
         colour, marker, line = looks[i % len(looks)]
         sizes = sorted(curve)
-        percent = [100 * curve[size] for size in sizes]
-        axes.plot(sizes, percent, color=colour, marker=marker, ls=line, label=name)
+        heights = [(100 if percent else 1) * curve[size] for size in sizes]
+        axes.plot(sizes, heights, color=colour, marker=marker, ls=line, label=name)
+    score_name += " (%)" if percent else ""
     sizes = sorted({size for curve in curves.values() for size in curve})
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])

@@ -1,0 +1,187 @@
+"""Image files whose annotations match the images as they are read, and errors about layouts."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from torch import Tensor
+
+from sslkit.data.decode import MAX_SIDE, UnreadableImage, read_image
+from sslkit.data.sources import StringTable
+
+SHOWN = 8
+"""How many names of what was found a message lists."""
+
+
+class ImageFiles:
+    """A source of image files, to which a reader adds its annotations.
+
+    An annotation is in the pixels of the file, turned as its EXIF orientation says. `fit_mask`
+    and `fit_boxes` bring it to the pixels of the image that is read, which may be shrunk.
+
+    Args:
+        folder: what the names in ``files`` are relative to.
+        files: the images.
+        labels: the class of each image, -1 where there is none; default: no labels.
+        class_names: the names of these classes, where known.
+        num_classes: default: as many as there are names.
+        max_side: see :func:`sslkit.data.decode.read_image`.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        files: Sequence[str],
+        *,
+        labels: Sequence[int] | None = None,
+        class_names: tuple[str, ...] | None = None,
+        num_classes: int | None = None,
+        max_side: int = MAX_SIDE,
+    ):
+        self.folder = os.fspath(folder)
+        self.max_side = max_side
+        self.class_names = class_names
+        self.num_classes = len(class_names or ()) if num_classes is None else num_classes
+        self._files = StringTable(files)
+        self._labels = None if labels is None else np.array(labels, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return read_image(self.name(index), max_side=self.max_side), self.label(index)
+
+    def label(self, index: int) -> int:
+        """The class of the image, which is not read; -1 where there is none."""
+        return -1 if self._labels is None else int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        """The path of the image."""
+        return os.path.join(self.folder, self._files[index])
+
+    def stem(self, index: int) -> str:
+        """The image's file name without its ending."""
+        return Path(self._files[index]).stem
+
+    def sizes(self, index: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(height, width) in the file, upright, and of the image that is read."""
+        return image_sizes(self.name(index), self.max_side)
+
+    def fit_mask(self, mask: np.ndarray, index: int, name: str) -> Tensor:
+        """A map [H, W] of the file's pixels at the size of the image that is read, [h, w].
+
+        Each pixel takes the value under its centre. ``name`` is the map's file, for the error that
+        names both files when the sizes differ.
+        """
+        stored, (height, width) = self.sizes(index)
+        if mask.shape != stored:
+            raise UnreadableImage(
+                name, f"it is {list(mask.shape)}, but {self.name(index)} is {list(stored)}"
+            )
+        if mask.shape != (height, width):
+            rows = (2 * np.arange(height) + 1) * stored[0] // (2 * height)
+            columns = (2 * np.arange(width) + 1) * stored[1] // (2 * width)
+            mask = mask[rows[:, None], columns]
+        return torch.from_numpy(np.ascontiguousarray(mask))
+
+    def fit_boxes(self, boxes: Sequence[Sequence[float]], index: int) -> Tensor:
+        """Boxes (x0, y0, x1, y1) in the image that is read, float32 [n, 4]."""
+        (stored_height, stored_width), (height, width) = self.sizes(index)
+        x, y = width / stored_width, height / stored_height
+        scaled = torch.tensor(boxes, dtype=torch.float64).view(-1, 4)
+        return (scaled * torch.tensor([x, y, x, y], dtype=torch.float64)).float()
+
+
+def image_sizes(path: str, max_side: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) in an image file, upright, and of the image that `read_image` makes of it."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (OSError, SyntaxError) as error:
+        raise UnreadableImage(path, f"{type(error).__name__}: {error}") from error
+    stored = (width, height) if orientation >= 5 else (height, width)
+    if max(stored) <= max_side:
+        return stored, stored
+    _, read_height, read_width = read_image(path, max_side=max_side).shape
+    return stored, (read_height, read_width)
+
+
+def read_class_map(path: str | os.PathLike[str]) -> np.ndarray:
+    """The grey levels or palette indices of an image file, uint8 [H, W].
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile(suffix=".png") as file:
+    ...     image = Image.new("P", (3, 1), 2)
+    ...     image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    ...     image.save(file.name)
+    ...     read_class_map(file.name)
+    array([[2, 2, 2]], dtype=uint8)
+    """
+    name = os.fspath(path)
+    try:
+        with Image.open(path) as file:
+            mode, mask = file.mode, np.array(file)
+    except (OSError, SyntaxError) as error:  # Pillow's answers to a broken PNG
+        raise UnreadableImage(name, f"{type(error).__name__}: {error}") from error
+    if mode not in ("L", "P"):
+        raise UnreadableImage(name, f"a mask is 8-bit grey or palette, this one has mode {mode}")
+    return mask
+
+
+def check_layout(folder: Path, wanted: Sequence[str], tree: str) -> None:
+    """Raise FileNotFoundError unless each of ``wanted`` exists in ``folder``; it shows ``tree``."""
+    if missing := [name for name in wanted if not (folder / name).exists()]:
+        raise FileNotFoundError(describe_layout(folder, missing, tree))
+
+
+def describe_layout(folder: Path, missing: Sequence[str], tree: str) -> str:
+    """What to say of a folder that lacks something: what, what was expected, what was found."""
+    if not folder.exists():
+        return f"there is no {folder}; expected the layout\n{tree}"
+    if not folder.is_dir():
+        return f"{folder} is a file; expected a folder of the layout\n{tree}"
+    found = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    shown = ", ".join(found[:SHOWN]) or "nothing"
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return (
+        f"{folder} lacks {', '.join(missing)}; expected the layout\n{tree}\nfound in it: "
+        f"{shown}{more}"
+    )
+
+
+def find_folder(folders: Sequence[Path], root: Path, tree: str) -> Path:
+    """The first of ``folders`` that exists; an error about ``root`` if none does."""
+    found = next((folder for folder in folders if folder.is_dir()), None)
+    if found is None:
+        wanted = " or ".join(folder.relative_to(root).as_posix() + "/" for folder in folders)
+        raise FileNotFoundError(describe_layout(root, [wanted], tree))
+    return found
+
+
+def list_files(folder: Path, endings: Sequence[str]) -> list[str]:
+    """The names of the files with one of these endings, sorted; an error if there is none."""
+    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(tuple(endings)))
+    if not names:
+        raise FileNotFoundError(f"no file in {folder} ends in {' or '.join(endings)}")
+    return names
+
+
+def read_names(path: Path) -> list[str]:
+    """The first word of each line of a list file."""
+    names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    if not names:
+        raise ValueError(f"the list {path} is empty")
+    return names
+
+
+def check_files(folder: Path, names: Sequence[str], what: str) -> None:
+    """Raise FileNotFoundError unless all ``names`` are in ``folder``."""
+    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    if missing := [name for name in names if name not in there]:
+        raise FileNotFoundError(
+            f"no {what} {folder / missing[0]}; {len(missing)} of {len(names)} are missing there"
+        )

@@ -1,0 +1,236 @@
+"""NYU Depth V2: indoor images with depth, from the labelled MATLAB file or a folder.
+
+The formats: Silberman et al. 2012 and https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html;
+``splits.mat`` comes with the toolbox there. The MATLAB file is HDF5, whose axes are the reverse of
+MATLAB's: ``images`` [N, 3, 640, 480], ``depths`` [N, 640, 480] in metres, holes filled. The folder
+is what ``extract_official_train_test_set_from_mat.py`` makes of that file (Lee et al. 2019, BTS,
+and most code since): depth is the camera's own, in whole millimetres, with holes (0).
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sslkit.data.annotated.files import ImageFiles, check_files, describe_layout
+from sslkit.data.decode import MAX_SIDE, UnreadableImage
+
+EIGEN_CROP = (slice(45, 471), slice(41, 601))
+"""Rows and columns of the 480 by 640 pixels that Eigen et al. 2014 evaluate on."""
+
+MAT_FILE = "nyu_depth_v2_labeled.mat"
+_SIZE = (480, 640)
+_TREE = f"""\
+  FOLDER/
+    {MAT_FILE}
+    splits.mat
+or
+  FOLDER/
+    {{train,test}}/SCENE/rgb_00045.jpg           or below official_splits/
+    {{train,test}}/SCENE/sync_depth_00045.png"""
+
+
+def open_nyu_depth(
+    path: str | os.PathLike[str],
+    *,
+    split: Literal["train", "test"] = "train",
+    eigen_crop: bool = False,
+    max_side: int = MAX_SIDE,
+) -> "NYUDepthFile | NYUDepthFolder":
+    """NYU Depth V2 in whichever form ``path`` has it.
+
+    Args:
+        path: the MATLAB file, the folder with it, or the folder with ``train`` and ``test`` (or
+            with ``official_splits``, or ``nyu_depth_v2``).
+        split: the official one: 795 images to train, 654 to test.
+        eigen_crop: whether depth outside `EIGEN_CROP` is set to 0, as unknown.
+        max_side: see :func:`sslkit.data.decode.read_image`; of a folder only.
+
+    Raises:
+        FileNotFoundError: neither is there; the message shows both layouts.
+    """
+    path = Path(path)
+    if path.suffix == ".mat" and path.is_file():
+        return NYUDepthFile(path, split=split, eigen_crop=eigen_crop)
+    if (path / MAT_FILE).is_file():
+        return NYUDepthFile(path / MAT_FILE, split=split, eigen_crop=eigen_crop)
+    for below in (".", "official_splits", "nyu_depth_v2", "nyu_depth_v2/official_splits"):
+        if (path / below / split).is_dir():
+            return NYUDepthFolder(
+                path / below, split=split, eigen_crop=eigen_crop, max_side=max_side
+            )
+    raise FileNotFoundError(describe_layout(path, [MAT_FILE, f"{split}/"], _TREE))
+
+
+class NYUDepthFile:
+    """The labelled MATLAB file. An image's label is the type of its scene, such as kitchen.
+
+    Needs h5py, and SciPy for ``splits.mat``. The file is opened anew for each image, so that
+    worker processes share nothing.
+
+    Args:
+        path: ``nyu_depth_v2_labeled.mat``, with ``splits.mat`` beside it.
+        split: by the numbers in ``splits.mat``.
+        eigen_crop: whether depth outside `EIGEN_CROP` is set to 0.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        split: Literal["train", "test"] = "train",
+        eigen_crop: bool = False,
+    ):
+        self.path = os.fspath(path)
+        self.eigen_crop = eigen_crop
+        self.indices = _read_split(Path(path).with_name("splits.mat"), split)
+        with self._open() as file:
+            if missing := {"images", "depths"} - set(file):
+                raise ValueError(f"{self.path} has no {sorted(missing)}; it has {sorted(file)}")
+            num_images = len(file["images"])
+            scenes: list[str] = []
+            if "sceneTypes" in file:
+                scenes = [_text(file[each]) for each in np.ravel(file["sceneTypes"])]
+        if self.indices.max() >= num_images:
+            raise ValueError(
+                f"splits.mat names image {self.indices.max() + 1} of {num_images} in {self.path}"
+            )
+        self.class_names: tuple[str, ...] | None = tuple(sorted(set(scenes))) or None
+        self.num_classes = len(self.class_names or ())
+        number = {name: i for i, name in enumerate(self.class_names or ())}
+        self._labels = np.array([number[scenes[i]] if scenes else -1 for i in self.indices])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with self._open() as file:
+            image = torch.from_numpy(file["images"][self.indices[index]])
+        return image.transpose(1, 2).contiguous(), self.label(index)  # [3, w, h] -> [3, h, w]
+
+    def label(self, index: int) -> int:
+        """The type of the scene, without reading the image; -1 if the file does not say."""
+        return int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        """The file and the number in it, counted from 1 as in ``splits.mat``."""
+        return f"{self.path}[{self.indices[index] + 1}]"
+
+    def depth(self, index: int) -> Tensor:
+        """Metres, float32 [h, w]."""
+        with self._open() as file:
+            depth = file["depths"][self.indices[index]]
+        return _crop(np.float32(depth.T), self.eigen_crop, self.name(index))
+
+    def _open(self) -> Any:
+        try:
+            import h5py
+        except ImportError as error:
+            raise ImportError(
+                f"reading {MAT_FILE} needs h5py: pip install 'sslkit[evaluation]'"
+            ) from error
+        try:
+            return h5py.File(self.path, "r")
+        except OSError as error:
+            raise ValueError(
+                f"{self.path} is not a MATLAB file of version 7.3 (HDF5): {error}"
+            ) from error
+
+
+class NYUDepthFolder(ImageFiles):
+    """Folders of scenes. An image's label is the name of the folder that it is in.
+
+    Args:
+        folder: has ``train`` and ``test``, and in them a folder a scene.
+        split: the sub-folder.
+        eigen_crop: whether depth outside `EIGEN_CROP` is set to 0.
+        max_side: see :func:`sslkit.data.decode.read_image`.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        split: Literal["train", "test"] = "train",
+        eigen_crop: bool = False,
+        max_side: int = MAX_SIDE,
+    ):
+        root = Path(folder)
+        self.eigen_crop = eigen_crop
+        files = sorted((root / split).glob("*/rgb_*.jpg"))
+        if not files:
+            raise FileNotFoundError(describe_layout(root, [f"{split}/SCENE/rgb_*.jpg"], _TREE))
+        by_scene: dict[str, list[str]] = {}
+        for file in files:
+            by_scene.setdefault(file.parent.name, []).append(_depth_name(file.name))
+        for scene, depths in by_scene.items():
+            check_files(root / split / scene, depths, "depth map")
+        folders = (each for side in ("train", "test") for each in (root / side).glob("*"))
+        class_names = tuple(sorted({each.name for each in folders if each.is_dir()}))
+        super().__init__(
+            root / split,
+            [f"{file.parent.name}/{file.name}" for file in files],
+            labels=[class_names.index(file.parent.name) for file in files],
+            class_names=class_names,
+            max_side=max_side,
+        )
+
+    def depth(self, index: int) -> Tensor:
+        """Metres, float32 [h, w]; 0 where the camera saw none."""
+        image = Path(self.name(index))
+        path = image.with_name(_depth_name(image.name))
+        try:
+            with Image.open(path) as file:
+                millimetres = np.array(file)
+        except (OSError, SyntaxError) as error:
+            raise UnreadableImage(str(path), f"{type(error).__name__}: {error}") from error
+        if millimetres.ndim != 2 or millimetres.dtype == np.uint8:
+            raise UnreadableImage(
+                str(path), f"depth is 16-bit grey, this is {millimetres.dtype} {millimetres.shape}"
+            )
+        metres = _crop(millimetres.astype(np.float32) / 1000, self.eigen_crop, str(path))
+        return self.fit_mask(metres.numpy(), index, str(path))
+
+
+def _depth_name(image_name: str) -> str:
+    return f"sync_depth_{Path(image_name).stem.removeprefix('rgb_')}.png"
+
+
+def _crop(depth: np.ndarray, eigen_crop: bool, name: str) -> Tensor:
+    """Depth with 0 outside the crop, if that is wanted: float32 [h, w]."""
+    if not eigen_crop:
+        return torch.from_numpy(np.ascontiguousarray(depth))
+    if depth.shape != _SIZE:
+        raise ValueError(f"the Eigen crop is of {_SIZE} pixels, but {name} has {depth.shape}")
+    cropped = torch.zeros(_SIZE)
+    cropped[EIGEN_CROP] = torch.from_numpy(depth[EIGEN_CROP])
+    return cropped
+
+
+def _read_split(path: Path, split: str) -> np.ndarray:
+    """Positions, from 0, of the images of a split."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise ImportError(
+            f"reading {path.name} needs SciPy: pip install 'sslkit[evaluation]'"
+        ) from error
+    if not path.is_file():
+        raise FileNotFoundError(describe_layout(path.parent, [path.name], _TREE))
+    key = f"{split}Ndxs"
+    try:
+        splits = loadmat(path)
+    except Exception as error:  # SciPy's errors have no base of their own
+        raise ValueError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+    if key not in splits:
+        raise ValueError(f"{path} has no {key}; it has {sorted(splits)}")
+    return np.ravel(splits[key]).astype(np.int64) - 1
+
+
+def _text(characters: Any) -> str:
+    """A MATLAB string: its UTF-16 codes, [n, 1]."""
+    return "".join(chr(code) for code in np.ravel(characters))

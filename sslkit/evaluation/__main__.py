@@ -1,0 +1,188 @@
+"""python -m sslkit.evaluation PROTOCOL --weights W ... --data D --output O
+
+PROTOCOL is one of those of `sslkit.evaluation.protocols`, or `all`: those that the data and the
+models have what it takes for.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from sslkit.data.annotated.open import open_annotated
+from sslkit.data.sources import Source
+from sslkit.evaluation.comparison import compare, table, write
+from sslkit.evaluation.features import Unsuitable
+from sslkit.evaluation.models import load_rasa, open_model
+from sslkit.evaluation.protocols import PROTOCOLS
+from sslkit.evaluation.report import format_table
+from sslkit.evaluation.subject import Subject
+
+_NEED_MORE = ("robustness", "ood", "matryoshka", "feat2gs")  # than the data alone: not in `all`
+_GLOBAL_SIZE, _DENSE_OVER_GLOBAL = 224, 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """Which models on which images, and where the results go."""
+
+    weights: tuple[str, ...]
+    """Models, each as NAME=SPEC or SPEC: a file of the recipe, random:FILE, random:NAME, timm:NAME
+    or floor. The first is the one that the others are compared with."""
+    data: str
+    """Class folders, a folder of images and masks, voc:PATH, ade20k:PATH, coco-stuff:PATH,
+    spair:PATH, nyu:PATH, scenes, ... (sslkit.data.annotated.open)."""
+    output: Path
+    """Folder of results.json, report.md, figures/ and, unless --cache says otherwise, features/."""
+    nesting: tuple[int, ...] = ()
+    """Also each model with only its first so many features."""
+    rasa: tuple[Path, ...] = ()
+    """Remove position by these projectors: one for all models, or one a model."""
+    global_size: int | None = None
+    """Pixels a side of the centre crop for class tokens; default: the first encoder's size."""
+    dense_size: int | None = None
+    """Pixels a side of the crop for patch tokens; default: twice that."""
+    resize_over_crop: float = 256 / 224
+    """Images are resized to this multiple of --global-size before the crop."""
+    num_train: int | None = None
+    """At most so many training images, evenly spaced."""
+    num_test: int | None = None
+    """At most so many test images, evenly spaced."""
+    scene_size: int = 64
+    """Pixels a side of an image of `--data scenes`."""
+    num_scenes: int = 2000
+    """Images of each split of `--data scenes`."""
+    floor_patch_size: int = 8
+    """Pixels a side of a patch of `--weights floor`."""
+    cache: Path | None = None
+    """Folder of the features; default: features/ in --output."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch_size: int = 64
+    workers: int = 0
+    """Processes that read images."""
+    seed: int = 0
+    level: float = 0.95
+    """Share of the bootstrap resamples inside an interval."""
+    num_resamples: int = 1000
+
+
+def subjects(run: Run) -> list[Subject]:
+    """One for each model, and for each of its nesting sizes."""
+    sources = {split: _open(run, split) for split in ("train", "test")}
+    models = [
+        open_model(spec, seed=run.seed, floor_patch_size=run.floor_patch_size)
+        for spec in run.weights
+    ]
+    if len(run.rasa) not in (0, 1, len(models)):
+        raise ValueError(
+            f"--rasa names {len(run.rasa)} files for {len(models)} models: give one, or one each"
+        )
+    device = run.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    trained_size = getattr(models[0].encoder, "img_size", (_GLOBAL_SIZE, _GLOBAL_SIZE))
+    global_size = run.global_size or min(trained_size)
+    limits = {"train": run.num_train, "test": run.num_test}
+    found = []
+    for i, model in enumerate(models):
+        projectors = [load_rasa(run.rasa[i % len(run.rasa)])] if run.rasa else [None]
+        subject = Subject(
+            model.name + (" + RASA" if run.rasa else ""),
+            model.encoder.to(device),
+            sources,
+            {"weights": model.identity, "data": _identity(run)},
+            global_size=global_size,
+            dense_size=run.dense_size or _DENSE_OVER_GLOBAL * global_size,
+            resize_over_crop=run.resize_over_crop,
+            rasa=projectors[0],
+            cache=run.cache or run.output / "features",
+            limits={split: limit for split, limit in limits.items() if limit is not None},
+            batch_size=run.batch_size,
+            device=device,
+            num_workers=run.workers,
+            seed=run.seed,
+            progress=True,
+        )
+        found.append(subject)
+        found += [
+            replace(subject, name=f"{subject.name}[:{size}]", nesting=size) for size in run.nesting
+        ]
+    return found
+
+
+def _open(run: Run, split: Literal["train", "test"]) -> Source:
+    return open_annotated(
+        run.data,
+        split=split,
+        seed=run.seed,
+        scene_size=(run.scene_size, run.scene_size),
+        num_scenes=run.num_scenes,
+    )
+
+
+def _identity(run: Run) -> str:
+    path = Path(run.data)
+    name = str(path.resolve()) if path.exists() else run.data
+    return f"{name}, scenes {run.num_scenes} of {run.scene_size}, seed {run.seed}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    names = {"all": "every protocol that the data and the models are fit for"}
+    names |= {name: (module.Options.__doc__ or "") for name, module in PROTOCOLS.items()}
+    if not words or words[0] not in names:
+        asked = f"no protocol {words[0]!r}" if words and words[0] not in ("-h", "--help") else ""
+        listed = format_table([(name, text.splitlines()[0]) for name, text in names.items()])
+        print(f"{__doc__}\n{listed}\n\npython -m sslkit.evaluation PROTOCOL --help says more.")
+        sys.exit(f"error: {asked}" if asked else 0)
+    chosen = words[0]
+    fields: list[tuple[str, Any]] = [("run", Run)]
+    if chosen != "all":
+        fields.append(("options", PROTOCOLS[chosen].Options))
+    settings_type: Any = dataclasses.make_dataclass(chosen.title(), fields, frozen=True)
+    settings = tyro.cli(
+        tyro.conf.OmitArgPrefixes[settings_type],
+        args=words[1:],
+        prog=f"python -m sslkit.evaluation {chosen}",
+        description=names[chosen],
+    )
+    try:
+        evaluate(settings.run, chosen, getattr(settings, "options", None))
+    except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+def evaluate(run: Run, chosen: str, options: Any = None) -> None:
+    """Run one protocol, or all, and write the results."""
+    protocols = {chosen: options}
+    if chosen == "all":
+        protocols = {
+            name: module.Options() for name, module in PROTOCOLS.items() if name not in _NEED_MORE
+        }
+    comparison = compare(
+        subjects(run),
+        protocols,
+        level=run.level,
+        num_resamples=run.num_resamples,
+        skip_unsuitable=chosen == "all",
+    )
+    if not comparison.outcomes:
+        raise Unsuitable(f"no protocol could run on {run.data}; the reasons are above")
+    settings = {
+        "protocol": chosen,
+        **dataclasses.asdict(run),
+        "options": {} if options is None else dataclasses.asdict(options),
+    }
+    page = write(comparison, run.output, title=f"{chosen} on {run.data}", settings=settings)
+    print(format_table([("", *comparison.models), *table(comparison)]))
+    print(f"report: {page}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""``python -m sslkit.evaluation``: models and data by name, one table, errors in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sslkit import RASAProjector, backbones
+from sslkit.evaluation.__main__ import main
+from sslkit.evaluation.models import load_rasa, open_model
+from sslkit.evaluation.protocols import PROTOCOLS
+
+SCENES = ["--data", "scenes", "--num-scenes", "24", "--scene-size", "32"]
+QUICK = ["--num-resamples", "50", "--global-size", "16", "--dense-size", "24"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "trained.safetensors"
+    torch.manual_seed(0)
+    backbones.save(backbones.create("sslkit_vit_micro", img_size=16), path)
+    return path
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+# --- models by name ------------------------------------------------------------------------------
+
+
+def test_models_by_name(weights):
+    trained = open_model(str(weights))
+    assert trained.name == "trained"
+    state = trained.encoder.state_dict()
+    fresh = open_model(f"random:{weights}")
+    other = open_model(f"random:{weights}", seed=1)
+    again = open_model(f"random:{weights}")
+    assert (fresh.name, fresh.encoder.img_size) == ("random", (16, 16))
+    key = "vit.blocks.0.attn.qkv.weight"
+    assert not torch.equal(fresh.encoder.state_dict()[key], state[key])
+    assert not torch.equal(fresh.encoder.state_dict()[key], other.encoder.state_dict()[key])
+    assert torch.equal(fresh.encoder.state_dict()[key], again.encoder.state_dict()[key])
+    assert len({m.identity for m in (trained, fresh, other)}) == 3
+    assert fresh.identity == again.identity
+    named = open_model("mine=random:sslkit_vit_micro")
+    assert (named.name, named.encoder.embed_dim) == ("mine", 32)
+    assert open_model("floor", floor_patch_size=4).encoder.patch_size == (4, 4)
+    assert open_model(f"a={weights}").name == "a"
+
+
+def test_models_that_are_not_there(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"no weights 'x.pt': give FILE.safetensors .*floor"
+    ):
+        open_model("x.pt")
+    with pytest.raises(ValueError, match="unknown backbone 'vitt'"):
+        open_model("random:vitt")
+    (tmp_path / "a.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        open_model(str(tmp_path / "a.safetensors"))
+
+
+def test_rasa_files(tmp_path, weights):
+    rasa = RASAProjector(8, num_iterations=2)
+    rasa.basis.copy_(torch.linalg.qr(torch.randn(8, 4))[0].T)
+    save_file(rasa.state_dict(), tmp_path / "rasa.safetensors")
+    x = torch.randn(3, 8)
+    assert torch.equal(load_rasa(tmp_path / "rasa.safetensors")(x), rasa(x))
+    with pytest.raises(ValueError, match=r"expected one tensor, basis .* give it as --weights"):
+        load_rasa(weights)
+    with pytest.raises(FileNotFoundError, match="no RASA file"):
+        load_rasa(tmp_path / "missing")
+    (tmp_path / "bad").write_bytes(b"no")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load_rasa(tmp_path / "bad")
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def test_models_side_by_side(tmp_path, weights, capsys):
+    words = ["knn", "--weights", str(weights), f"fresh=random:{weights}", "--nesting", "8"]
+    main([*words, *SCENES, *QUICK, "--ks", "1", "20", "--output", str(tmp_path)])
+    names = ["trained", "trained[:8]", "fresh", "fresh[:8]"]
+    found = results(tmp_path)
+    assert found["models"] == names
+    assert set(found["protocols"]["knn"]) == set(names)
+    for name in names:
+        score = found["protocols"]["knn"][name]["scores"]["k=20"]
+        low, high = score["interval"]
+        assert low <= score["value"] <= high
+        assert (score["difference_to_first"] is None) == (name == "trained")
+    page = (tmp_path / "report.md").read_text()
+    assert "| Score | trained | trained[:8] | fresh | fresh[:8] |" in page
+    assert "knn k=20" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("features/*/*")}
+    assert before
+    main([*words, *SCENES, *QUICK, "--ks", "1", "20", "--output", str(tmp_path)])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("features/*/*")} == before
+    assert results(tmp_path)["protocols"] == found["protocols"]
+
+
+def test_rasa_is_applied(tmp_path, weights):
+    encoder = backbones.load(weights)
+    rasa = RASAProjector(encoder.embed_dim, num_iterations=3)
+    rasa.basis.copy_(torch.linalg.qr(torch.randn(32, 6))[0].T)
+    save_file(rasa.state_dict(), tmp_path / "rasa.safetensors")
+    encoder.vit = rasa.fold_into_vit(encoder.vit)
+    backbones.save(encoder, tmp_path / "folded.safetensors")
+    words = ["position", *SCENES, *QUICK]
+    plain, removed, folded = tmp_path / "plain", tmp_path / "removed", tmp_path / "folded"
+    main([*words, "--weights", str(weights), "--output", str(plain)])
+    rasa_file = str(tmp_path / "rasa.safetensors")
+    main([*words, "--weights", str(weights), "--rasa", rasa_file, "--output", str(removed)])
+    folded_file = str(tmp_path / "folded.safetensors")
+    main([*words, "--weights", folded_file, "--output", str(folded)])
+
+    def value(folder: Path, model: str) -> float:
+        scores = results(folder)["protocols"]["position"][model]["scores"]
+        return next(iter(scores.values()))["value"]
+
+    expected = value(folded, "folded")
+    assert value(removed, "trained + RASA") == pytest.approx(expected, abs=2e-3)
+    assert abs(value(plain, "trained") - expected) > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_all_runs_what_it_can_and_says_what_it_cannot(tmp_path, weights):
+    words = ["all", "--weights", str(weights), "floor", *SCENES, *QUICK, "--output", str(tmp_path)]
+    main(words)
+    found = results(tmp_path)
+    expected = {
+        *("knn", "linear", "logistic", "in-context", "linear-segmentation", "overclustering"),
+        *("lost", "tokencut", "pca", "attention", "cluster-entropy", "position"),
+    }
+    assert set(found["protocols"]) == expected
+    assert "keys" in found["not_run"]["lost"]["floor"]
+    assert "nyu:PATH" in found["not_run"]["depth"]["trained"]
+    assert "spair:PATH" in found["not_run"]["correspondence"]["trained"]
+    page = (tmp_path / "report.md").read_text()
+    assert "| depth | not run | not run |" in page
+    for picture in ("pca-trained", "attention-trained", "lost-trained", "in-context-floor"):
+        assert list((tmp_path / "figures").glob(f"{picture}*.png")), picture
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_every_protocol_has_words_and_help(protocol, capsys):
+    assert PROTOCOLS[protocol].Options.__doc__.strip().endswith(".")
+    with pytest.raises(SystemExit) as stopped:
+        main([protocol, "--help"])
+    assert stopped.value.code == 0
+    assert "--weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["knm"], "no protocol 'knm'"),
+        (["knn", "--weights", "nowhere", *SCENES], "no weights 'nowhere'"),
+        (["knn", "--weights", "floor", "--data", "voc:/nowhere"], "/nowhere"),
+        (["lost", "--weights", "floor", *SCENES, *QUICK], "queries_keys_values"),
+        (["knn", "--weights", "floor", "floor", *SCENES], "two models have the same name"),
+        (["knn", "--weights", "floor", *SCENES, "--rasa", "a", "b"], "--rasa names 2 files for 1"),
+        (["depth", "--weights", "floor", *SCENES, *QUICK], "has no depth.*nyu:PATH"),
+        (
+            ["knn", "--weights", "random:sslkit_vit_micro", *SCENES, "--global-size", "30"],
+            "multiples of the patch size",
+        ),
+    ],
+)
+def test_errors_end_in_one_line(tmp_path, words, message):
+    output = [] if words == ["knm"] else ["--output", str(tmp_path)]
+    with pytest.raises(SystemExit, match=f"^error: (?s:.*){message}"):
+        main([*words, *output])
