@@ -15,7 +15,6 @@ import torch
 import tyro
 
 from sslkit.data.annotated.open import open_annotated
-from sslkit.data.sources import Source
 from sslkit.evaluation.comparison import compare, table, write
 from sslkit.evaluation.features import Unsuitable
 from sslkit.evaluation.models import load_rasa, open_model
@@ -115,7 +114,7 @@ def subjects(run: Run) -> list[Subject]:
     return found
 
 
-def _open(run: Run, split: Literal["train", "test"]) -> Source:
+def _open(run: Run, split: Literal["train", "test"]) -> Any:
     return open_annotated(
         run.data,
         split=split,
@@ -146,8 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen != "all":
         fields.append(("options", PROTOCOLS[chosen].Options))
     settings_type: Any = dataclasses.make_dataclass(chosen.title(), fields, frozen=True)
-    settings = tyro.cli(
-        tyro.conf.OmitArgPrefixes[settings_type],
+    settings: Any = tyro.cli(
+        tyro.conf.configure(tyro.conf.OmitArgPrefixes)(settings_type),
         args=words[1:],
         prog=f"python -m sslkit.evaluation {chosen}",
         description=names[chosen],

@@ -12,8 +12,9 @@ from sslkit.evaluation.figures.features import (
     pca_maps,
     position_error,
 )
+from sslkit.evaluation.figures.objects import correspondences, discovery_boxes
 from sslkit.evaluation.figures.position import position_maps
-from sslkit.evaluation.figures.segmentation import segmentation
+from sslkit.evaluation.figures.segmentation import in_context, segmentation
 from sslkit.evaluation.figures.training import (
     crops_and_masks,
     loss_curves,
@@ -25,8 +26,10 @@ __all__ = [
     "attention_maps",
     "cluster_entropy",
     "confusion",
+    "correspondences",
     "crops_and_masks",
     "depth",
+    "discovery_boxes",
     "loss_curves",
     "mask_exposure",
     "matryoshka",
