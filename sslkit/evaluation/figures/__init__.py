@@ -14,7 +14,7 @@ from sslkit.evaluation.figures.features import (
 )
 from sslkit.evaluation.figures.objects import correspondences, discovery_boxes
 from sslkit.evaluation.figures.position import position_maps
-from sslkit.evaluation.figures.segmentation import in_context, segmentation
+from sslkit.evaluation.figures.segmentation import segmentation
 from sslkit.evaluation.figures.training import (
     crops_and_masks,
     loss_curves,
