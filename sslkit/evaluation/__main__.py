@@ -61,7 +61,8 @@ class Run:
     cache: Path | None = None
     """Folder of the features; default: features/ in --output."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    batch_size: int = 64
+    encode_batch_size: int = 64
+    """Images that the encoder sees at once."""
     workers: int = 0
     """Processes that read images."""
     seed: int = 0
@@ -101,7 +102,7 @@ def subjects(run: Run) -> list[Subject]:
             rasa=projectors[0],
             cache=run.cache or run.output / "features",
             limits={split: limit for split, limit in limits.items() if limit is not None},
-            batch_size=run.batch_size,
+            batch_size=run.encode_batch_size,
             device=device,
             num_workers=run.workers,
             seed=run.seed,
