@@ -25,7 +25,9 @@ def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != 4:
             raise ValueError(f"{name} must be [n, 4] (x0, y0, x1, y1), got {list(x.shape)}")
         if (x[:, :2] > x[:, 2:]).any():
-            raise ValueError(f"{name} hold a box with x0 > x1 or y0 > y1: (x0, y0, x1, y1) is meant")
+            raise ValueError(
+                f"{name} hold a box with x0 > x1 or y0 > y1: (x0, y0, x1, y1) is meant"
+            )
     a, b = boxes.double()[:, None], others.double()[None]  # [n, 1, 4], [1, m, 4]
     sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
     intersection = sides.clamp(min=0).prod(-1)  # [n, m]
@@ -99,6 +101,4 @@ def component_box(
     parts, _ = label(mask.cpu().numpy())
     rows, columns = (parts == parts[seed]).nonzero()
     box = [columns.min() * pw, rows.min() * ph, (columns.max() + 1) * pw, (rows.max() + 1) * ph]
-    return torch.tensor(
-        [box[0], box[1], min(box[2], w), min(box[3], h)], dtype=torch.float32
-    )
+    return torch.tensor([box[0], box[1], min(box[2], w), min(box[3], h)], dtype=torch.float32)
