@@ -1,12 +1,12 @@
 """What the commands of LOST and TokenCut share: a box an image, CorLoc, and a picture."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sslkit.evaluation.boxes import localised
+from sslkit.evaluation.features import Unsuitable
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
 
@@ -29,15 +29,9 @@ def discovery_outcome(
         num_shown: images in the picture, evenly spaced.
 
     Raises:
-        TypeError: the test data have no boxes.
+        Unsuitable: the test data have no boxes.
     """
-    boxed: Any = subject.test
-    if not hasattr(boxed, "boxes"):
-        raise TypeError(
-            f"the test data ({type(boxed).__name__}) have no boxes, which this protocol needs: "
-            "choose --data with boxes (a folder of images and masks with annotations.json, voc:, "
-            "coco:, ...)"
-        )
+    boxed = subject.annotated("test", "boxes")
     features = subject.features("test", "keys", view="padded", block=block)
     kept, predicted, truth = [], [], []
     for index, keys in zip(features.indices.tolist(), features.spatial("keys"), strict=True):
@@ -48,7 +42,7 @@ def discovery_outcome(
             truth.append(boxes)
             predicted.append(find(keys, (height, width)))
     if not kept:
-        raise ValueError("no test image has a box: there is nothing to find")
+        raise Unsuitable("no test image has a box: there is nothing to find")
     hits = localised(torch.stack(predicted), truth)
     figures = {}
     if num_shown:

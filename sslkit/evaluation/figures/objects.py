@@ -147,6 +147,13 @@ def _rectangle(axes: Axes, box: Tensor, colour: str, style: str) -> None:
     for wide, tone in ((3.4, _LIGHT), (1.8, colour)):
         axes.add_patch(
             Rectangle(
-                (x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, ec=tone, lw=wide, ls=style
+                (x0 - 0.5, y0 - 0.5),
+                x1 - x0,
+                y1 - y0,
+                fill=False,
+                ec=tone,
+                lw=wide,
+                ls=style,
+                clip_on=False,
             )
         )
