@@ -169,7 +169,8 @@ def test_refused(call, message):
         call()
 
 
-COLOURS = {"n01440764": (250, 30, 30), "n01498041": (30, 250, 30), "n02099601": (30, 30, 250)}
+# Classes 0, 1 and 6; of these, ImageNet-A has 6 alone.
+COLOURS = {"n01440764": (250, 30, 30), "n01443537": (30, 30, 250), "n01498041": (30, 250, 30)}
 
 
 def write_images(folder, colours, count, *, first=0):
@@ -194,13 +195,11 @@ def subject(tmp_path):
 
 
 def test_a_subject(subject, tmp_path):
-    blue, green = COLOURS["n02099601"], COLOURS["n01498041"]
-    # Of ImageNet-A's classes only the first was trained: whatever its images look like, it is
-    # predicted, and images of the second are wrong.
-    write_images(tmp_path / "a", {"n01498041": blue, "n01531178": blue}, 5)
-    # Folders of ImageNet-V2 in the order of their names: class 207, then class 6.
-    write_images(tmp_path / "v2", {"207": blue, "6": green}, 5)
-    write_images(tmp_path / "sketch", {"n01440764": blue, "n02099601": blue}, 5)
+    red, blue, green = COLOURS.values()
+    # Whatever these look like, the one class of ImageNet-A that was trained is predicted.
+    write_images(tmp_path / "a", {"n01498041": red, "n01531178": blue}, 5)
+    write_images(tmp_path / "v2", {"1": blue, "6": green}, 5)
+    write_images(tmp_path / "sketch", {"n01440764": blue, "n01443537": blue}, 5)
     outcome = evaluate(
         subject,
         Options(
@@ -220,7 +219,7 @@ def test_a_subject(subject, tmp_path):
     real = [read_real_labels()[number] for number in range(100, 112)]
     counted = [r for r in real if r]
     assert outcome.scores["imagenet-real"].num_items == len(counted)
-    truth = [0] * 4 + [6] * 4 + [207] * 4
+    truth = [0] * 4 + [1] * 4 + [6] * 4
     expected = sum(t in r for t, r in zip(truth, real, strict=True)) / len(counted)
     assert values["imagenet-real"] == pytest.approx(expected)
 
