@@ -100,6 +100,13 @@ def test_what_is_missing_is_named(subject):
         require_labels(replace(features, labels=features.labels - 99), "test")
 
 
+def test_layers_that_can_be_asked_for(subject):
+    assert [subject.num_layers(n) for n in (1, 2, 4)] == [1, 2, 2]
+    assert replace(subject, nesting=8).num_layers(2) == 1
+    function = as_encoder(lambda x: (x.mean((2, 3)), x.movedim(1, -1)))
+    assert replace(subject, encoder=function).num_layers(4) == 1
+
+
 def test_generators_depend_on_the_seed_and_the_words(subject):
     draws = [
         torch.rand(1, generator=s.generator(*words)).item()

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -142,44 +142,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{__doc__}\n{listed}\n\npython -m sslkit.evaluation PROTOCOL --help says more.")
         sys.exit(f"error: {asked}" if asked else 0)
     chosen = words[0]
-    fields: list[tuple[str, Any]] = [("run", Run)]
-    if chosen != "all":
-        fields.append(("options", PROTOCOLS[chosen].Options))
-    settings_type: Any = dataclasses.make_dataclass(chosen.title(), fields, frozen=True)
+    flat = tyro.conf.arg(name="")
+    fields: list[tuple[str, Any]] = [("run", Annotated[Run, flat])]
+    if chosen == "all":  # --linear.num-steps 1000
+        protocols = [name for name in PROTOCOLS if name not in _NEED_MORE]
+        fields += [(_field(name), PROTOCOLS[name].Options) for name in protocols]
+    else:
+        protocols = [chosen]
+        fields.append((_field(chosen), Annotated[PROTOCOLS[chosen].Options, flat]))
     settings: Any = tyro.cli(
-        tyro.conf.configure(tyro.conf.OmitArgPrefixes)(settings_type),
+        dataclasses.make_dataclass("Settings", fields, frozen=True),
         args=words[1:],
         prog=f"python -m sslkit.evaluation {chosen}",
         description=names[chosen],
     )
+    options = {name: getattr(settings, _field(name)) for name in protocols}
     try:
-        evaluate(settings.run, chosen, getattr(settings, "options", None))
+        evaluate(settings.run, options, skip_unsuitable=chosen == "all")
     except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
 
-def evaluate(run: Run, chosen: str, options: Any = None) -> None:
-    """Run one protocol, or all, and write the results."""
-    protocols = {chosen: options}
-    if chosen == "all":
-        protocols = {
-            name: module.Options() for name, module in PROTOCOLS.items() if name not in _NEED_MORE
-        }
+def _field(protocol: str) -> str:
+    """A protocol's name as that of a dataclass's field."""
+    return protocol.replace("-", "_")
+
+
+def evaluate(run: Run, options: dict[str, Any], *, skip_unsuitable: bool = False) -> None:
+    """Run protocols, by name with their options, and write the results."""
     comparison = compare(
         subjects(run),
-        protocols,
+        options,
         level=run.level,
         num_resamples=run.num_resamples,
-        skip_unsuitable=chosen == "all",
+        skip_unsuitable=skip_unsuitable,
     )
     if not comparison.outcomes:
         raise Unsuitable(f"no protocol could run on {run.data}; the reasons are above")
     settings = {
-        "protocol": chosen,
         **dataclasses.asdict(run),
-        "options": {} if options is None else dataclasses.asdict(options),
+        **{name: dataclasses.asdict(chosen) for name, chosen in options.items()},
     }
-    page = write(comparison, run.output, title=f"{chosen} on {run.data}", settings=settings)
+    title = f"{', '.join(comparison.outcomes)} on {run.data}"
+    page = write(comparison, run.output, title=title, settings=settings)
     print(format_table([("", *comparison.models), *table(comparison)]))
     print(f"report: {page}")
 

@@ -7,7 +7,8 @@ An *encoder* is a module with
 and, for the protocols that look inside,
 
 - ``encoder.patch_size``: height and width of a patch in pixels,
-- ``encoder.intermediate(images, n)`` -> the same of the last n blocks, shallow to deep,
+- ``encoder.intermediate(images, n)`` -> the same of the last n of ``encoder.depth`` blocks, shallow
+  to deep,
 - ``encoder.queries_keys_values(images, block)`` -> q, k, v of a block, each [B, heads, T, d], the
   class token first and the patches last in row-major order.
 
@@ -85,15 +86,19 @@ class TimmEncoder(nn.Module):
         self.network: Any = network
         self.patch_size: tuple[int, int] = tuple(network.patch_embed.patch_size)
 
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.network.blocks)
+
     def forward(self, images: Tensor) -> Tokens:
         """Tokens of the last block."""
         return self.intermediate(images, 1)[0]
 
     def intermediate(self, images: Tensor, n: int) -> list[Tokens]:
         """Tokens of the last ``n`` blocks, shallow to deep, each after the final norm."""
-        depth = len(self.network.blocks)
-        if not 1 <= n <= depth:
-            raise ValueError(f"n must be between 1 and the {depth} blocks, got {n}")
+        if not 1 <= n <= self.depth:
+            raise ValueError(f"n must be between 1 and the {self.depth} blocks, got {n}")
         outputs = self.network.forward_intermediates(
             images, indices=n, return_prefix_tokens=True, norm=True, intermediates_only=True
         )

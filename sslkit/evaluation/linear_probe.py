@@ -340,8 +340,8 @@ class Options:
     batch_size: int = 1024
     """Items a step; the learning rates are scaled by a 256th of it."""
     num_blocks: tuple[int, ...] = (1, 4)
-    """Heads read the class tokens of the last so many blocks; of an encoder that gives none of its
-    blocks, and after RASA or nesting, which are of the last block alone, those of 1."""
+    """Heads read the class tokens of the last so many blocks, or of as many as there are (1 where
+    an encoder does not show its blocks, and after RASA or nesting)."""
     learning_rates: tuple[float, ...] = LEARNING_RATES
     """For a batch of 256."""
 
@@ -375,15 +375,18 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
 
 def probe_subject(subject: Subject, options: Options) -> tuple[LinearProbeResult, Features]:
     """`linear_probe` of a subject's training and test data, and the test features."""
-    blocks = options.num_blocks if _has_blocks(subject) else (1,)
+    most = subject.num_layers(max(options.num_blocks))
+    blocks = tuple(sorted({min(n, most) for n in options.num_blocks}))
     train, test = (head_features(subject, name, max(blocks)) for name in ("train", "test"))
+    inputs = _head_inputs(train)
     result = linear_probe(
-        *_head_inputs(train),
+        *inputs,
         require_labels(train, "train"),
         *_head_inputs(test),
         require_labels(test, "test"),
         generator=subject.generator(),
         num_blocks=blocks,
+        mean_patch=(False,) if inputs[1] is None else (False, True),
         learning_rates=options.learning_rates,
         num_steps=options.num_steps,
         batch_size=options.batch_size,
@@ -405,12 +408,8 @@ def head_logits(head: LinearHead, features: Features) -> Tensor:
     return head.logits(*_head_inputs(features))
 
 
-def _head_inputs(features: Features) -> tuple[Tensor, Tensor]:
-    if "layer_cls" in features.tokens:
-        return features["layer_cls"], features["mean_patch"]
-    return features.cls[:, None], features["mean_patch"]
-
-
-def _has_blocks(subject: Subject) -> bool:
-    projected = subject.rasa is not None or subject.nesting is not None
-    return hasattr(subject.encoder, "intermediate") and not projected
+def _head_inputs(features: Features) -> tuple[Tensor, Tensor | None]:
+    """Class tokens [B, n, D], and mean patches unless they are of another width (the floor's)."""
+    cls = features["layer_cls"] if "layer_cls" in features.tokens else features.cls[:, None]
+    mean_patch = features["mean_patch"]
+    return cls, mean_patch if mean_patch.shape[1] == cls.shape[2] else None

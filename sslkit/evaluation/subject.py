@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -95,6 +95,18 @@ class Subject:
                 "as_encoder(function, patch_size=...)"
             )
         return size[0], size[1]
+
+    def num_layers(self, most: int) -> int:
+        """Of the last ``most`` blocks, how many have tokens to be asked for.
+
+        One where the encoder does not show its blocks, and after RASA and nesting, which are of the
+        last block alone.
+        """
+        if self.rasa is not None or self.nesting is not None:
+            return 1
+        if not hasattr(self.encoder, "intermediate"):
+            return 1
+        return min(most, cast(int, self.encoder.depth))
 
     def source(self, name: str) -> Source:
         """A source by its name."""
