@@ -61,8 +61,9 @@ def confusion(counts: Tensor, *, class_names: Sequence[str] | None = None) -> Fi
     )
     axes, beside = figure.subplots(1, 2, width_ratios=(5, 3.6))
     picture = axes.imshow(percent, cmap=HEAT, vmin=0, vmax=100, interpolation="nearest")
+    axes.set_anchor("N")
     axes.grid(False)
-    figure.colorbar(picture, ax=axes, fraction=0.046, pad=0.02)
+    figure.colorbar(picture, ax=axes, fraction=0.046, pad=0.02, anchor=(0, 1))
     step = 1 if C <= _NAMED_CLASSES else int(np.ceil(C / 10 / 5) * 5)
     ticks = range(0, C, step)
     shown = [names[c] if step == 1 else str(c) for c in ticks]
@@ -76,6 +77,7 @@ def confusion(counts: Tensor, *, class_names: Sequence[str] | None = None) -> Fi
             colour = INK if value > 55 else "white"
             axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color=colour)
     _list_pairs(beside, percent, names)
+    figure.draw_without_rendering()  # a first layout: how much room upright names take
     return figure
 
 
