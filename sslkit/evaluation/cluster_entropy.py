@@ -7,7 +7,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from sslkit.evaluation.scores import Outcome, Score
+from sslkit.evaluation.subject import Subject
+
+_FIT_PATCHES_PER_CLUSTER = 256
+_PATCHES_AT_ONCE = 65_536
 
 
 @dataclass(frozen=True)
@@ -102,3 +109,74 @@ def shuffled(ids: Tensor, *, generator: torch.Generator) -> Tensor:
     B, H, W = ids.shape
     order = torch.rand(B, H * W, generator=generator).argsort(1).to(ids.device)
     return ids.flatten(1).gather(1, order).view(B, H, W)
+
+
+def cluster_patches(patches: Tensor, num_clusters: int, *, generator: torch.Generator) -> Tensor:
+    """The nearest of ``num_clusters`` k-means centres for each patch, int64 [B, H, W].
+
+    Stands in for the argmax prototype where a model has no prototypes: scikit-learn's
+    MiniBatchKMeans on L2-normalised features, fitted to at most 256 patches a cluster, drawn
+    without replacement.
+
+    Args:
+        patches: [B, H, W, D], any float type.
+        num_clusters: K, at most the number of patches.
+        generator: of the patches to fit to, and of the first centres.
+
+    >>> patches = torch.eye(3)[torch.tensor([[[0, 1, 2], [0, 0, 1]]] * 4)]
+    >>> ids = cluster_patches(patches, 3, generator=torch.Generator().manual_seed(0))
+    >>> position_entropy(ids, 3).entropy.sort().values
+    tensor([0.0000, 0.3869, 0.6131], dtype=torch.float64)
+    """
+    try:
+        from sklearn.cluster import MiniBatchKMeans
+    except ImportError as error:
+        raise ImportError("k-means needs scikit-learn: pip install 'sslkit[evaluation]'") from error
+
+    B, H, W, D = patches.shape
+    rows = patches.reshape(B * H * W, D)
+    if not 1 <= num_clusters <= len(rows):
+        raise ValueError(
+            f"num_clusters={num_clusters} must be between 1 and the {len(rows)} patches"
+        )
+    order = torch.randperm(len(rows), generator=generator)
+    chosen = order[: _FIT_PATCHES_PER_CLUSTER * num_clusters]
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    model = MiniBatchKMeans(num_clusters, n_init=3, batch_size=4096, random_state=seed)
+    model.fit(F.normalize(rows[chosen].float(), dim=1).cpu().numpy())
+    ids = [
+        torch.from_numpy(model.predict(F.normalize(part.float(), dim=1).cpu().numpy()))
+        for part in rows.split(_PATCHES_AT_ONCE)
+    ]
+    return torch.cat(ids).long().view(B, H, W)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Do clusters of patch features stand for content (1) or for a place in the image (0)?"""
+
+    num_clusters: int = 256
+    """Clusters that k-means finds among the patches of the test images; at most half as many as
+    there are images, so that most clusters have more patches than there are places."""
+    minimum_count: int | None = None
+    """Clusters of fewer patches are left out; default: as many as an image has patches."""
+
+
+def evaluate(subject: Subject, options: Options) -> Outcome:
+    """Mean entropy of k-means clusters of the test patches, and that of shuffled places."""
+    from sslkit.evaluation import figures as draw
+
+    patches = subject.features("test", "patches", view="dense").patches
+    K = min(options.num_clusters, max(len(patches) // 2, 1))
+    minimum = options.minimum_count or patches.shape[1] * patches.shape[2]
+    ids = cluster_patches(patches, K, generator=subject.generator(0))
+    moved = shuffled(ids, generator=subject.generator(1))
+    found, baseline = (position_entropy(x, K, minimum_count=minimum) for x in (ids, moved))
+    scores = {
+        "entropy": Score(found.mean, percent=False),
+        "entropy, shuffled places": Score(baseline.mean, percent=False),
+    }
+    details = {"clusters": K, "clusters measured": len(found.clusters), "minimum count": minimum}
+    return Outcome(
+        scores, {"cluster_entropy": draw.cluster_entropy(found, shuffled=baseline)}, details
+    )

@@ -1,7 +1,11 @@
 """The confusion matrix that every segmentation score is read from."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+_PIXELS_AT_ONCE = 1 << 18  # what stays in a CPU's cache
 
 
 def confusion_matrix(
@@ -23,17 +27,47 @@ def confusion_matrix(
         raise ValueError(
             f"truth and prediction differ in shape: {list(truth.shape)}, {list(prediction.shape)}"
         )
-    counted = truth != ignore_index
-    truth, prediction = truth[counted].long(), prediction[counted].long()
-    for name, classes in (("truth", truth), ("prediction", prediction)):
-        wrong = classes[(classes < 0) | (classes >= num_classes)]
-        if len(wrong):
-            raise ValueError(
-                f"{name} holds class {int(wrong[0])}, but num_classes={num_classes}: classes must "
-                f"be 0..{num_classes - 1} (ignore_index={ignore_index} excepted, in truth only)"
-            )
-    cells = truth * num_classes + prediction
-    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
+    counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=truth.device)
+    flat = zip(
+        truth.flatten().split(_PIXELS_AT_ONCE),
+        prediction.flatten().split(_PIXELS_AT_ONCE),
+        strict=True,
+    )
+    for true, predicted in flat:
+        ignored = true == ignore_index
+        true, predicted = (x.masked_fill(ignored, 0) for x in (true, predicted))
+        for name, classes in (("truth", true), ("prediction", predicted)):
+            low, high = (int(end) for end in classes.aminmax())
+            if low < 0 or high >= num_classes:
+                raise ValueError(
+                    f"{name} holds class {low if low < 0 else high}, but "
+                    f"num_classes={num_classes}: classes must be 0..{num_classes - 1} "
+                    f"(ignore_index={ignore_index} excepted, in truth only)"
+                )
+        # Half as many bytes as int64; a matrix of 2**31 cells would take 16 GiB.
+        cells = true.int().mul_(num_classes).add_(predicted.int())
+        cells.masked_fill_(ignored, num_classes**2)
+        counts += torch.bincount(cells, minlength=len(counts))
+    return counts[:-1].view(num_classes, num_classes)
+
+
+def confusion_matrices(
+    truth: Iterable[Tensor],
+    prediction: Iterable[Tensor],
+    num_classes: int,
+    *,
+    ignore_index: int = 255,
+) -> Tensor:
+    """`confusion_matrix` of each of n images, which may differ in size, int64 [n, C, C].
+
+    >>> masks = [torch.tensor([[0, 1]]), torch.tensor([[1], [1], [255]])]
+    >>> confusion_matrices(masks, masks, 2)[1]
+    tensor([[0, 0],
+            [0, 2]])
+    """
+    pairs = zip(truth, prediction, strict=True)
+    each = [confusion_matrix(t, p, num_classes, ignore_index=ignore_index) for t, p in pairs]
+    return torch.stack(each)
 
 
 def iou(confusion: Tensor) -> Tensor:

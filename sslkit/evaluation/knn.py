@@ -14,9 +14,11 @@ from torch import Tensor
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject, require_labels
 
-_KEYS_AT_ONCE = 65_536
+_KEYS_AT_ONCE = 16_384
+_FIRST_KEYS = 2048
 
 
+@torch.no_grad()
 def cosine_neighbours(
     queries: Tensor, keys: Tensor, k: int, *, chunk_size: int = 1024
 ) -> tuple[Tensor, Tensor]:
@@ -24,7 +26,9 @@ def cosine_neighbours(
 
     Exact search. Both sides are L2-normalised here and compared in float32, whatever they are
     stored in; a vector of zeros has similarity 0 to everything. Equal similarities come in no
-    particular order. At most ``chunk_size`` × 65,536 similarities are held at once.
+    particular order. Keys are read once, in order, at most 16,384 at a time, so that float16 keys
+    and keys in a memory-mapped file are never copied as a whole: beyond the result, the memory
+    needed is that of ``chunk_size`` × 16,384 similarities and of these keys in float32.
 
     Args:
         queries: [Q, D].
@@ -46,26 +50,64 @@ def cosine_neighbours(
             f"k={k} neighbours were asked for, but there are {len(keys)} keys: "
             f"k must be between 1 and {len(keys)}"
         )
-    for name, x in (("queries", queries), ("keys", keys)):
-        if not x.isfinite().all():
-            raise ValueError(f"{name} hold NaN or infinite values")
-    similarities, indices = [], []
-    for query in queries.split(chunk_size):
-        query = F.normalize(query.float(), dim=1)
-        best = query.new_empty(len(query), 0)
-        where = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
-        for start in range(0, len(keys), _KEYS_AT_ONCE):
-            key = F.normalize(keys[start : start + _KEYS_AT_ONCE].float(), dim=1)
-            similarity, index = (query @ key.T).topk(min(k, len(key)))
-            # The best so far, and the best of these keys: the k best of both.
-            candidates = torch.cat([best, similarity], dim=1)
-            best, order = candidates.topk(min(k, candidates.shape[1]))
-            where = torch.cat([where, index + start], dim=1).gather(1, order)
-        similarities.append(best)
-        indices.append(where)
-    if not similarities:
-        return queries.new_empty(0, k, dtype=torch.float32), torch.empty(0, k, dtype=torch.int64)
-    return torch.cat(similarities), torch.cat(indices)
+    Q, N = len(queries), len(keys)
+    best = torch.full((Q, k), -torch.inf, device=queries.device)
+    where = torch.zeros(Q, k, dtype=torch.int64, device=queries.device)
+    buffer = best.new_empty(min(chunk_size, Q) * min(_KEYS_AT_ONCE, N))
+    start = 0
+    while start < N:
+        # As many keys as were seen already: about k * log(2) of them are among the best so far.
+        width = min(max(start, k, _FIRST_KEYS), _KEYS_AT_ONCE)
+        key = _unit(keys[start : start + width], "keys")
+        for first in range(0, Q, chunk_size):
+            query = _unit(queries[first : first + chunk_size], "queries")
+            out = buffer[: len(query) * len(key)].view(len(query), len(key))
+            similarity = torch.mm(query, key.T, out=out)
+            _keep_best_(
+                best[first : first + chunk_size],
+                where[first : first + chunk_size],
+                similarity,
+                start,
+            )
+        start += len(key)
+    return best, where
+
+
+def _unit(x: Tensor, name: str) -> Tensor:
+    """Rows of length 1, float32; rows of zeros stay. No square of an entry over- or underflows."""
+    x = x.float()
+    largest = x.abs().amax(1, keepdim=True)  # NaN and infinity survive
+    if not largest.isfinite().all():
+        raise ValueError(f"{name} hold NaN or infinite values")
+    return F.normalize(x / largest.clamp_min(torch.finfo(torch.float32).tiny), dim=1)
+
+
+def _keep_best_(best: Tensor, where: Tensor, similarity: Tensor, start: int) -> None:
+    """Merge similarities [n, w] to keys start, start + 1, ... into the k best so far, in place.
+
+    Few of them beat the k-th best so far, and comparing is many times cheaper than sorting: these
+    few are sorted alone. A comparison's booleans are read in words of 8, as nearly all are 0.
+    """
+    (n, k), w = best.shape, similarity.shape[1]
+    better = torch.empty(n, -(-w // 8) * 8, dtype=torch.bool, device=best.device)
+    better[:, w:] = False
+    torch.gt(similarity, best[:, -1:], out=better[:, :w])
+    row, word = better.view(torch.int64).nonzero(as_tuple=True)
+    hit, byte = better.view(n, -1, 8)[row, word].nonzero(as_tuple=True)
+    row, column = row[hit], 8 * word[hit] + byte
+    counts = torch.bincount(row, minlength=n)
+    most = int(counts.max())
+    if 4 * most > w:  # the first keys, or keys in an unlucky order
+        candidates, index = similarity.topk(min(k, w))
+    else:
+        place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+        candidates = best.new_full((n, most), -torch.inf)
+        candidates[row, place] = similarity[row, column]
+        index = where.new_zeros(n, most)
+        index[row, place] = column
+    merged, order = torch.cat([best, candidates], dim=1).topk(k)
+    where.copy_(torch.cat([where, index + start], dim=1).gather(1, order))
+    best.copy_(merged)
 
 
 def knn_predict(

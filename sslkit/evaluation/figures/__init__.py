@@ -12,6 +12,7 @@ from sslkit.evaluation.figures.features import (
     pca_maps,
     position_error,
 )
+from sslkit.evaluation.figures.objects import correspondences, discovery_boxes
 from sslkit.evaluation.figures.position import position_maps
 from sslkit.evaluation.figures.segmentation import segmentation
 from sslkit.evaluation.figures.training import (
@@ -25,8 +26,10 @@ __all__ = [
     "attention_maps",
     "cluster_entropy",
     "confusion",
+    "correspondences",
     "crops_and_masks",
     "depth",
+    "discovery_boxes",
     "loss_curves",
     "mask_exposure",
     "matryoshka",

@@ -195,11 +195,11 @@ def position_error(
 @styled
 def cluster_entropy(
     before: ClusterEntropy,
-    after: ClusterEntropy,
+    after: ClusterEntropy | None = None,
     *,
     shuffled: ClusterEntropy | None = None,
 ) -> Figure:
-    """Position entropy of the clusters before and after RASA, each sorted.
+    """Position entropy of the clusters, sorted; of those after RASA, too, if they are given.
 
     Args:
         before, after: from `position_entropy`.
@@ -207,12 +207,15 @@ def cluster_entropy(
     """
     figure = new_figure(
         "Cluster-position entropy",
-        "0: a cluster fires at one place only; 1: everywhere alike. After RASA the curve should "
-        "lie higher, near that of shuffled positions, above all at the left end.",
+        "0: a cluster fires at one place only; 1: everywhere alike. "
+        + ("The" if after is None else "After RASA the")
+        + " curve should lie high, near that of shuffled positions, above all at the left end.",
         height=3.0,
     )
     axes = figure.subplots()
-    curves = [("before RASA", before, REFERENCE, "--"), ("after RASA", after, TRAINED, "-")]
+    curves = [("clusters", before, TRAINED, "-")]
+    if after is not None:
+        curves = [("before RASA", before, REFERENCE, "--"), ("after RASA", after, TRAINED, "-")]
     if shuffled is not None:  # last: "after" should come close to it, and must not hide it
         curves.append(("shuffled positions", shuffled, BASELINE, ":"))
     for name, result, colour, line in curves:

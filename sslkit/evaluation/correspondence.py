@@ -1,0 +1,304 @@
+"""Semantic correspondence: are an object's parts found again on another object of its class?
+
+SPair-71k (Min et al. 2019, arXiv 1908.10543), with the protocol of Probe3D (El Banani et al. 2024,
+arXiv 2404.08636), which the Franca paper follows: frozen features, no learned matching.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from sslkit.data.annotated.protocols import KeypointPair
+from sslkit.data.crops import normalisation
+from sslkit.evaluation.scores import Outcome, Score
+from sslkit.evaluation.subject import Subject
+
+_IMAGES_KEPT = 256
+"""Feature maps kept for the next pairs: pairs of a class share images, and stand together."""
+
+
+@dataclass(frozen=True)
+class SquareView:
+    """The whole image in a square: white added on the right or below, then resized (bicubic).
+
+    Args:
+        size: side of the square, in pixels.
+        mean, std: see `sslkit.data.crops.normalisation`; by default ImageNet's.
+
+    >>> view = SquareView(32)
+    >>> view(torch.zeros(3, 100, 50, dtype=torch.uint8)).shape
+    torch.Size([3, 32, 32])
+    >>> view.scale((100, 50)) * torch.tensor([50.0, 100.0])  # the image's lower right corner
+    tensor([16., 32.])
+    """
+
+    size: int
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Turn a uint8 image [C, h, w] into a normalised float32 view [C, size, size]."""
+        if image.ndim != 3 or image.dtype != torch.uint8:
+            raise TypeError(f"image must be uint8 [C, h, w], got {image.dtype} {list(image.shape)}")
+        mean, std = normalisation(len(image), self.mean, self.std)
+        h, w = image.shape[1:]
+        side = max(h, w)
+        square = F.pad(image.float(), (0, side - w, 0, side - h), value=255.0)
+        size = (self.size, self.size)
+        pixels = F.interpolate(square[None], size, mode="bicubic", antialias=True)[0]
+        return (pixels.clamp(0, 255) / 255 - mean) / std
+
+    def scale(self, image_size: tuple[int, int]) -> float:
+        """What coordinates (x, y) and boxes of an image of (height, width) are multiplied with."""
+        return self.size / max(image_size)
+
+
+def match_keypoints(
+    source: Tensor,
+    target: Tensor,
+    keypoints: Tensor,
+    *,
+    view_size: tuple[int, int],
+    reference_quirks: bool = False,
+) -> Tensor:
+    """Where in the target each key point of the source is found, float64 [n, 2] (x, y) in pixels.
+
+    Both maps are L2-normalised; the source's is sampled bilinearly at each key point, a cell's
+    feature standing at the cell's centre and the border continuing outside the centres; the target
+    cell of the highest cosine similarity is found (the first of equal ones), and its centre is the
+    prediction::
+
+        (x, y) = ((column + 1/2) * w / W, (row + 1/2) * h / H)
+
+    ``reference_quirks`` gives the predictions of Probe3D's code: key points are truncated to whole
+    pixels, sampled as if the outer cells' centres were the image's edges (``align_corners=True``),
+    and the prediction is the upper left corner of the cell.
+
+    Args:
+        source: features of the source view, [H, W, D].
+        target: features of the target view, [H', W', D].
+        keypoints: (x, y) in pixels of the source view, [n, 2].
+        view_size: (height, width) of both views, in pixels.
+        reference_quirks: see above.
+
+    >>> features = torch.eye(6).view(2, 3, 6)
+    >>> match_keypoints(features, features, torch.tensor([[13.0, 2.0]]), view_size=(16, 24))
+    tensor([[12.,  4.]], dtype=torch.float64)
+    """
+    if source.ndim != 3 or target.ndim != 3 or source.shape[2] != target.shape[2]:
+        raise ValueError(
+            f"source and target must be [H, W, D] and [H', W', D] with the same D, got "
+            f"{list(source.shape)} and {list(target.shape)}"
+        )
+    if keypoints.ndim != 2 or keypoints.shape[1] != 2:
+        raise ValueError(f"keypoints must be [n, 2] (x, y), got {list(keypoints.shape)}")
+    h, w = view_size
+    extent = torch.tensor([w, h], dtype=torch.float64, device=source.device)
+    points = keypoints.to(extent)
+    if (points < 0).any() or (points > extent).any():
+        raise ValueError(f"keypoints lie outside of the view of {h} by {w} pixels")
+    if reference_quirks:
+        points = points.trunc()
+    source, target = (F.normalize(x.double(), dim=-1) for x in (source, target))
+    places = 2 * points / extent - 1  # in -1..1, as grid_sample counts
+    sampled = F.grid_sample(
+        source.movedim(-1, 0)[None],
+        places[None, None],
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=reference_quirks,
+    )[0, :, 0].T  # [n, D]
+    H, W, D = target.shape
+    found = (sampled @ target.view(H * W, D).T).argmax(1)
+    cells = torch.stack([found % W, found // W], dim=1).double()  # (column, row)
+    offset = 0.0 if reference_quirks else 0.5
+    return (cells + offset) * extent / torch.tensor([W, H], device=extent.device)
+
+
+def correct_keypoints(
+    predicted: Tensor,
+    truth: Tensor,
+    box: Tensor,
+    *,
+    alpha: float = 0.1,
+    reference_quirks: bool = False,
+) -> Tensor:
+    """Which predictions are within ``alpha`` times the box's larger side of the truth, bool [n].
+
+    ``reference_quirks``: the distance must be smaller, not smaller or equal, and the true key
+    points are truncated to whole pixels, as in Probe3D's code.
+
+    Args:
+        predicted, truth: (x, y) in pixels of the target view, [n, 2].
+        box: of the target's object, (x0, y0, x1, y1) in the same pixels, [4].
+        alpha: of PCK, the percentage of correct key points.
+
+    >>> points = torch.tensor([[3.0, 4.0], [3.0, 5.0]])
+    >>> correct_keypoints(points, torch.zeros(2, 2), torch.tensor([0, 0, 50, 20]))
+    tensor([ True, False])
+    """
+    if predicted.shape != truth.shape or truth.ndim != 2 or truth.shape[1] != 2:
+        raise ValueError(
+            f"predicted and truth must both be [n, 2] (x, y), got {list(predicted.shape)} and "
+            f"{list(truth.shape)}"
+        )
+    x0, y0, x1, y1 = box.double().tolist()
+    if x1 <= x0 or y1 <= y0:
+        raise ValueError(
+            f"box must be (x0, y0, x1, y1) with x0 < x1 and y0 < y1, got {box.tolist()}"
+        )
+    limit = alpha * max(x1 - x0, y1 - y0)
+    truth = truth.to(predicted)
+    distance = (predicted - (truth.trunc() if reference_quirks else truth)).double().norm(dim=1)
+    return distance < limit if reference_quirks else distance <= limit
+
+
+def class_pck(correct: Tensor, total: Tensor, classes: Tensor) -> Tensor:
+    """PCK of each class: correct key points over all key points of its pairs, float64 [C].
+
+    NaN for a class without key points. The macro average is ``class_pck(...).nanmean()``.
+
+    Args:
+        correct: key points found, a pair, [P].
+        total: key points, a pair, [P].
+        classes: int64 [P], in 0..C-1.
+
+    >>> class_pck(torch.tensor([1, 2, 0]), torch.tensor([2, 2, 4]), torch.tensor([0, 0, 1]))
+    tensor([0.7500, 0.0000], dtype=torch.float64)
+    """
+    if not correct.shape == total.shape == classes.shape or classes.ndim != 1:
+        raise ValueError(
+            f"correct, total and classes must be [P], got {list(correct.shape)}, "
+            f"{list(total.shape)} and {list(classes.shape)}"
+        )
+    hits, all_ = (torch.bincount(classes, weights=x.double()) for x in (correct, total))
+    return hits / all_
+
+
+@dataclass(frozen=True)
+class Options:
+    """Key points found again on another object of the class (SPair-71k): PCK, mean over classes."""
+
+    image_size: int = 512
+    """Pixels a side of the square views; rounded to whole patches."""
+    alpha: float = 0.1
+    """A key point is found if it is this close, in terms of the larger side of the target's box."""
+    reference_quirks: bool = False
+    """Count as the published code of Probe3D does (see `match_keypoints`)."""
+    num_shown: int = 6
+    """Pairs in the figure; 0: no figure."""
+
+
+@dataclass(frozen=True)
+class _Matched:
+    """A pair with what was found, in pixels of the views."""
+
+    pair: KeypointPair
+    keypoints: Tensor
+    predicted: Tensor
+    truth: Tensor
+    correct: Tensor
+
+
+def evaluate(subject: Subject, options: Options) -> Outcome:
+    """PCK of all pairs, then of those of each viewpoint difference; details by class."""
+    subject.annotated("test", "pair")
+    view = _view(subject, options)
+    correct, total, names, differences, shown = [], [], [], [], []
+    count = min(len(subject.test), (subject.limits or {}).get("test", len(subject.test)))
+    for i, matched in enumerate(_matched(subject, options, view, count)):
+        correct.append(int(matched.correct.sum()))
+        total.append(len(matched.correct))
+        names.append(matched.pair.category)
+        differences.append(matched.pair.viewpoint_difference)
+        if i * options.num_shown // count != (i - 1) * options.num_shown // count:
+            shown.append(matched)  # evenly spaced
+    found, asked = torch.tensor(correct), torch.tensor(total)
+    known = sorted(set(names))
+    classes = torch.tensor([known.index(name) for name in names])
+    difference = torch.tensor(differences)
+
+    def score(chosen: Tensor) -> Score:
+        parts = [x[chosen] for x in (found, asked, classes)]
+        return Score.of(
+            lambda n: class_pck(parts[0] * n, parts[1] * n, parts[2]).nanmean().item(),
+            len(parts[0]),
+        )
+
+    scores = {"PCK": score(torch.ones_like(difference, dtype=torch.bool))}
+    for level in sorted(set(differences)):
+        scores[f"PCK, viewpoint difference {level}"] = score(difference == level)
+    by_class = dict(zip(known, class_pck(found, asked, classes).tolist(), strict=True))
+    details = {"pairs": count, "key points": int(asked.sum()), "PCK by class": by_class}
+    figures = {}
+    if shown:
+        from sslkit.evaluation import figures as draw
+
+        figures["correspondences"] = draw.correspondences(
+            [view(one.pair.source_image) for one in shown],
+            [view(one.pair.target_image) for one in shown],
+            [one.keypoints for one in shown],
+            [one.predicted for one in shown],
+            [one.truth for one in shown],
+            [one.correct for one in shown],
+            titles=[one.pair.category for one in shown],
+        )
+    return Outcome(scores, figures, details)
+
+
+def _view(subject: Subject, options: Options) -> SquareView:
+    """The square view of about ``image_size`` that whole patches fill."""
+    ph, pw = subject.patch_size
+    step = math.lcm(ph, pw)
+    return SquareView(max(round(options.image_size / step), 1) * step)
+
+
+def _matched(
+    subject: Subject, options: Options, view: SquareView, count: int
+) -> Iterator[_Matched]:
+    """Evenly spaced pairs of the test data, matched."""
+    pairs = subject.annotated("test", "pair")
+    maps: OrderedDict[str, Tensor] = OrderedDict()
+
+    def features(image: Tensor, name: str) -> Tensor:
+        found = maps.pop(name) if name in maps else None
+        if found is None:
+            found = subject.encode(view(image)[None], "patches")["patches"][0]
+        if name:
+            maps[name] = found  # the last one used stands last
+            if len(maps) > _IMAGES_KEPT:
+                maps.popitem(last=False)
+        return found
+
+    title = f"{subject.name}: pairs"
+    for i in tqdm(range(count), desc=title, unit=" pairs", disable=not subject.progress):
+        pair = pairs.pair(i * len(pairs) // count)
+        source_scale, target_scale = (
+            view.scale((image.shape[1], image.shape[2]))
+            for image in (pair.source_image, pair.target_image)
+        )
+        keypoints, truth = (
+            pair.source_keypoints * source_scale,
+            pair.target_keypoints * target_scale,
+        )
+        predicted = match_keypoints(
+            features(pair.source_image, pair.source_name),
+            features(pair.target_image, pair.target_name),
+            keypoints,
+            view_size=(view.size, view.size),
+            reference_quirks=options.reference_quirks,
+        )
+        correct = correct_keypoints(
+            predicted,
+            truth,
+            pair.target_box * target_scale,
+            alpha=options.alpha,
+            reference_quirks=options.reference_quirks,
+        )
+        yield _Matched(pair, keypoints, predicted, truth, correct)

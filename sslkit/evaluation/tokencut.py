@@ -1,0 +1,148 @@
+"""TokenCut: the box of one object of an image by a normalised cut of its keys, untrained.
+
+Wang et al. 2022 (arXiv 2202.11539), section 3, after Shi and Malik 2000; ``object_discovery.py`` of
+their code.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslkit.evaluation.boxes import component_box
+from sslkit.evaluation.discovery import discovery_outcome
+from sslkit.evaluation.scores import Outcome
+from sslkit.evaluation.subject import Subject
+
+_DENSE = 1024
+"""Patches up to which the dense solver is used; it takes 0.1 s there, and grows with their cube."""
+
+
+def cut_vector(keys: Tensor, *, threshold: float = 0.2, eps: float = 1e-5) -> Tensor:
+    """The eigenvector that the normalised cut splits patches by, float64 [H, W].
+
+    With A_pq = 1 where cos(f_p, f_q) > threshold and ``eps`` elsewhere, and D the diagonal matrix
+    of A's row sums: v of the second smallest eigenvalue of ``(D - A) v = lambda D v``. It is
+    computed as ``v = D^-1/2 u`` of the second largest of ``D^-1/2 A D^-1/2 u = (1 - lambda) u``, by
+    a dense solver, or by Lanczos iterations (ARPACK) for more than 1024 patches. v is of length 1,
+    its largest entry positive (its sign is arbitrary).
+
+    Args:
+        keys: [H, W, D], normalised here; a key of zeros is like no other.
+        threshold: of the cosine similarity; tau of the paper.
+        eps: the weight of an edge between unlike patches, which keeps the graph connected.
+
+    >>> keys = torch.tensor([[1.0, 0.0]]).expand(2, 4, 2).clone()
+    >>> keys[0, 1:3] = torch.tensor([0.0, 1.0])
+    >>> (cut_vector(keys) > 0).int()
+    tensor([[0, 1, 1, 0],
+            [0, 0, 0, 0]], dtype=torch.int32)
+    """
+    try:
+        from scipy.linalg import eigh
+        from scipy.sparse.linalg import LinearOperator, eigsh
+    except ImportError as error:
+        raise ImportError("TokenCut needs SciPy: pip install 'sslkit[evaluation]'") from error
+
+    if keys.ndim != 3 or keys.shape[0] * keys.shape[1] < 2:
+        raise ValueError(
+            f"keys must be those of one image of at least 2 patches, [H, W, D], "
+            f"got {list(keys.shape)}"
+        )
+    if not 0 < eps < 1:
+        raise ValueError(f"eps must be between 0 and 1, got {eps}")
+    H, W, D = keys.shape
+    N = H * W
+    rows = F.normalize(keys.reshape(N, D).float(), dim=1)
+    if not rows.isfinite().all():
+        raise ValueError("keys hold NaN or infinite values")
+    weights = torch.where(rows @ rows.T > threshold, 1.0, eps).double()
+    root = weights.sum(1).sqrt()  # of the degrees, [N]
+    matrix = (weights / root / root[:, None]).cpu().numpy()
+    if N <= _DENSE:
+        _, vectors = eigh(matrix, subset_by_index=[N - 2, N - 2])
+    else:
+        # The largest eigenvalue is 1, of the vector D^1/2 1: without it, the second is the largest.
+        first = (root / root.norm()).cpu().numpy()
+        rest = LinearOperator(
+            (N, N), lambda x: matrix @ x - first * (first @ x), dtype=matrix.dtype
+        )
+        start = torch.randn(N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        _, vectors = eigsh(rest, k=1, which="LA", v0=start.numpy())
+    v = torch.from_numpy(vectors[:, 0]).to(root) / root
+    v = v / v.norm() * v[v.abs().argmax()].sign()
+    return v.view(H, W)
+
+
+def tokencut_mask(
+    keys: Tensor, *, threshold: float = 0.2, eps: float = 1e-5
+) -> tuple[Tensor, tuple[int, int]]:
+    """The side of the cut that is the object, bool [H, W], and the seed (row, column) in it.
+
+    With v of `cut_vector`, the seed is ``argmax |v|``, and the object is the side ``v > mean(v)``
+    (v being positive at the seed).
+
+    >>> keys = torch.tensor([[1.0, 0.0]]).expand(2, 4, 2).clone()
+    >>> keys[0, 1:3] = torch.tensor([0.0, 1.0])
+    >>> tokencut_mask(keys)[0]
+    tensor([[False,  True,  True, False],
+            [False, False, False, False]])
+    """
+    v = cut_vector(keys, threshold=threshold, eps=eps)
+    row, column = divmod(int(v.argmax()), v.shape[1])  # |v| is largest where v is
+    return v > v.mean(), (row, column)
+
+
+def tokencut_box(
+    keys: Tensor,
+    *,
+    patch_size: int | tuple[int, int],
+    image_size: tuple[int, int],
+    threshold: float = 0.2,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The box around the part of `tokencut_mask` that the seed lies in, in pixels, float32 [4].
+
+    Args:
+        keys: [H, W, D], of the image padded on the right and below to whole patches.
+        patch_size: in pixels, one number or (height, width).
+        image_size: (height, width) before the padding; the box is clipped to it.
+        threshold, eps: see `cut_vector`.
+
+    >>> keys = torch.tensor([[1.0, 0.0]]).expand(2, 4, 2).clone()
+    >>> keys[0, 1:3] = torch.tensor([0.0, 1.0])
+    >>> tokencut_box(keys, patch_size=16, image_size=(30, 64))
+    tensor([16.,  0., 48., 16.])
+    """
+    mask, seed = tokencut_mask(keys, threshold=threshold, eps=eps)
+    return component_box(mask, seed, patch_size=patch_size, image_size=image_size)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Object discovery with TokenCut: CorLoc of one box an image, from the keys of a block."""
+
+    threshold: float = 0.2
+    """Patches of a higher cosine similarity are joined; tau of the paper."""
+    eps: float = 1e-5
+    """The weight of all other edges."""
+    block: int = -1
+    """Which block's keys; -1: the last."""
+    num_shown: int = 12
+    """Images in the figure; 0: no figure."""
+
+
+def evaluate(subject: Subject, options: Options) -> Outcome:
+    """CorLoc on the test images, each in its own size."""
+
+    def find(keys: Tensor, image_size: tuple[int, int]) -> Tensor:
+        return tokencut_box(
+            keys,
+            patch_size=subject.patch_size,
+            image_size=image_size,
+            threshold=options.threshold,
+            eps=options.eps,
+        )
+
+    return discovery_outcome(subject, find, block=options.block, num_shown=options.num_shown)
