@@ -150,6 +150,7 @@ def test_depth(subject, floor):
     assert whole.details["layers"] == 1
     assert whole.scores["RMSE, scale and shift aligned (m)"].value > 0.2
     assert not whole.scores["RMSE (m)"].higher_is_better
+    assert depth.evaluate(replace(subject, nesting=8), options).details["layers"] == 1
     unknown = replace(floor, sources={"train": Scenes(3), "test": Scenes(3)})
     with pytest.raises(TypeError, match=r"train data \(Scenes\) has no depth"):
         depth.evaluate(unknown, options)

@@ -184,6 +184,12 @@ def fit_depth_head(
         batch_size: images a step.
         generator: a CPU generator, of the initial weights and the order of the images.
         reference_quirks: see `gradient_loss`.
+
+    >>> layers = torch.rand(4, 2, 3, 2, 5), torch.rand(4, 2, 5)  # two layers of five features
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> head = fit_depth_head(*layers, torch.full((4, 8, 12), 2.0), epochs=2, generator=generator)
+    >>> predict_depth(head, *layers, (8, 12)).shape
+    torch.Size([4, 8, 12])
     """
     B, _H, _W, n, D = layer_patches.shape
     if layer_cls.ndim != 3 or layer_cls.shape[:2] != (B, n) or len(depths) != B or depths.ndim != 3:
@@ -331,7 +337,8 @@ class Options:
     """Depth: a linear probe on the patch and class tokens of the last blocks."""
 
     num_layers: int = 4
-    """Blocks whose tokens the probe reads; 1 where the encoder has no blocks to look into."""
+    """Blocks whose tokens the probe reads; 1 where the encoder has no blocks to look into, and with
+    RASA or a nesting size, which are of the final tokens."""
     max_depth: float = 10.0
     """Metres; pixels beyond it are unknown."""
     learning_rate: float = 5e-4
@@ -381,7 +388,8 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
 
 def _layers(subject: Subject, source: str, num_layers: int) -> tuple[Features, Tensor, Tensor]:
     """Features of dense views, their patches [B, H, W, n, D] and class tokens [B, n, D]."""
-    if num_layers == 1 or not hasattr(subject.encoder, "intermediate"):
+    projected = subject.rasa is not None or subject.nesting is not None
+    if num_layers == 1 or projected or not hasattr(subject.encoder, "intermediate"):
         features = subject.features(source, "patches", "cls", view="dense")
         return features, features.patches[:, :, :, None], features.cls[:, None]
     features = subject.features(
