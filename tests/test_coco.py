@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
@@ -29,7 +29,8 @@ GROUPS = (
 )
 
 masks = st_numpy.arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12)))
-coordinates = st.floats(-3, 15, width=16)
+# Corners on the centres of pixels are the hard ones.
+coordinates = st.floats(-3, 15, width=16) | st.integers(-6, 30).map(lambda halves: halves / 2)
 polygons = st.lists(st.tuples(coordinates, coordinates), min_size=3, max_size=8)
 
 
@@ -81,6 +82,7 @@ def test_run_lengths_that_do_not_fit(counts):
 
 
 @given(polygons, st.integers(1, 12), st.integers(1, 12))
+@example([(2.5, 0.5), (4.5, 2.5), (2.5, 4.5), (0.5, 2.5)], 5, 5)
 def test_polygons(points, height, width):
     filled = fill_polygon(np.array(points), (height, width))
     assert filled.tolist() == oracle.inside_polygon(points, height, width)
@@ -223,6 +225,18 @@ def test_boxes_of_things(tmp_path):
     assert crowds.box_classes(0).tolist() == [3, 0, 1]
 
 
+def test_crowds_and_labels(tmp_path):
+    root = on_disk.write_coco(tmp_path)
+    path = root / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = content["annotations"][2:]  # image 0 is left with the crowd of cars
+    path.write_text(json.dumps(content))
+    for crowd, label in [(False, -1), (True, 1)]:
+        source = COCOThings(root, split="val", classes="fine", crowd=crowd)
+        assert source.label(0) == label
+        assert len(source.boxes(0)) == crowd
+
+
 def test_supercategories(tmp_path):
     root = on_disk.write_coco(tmp_path)
     fine, coarse = (COCOThings(root, split="val", classes=c) for c in ("fine", "coarse"))
@@ -243,6 +257,10 @@ def test_shrunk_images(tmp_path):
     whole = COCOThings(root, split="val", classes="fine")
     assert torch.equal(source.mask(0), whole.mask(0)[1::2, 1::2])
     assert torch.equal(source.boxes(0), whole.boxes(0) / 2)
+    height, width = source[1][0].shape[1:]  # of 5 by 4: the sides shrink unequally
+    assert height / 5 != width / 4
+    scale = torch.tensor([width / 4, height / 5]).repeat(2)
+    assert torch.allclose(source.boxes(1), whole.boxes(1) * scale)
 
 
 def test_instance_errors(tmp_path):
@@ -253,6 +271,11 @@ def test_instance_errors(tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"instances_val2017.json has a region .*0139.jpg"):
         COCOThings(root, split="val").mask(0)
+    on_disk.write_image(root / "val2017" / f"{on_disk.COCO_NAMES[1]}.jpg", (4, 4))
+    with pytest.raises(
+        UnreadableImage, match=r"val2017.json: it is \[5, 4\], but .*0285.jpg is \[4"
+    ):
+        COCOThings(root, split="val").mask(1)
     content["annotations"][0]["category_id"] = 77
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"val2017.json is not a file of COCO instances.*77"):

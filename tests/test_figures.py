@@ -90,7 +90,7 @@ def predictions():
     truth = masks(4)
     truth[1, :6] = 255
     guess = truth.roll(4, dims=2).masked_fill(truth == 255, 0)
-    return draw.in_context(images(4), truth, guess, class_names=NAMES)
+    return draw.segmentation(images(4), truth, guess, class_names=NAMES)
 
 
 def bumps(count, heads):
@@ -131,7 +131,7 @@ FIGURES = {
     ),
     "position_error_one": lambda: draw.position_error([0.02, 0.08], r2={"linear": (0.6, 0.01)}),
     "cluster_entropy": entropies,
-    "in_context": predictions,
+    "segmentation": predictions,
 }
 
 

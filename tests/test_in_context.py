@@ -65,7 +65,7 @@ def test_segmentation_is_that_of_the_loop(grid, size):
     memory = Memory(noise(20, 4), noise(20, 3, seed=1).softmax(-1))
     patches = noise(2, *grid, 4, seed=2)
     found = segment(memory, patches, size, num_neighbours=6, temperature=0.1, chunk_size=4)
-    assert (found.shape, found.dtype) == ((2, *size), torch.int64)
+    assert (found.shape, found.dtype) == ((2, *size), torch.uint8)
     for image, classes in zip(patches.tolist(), found, strict=True):
         scores = [
             [
@@ -79,7 +79,7 @@ def test_segmentation_is_that_of_the_loop(grid, size):
         maps = [
             oracle.bilinear([[cell[c] for cell in row] for row in scores], size) for c in range(3)
         ]
-        assert torch.equal(classes, torch.tensor(maps).argmax(0))
+        assert torch.equal(classes.long(), torch.tensor(maps).argmax(0))
 
 
 def test_memory_holds_every_labelled_patch():
@@ -116,6 +116,39 @@ def test_memory_of_images_with_few_labelled_patches(limit, expected):
     assert frequencies == 8
     assert len(memory) == expected
     assert (memory.labels.sum(-1) == 1).all()
+
+
+@pytest.mark.parametrize("patches_per_image", [None, 3])
+def test_memory_in_half_precision(patches_per_image, monkeypatch):
+    monkeypatch.setattr("sslkit.evaluation.in_context._IMAGES_AT_ONCE", 2)
+    masks, patches = random_masks(5, (4, 6), 3), 1000 * noise(5, 2, 3, 16)
+    masks[2] = 255  # an image without a label
+    arguments = {"patches_per_image": patches_per_image}
+    whole, half = (
+        build_memory(patches, masks, 3, dtype=dtype, generator=seeded(), **arguments)
+        for dtype in (None, torch.float16)
+    )
+    assert half.keys.dtype == half.labels.dtype == torch.float16
+    expected = F.normalize(whole.keys, dim=1)
+    torch.testing.assert_close(half.keys.float(), expected, atol=3e-4, rtol=0)
+    torch.testing.assert_close(half.labels.float(), whole.labels, atol=3e-4, rtol=0)
+    queries = noise(3, 2, 3, 16, seed=3)
+    first, second = (segment(m, queries, (4, 6), temperature=0.2) for m in (whole, half))
+    assert (first == second).float().mean() > 0.98
+
+
+def test_confusions_are_of_each_image():
+    train, test = random_masks(4, (4, 6), 3), random_masks(3, (4, 6), 3, seed=1)
+    for quirks in (False, True):
+        found = in_context_segmentation(
+            noise(4, 2, 3, 5), train, noise(3, 2, 3, 5, seed=1), test, 3, reference_quirks=quirks
+        )
+        assert found.confusions.shape == (3, 3, 3)
+        truth = torch.stack([torch.bincount(m[m < 3], minlength=3) for m in test])
+        assert torch.equal(found.confusions.sum(2), truth)
+        total = found.confusions.sum(0).double()
+        union = total.sum(0) + total.sum(1) - total.diagonal()
+        torch.testing.assert_close(found.iou, total.diagonal() / union)
 
 
 @pytest.mark.parametrize("patches_per_image", [None, 8])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sslkit.evaluation.in_context import InContextResult, in_context_segmentation
 from sslkit.evaluation.knn import knn_accuracy
 from sslkit.evaluation.matryoshka import matryoshka_curve, nesting_sizes
 
@@ -58,3 +59,18 @@ def test_nesting_sizes(dim, sizes):
 def test_refused(dims, sizes, message):
     with pytest.raises(ValueError, match=message):
         matryoshka_curve(*(noise(2, dim) for dim in dims), score=lambda a, b: 0.0, sizes=sizes)
+
+
+def test_a_curve_of_whole_results_over_patches():
+    masks = torch.randint(3, (20, 3, 4), generator=torch.Generator().manual_seed(0))
+    patches = 0.1 * noise(20, 3, 4, 16)
+    patches[..., 8:11] += torch.eye(3)[masks]
+
+    def score(train, test):
+        assert train.dtype == torch.float32
+        return in_context_segmentation(train, masks[:14], test, masks[14:], 3, num_neighbours=3)
+
+    curve = matryoshka_curve(patches[:14].half(), patches[14:].half(), score=score, sizes=(8, 16))
+    assert all(isinstance(result, InContextResult) for result in curve.values())
+    assert curve[16].mean_iou == 1
+    assert curve[8].mean_iou < 0.5

@@ -33,15 +33,24 @@ def test_lists_of_a_benchmark(tmp_path):
             assert (source.num_classes, source[0][1]) == (0, -1)
 
 
-def test_the_large_benchmarks(tmp_path):
-    for dataset in ("imagenet", "imagenet200"):
-        names = [f"train_{dataset}", f"test_{dataset}"]
-        names += [f"test_{other}" for other in ("ssb_hard", "ninco")]
-        names += [f"test_{other}" for other in ("inaturalist", "textures", "openimage_o")]
-        for name in names:
-            on_disk.write_text(tmp_path / "benchmark_imglist" / dataset / f"{name}.txt", "a 1\n")
+def write_lists(root, dataset, others):
+    for name in (f"train_{dataset}", f"test_{dataset}", *(f"test_{other}" for other in others)):
+        on_disk.write_text(root / "benchmark_imglist" / dataset / f"{name}.txt", "a 1\n")
     for folder in ("images_classic", "images_largescale"):
-        (tmp_path / folder).mkdir()
+        (root / folder).mkdir(exist_ok=True)
+
+
+def test_cifar100(tmp_path):
+    near, far = ["cifar10", "tin"], ["mnist", "svhn", "texture", "places365"]
+    write_lists(tmp_path, "cifar100", near + far)
+    lists = find_ood_lists(tmp_path, "cifar100")
+    assert (list(lists.near), list(lists.far)) == (near, far)
+
+
+def test_the_large_benchmarks(tmp_path):
+    others = ["ssb_hard", "ninco", "inaturalist", "textures", "openimage_o"]
+    for dataset in ("imagenet", "imagenet200"):
+        write_lists(tmp_path, dataset, others)
     for dataset in ("imagenet", "imagenet200"):
         lists = find_ood_lists(tmp_path, dataset)
         assert list(lists.near) == ["ssb_hard", "ninco"]

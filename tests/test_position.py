@@ -99,3 +99,16 @@ GOOD = torch.zeros(2, 3, 4, 5)
 def test_bad_input(train, test, hidden_dim, match):
     with pytest.raises(ValueError, match=match):
         position_probe(train, test, hidden_dim=hidden_dim)
+
+
+def test_errors_by_patch_and_image():
+    train, test = noise(20, 2, 3, 4), noise(6, 3, 4, 4, seed=1)
+    train[..., :2] += 3 * patch_positions(2, 3)
+    test[..., :2] += 3 * patch_positions(3, 4)
+    found = position_probe(train, test)
+    assert found.squared_errors.shape == (6, 3, 4, 2)
+    assert found.squared_errors.mean().item() == pytest.approx(found.error)
+    assert found.r2_by_image().shape == (6,)
+    assert found.r2_by_image().mean().item() == pytest.approx(found.r2)
+    one = position_probe(train, test[4:5])
+    assert found.r2_by_image()[4].item() == pytest.approx(one.r2)

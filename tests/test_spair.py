@@ -45,6 +45,8 @@ def test_shrunk_images(tmp_path):
     height, width = pair.target_image.shape[1:]
     expected = torch.tensor([0, 1, 3, 5]) * torch.tensor([width / 4, height / 5]).repeat(2)
     assert torch.allclose(pair.target_box, expected)
+    points = torch.tensor([[0, 1], [1, 4], [3, 2]]) * torch.tensor([width / 4, height / 5])
+    assert torch.allclose(pair.target_keypoints, points)
 
 
 def test_errors(tmp_path):

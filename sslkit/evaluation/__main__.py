@@ -15,7 +15,6 @@ import torch
 import tyro
 
 from sslkit.data.annotated.open import open_annotated
-from sslkit.data.sources import Source
 from sslkit.evaluation.comparison import compare, table, write
 from sslkit.evaluation.features import Unsuitable
 from sslkit.evaluation.models import load_rasa, open_model
@@ -62,7 +61,8 @@ class Run:
     cache: Path | None = None
     """Folder of the features; default: features/ in --output."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    batch_size: int = 64
+    encode_batch_size: int = 64
+    """Images that the encoder sees at once."""
     workers: int = 0
     """Processes that read images."""
     seed: int = 0
@@ -102,7 +102,7 @@ def subjects(run: Run) -> list[Subject]:
             rasa=projectors[0],
             cache=run.cache or run.output / "features",
             limits={split: limit for split, limit in limits.items() if limit is not None},
-            batch_size=run.batch_size,
+            batch_size=run.encode_batch_size,
             device=device,
             num_workers=run.workers,
             seed=run.seed,
@@ -115,7 +115,7 @@ def subjects(run: Run) -> list[Subject]:
     return found
 
 
-def _open(run: Run, split: Literal["train", "test"]) -> Source:
+def _open(run: Run, split: Literal["train", "test"]) -> Any:
     return open_annotated(
         run.data,
         split=split,
@@ -146,8 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen != "all":
         fields.append(("options", PROTOCOLS[chosen].Options))
     settings_type: Any = dataclasses.make_dataclass(chosen.title(), fields, frozen=True)
-    settings = tyro.cli(
-        tyro.conf.OmitArgPrefixes[settings_type],
+    settings: Any = tyro.cli(
+        tyro.conf.configure(tyro.conf.OmitArgPrefixes)(settings_type),
         args=words[1:],
         prog=f"python -m sslkit.evaluation {chosen}",
         description=names[chosen],

@@ -5,13 +5,27 @@ Constants as in the public reimplementation that the paper used (Pariza et al. 2
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslkit.evaluation.confusion import confusion_matrix, iou, match_predictions, mean_iou
+from sslkit.evaluation.confusion import iou, mean_iou
 from sslkit.evaluation.knn import cosine_neighbours
+from sslkit.evaluation.scores import Outcome, Score
+from sslkit.evaluation.segmentation import (
+    Segmentation,
+    classes_of_clusters,
+    confusions_by_image,
+    draw_segmentation,
+    masked_patches,
+    merge_clusters,
+    predicted_masks,
+)
+from sslkit.evaluation.subject import Subject
+
+_IMAGES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -26,12 +40,9 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class InContextResult:
-    """The mean IoU, the IoU of each class (NaN: absent), and the predicted masks [Q, h, w]."""
+class InContextResult(Segmentation):
+    """A `Segmentation`, and how many patches the memory held."""
 
-    mean_iou: float
-    iou: Tensor
-    predictions: Tensor
     memory_size: int
 
 
@@ -81,6 +92,7 @@ def build_memory(
     *,
     patches_per_image: int | None = None,
     ignore_index: int = 255,
+    dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> Memory:
     """Memory of the labelled patches of some images.
@@ -91,11 +103,14 @@ def build_memory(
     uniform in [0, 1) for each patch. Patches under ``ignore_index`` alone are left out.
 
     Args:
-        patches: features [B, H, W, D].
+        patches: features [B, H, W, D], which may lie in a memory-mapped file: they are read a few
+            images at a time.
         masks: integer classes [B, h, w]; see `patch_class_frequencies`.
         num_classes: C.
         patches_per_image: default: every patch.
         ignore_index: the label of pixels that belong to no class.
+        dtype: store L2-normalised keys, and labels, in this type. float16 halves the memory and
+            changes a similarity by about 1e-4. Default: the keys as they are, float32 labels.
         generator: of u, on the CPU; needed when ``patches_per_image`` is given.
 
     >>> memory = build_memory(torch.rand(2, 4, 6, 8), torch.zeros(2, 8, 12, dtype=torch.long), 3)
@@ -105,24 +120,42 @@ def build_memory(
     B, H, W, D = patches.shape
     if len(masks) != B:
         raise ValueError(f"there are {B} images of patches but {len(masks)} masks")
-    frequencies = patch_class_frequencies(masks, (H, W), num_classes, ignore_index=ignore_index)
-    frequencies = frequencies.view(B, H * W, num_classes).to(patches.device)
-    present = frequencies > 0  # [B, N, C]
-    keep = present.any(-1)  # [B, N]
-    if patches_per_image is not None:
-        if generator is None:
-            raise ValueError("generator is needed to choose patches_per_image patches of an image")
-        if patches_per_image < 1:
-            raise ValueError(f"patches_per_image must be at least 1, got {patches_per_image}")
-        class_counts = present.sum(1, keepdim=True)  # [B, 1, C]
-        score = (present * class_counts).sum(-1).float()  # [B, N]
-        score *= torch.rand(score.shape, generator=generator).to(score)
-        score[~keep] = torch.inf
-        lowest = score.topk(min(patches_per_image, H * W), largest=False).indices
-        keep &= torch.zeros_like(keep).scatter_(1, lowest, True)
-    if not keep.any():
+    if patches_per_image is not None and generator is None:
+        raise ValueError("generator is needed to choose patches_per_image patches of an image")
+    if patches_per_image is not None and patches_per_image < 1:
+        raise ValueError(f"patches_per_image must be at least 1, got {patches_per_image}")
+    keys, labels = [], []
+    for some, some_masks in zip(
+        patches.split(_IMAGES_AT_ONCE), masks.split(_IMAGES_AT_ONCE), strict=True
+    ):
+        frequencies = patch_class_frequencies(
+            some_masks, (H, W), num_classes, ignore_index=ignore_index
+        )
+        frequencies = frequencies.flatten(1, 2).to(patches.device)  # [b, N, C]
+        keep = _kept_patches(frequencies > 0, patches_per_image, generator)
+        key, label = some.reshape(len(some), H * W, D)[keep], frequencies[keep]
+        if dtype is not None:
+            key, label = F.normalize(key.float(), dim=1).to(dtype), label.to(dtype)
+        keys.append(key)
+        labels.append(label)
+    if not sum(map(len, keys)):
         raise ValueError(f"the memory is empty: every pixel of the masks is {ignore_index}")
-    return Memory(patches.view(B, H * W, D)[keep], frequencies[keep])
+    return Memory(torch.cat(keys), torch.cat(labels))
+
+
+def _kept_patches(
+    present: Tensor, patches_per_image: int | None, generator: torch.Generator | None
+) -> Tensor:
+    """Which patches enter the memory, bool [b, N], from which classes they hold [b, N, C]."""
+    labelled = present.any(-1)
+    if patches_per_image is None:
+        return labelled
+    class_counts = present.sum(1, keepdim=True)  # [b, 1, C]
+    score = (present * class_counts).sum(-1).float()  # [b, N]
+    score *= torch.rand(score.shape, generator=generator).to(score)
+    score[~labelled] = torch.inf
+    lowest = score.topk(min(patches_per_image, score.shape[1]), largest=False).indices
+    return labelled & torch.zeros_like(labelled).scatter_(1, lowest, True)
 
 
 def segment(
@@ -134,11 +167,11 @@ def segment(
     temperature: float = 0.02,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """Predicted class of every pixel, int64 [Q, h, w].
+    """Predicted class of every pixel, [Q, h, w].
 
     Each patch's class scores are the labels of its ``num_neighbours`` most similar memory patches
-    (cosine), weighted by softmax(similarity / temperature); they are resized bilinearly (pixel
-    centres aligned, ``align_corners=False``) to h × w, and the highest one is taken.
+    (cosine), weighted by softmax(similarity / temperature); `predicted_masks` resizes them to h × w
+    and takes the highest.
 
     Args:
         memory: from `build_memory`.
@@ -149,9 +182,8 @@ def segment(
         chunk_size: patches compared with the memory at once.
 
     >>> memory = Memory(torch.eye(2), torch.eye(2))
-    >>> segment(memory, torch.tensor([[[[1.0, 0.1], [0.1, 1.0]]]]), (2, 4))
-    tensor([[[0, 0, 1, 1],
-             [0, 0, 1, 1]]])
+    >>> segment(memory, torch.tensor([[[[1.0, 0.1], [0.1, 1.0]]]]), (2, 4)).tolist()
+    [[[0, 0, 1, 1], [0, 0, 1, 1]]]
     """
     Q, H, W, D = patches.shape
     similarity, index = cosine_neighbours(
@@ -161,18 +193,11 @@ def segment(
         chunk_size=chunk_size,
     )
     weights = (similarity / temperature).softmax(dim=1)  # [Q*H*W, k]
-    scores = torch.cat(
-        [
-            torch.einsum("qk,qkc->qc", weight, memory.labels[neighbours].float())
-            for weight, neighbours in zip(
-                weights.split(chunk_size), index.split(chunk_size), strict=True
-            )
-        ]
-    )
-    maps = scores.view(Q, H, W, -1).permute(0, 3, 1, 2)  # [Q, C, H, W]
-    return torch.cat(
-        [F.interpolate(one, size, mode="bilinear").argmax(dim=1) for one in maps.split(1)]
-    )
+    masks = []
+    for weight, neighbours in zip(weights.split(H * W), index.split(H * W), strict=True):
+        scores = torch.einsum("nk,nkc->nc", weight, memory.labels[neighbours].float())
+        masks.append(predicted_masks(scores.view(1, H, W, -1), size))
+    return torch.cat(masks)
 
 
 def in_context_segmentation(
@@ -186,6 +211,7 @@ def in_context_segmentation(
     num_neighbours: int = 30,
     temperature: float = 0.02,
     ignore_index: int = 255,
+    dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
     reference_quirks: bool = False,
 ) -> InContextResult:
@@ -194,10 +220,13 @@ def in_context_segmentation(
     The mean IoU is over all test pixels but those of ``ignore_index``, and over the classes that
     are in the truth or predicted.
 
-    ``reference_quirks`` gives the number that the published code gives: pixels to be ignored
-    count as class 0 in the memory; predicted classes are matched to true ones by the Hungarian
-    method though they are labels already (this can only raise the score); classes in neither
-    truth nor prediction count as 0. ``iou`` is that of the matched classes.
+    ``reference_quirks`` gives the number that the published code (open-hummingbird-eval) gives:
+    pixels to be ignored count as class 0 in the memory; predicted classes are matched to true ones
+    by the Hungarian method though they are labels already (this can only raise the score); classes
+    in neither truth nor prediction count as 0. ``iou`` and ``confusions`` are those of the matched
+    classes. That code also searches approximately (ScaNN), and its views are squeezed to squares,
+    enlarged and jittered for the memory, and normalised with 0.255 for blue's 0.225: none of this
+    is imitated.
 
     Args:
         train_patches: [B, H, W, D].
@@ -205,7 +234,7 @@ def in_context_segmentation(
         test_patches: [Q, H', W', D].
         test_masks: integer classes [Q, h', w'].
         num_classes: C.
-        patches_per_image, generator: see `build_memory`.
+        patches_per_image, dtype, generator: see `build_memory`.
         num_neighbours, temperature: see `segment`.
         ignore_index: the label of pixels that belong to no class.
         reference_quirks: see above.
@@ -227,16 +256,70 @@ def in_context_segmentation(
         num_classes,
         patches_per_image=patches_per_image,
         ignore_index=ignore_index,
+        dtype=dtype,
         generator=generator,
     )
     size = (test_masks.shape[1], test_masks.shape[2])
     predictions = segment(
         memory, test_patches, size, num_neighbours=num_neighbours, temperature=temperature
     )
-    confusion = confusion_matrix(
+    confusions = confusions_by_image(
         test_masks.to(predictions.device), predictions, num_classes, ignore_index=ignore_index
     )
     if reference_quirks:
-        confusion = match_predictions(confusion)
+        confusions = merge_clusters(confusions, classes_of_clusters(confusions.sum(0)))
+    confusion = confusions.sum(0)
     score = mean_iou(confusion, absent_as_zero=reference_quirks)
-    return InContextResult(score, iou(confusion), predictions, len(memory))
+    return InContextResult(score, iou(confusion), confusions, predictions, len(memory))
+
+
+@dataclass(frozen=True)
+class Options:
+    """In-context segmentation: masks read off a memory of labelled training patches."""
+
+    patches_per_image: int | None = None
+    """Patches that each training image puts into the memory, rare classes first; default: all."""
+    num_neighbours: int = 30
+    """Memory patches that vote for each test patch."""
+    temperature: float = 0.02
+    """Divides the similarities."""
+    half: bool = True
+    """Keep the memory in float16."""
+    reference_quirks: bool = False
+    """Score as the published code does: matched classes, absent ones as 0, ignored as class 0."""
+
+
+def evaluate(subject: Subject, options: Options) -> Outcome:
+    """Mean IoU over the test images."""
+    train, train_masks, names = masked_patches(subject, "train")
+    test, test_masks, _ = masked_patches(subject, "test")
+    result = in_context_segmentation(
+        train.patches,
+        train_masks,
+        test.patches,
+        test_masks,
+        len(names),
+        patches_per_image=options.patches_per_image,
+        num_neighbours=options.num_neighbours,
+        temperature=options.temperature,
+        dtype=torch.float16 if options.half else None,
+        generator=subject.generator(),
+        reference_quirks=options.reference_quirks,
+    )
+    statistic = partial(mean_iou, absent_as_zero=options.reference_quirks)
+    figure = draw_segmentation(
+        subject,
+        test,
+        test_masks,
+        result.predictions,
+        title="In-context segmentation: read off a memory of labelled patches, without training",
+        class_names=names,
+    )
+    return Outcome(
+        {"mIoU": Score.of_confusion(result.confusions, statistic)},
+        {"in_context": figure},
+        {
+            "memory patches": result.memory_size,
+            "IoU": dict(zip(names, result.iou.tolist(), strict=True)),
+        },
+    )

@@ -5,7 +5,7 @@ Kusupati et al. 2022 (arXiv 2205.13147); the Franca paper's Figure 3.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,22 +13,26 @@ from torch import Tensor
 from sslkit.evaluation.scores import Outcome
 from sslkit.evaluation.subject import Subject
 
+T = TypeVar("T")
+
 
 def matryoshka_curve(
     train_features: Tensor,
     test_features: Tensor,
     *,
-    score: Callable[[Tensor, Tensor], float],
+    score: Callable[[Tensor, Tensor], T],
     sizes: Sequence[int] | None = None,
-) -> dict[int, float]:
+) -> dict[int, T]:
     """Score of each prefix of the features.
 
-    For each size m, both sets are cut to ``x[..., :m]``, L2-normalised, and handed to ``score``.
+    For each size m, both sets are cut to ``x[..., :m]``, L2-normalised in float32, and handed to
+    ``score``.
 
     Args:
-        train_features: [..., D].
+        train_features: [..., D]: class tokens [B, D], patches [B, H, W, D], ..., any float type.
         test_features: [..., D].
-        score: any protocol, as a function of (training features, test features).
+        score: any protocol, as a function of (training features, test features). What it returns
+            is returned by size: a number, or a whole result.
         sizes: default: D/16, D/8, D/4, D/2 and D, the nesting of the Franca paper.
 
     >>> import torch
@@ -49,8 +53,8 @@ def matryoshka_curve(
         raise ValueError(f"sizes={tuple(sizes)} must be between 1 and the feature size {D}")
     return {
         m: score(
-            F.normalize(train_features[..., :m], dim=-1),
-            F.normalize(test_features[..., :m], dim=-1),
+            F.normalize(train_features[..., :m].float(), dim=-1),
+            F.normalize(test_features[..., :m].float(), dim=-1),
         )
         for m in sizes
     }

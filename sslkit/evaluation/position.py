@@ -3,12 +3,14 @@
 The measure of what RASA removes (Franca, arXiv 2507.14137, section 3.3).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from sslkit.evaluation.scores import Outcome, Score
+from sslkit.evaluation.subject import Subject
 from sslkit.rasa import patch_positions
 
 _IMAGES_AT_ONCE = 256
@@ -27,12 +29,21 @@ class PositionProbe:
         r2_row: R^2 of the normalised row.
         r2_column: R^2 of the normalised column.
         error: mean squared error over patches and both coordinates; chance is about 1/12.
+        squared_errors: float32 [B, H, W, 2]: of each held-out patch, (row, column).
     """
 
     r2: float
     r2_row: float
     r2_column: float
     error: float
+    squared_errors: Tensor = field(repr=False, compare=False)
+
+    def r2_by_image(self) -> Tensor:
+        """R² of each held-out image, float64 [B], whose mean is ``r2``."""
+        _B, H, W, _ = self.squared_errors.shape
+        variance = patch_positions(H, W, dtype=torch.float64).flatten(0, 1).var(0, correction=0)
+        errors = self.squared_errors.double().mean((1, 2)).cpu()  # [B, 2]
+        return (1 - errors / variance).where(variance > 0, torch.nan).nanmean(1)
 
 
 def position_probe(
@@ -138,13 +149,16 @@ def _fit_two_layers(patches: Tensor, hidden_dim: int, generator: Generator) -> n
 
 @torch.no_grad()
 def _score(predictor: nn.Module, patches: Tensor) -> PositionProbe:
-    B, H, W, _D = patches.shape
+    _B, H, W, _D = patches.shape
     dtype = next(predictor.parameters()).dtype
     positions = patch_positions(H, W, dtype=torch.float64, device=patches.device)
-    squared = sum(
-        (predictor(x.to(dtype)).double() - positions).square().sum((0, 1, 2))
-        for x in patches.split(_IMAGES_AT_ONCE)
-    ) / (B * H * W)
+    squared_errors = torch.cat(
+        [
+            (predictor(x.to(dtype)).double() - positions).square()
+            for x in patches.split(_IMAGES_AT_ONCE)
+        ]
+    )
+    squared = squared_errors.mean((0, 1, 2))
     variance = positions.flatten(0, 1).var(0, correction=0)
     r2 = (1 - squared / variance).where(variance > 0, torch.nan)
     return PositionProbe(
@@ -152,6 +166,7 @@ def _score(predictor: nn.Module, patches: Tensor) -> PositionProbe:
         r2_row=r2[0].item(),
         r2_column=r2[1].item(),
         error=squared.mean().item(),
+        squared_errors=squared_errors.float(),
     )
 
 
@@ -170,3 +185,40 @@ def _check(train_patches: Tensor, test_patches: Tensor) -> None:
             f"train_patches and test_patches must have the same D, got "
             f"{list(train_patches.shape)} and {list(test_patches.shape)}"
         )
+
+
+@dataclass(frozen=True)
+class Options:
+    """How well patch tokens tell where in the image they are."""
+
+    hidden_dim: int = 256
+    """Width of the two-layer probe's hidden layer; 0: the linear probe only."""
+
+
+def evaluate(subject: Subject, options: Options) -> Outcome:
+    """R² on the test images by the linear and the two-layer probe; with RASA, before it too."""
+    from sslkit.evaluation import figures
+
+    subjects = {"": subject}
+    if subject.rasa is not None:
+        subjects["before RASA: "] = replace(subject, rasa=None)
+    probes: dict[str, PositionProbe] = {}
+    for stage, one in subjects.items():
+        train, test = (one.features(name, "patches", view="dense") for name in ("train", "test"))
+        for name, hidden_dim in (("linear", None), ("two layers", options.hidden_dim)):
+            if hidden_dim != 0:
+                probes[stage + name] = position_probe(
+                    train.patches,
+                    test.patches,
+                    hidden_dim=hidden_dim,
+                    generator=subject.generator(),
+                )
+    maps = {name: probe.squared_errors.mean((0, 3)) for name, probe in probes.items()}
+    return Outcome(
+        {
+            f"{name} R²": Score.mean(probe.r2_by_image(), higher_is_better=False, percent=False)
+            for name, probe in probes.items()
+        },
+        {"position": figures.position_maps(maps)},
+        {"mean squared error": {name: probe.error for name, probe in probes.items()}},
+    )

@@ -151,6 +151,7 @@ class COCOThings(ImageFiles):
                 thing = [number[each["category_id"]], *region, each["bbox"]]
                 things[each["image_id"]].append(thing)
             files = [each["file_name"] for each in entries]
+            self._sizes = np.array([(each["height"], each["width"]) for each in entries], np.int32)
             in_boxes = [
                 {thing[0] for thing in each if crowd or not thing[3]} for each in things.values()
             ]
@@ -173,7 +174,7 @@ class COCOThings(ImageFiles):
 
     def mask(self, index: int) -> Tensor:
         """The class of each pixel, uint8 [h, w], 255 where there is no thing."""
-        size, _ = self.sizes(index)
+        size = (int(self._sizes[index][0]), int(self._sizes[index][1]))
         mask = np.full(size, 255, np.uint8)
         things = json.loads(self._things[index])
         for label, region, *_ in sorted(things, key=lambda each: (not each[3], -each[2])):
@@ -183,7 +184,7 @@ class COCOThings(ImageFiles):
                 raise ValueError(
                     f"{self.path} has a region that cannot be used, for {self.name(index)}: {error}"
                 ) from error
-        return self.fit_mask(mask, index, str(self.path))
+        return self.fit_mask(mask, index, f"the entry of the image in {self.path}")
 
     def boxes(self, index: int) -> Tensor:
         """Boxes (x0, y0, x1, y1) in pixels, half open, float32 [n, 4]."""

@@ -4,6 +4,7 @@ Every figure says in its title what it shows and below the title what to look fo
 """
 
 from sslkit.evaluation.figures.classification import confusion, ood_histograms
+from sslkit.evaluation.figures.depth import depth
 from sslkit.evaluation.figures.features import (
     attention_maps,
     cluster_entropy,
@@ -12,7 +13,8 @@ from sslkit.evaluation.figures.features import (
     position_error,
 )
 from sslkit.evaluation.figures.objects import correspondences, discovery_boxes
-from sslkit.evaluation.figures.segmentation import in_context
+from sslkit.evaluation.figures.position import position_maps
+from sslkit.evaluation.figures.segmentation import segmentation
 from sslkit.evaluation.figures.training import (
     crops_and_masks,
     loss_curves,
@@ -26,8 +28,8 @@ __all__ = [
     "confusion",
     "correspondences",
     "crops_and_masks",
+    "depth",
     "discovery_boxes",
-    "in_context",
     "loss_curves",
     "mask_exposure",
     "matryoshka",
@@ -35,4 +37,6 @@ __all__ = [
     "ood_histograms",
     "pca_maps",
     "position_error",
+    "position_maps",
+    "segmentation",
 ]

@@ -48,7 +48,8 @@ def confusion(counts: Tensor, *, class_names: Sequence[str] | None = None) -> Fi
     names = [str(c) for c in range(C)] if class_names is None else list(class_names)
     if len(names) != C:
         raise ValueError(f"there are {len(names)} class_names for {C} classes")
-    names = [name if len(name) <= 18 else name[:17] + "…" for name in names]
+    # Long names often begin alike and end differently.
+    names = [name if len(name) <= 14 else f"{name[:6]}…{name[-7:]}" for name in names]
     totals = counts.double().sum(1, keepdim=True)
     percent = (100 * counts.double() / totals.clamp(min=1)).cpu().numpy()
     figure = new_figure(
@@ -58,7 +59,7 @@ def confusion(counts: Tensor, *, class_names: Sequence[str] | None = None) -> Fi
         "guessed too often.",
         height=4.6,
     )
-    axes, beside = figure.subplots(1, 2, width_ratios=(5, 3))
+    axes, beside = figure.subplots(1, 2, width_ratios=(5, 3.6))
     picture = axes.imshow(percent, cmap=HEAT, vmin=0, vmax=100, interpolation="nearest")
     axes.grid(False)
     figure.colorbar(picture, ax=axes, fraction=0.046, pad=0.02)
@@ -80,6 +81,8 @@ def confusion(counts: Tensor, *, class_names: Sequence[str] | None = None) -> Fi
 
 def _list_pairs(axes: Axes, percent: np.ndarray, names: Sequence[str]) -> None:
     axes.set_axis_off()
+    axes.set_xticks([])
+    axes.set_yticks([])
     axes.set_title("Most often confused")
     wrong = percent.copy()
     np.fill_diagonal(wrong, 0)
@@ -88,9 +91,9 @@ def _list_pairs(axes: Axes, percent: np.ndarray, names: Sequence[str]) -> None:
         i, j = divmod(int(at), len(names))
         if wrong[i, j] > 0:
             y = 0.97 - line * 0.08
-            text: dict[str, Any] = {"transform": axes.transAxes, "va": "top", "fontsize": 8.5}
-            axes.text(0.0, y, f"{wrong[i, j]:.0f} %", color=QUIET, **text)
-            axes.text(0.15, y, f"{names[i]} → {names[j]}", color=INK, **text)
+            text: dict[str, Any] = {"transform": axes.transAxes, "va": "top", "fontsize": 8}
+            axes.text(0.13, y, f"{wrong[i, j]:.0f} %", color=QUIET, ha="right", **text)
+            axes.text(0.17, y, f"{names[i]} → {names[j]}", color=INK, **text)
 
 
 @styled
@@ -113,7 +116,7 @@ def ood_histograms(
         "A good score puts known images (ID) to the right of unknown ones, near OOD (similar "
         "classes) and far OOD (other kinds of images). Where the curves overlap, no threshold "
         "tells them apart.",
-        height=1.95 * rows + 0.35,
+        height=2.1 * rows + 0.35,
     )
     looks = {"id": ("ID", TRAINED), "near": ("near OOD", REFERENCE), "far": ("far OOD", BASELINE)}
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -136,7 +139,7 @@ def ood_histograms(
         title = _SCORE_NAMES.get(name, name)
         if aurocs is not None:
             parts = [f"{part} {100 * value:.1f}" for part, value in aurocs[name].items()]
-            title += "  (AUROC " + ", ".join(parts) + ")"
+            title += "\nAUROC " + ", ".join(parts)
         axes.set_title(title, fontsize=8.5)
         axes.locator_params(axis="both", nbins=4)
         axes.set_xlabel("confidence" if i + columns >= len(confidences) else " ")

@@ -1,0 +1,330 @@
+"""Overclustering: how well do k-means clusters of patch features agree with annotated classes?
+
+The protocol of Leopart (Ziegler and Asano 2022, arXiv 2204.13101, section 4) with its published
+constants; the Franca paper's Table 4 and Figure 10 (arXiv 2507.14137).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sslkit.evaluation.confusion import mean_iou
+from sslkit.evaluation.scores import Outcome, Score
+from sslkit.evaluation.segmentation import (
+    classes_of_clusters,
+    draw_segmentation,
+    masked_patches,
+    merge_clusters,
+    resize_masks,
+)
+from sslkit.evaluation.subject import Subject
+
+_ROWS_AT_ONCE = 65_536
+
+
+@dataclass(frozen=True)
+class Overclustering:
+    """How well the clusters of S runs of k-means agree with the classes.
+
+    Attributes:
+        mean_iou: mean of ``mean_ious``.
+        mean_ious: of each run, in 0..1.
+        counts: int32 [S, Q, C, K]: pixels of class c in cluster k, by run and image.
+        classes: int64 [S, K]: the class that each cluster stands for.
+        clusters: int16 or int32 [S, Q, H, W]: the cluster of each patch.
+    """
+
+    mean_iou: float
+    mean_ious: tuple[float, ...]
+    counts: Tensor
+    classes: Tensor
+    clusters: Tensor
+
+
+def overclustering(
+    patches: Tensor,
+    masks: Tensor,
+    num_classes: int,
+    *,
+    num_clusters: int,
+    size: tuple[int, int] | None = (100, 100),
+    dim: int = 50,
+    num_iterations: int = 100,
+    num_restarts: int = 5,
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    ignore_index: int = 255,
+    reference_quirks: bool = False,
+) -> Overclustering:
+    """Cluster the patches of all images, name the clusters by the masks, and score them.
+
+    1. `reduced`: each feature standardised over all patches, then their first ``dim`` principal
+       components.
+    2. k-means, once for each of ``seeds``: of ``num_restarts`` random starts of ``num_iterations``
+       iterations, the one with the least distortion.
+    3. Cluster maps and masks are resized to ``size`` by nearest neighbour, and pixels of
+       ``ignore_index`` are dropped.
+    4. `classes_of_clusters` names the clusters: with as many clusters as classes by the Hungarian
+       method, with more by highest precision. The score is the mean IoU of the masks so named,
+       over the classes that are in the truth or predicted.
+
+    Needs faiss-cpu and SciPy.
+
+    ``reference_quirks`` gives the number that the published code gives: k-means is fitted to 256
+    patches a cluster, and the PCA to 1000 patches a feature, drawn at random, if there are more
+    (faiss's defaults); resizing takes the pixel under the upper left corner of each cell, not under
+    its centre; classes in neither truth nor prediction count as 0.
+
+    Args:
+        patches: features [Q, H, W, D] of any float type, read a part at a time.
+        masks: integer classes [Q, h, w].
+        num_classes: C.
+        num_clusters: K, at least C.
+        size: at which pixels are counted; None is the size of the masks.
+        dim: components kept, at most D.
+        num_iterations, num_restarts: of k-means.
+        seeds: one run each.
+        ignore_index: the label of pixels that belong to no class.
+        reference_quirks: see above.
+
+    >>> masks = torch.arange(12).view(1, 3, 4).repeat(10, 1, 1) % 3
+    >>> patches = torch.nn.functional.one_hot(masks, 3).float()
+    >>> overclustering(patches, masks, 3, num_clusters=3, size=None, seeds=(0,)).mean_iou
+    1.0
+    """
+    Q, H, W, _D = patches.shape
+    if len(masks) != Q:
+        raise ValueError(f"there are {Q} images of patches but {len(masks)} masks")
+    if not num_classes <= num_clusters <= Q * H * W:
+        raise ValueError(
+            f"num_clusters={num_clusters} must be between num_classes={num_classes} and the number "
+            f"of patches, {Q * H * W}"
+        )
+    if not seeds:
+        raise ValueError("seeds is empty: name at least one run of k-means")
+    size = (masks.shape[1], masks.shape[2]) if size is None else size
+    mode = "nearest" if reference_quirks else "nearest-exact"
+    masks = resize_masks(masks, size, mode=mode)
+    x = reduced(patches.reshape(Q * H * W, -1), dim, reference_quirks=reference_quirks).numpy()
+    scores, counts, classes, clusters = [], [], [], []
+    for seed in seeds:
+        ids = _kmeans(
+            x,
+            num_clusters,
+            num_iterations=num_iterations,
+            num_restarts=num_restarts,
+            seed=seed,
+            subsample=reference_quirks,
+        ).view(Q, H, W)
+        count = cluster_counts(
+            masks.cpu(),
+            resize_masks(ids, size, mode=mode),
+            num_classes,
+            num_clusters,
+            ignore_index=ignore_index,
+        )
+        total = count.sum(0, dtype=torch.int64)
+        scores.append(matched_mean_iou(total, absent_as_zero=reference_quirks))
+        counts.append(count)
+        classes.append(classes_of_clusters(total))
+        clusters.append(ids)
+    return Overclustering(
+        mean_iou=sum(scores) / len(scores),
+        mean_ious=tuple(scores),
+        counts=torch.stack(counts),
+        classes=torch.stack(classes),
+        clusters=torch.stack(clusters),
+    )
+
+
+def matched_mean_iou(counts: Tensor, *, absent_as_zero: bool = False) -> float:
+    """Mean IoU of clusters once `classes_of_clusters` has named them, from counts [C, K].
+
+    >>> matched_mean_iou(torch.tensor([[0, 5, 1], [3, 0, 0]]))
+    1.0
+    """
+    merged = merge_clusters(counts, classes_of_clusters(counts))
+    return mean_iou(merged, absent_as_zero=absent_as_zero)
+
+
+def cluster_counts(
+    masks: Tensor,
+    clusters: Tensor,
+    num_classes: int,
+    num_clusters: int,
+    *,
+    ignore_index: int = 255,
+) -> Tensor:
+    """How many pixels of each class are in each cluster, by image: int32 [Q, C, K].
+
+    Args:
+        masks: integer classes [Q, h, w]; those of ``ignore_index`` are not counted.
+        clusters: integers [Q, h, w] in 0..K-1.
+        num_classes: C.
+        num_clusters: K.
+        ignore_index: the label of pixels that belong to no class.
+
+    >>> cluster_counts(torch.tensor([[[0, 1, 1, 255]]]), torch.tensor([[[2, 0, 0, 1]]]), 2, 3)
+    tensor([[[0, 0, 1],
+             [2, 0, 0]]], dtype=torch.int32)
+    """
+    known = masks != ignore_index
+    wrong = masks[known & ((masks < 0) | (masks >= num_classes))]
+    if len(wrong):
+        raise ValueError(
+            f"masks hold class {int(wrong[0])}, but num_classes={num_classes} and "
+            f"ignore_index={ignore_index}"
+        )
+    shape = num_classes, num_clusters
+    result = torch.empty(len(masks), *shape, dtype=torch.int32)
+    for count, mask, ids, counted in zip(result, masks, clusters, known, strict=True):
+        cells = mask[counted].long() * num_clusters + ids[counted].long()
+        count.copy_(torch.bincount(cells, minlength=num_classes * num_clusters).view(shape))
+    return result
+
+
+def reduced(x: Tensor, dim: int, *, reference_quirks: bool = False) -> Tensor:
+    """First principal components of standardised features, float32 [N, min(dim, D)], on the CPU.
+
+    From each feature its mean over all rows is subtracted, and it is divided by its standard
+    deviation (normaliser N); one that does not vary becomes 0. Components are in descending order
+    of variance, their signs arbitrary.
+
+    Args:
+        x: [N, D], any float type; read a part at a time.
+        dim: components kept.
+        reference_quirks: faiss's PCA, fitted to at most 1000 · D rows.
+
+    >>> x = torch.tensor([[0.0, 5.0], [2.0, 5.0]])
+    >>> reduced(x, 1).abs()
+    tensor([[1.],
+            [1.]])
+    """
+    N, D = x.shape
+    total = sum(part.double().sum(0) for part in x.split(_ROWS_AT_ONCE))
+    mean = total / N
+    variance = sum((part.double() - mean).square().sum(0) for part in x.split(_ROWS_AT_ONCE)) / N
+    if not variance.isfinite().all():
+        raise ValueError("patches hold NaN or infinite values")
+    # Rounding leaves a little variance in what is constant.
+    constant = variance <= (1e-7 * mean).square()
+    std = variance.sqrt().where(~constant, torch.inf)
+
+    def standardised(part: Tensor) -> Tensor:
+        return ((part.double() - mean) / std).float()
+
+    if reference_quirks:
+        faiss = _faiss()
+        rows = torch.cat([standardised(part) for part in x.split(_ROWS_AT_ONCE)]).cpu().numpy()
+        pca = faiss.PCAMatrix(D, min(dim, D))
+        pca.train(rows)
+        return torch.from_numpy(pca.apply(rows))
+    covariance = torch.zeros(D, D, dtype=torch.float64, device=x.device)
+    for part in x.split(_ROWS_AT_ONCE):
+        z = standardised(part)
+        covariance += (z.T @ z).double()
+    directions = torch.linalg.eigh(covariance)[1].flip(1)[:, :dim].float()  # [D, dim]
+    return torch.cat([standardised(part) @ directions for part in x.split(_ROWS_AT_ONCE)]).cpu()
+
+
+def _kmeans(
+    x: np.ndarray,
+    num_clusters: int,
+    *,
+    num_iterations: int,
+    num_restarts: int,
+    seed: int,
+    subsample: bool,
+) -> Tensor:
+    """Cluster of each row of float32 x [N, d], int16 or int32 [N]."""
+    kmeans = _faiss().Kmeans(
+        x.shape[1],
+        num_clusters,
+        niter=num_iterations,
+        nredo=num_restarts,
+        seed=seed,
+        min_points_per_centroid=1,  # only warns
+        max_points_per_centroid=256 if subsample else len(x),
+    )
+    kmeans.train(x)
+    ids = torch.from_numpy(kmeans.assign(x)[1])
+    return ids.to(torch.int16 if num_clusters <= 2**15 else torch.int32)
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            "overclustering needs faiss for k-means: pip install 'sslkit[evaluation]'"
+        ) from error
+    return faiss
+
+
+@dataclass(frozen=True)
+class Options:
+    """Overclustering: k-means clusters of the test patches against their classes."""
+
+    num_clusters: tuple[int, ...] = (500, 300, 0)
+    """Numbers of clusters, 0 being the number of classes; those above the patches' are left out."""
+    size: tuple[int, int] | None = (100, 100)
+    """Pixels at which clusters and masks are compared; None: those of the dense view."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """The score is the mean over one run of k-means for each."""
+    num_iterations: int = 100
+    """Of k-means."""
+    num_restarts: int = 5
+    """Of these starts of a run, the one with the least distortion counts."""
+    reference_quirks: bool = False
+    """Fit to 256 patches a cluster, resize by corners, absent classes as 0, as published."""
+
+
+def evaluate(subject: Subject, options: Options) -> Outcome:
+    """Mean IoU over the test images for each number of clusters, the mean over seeds."""
+    test, masks, names = masked_patches(subject, "test")
+    scores, by_seed, figures = {}, {}, {}
+    for wanted in options.num_clusters:
+        num_clusters = wanted or len(names)
+        if num_clusters > test.patches.shape[:3].numel():
+            continue
+        result = overclustering(
+            test.patches,
+            masks,
+            len(names),
+            num_clusters=num_clusters,
+            size=options.size,
+            num_iterations=options.num_iterations,
+            num_restarts=options.num_restarts,
+            seeds=options.seeds,
+            reference_quirks=options.reference_quirks,
+        )
+        name = f"K={num_clusters}"
+        statistic = partial(matched_mean_iou, absent_as_zero=options.reference_quirks)
+        scores[name] = _mean_score(
+            [Score.of_confusion(counts, statistic) for counts in result.counts]
+        )
+        by_seed[name] = dict(zip(map(str, options.seeds), result.mean_ious, strict=True))
+        figures[f"overclustering_{num_clusters}"] = draw_segmentation(
+            subject,
+            test,
+            masks,
+            result.classes[0][result.clusters[0].long()],
+            title=f"Overclustering: {num_clusters} clusters, in the colours of their classes",
+            class_names=names,
+        )
+    if not scores:
+        raise ValueError(f"num_clusters={options.num_clusters} are all more than the patches")
+    return Outcome(scores, figures, {"mIoU by seed": by_seed})
+
+
+def _mean_score(scores: Sequence[Score]) -> Score:
+    """The mean of scores over the same items."""
+
+    def resampled(counts: Tensor) -> float:
+        return sum(s.resampled(counts) for s in scores if s.resampled) / len(scores)
+
+    return Score.of(resampled, scores[0].num_items)

@@ -1,0 +1,167 @@
+"""What segmentation protocols share: scores to masks, masks to confusions, clusters to classes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslkit.evaluation.confusion import confusion_matrix
+from sslkit.evaluation.features import Features
+from sslkit.evaluation.subject import Subject
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Predicted masks and what they score.
+
+    Attributes:
+        mean_iou: over all test pixels together, in 0..1.
+        iou: float64 [C]: of each class; NaN for one that is neither in the truth nor predicted.
+        confusions: int64 [Q, C, C]: a confusion matrix an image; their sum gives the scores.
+        predictions: classes [Q, h, w]; see `predicted_masks` for their type.
+    """
+
+    mean_iou: float
+    iou: Tensor
+    confusions: Tensor
+    predictions: Tensor
+
+
+def predicted_masks(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """Class with the highest score at every pixel, [Q, h, w], from scores [Q, H, W, C].
+
+    The scores are resized bilinearly (pixel centres aligned, ``align_corners=False``) first, an
+    image at a time. The result is uint8, or int16 if there are more than 256 classes: masks of a
+    whole data set are kept.
+
+    >>> predicted_masks(torch.eye(2).view(1, 1, 2, 2), (2, 4)).tolist()
+    [[[0, 0, 1, 1], [0, 0, 1, 1]]]
+    """
+    Q, _H, _W, C = scores.shape
+    dtype = torch.uint8 if C <= 256 else torch.int16
+    masks = torch.empty(Q, *size, dtype=dtype, device=scores.device)
+    for mask, one in zip(masks, scores, strict=True):
+        maps = F.interpolate(one.movedim(-1, 0)[None].float(), size, mode="bilinear")
+        mask.copy_(maps[0].argmax(dim=0))
+    return masks
+
+
+def resize_masks(masks: Tensor, size: tuple[int, int], *, mode: str = "nearest-exact") -> Tensor:
+    """Resize integer masks [B, h, w] by nearest neighbour, in their type.
+
+    Args:
+        masks: classes, of any integer type.
+        size: ``(height, width)`` of the result.
+        mode: ``"nearest-exact"`` takes the pixel under the centre; ``"nearest"`` the one under the
+            upper left corner, as published code does.
+
+    >>> resize_masks(torch.tensor([[[0, 1, 2, 3]]]), (1, 2))
+    tensor([[[1, 3]]])
+    """
+    if masks.shape[1:] == size:
+        return masks
+    # Indices rather than the masks are resized: exact for every integer type, and small.
+    rows, columns = (
+        F.interpolate(torch.arange(full, dtype=torch.float64)[None, None], short, mode=mode)
+        .flatten()
+        .to(masks.device, torch.int64)
+        for full, short in zip(masks.shape[1:], size, strict=True)
+    )
+    return masks[:, rows[:, None], columns]
+
+
+def confusions_by_image(
+    truth: Tensor, predictions: Tensor, num_classes: int, *, ignore_index: int = 255
+) -> Tensor:
+    """The `confusion_matrix` of each image, int64 [Q, C, C], from masks [Q, h, w].
+
+    >>> confusions_by_image(torch.tensor([[[0, 1]], [[1, 255]]]), torch.zeros(2, 1, 2).long(), 2)
+    tensor([[[1, 0],
+             [1, 0]],
+    <BLANKLINE>
+            [[0, 0],
+             [1, 0]]])
+    """
+    if truth.shape != predictions.shape:
+        raise ValueError(
+            f"truth and predictions differ in shape: {list(truth.shape)}, {list(predictions.shape)}"
+        )
+    return torch.stack(
+        [
+            confusion_matrix(t, p, num_classes, ignore_index=ignore_index)
+            for t, p in zip(truth, predictions, strict=True)
+        ]
+    )
+
+
+def classes_of_clusters(counts: Tensor) -> Tensor:
+    """The class that each of K clusters stands for, int64 [K], from counts [C, K].
+
+    ``counts[c, k]`` is how many pixels of class c are in cluster k. As many clusters as classes are
+    matched one to one such that the mean IoU is largest (Hungarian method; needs SciPy). More
+    clusters than classes: each stands for the class of highest precision
+    ``counts[c, k] / sum_c counts[c, k]``, the first one of equals; an empty cluster for class 0.
+
+    >>> classes_of_clusters(torch.tensor([[0, 5], [3, 1]]))
+    tensor([1, 0])
+    >>> classes_of_clusters(torch.tensor([[0, 5, 1], [3, 1, 2]]))
+    tensor([1, 0, 1])
+    """
+    C, K = counts.shape
+    if K < C:
+        raise ValueError(f"{K} clusters cannot stand for {C} classes: use at least as many")
+    counts = counts.double()
+    if K > C:
+        # The first of equals: argmax promises none in particular.
+        best = counts == counts.amax(0)
+        return best.int().cumsum(0).eq(0).sum(0)
+    from scipy.optimize import linear_sum_assignment
+
+    pairwise = counts / (counts.sum(0) + counts.sum(1, keepdim=True) - counts).clamp(min=1)
+    of_class = linear_sum_assignment(pairwise.cpu().numpy(), maximize=True)[1]  # ascending classes
+    return torch.from_numpy(of_class).argsort().to(counts.device)
+
+
+def merge_clusters(counts: Tensor, classes: Tensor) -> Tensor:
+    """Confusion matrices [..., C, C], from counts [..., C, K] and the class [K] of each cluster.
+
+    >>> merge_clusters(torch.tensor([[0, 5, 1], [3, 1, 2]]), torch.tensor([1, 0, 1]))
+    tensor([[5, 1],
+            [1, 5]])
+    """
+    C = counts.shape[-2]
+    return counts.new_zeros(*counts.shape[:-1], C).index_add_(-1, classes, counts)
+
+
+def masked_patches(subject: Subject, source: str) -> tuple[Features, Tensor, tuple[str, ...]]:
+    """Patches of a source's dense views, the masks [B, h, w] under them, and the classes' names."""
+    features = subject.features(source, "patches", view="dense")
+    masks = subject.masks(source, features)
+    images: Any = subject.source(source)
+    return features, masks, tuple(images.mask_class_names)
+
+
+def draw_segmentation(
+    subject: Subject,
+    features: Features,
+    truth: Tensor,
+    predictions: Tensor,
+    *,
+    title: str,
+    class_names: tuple[str, ...],
+    count: int = 5,
+) -> Any:
+    """The figure of a few test images, evenly spaced; masks are those of all of ``features``."""
+    from sslkit.evaluation import figures
+
+    count = min(count, len(features))
+    chosen = [i * len(features) // count for i in range(count)]
+    return figures.segmentation(
+        torch.stack(subject.images("test", features.indices[chosen].tolist())),
+        truth[chosen],
+        predictions[chosen],
+        title=title,
+        class_names=class_names,
+    )
