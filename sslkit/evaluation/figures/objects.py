@@ -132,7 +132,7 @@ def correspondences(
         Line2D([], [], color=REFERENCE, marker="X", ls="--", label="wrong"),
         Line2D([], [], color=REFERENCE, marker="s", mfc="none", ls="", label="where it belongs"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=3.4)
     return figure
 
 
