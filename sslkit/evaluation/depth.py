@@ -6,7 +6,6 @@ AdaBins (Bhat et al. 2021, arXiv 2011.14141), trained and scored as in Probe3D (
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -388,8 +387,8 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
 
 def _layers(subject: Subject, source: str, num_layers: int) -> tuple[Features, Tensor, Tensor]:
     """Features of dense views, their patches [B, H, W, n, D] and class tokens [B, n, D]."""
-    projected = subject.rasa is not None or subject.nesting is not None
-    if num_layers == 1 or projected or not hasattr(subject.encoder, "intermediate"):
+    num_layers = subject.num_layers(num_layers)
+    if num_layers == 1:
         features = subject.features(source, "patches", "cls", view="dense")
         return features, features.patches[:, :, :, None], features.cls[:, None]
     features = subject.features(
@@ -400,12 +399,7 @@ def _layers(subject: Subject, source: str, num_layers: int) -> tuple[Features, T
 
 def _depths(subject: Subject, source: str, features: Features, max_depth: float) -> Tensor:
     """True depths [B, h, w] under the dense views, 0 where unknown or beyond ``max_depth``."""
-    images: Any = subject.source(source)
-    if not hasattr(images, "depth"):
-        raise TypeError(
-            f"the {source} data ({type(images).__name__}) has no depth, which this protocol needs: "
-            "choose --data with depth (nyu:)"
-        )
+    images = subject.annotated(source, "depth")
     view = subject.view("dense")
     assert isinstance(view, EvalTransform)
     depths = torch.stack([view.mask(images.depth(i)) for i in features.indices.tolist()])
