@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sslkit.evaluation.features import extract_batches
+from sslkit.evaluation.features import encode
 from sslkit.evaluation.floor import ColourAndPosition, colour_position_patches
 from sslkit.evaluation.position import position_probe
 
@@ -27,9 +27,9 @@ def test_patches_hold_mean_colour_and_place():
 
 def test_encoder_of_pixels():
     x = images(3, 3, 32, 32)
-    features = extract_batches(ColourAndPosition(8), [(x, torch.zeros(3))])
-    assert torch.equal(features.cls, x.flatten(1))
-    assert torch.equal(features.patches, colour_position_patches(x, 8))
+    tokens = encode(ColourAndPosition(8), x, want=("cls", "patches"))
+    assert torch.equal(tokens["cls"], x.flatten(1))
+    assert torch.equal(tokens["patches"], colour_position_patches(x, 8))
     output = ColourAndPosition((8, 16), cls_size=(2, 4))(images(2, 4, 16, 32))
     assert output.cls.shape == (2, 4 * 2 * 4)
     assert output.registers.shape == (2, 0, 32)

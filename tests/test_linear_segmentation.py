@@ -152,6 +152,25 @@ def test_reference_quirks():
     assert quirky.mean_iou == pytest.approx(torch.stack(per_class).mean().item(), abs=1e-6)
 
 
+@pytest.mark.parametrize(("reference_quirks", "score"), [(False, 1.0), (True, 2 / 3)])
+def test_a_class_that_is_nowhere(reference_quirks, score):
+    masks = blocks(8, (2, 3), 2, patch=1)
+    patches = F.one_hot(masks, 2).float()
+    found = linear_segmentation(
+        patches,
+        masks,
+        patches,
+        masks,
+        3,
+        size=(2, 3),
+        lr=1.0,
+        batch_size=4,
+        generator=seeded(),
+        reference_quirks=reference_quirks,
+    )
+    assert found.mean_iou == pytest.approx(score)
+
+
 def drawn(count):
     """The generator with seed 0 after the initial weights and biases."""
     generator = seeded()
