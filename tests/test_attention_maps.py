@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sslkit import backbones
-from sslkit.evaluation.attention import cls_attention
+from sslkit.data.scenes import Scenes
+from sslkit.evaluation.attention import Options, cls_attention, evaluate
+from sslkit.evaluation.subject import Subject
 from tests.oracles import evaluation as oracle
 
 
@@ -77,3 +79,21 @@ def test_a_patch_like_the_class_token_takes_all_attention():
 def test_refused(q, k, prefix, message):
     with pytest.raises(ValueError, match=message):
         cls_attention(q, k, num_prefix_tokens=prefix, grid=(2, 3))
+
+
+@pytest.mark.parametrize("num_registers", [0, 2])
+def test_command(num_registers):
+    encoder = backbones.create("sslkit_vit_micro", img_size=16, reg_tokens=num_registers)
+    subject = Subject("micro", encoder, {"test": Scenes(9, size=(20, 32))}, {}, dense_size=(16, 24))
+    outcome = evaluate(subject, Options(num_images=3, block=0))
+    assert not outcome.scores
+    heads = outcome.details["attention on patches, by head"]
+    assert len(heads) == encoder.num_heads
+    images = torch.stack(subject.images("test", [0, 3, 6]))
+    with torch.no_grad():
+        q, k, _ = encoder.queries_keys_values(images, 0)
+    maps = cls_attention(q, k, num_prefix_tokens=1 + num_registers, grid=(4, 6))
+    assert heads == pytest.approx(maps.sum((2, 3)).mean(0).tolist(), abs=1e-4)
+    pictures = [axes.images[0].get_array() for axes in outcome.figures["attention_maps"].axes]
+    assert len(pictures) == 3 * (2 + encoder.num_heads)
+    torch.testing.assert_close(torch.tensor(pictures[2]), maps[0, 0])

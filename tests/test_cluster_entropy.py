@@ -7,7 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sslkit.evaluation.cluster_entropy import position_counts, position_entropy, shuffled
+from sslkit import backbones
+from sslkit.data.scenes import Scenes
+from sslkit.evaluation.cluster_entropy import (
+    Options,
+    cluster_patches,
+    evaluate,
+    position_counts,
+    position_entropy,
+    shuffled,
+)
+from sslkit.evaluation.subject import Subject
 from tests.oracles import evaluation as oracle
 
 
@@ -89,3 +99,48 @@ def test_shuffling_takes_position_away():
 def test_refused(ids, num_clusters, minimum, message):
     with pytest.raises(ValueError, match=message):
         position_entropy(ids, num_clusters, minimum_count=minimum)
+
+
+def test_planted_clusters_are_found_whatever_the_lengths_of_features():
+    truth = random_ids(6, 20, 5, 7)
+    patches = torch.eye(8)[truth] + 0.05 * torch.randn(20, 5, 7, 8, generator=seeded(1))
+    patches = patches * (0.1 + 10 * torch.rand(20, 5, 7, 1, generator=seeded(2)))
+    found = cluster_patches(patches.half(), 6, generator=seeded())
+    assert (found.shape, found.dtype) == (truth.shape, torch.int64)
+    pairs = {(int(t), int(f)) for t, f in zip(truth.flatten(), found.flatten(), strict=True)}
+    assert len(pairs) == 6  # the same, by other numbers
+    assert torch.equal(found, cluster_patches(patches.half(), 6, generator=seeded()))
+
+
+def test_more_clusters_than_patches_are_refused():
+    with pytest.raises(ValueError, match="num_clusters=7 must be between 1 and the 6 patches"):
+        cluster_patches(torch.rand(1, 2, 3, 4), 7, generator=seeded())
+
+
+class Places(torch.nn.Module):
+    """An encoder whose patches are their place, or else the image's brightness."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.place = place
+
+    def forward(self, images):
+        B = len(images)
+        if self.place:
+            patches = torch.eye(6).view(1, 2, 3, 6).expand(B, 2, 3, 6)
+        else:
+            angle = images.mean((1, 2, 3)).view(B, 1, 1).expand(B, 2, 3)
+            patches = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        return backbones.Tokens(patches.mean((1, 2)), patches[:, :0, 0], patches)
+
+
+@pytest.mark.parametrize("place", [True, False])
+def test_command(place):
+    subject = Subject("places", Places(place), {"test": Scenes(30, size=(20, 32))}, {})
+    outcome = evaluate(subject, Options(num_clusters=6 if place else 4))
+    assert outcome.scores["entropy"].value == pytest.approx(0 if place else 1, abs=1e-9)
+    assert outcome.scores["entropy, shuffled places"].value > 0.9
+    assert outcome.details["minimum count"] == 6
+    assert outcome.details["clusters measured"] == (6 if place else 4)
+    assert len(outcome.figures["cluster_entropy"].axes[0].lines) == 2
+    assert evaluate(subject, Options()).details["clusters"] == 15

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
@@ -117,6 +118,58 @@ def test_neighbours_do_not_depend_on_chunks_or_type(monkeypatch, dtype, keys_at_
         exact = [oracle.cosine(query, keys[i].tolist()) for i in where]
         assert exact == pytest.approx(found.tolist(), abs=1e-6)
         assert len(set(where.tolist())) == 5
+
+
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "one query"])
+@pytest.mark.parametrize("width", [16, 37, 64])
+def test_neighbours_do_not_depend_on_the_order_of_keys(monkeypatch, order, width):
+    monkeypatch.setattr(knn, "_KEYS_AT_ONCE", width)
+    monkeypatch.setattr(knn, "_FIRST_KEYS", 8)
+    queries, keys = noise(9, 12), noise(500, 12, seed=1)
+    if order != "random":  # every key, or none, is better than those before it
+        similarity = F.normalize(keys, dim=1) @ F.normalize(queries[:1], dim=1).T
+        keys = keys[similarity[:, 0].argsort(descending=order == "descending")]
+        queries = queries[:1] if order == "one query" else queries
+    found, where = cosine_neighbours(queries, keys, 7, chunk_size=4)
+    expected, index = (F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T).topk(7)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(where, index)
+
+
+def test_neighbours_are_those_of_faiss():
+    faiss = pytest.importorskip("faiss")
+    queries, keys = noise(300, 24), noise(5000, 24, seed=1)
+    unit = [F.normalize(x, dim=1).numpy() for x in (queries, keys)]
+    index = faiss.IndexFlatIP(24)
+    index.add(unit[1])
+    expected, places = index.search(unit[0], 50)
+    found, where = cosine_neighbours(queries, keys, 50)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    assert (where.sort().values.numpy() == np.sort(places)).mean() > 0.999  # near-ties may differ
+
+
+def test_huge_and_tiny_vectors_keep_their_direction():
+    queries, keys = noise(5, 6), noise(40, 6, seed=1)
+    expected = cosine_neighbours(queries, keys, 3)
+    scales = torch.logspace(-36, 36, 40)[:, None]
+    found = cosine_neighbours(1e30 * queries, scales * keys, 3)
+    torch.testing.assert_close(found, expected)
+
+
+def test_keys_are_neither_changed_nor_copied_as_a_whole(monkeypatch):
+    monkeypatch.setattr(knn, "_KEYS_AT_ONCE", 100)
+    monkeypatch.setattr(knn, "_FIRST_KEYS", 100)
+    seen = []
+    unit = knn._unit
+    monkeypatch.setattr(knn, "_unit", lambda x, name: seen.append((name, len(x))) or unit(x, name))
+    queries, keys = noise(20, 4).requires_grad_(), noise(1050, 4, seed=1)
+    before = keys.clone()
+    cosine_neighbours(queries, keys, 3, chunk_size=8)
+    assert torch.equal(keys, before)
+    read = [count for name, count in seen if name == "keys"]
+    assert sum(read) == 1050  # each once
+    assert max(read) == 100
+    assert max(count for name, count in seen if name == "queries") == 8
 
 
 def test_no_query_and_a_key_of_zeros():

@@ -5,7 +5,10 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from sslkit.evaluation.pca import pca_maps
+from sslkit import backbones
+from sslkit.data.scenes import Scenes
+from sslkit.evaluation.pca import Options, evaluate, pca_maps
+from sslkit.evaluation.subject import Subject
 
 
 def noise(*shape, seed=0):
@@ -107,3 +110,15 @@ def test_the_type_and_the_order_of_images_do_not_matter():
 def test_refused(patches, settings, message):
     with pytest.raises(ValueError, match=message):
         pca_maps(patches, **settings)
+
+
+def test_command():
+    encoder = backbones.create("sslkit_vit_micro", img_size=16)
+    subject = Subject("micro", encoder, {"test": Scenes(9, size=(20, 32))}, {}, dense_size=(16, 24))
+    outcome = evaluate(subject, Options(num_images=4, threshold=None))
+    assert not outcome.scores
+    assert len(outcome.details["explained by each colour"]) == 3
+    assert outcome.details["foreground"] == 1
+    pictures = [axes.images[0] for axes in outcome.figures["pca_maps"].axes if axes.images]
+    assert len(pictures) == 2 * 4
+    assert pictures[1].get_array().shape == (4, 6, 3)

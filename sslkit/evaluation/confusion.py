@@ -33,7 +33,7 @@ def confusion_matrix(
         prediction.flatten().split(_PIXELS_AT_ONCE),
         strict=True,
     )
-    for true, predicted in flat:
+    for true, predicted in flat if truth.numel() else ():
         ignored = true == ignore_index
         true, predicted = (x.masked_fill(ignored, 0) for x in (true, predicted))
         for name, classes in (("truth", true), ("prediction", predicted)):
