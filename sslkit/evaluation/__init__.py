@@ -1,5 +1,7 @@
-"""Evaluation protocols, one a file, all on features and labels already in memory.
+"""Evaluation protocols, one a file: functions of features and labels, and a thin command each.
 
-`features` is the only module here that runs a backbone. Each protocol is a function of arrays,
-so that it works on features from anybody's model.
+`encoders` says what a model must give, `features` and `feature_cache` run it over images, and
+nothing else does. A protocol's functions take arrays, so that they work on features from anybody's
+model; its `evaluate` takes a `subject.Subject`, one model on one data set, for
+``python -m sslkit.evaluation``.
 """
