@@ -138,6 +138,8 @@ def test_unknown_and_too_large_depths_do_not_count():
     ]
     assert torch.equal(heads[0].of_patch.weight, heads[1].of_patch.weight)
     assert heads[0].of_patch.weight.isfinite().all()
+    head = fit_depth_head(patches, cls, torch.zeros(6, 8, 12), epochs=2, generator=seeded())
+    assert torch.equal(head.of_patch.weight, DepthHead(4, 4, generator=seeded()).of_patch.weight)
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (0.1, 7.0), (-3.0, 9.0)])

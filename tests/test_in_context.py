@@ -13,6 +13,7 @@ from sslkit.evaluation.in_context import (
     patch_class_frequencies,
     segment,
 )
+from tests.oracles import dense as dense_oracle
 from tests.oracles import evaluation as oracle
 
 
@@ -149,6 +150,19 @@ def test_confusions_are_of_each_image():
         total = found.confusions.sum(0).double()
         union = total.sum(0) + total.sum(1) - total.diagonal()
         torch.testing.assert_close(found.iou, total.diagonal() / union)
+
+
+def test_reference_quirks_match_classes_over_all_images_at_once():
+    train, test = random_masks(4, (4, 6), 4, ignored=0), random_masks(3, (4, 6), 4, seed=1)
+    clean, quirky = (
+        in_context_segmentation(
+            noise(4, 2, 3, 5), train, noise(3, 2, 3, 5, seed=1), test, 4, reference_quirks=quirks
+        )
+        for quirks in (False, True)
+    )
+    best = dense_oracle.best_permutation(clean.confusions.sum(0).tolist())
+    assert quirky.mean_iou == pytest.approx(best)
+    assert best > clean.mean_iou + 0.01
 
 
 @pytest.mark.parametrize("patches_per_image", [None, 8])

@@ -225,16 +225,18 @@ def fit_depth_head(
         for chosen in torch.randperm(B, generator=generator).to(device).split(batch_size):
             truth = depths[chosen.to(depths.device)].to(device).float()
             truth = truth * (truth <= max_depth)
-            with torch.enable_grad():
-                predicted = _depth(head, layer_patches[chosen], layer_cls[chosen], truth.shape[1:])
-                if truth.any():
+            optimizer.zero_grad()
+            if truth.any():
+                with torch.enable_grad():
+                    predicted = _depth(
+                        head, layer_patches[chosen], layer_cls[chosen], truth.shape[1:]
+                    )
                     loss = 10 * scale_invariant_loss(predicted, truth)
                     loss = loss + 0.5 * gradient_loss(
                         predicted, truth, reference_quirks=reference_quirks
                     )
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
+                loss.backward()
+            optimizer.step()  # of what has no gradient: nothing
             schedule.step()
     return head.requires_grad_(False)
 

@@ -27,9 +27,11 @@ def position_maps(errors: Mapping[str, Tensor]) -> Figure:
         "its error is low there and grows towards the corners.",
         height=aspect * 0.85 * WIDTH / max(len(maps), 4) + 0.5,
     )
-    grid = figure.subplots(1, len(maps), squeeze=False)[0]
+    grid = figure.subplots(1, max(len(maps), 4))
+    for axes in grid[len(maps) :]:
+        axes.set_axis_off()
     highest = max(_CHANCE, *(float(np.max(error)) for error in maps.values()))
-    for axes, (name, error) in zip(grid, maps.items(), strict=True):
+    for axes, (name, error) in zip(grid[: len(maps)], maps.items(), strict=True):
         show(axes, error, cmap=HEAT, vmin=0, vmax=highest)
         axes.set_title(name.replace(": ", ":\n"))
     scale = figure.colorbar(grid[0].images[0], ax=grid, fraction=0.05, pad=0.01)
