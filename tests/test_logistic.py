@@ -185,6 +185,19 @@ def test_each_item_is_held_out_equally_often():
     assert (total / 2000 - 0.1).abs().max() < 5 * (0.09 / 2000) ** 0.5
 
 
+def test_which_class_gives_the_odd_item_is_drawn():
+    labels = torch.arange(30) % 2  # 15 items of each class, of which 1.5 are held out
+    parts = [held_out_part(labels, 0.1, generator=seeded(seed)) for seed in range(20)]
+    assert {int(labels[out].sum()) for out in parts} == {1, 2}
+
+
+def test_of_equal_cs_the_smallest_is_chosen():
+    x, y = planted(90, spread=0.05)
+    result = logistic_regression(x, y, x, y, costs=(10.0, 0.1, 1.0), generator=seeded())
+    assert set(result.validation.values()) == {1.0}
+    assert result.cost == 0.1
+
+
 @given(data=st.data(), n=st.integers(1, 12))
 def test_mean_per_class_is_scikit_learns_macro_recall(data, n):
     truth = data.draw(st.lists(st.sampled_from([0, 3, 7]), min_size=n, max_size=n))

@@ -322,3 +322,5 @@ def test_unknown_data_is_taken_whole_unless_it_has_a_test_split(tmp_path):
     for split, count in (("train", 5), ("val", 3)):
         folder_of(tmp_path / "split", [(i, 0, 0) for i in range(count)], below=split)
     assert len(whole_source(str(tmp_path / "split"))) == 3
+    (tmp_path / "list.txt").write_text("".join(f"flat/{i}.png -1\n" for i in range(7)))
+    assert len(whole_source(f"imglist:{tmp_path / 'list.txt'}@{tmp_path}")) == 7

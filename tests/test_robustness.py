@@ -103,6 +103,10 @@ def test_real_accuracy_is_timms():
     assert not correct[~counts].any()
 
 
+def test_images_without_a_real_label_do_not_count():
+    assert real_accuracy(torch.eye(4), [(0,), (), (1, 3), ()]) == 0.5
+
+
 def test_real_labels_in_any_order(tmp_path):
     sets = [[i % 7, 999] if i % 5 else [] for i in range(50_000)]
     (tmp_path / "real.json").write_text(json.dumps(sets))

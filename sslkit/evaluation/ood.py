@@ -6,12 +6,13 @@ confidence: higher means more in-distribution. ID: in-distribution; OOD: out of 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from sslkit.data.sources import Source, Subset, open_source
+from sslkit.data.annotated.open import open_annotated
+from sslkit.data.sources import Source, Subset
 from sslkit.evaluation.knn import cosine_neighbours
 from sslkit.evaluation.linear_probe import linear_probe
 from sslkit.evaluation.scores import Outcome, Score
@@ -413,8 +414,8 @@ class Options:
     """Out-of-distribution detection: AUROC of six scores, over near and far sets."""
 
     near: tuple[str, ...] = ()
-    """Images of similar classes, each a folder or what --data takes: all of it, or its test
-    split. OpenOOD's near sets for ImageNet are SSB-hard and NINCO."""
+    """Images of similar classes, each a folder or what --data takes (imglist:LIST for OpenOOD's
+    lists): all of it, or its test split. OpenOOD's for ImageNet are SSB-hard and NINCO."""
     far: tuple[str, ...] = ()
     """Images of other kinds. OpenOOD's for ImageNet: iNaturalist, Textures and OpenImage-O."""
     k: int = 50
@@ -498,10 +499,13 @@ def whole_source(spec: str) -> Source:
     """The test split of data that has one of its own; all images of other data.
 
     Args:
-        spec: see `sslkit.data.sources.open_source`.
+        spec: see `sslkit.data.annotated.open.open_annotated`; OpenOOD's lists are
+            ``imglist:LIST``.
     """
-    source = open_source(spec, split="test")
-    return open_source(spec, test_fraction=0) if isinstance(source, Subset) else source
+    source = open_annotated(spec, split="test")
+    if isinstance(source, Subset):
+        source = open_annotated(spec, test_fraction=0)
+    return cast(Source, source)
 
 
 def _mean_auroc(confidences: Mapping[str, Tensor], specs: Sequence[str]) -> Score:
