@@ -103,24 +103,6 @@ def mean_iou(confusion: Tensor, *, absent_as_zero: bool = False) -> float:
     return per_class.nanmean().item()
 
 
-def match_predictions(confusion: Tensor) -> Tensor:
-    """Reorder the columns of a confusion matrix so that the mean IoU is largest (Hungarian method).
-
-    For predictions whose numbers have no meaning, such as as many clusters as classes. A class in
-    neither truth nor prediction counts as 0. Needs SciPy.
-
-    >>> match_predictions(torch.tensor([[0, 5], [3, 1]]))
-    tensor([[5, 0],
-            [1, 3]])
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    counts = _square(confusion).double()
-    pairwise = counts / (counts.sum(0) + counts.sum(1, keepdim=True) - counts).clamp(min=1)
-    _, columns = linear_sum_assignment(pairwise.cpu().numpy(), maximize=True)
-    return confusion[:, torch.from_numpy(columns).to(confusion.device)]
-
-
 def _square(confusion: Tensor) -> Tensor:
     if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
         raise ValueError(f"a confusion matrix is [C, C], got {list(confusion.shape)}")
