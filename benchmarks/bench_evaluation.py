@@ -180,8 +180,12 @@ def main() -> int:
         print(json.dumps(run_task(options.task, options.scale, options.threads)))
         return 0
     torch.set_num_threads(options.threads)
-    measured = measure(options.only, options.scale, options.threads)
-    return report({row["task"]: row for row in measured}, options)
+    rows = {}
+    for row in measure(options.only, options.scale, options.threads):
+        rows[row["task"]] = row
+        took = f"{row['seconds']:.1f} s" if "seconds" in row else row["failed"]
+        print(f"{row['task']}: {took}", file=sys.stderr, flush=True)
+    return report(rows, options)
 
 
 def report(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> int:
