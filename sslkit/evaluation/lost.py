@@ -32,6 +32,7 @@ def lost_mask(keys: Tensor, *, num_candidates: int = 100) -> tuple[Tensor, tuple
         keys: [H, W, D].
         num_candidates: k of the paper.
 
+    >>> import torch
     >>> keys = torch.tensor([[1.0, -0.1]]).expand(2, 4, 2).clone()
     >>> keys[0, 1:3] = torch.tensor([-0.1, 1.0])
     >>> lost_mask(keys)
@@ -74,6 +75,7 @@ def lost_box(
         image_size: (height, width) before the padding; the box is clipped to it.
         num_candidates: see `lost_mask`.
 
+    >>> import torch
     >>> keys = torch.tensor([[1.0, -0.1]]).expand(2, 4, 2).clone()
     >>> keys[0, 1:3] = torch.tensor([-0.1, 1.0])
     >>> lost_box(keys, patch_size=16, image_size=(30, 64))
