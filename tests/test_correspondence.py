@@ -75,12 +75,11 @@ def test_reference_quirks():
     # Quirk: 24 px is at 24 / 64 * 3 = 1.125 of the cells' corners -> column 1, whose corner is 16.
     found = match_keypoints(features, features, point, reference_quirks=True, **arguments)
     assert found.tolist() == [[16, 0]]
-    # And at 40 / 64 * 3 = 1.875 -> column 2, where 40 / 16 = 2.5 is column 2, too; 36 is not.
-    point = torch.tensor([[30.0, 0.0]])
-    assert match_keypoints(features, features, point, **arguments).tolist() == [[24, 8]]
-    point = torch.tensor([[33.9, 0.0]])
+    # 32.9 px is truncated to 32, half way between columns 1 and 2: the first of equal ones.
+    point = torch.tensor([[32.9, 0.0]])
+    assert match_keypoints(features, features, point, **arguments).tolist() == [[40, 8]]
     found = match_keypoints(features, features, point, reference_quirks=True, **arguments)
-    assert found.tolist() == [[32, 0]]
+    assert found.tolist() == [[16, 0]]
     at_limit = torch.tensor([[10.0, 0.0]]), torch.tensor([[0.9, 0.0]]), torch.tensor([0, 0, 100, 9])
     assert correct_keypoints(*at_limit).tolist() == [True]
     assert correct_keypoints(*at_limit, reference_quirks=True).tolist() == [False]
@@ -174,8 +173,8 @@ def test_command(named, monkeypatch):
     encode = Subject.encode
     monkeypatch.setattr(Subject, "encode", lambda *words: encoded.append(words) or encode(*words))
     pairs = Pairs(named)
-    outcome = evaluate(subject(pairs), Options(image_size=50, num_shown=2))
-    assert encoded[0][1].shape == (1, 3, 48, 48)
+    outcome = evaluate(subject(pairs), Options(image_size=99, num_shown=2))
+    assert encoded[0][1].shape == (1, 3, 96, 96)
     # Sources and unflipped targets: 3 images of 4 have other names, 1 is a new image each time.
     assert len(encoded) == (6 if named else 12)
     assert {name: score.value for name, score in outcome.scores.items()} == {

@@ -111,6 +111,9 @@ def test_the_cut_solves_the_generalised_problem(grid, threshold, eps, seed):
     assert np.linalg.norm(v) == pytest.approx(1)
     assert v[np.abs(v).argmax()] > 0
     assert abs(v @ degrees.sum(1)) < 1e-8 * degrees.max()  # not the first eigenvector
+    mask, cell = tokencut_mask(keys, threshold=threshold, eps=eps)
+    assert mask.flatten().tolist() == [x > sum(v) / len(v) for x in v]
+    assert cell == divmod(np.abs(v).argmax(), grid[1])
 
 
 def test_both_solvers_agree(monkeypatch):

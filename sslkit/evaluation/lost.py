@@ -50,9 +50,8 @@ def lost_mask(keys: Tensor, *, num_candidates: int = 100) -> tuple[Tensor, tuple
     if not known.any():
         raise ValueError("all keys are zero: there is nothing to tell patches apart by")
     similarity = rows @ rows.T  # [N, N]
-    positive = similarity > 0
-    degree = positive.sum(1) - positive.diagonal().long()
-    degree[~known] = H * W  # above all others
+    degree = (similarity > 0).sum(1)  # one too many for each: a key is like itself
+    degree[~known] = H * W + 1  # above all others
     order = degree.argsort(stable=True)[: min(num_candidates, int(known.sum()))]
     similar = order[similarity[order[0], order] > 0]
     mask = similarity[similar].sum(0) > 0
