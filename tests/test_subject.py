@@ -131,3 +131,12 @@ def test_knn_of_a_subject(subject):
     expected = knn.knn_accuracy(means[0], train.labels, means[1], test.labels, ks=(1,))
     assert by_patches.scores["k=1"].value == pytest.approx(expected[1])
     assert {score.num_items for score in outcome.scores.values()} == {9}
+
+
+def test_a_bar_shows_how_much_is_done(subject, capsys):
+    for progress in (False, True):
+        with replace(subject, progress=progress).bar("fits", 3) as reach:
+            reach(1)
+            reach(3)
+        shown = capsys.readouterr().err
+        assert ("micro: fits" in shown and "3/3" in shown) == progress
