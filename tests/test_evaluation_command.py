@@ -164,10 +164,18 @@ def test_every_protocol_has_words_and_help(protocol, capsys):
         (["lost", "--weights", "floor", *SCENES, *QUICK], "queries_keys_values"),
         (["knn", "--weights", "floor", "floor", *SCENES], "two models have the same name"),
         (["knn", "--weights", "floor", *SCENES, "--rasa", "a", "b"], "--rasa names 2 files for 1"),
+        (
+            ["knn", "--weights", "floor", *SCENES, "--num-test", "0"],
+            "--num-test must be at least 1",
+        ),
+        (
+            ["knn", "--weights", "random:sslkit_vit_micro", *SCENES, "--nesting", "16", "33"],
+            "--nesting 33 must be between 1 and the 32 features of random",
+        ),
         (["correspondence", "--weights", "floor", *SCENES, *QUICK], "has no pair.*spair:PATH"),
         (
             ["knn", "--weights", "random:sslkit_vit_micro", *SCENES, "--global-size", "30"],
-            "multiples of the patch size",
+            "--global-size 30 must be a positive multiple of 4, the patch size of random",
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """Features on the disk: the same as in memory, continued where they stopped, never mixed up."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -99,6 +100,16 @@ def test_features_are_mapped_and_stay_as_they_are(tmp_path, encoder):
     before = (tmp_path / "cls.f16").read_bytes()
     features.cls.zero_()
     assert (tmp_path / "cls.f16").read_bytes() == before
+
+
+def test_a_second_reader_waits_for_the_first(tmp_path, encoder):
+    expected = cached(tmp_path / "alone", encoder, Pictures(40, broken=()))
+    both = [Pictures(40, broken=()) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda source: cached(tmp_path / "both", encoder, source), both))
+    assert sorted(len(source.read) for source in both) == [0, 40]
+    for features in found:
+        assert_same(features, expected)
 
 
 def test_features_of_something_else_are_refused(tmp_path, encoder):

@@ -71,6 +71,19 @@ def test_an_image_of_the_crops_size_is_only_normalised():
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("size", [(2, 64_000), (64_000, 2)])
+def test_of_an_extremely_long_image_the_middle_is_seen(size):
+    picture = torch.zeros(3, *size, dtype=torch.uint8)
+    along = 1 + size.index(64_000)
+    picture.narrow(along, 32_000, 32_000).fill_(255)  # white from the middle on
+    view = EvalTransform((64, 64), mean=(0.0,) * 3, std=(1.0,) * 3)
+    seen, cut = view(picture), view.mask((picture[0] > 0).byte())
+    assert seen.shape == (3, 64, 64)
+    for pixels in (seen[0], cut.float()):
+        ends = pixels.movedim(along - 1, 0)[[0, -1]].mean(1)
+        torch.testing.assert_close(ends, torch.tensor([0.0, 1.0]), atol=0.1, rtol=0)
+
+
 def test_mask_is_cut_where_the_image_is():
     mask = torch.zeros(60, 90, dtype=torch.uint8)
     mask[10:40, 30:70] = 200  # a class above 127

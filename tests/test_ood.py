@@ -102,6 +102,17 @@ def test_metrics_are_scikit_learns(decimals):
     weights = {"id_weights": counts[:700], "ood_weights": counts[700:]}
     expected = roc_auc_score(truth, score, sample_weight=counts.numpy())
     assert auroc(a, b, **weights) == pytest.approx(expected, abs=1e-12)
+    # Many items of little weight on one side of the threshold, few of much on the other.
+    counts[:700] += (30 * torch.rand(700, generator=seeded(1)) * (a < 1)).long()
+    counts[700:] += (30 * torch.rand(300, generator=seeded(2)) * (b < 0)).long()
+    for positive, flip in (("ood", 1), ("id", -1)):
+        is_positive = [t if flip == 1 else 1 - t for t in truth]
+        fpr, tpr, _ = roc_curve(
+            is_positive, flip * score, sample_weight=counts.numpy(), drop_intermediate=False
+        )
+        weights = {"id_weights": counts[:700], "ood_weights": counts[700:]}
+        found = fpr_at_95_tpr(a, b, positive=positive, **weights)
+        assert found == pytest.approx(fpr[(tpr >= 0.95).argmax()])
 
 
 def test_counting_an_item_twice_is_having_it_twice():
@@ -315,6 +326,20 @@ def test_a_subject(subject, tmp_path):
     assert "Confidence" in figure.get_label()
     with pytest.raises(ValueError, match="name at least one unknown data set"):
         evaluate(subject, Options())
+
+
+def test_a_resample_counts_known_items_first_then_each_set():
+    known, near, far = noise(9) + 1, noise(6, seed=1), noise(4, seed=2)
+    score = module._mean_auroc({"": known, "near": near, "far": far}, ["near", "far"])
+    counts = torch.randint(3, (19,), generator=seeded()).double()
+    weights = {"id_weights": counts[:9]}
+    parts = [
+        auroc(known, near, ood_weights=counts[9:15], **weights),
+        auroc(known, far, ood_weights=counts[15:], **weights),
+    ]
+    assert score.resampled(counts) == pytest.approx(sum(parts) / 2)
+    counts[15:] = 0  # a resample without an image of a set
+    assert score.resampled(counts) == pytest.approx(parts[0])
 
 
 def test_unknown_data_is_taken_whole_unless_it_has_a_test_split(tmp_path):

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from sslkit import backbones
+from sslkit.evaluation.__main__ import main as evaluation
+from sslkit.evaluation.models import load_rasa
 from sslkit.training.checkpoint import Checkpoints
 from sslkit.training.metrics import read_metrics
 from tests.recipe import recipe, saved_tensors, smoke
@@ -62,6 +64,16 @@ def test_encoders_are_exported_with_their_settings(finished: Path) -> None:
     assert (settings["steps"], settings["model"]["backbone"]) == (4, "sslkit_vit_micro")
     assert not torch.equal(outputs["pretrain"], outputs["highres"])
     assert not torch.allclose(outputs["highres"], outputs["rasa"])
+    projector = load_rasa(finished / "rasa_projector.safetensors")
+    torch.testing.assert_close(projector(outputs["highres"]), outputs["rasa"], atol=1e-5, rtol=1e-4)
+
+
+def test_the_evaluation_command_takes_what_a_run_leaves(finished: Path, tmp_path: Path) -> None:
+    words = ["position", "--hidden-dim", "0", "--data", "scenes", "--num-scenes", "24"]
+    words += ["--weights", str(finished / "highres.safetensors"), "--output", str(tmp_path)]
+    evaluation([*words, "--rasa", str(finished / "rasa_projector.safetensors")])
+    scores = json.loads((tmp_path / "results.json").read_text())["protocols"]["position"]
+    assert set(scores["highres + RASA"]["scores"]) == {"linear R²", "before RASA: linear R²"}
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "highres"])

@@ -125,4 +125,18 @@ def test_knn_of_a_subject(subject):
     assert {name: s.value for name, s in outcome.scores.items()} == {
         f"k={k}": pytest.approx(value) for k, value in expected.items()
     }
+    by_patches = knn.evaluate(subject, knn.Options(token="mean_patch", ks=(1,)))
+    train, test = (subject.features(name, "patches") for name in ("train", "test"))
+    means = [x.patches.mean((1, 2)) for x in (train, test)]
+    expected = knn.knn_accuracy(means[0], train.labels, means[1], test.labels, ks=(1,))
+    assert by_patches.scores["k=1"].value == pytest.approx(expected[1])
     assert {score.num_items for score in outcome.scores.values()} == {9}
+
+
+def test_a_bar_shows_how_much_is_done(subject, capsys):
+    for progress in (False, True):
+        with replace(subject, progress=progress).bar("fits", 3) as reach:
+            reach(1)
+            reach(3)
+        shown = capsys.readouterr().err
+        assert ("micro: fits" in shown and "3/3" in shown) == progress

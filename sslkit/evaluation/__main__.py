@@ -17,7 +17,7 @@ import tyro
 from sslkit.data.annotated.open import open_annotated
 from sslkit.evaluation.comparison import compare, table, write
 from sslkit.evaluation.features import Unsuitable
-from sslkit.evaluation.models import load_rasa, open_model
+from sslkit.evaluation.models import Model, load_rasa, open_model
 from sslkit.evaluation.protocols import PROTOCOLS
 from sslkit.evaluation.report import format_table
 from sslkit.evaluation.subject import Subject
@@ -87,7 +87,10 @@ def subjects(run: Run) -> list[Subject]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     trained_size = getattr(models[0].encoder, "img_size", (_GLOBAL_SIZE, _GLOBAL_SIZE))
     global_size = run.global_size or min(trained_size)
+    dense_size = run.dense_size or _DENSE_OVER_GLOBAL * global_size
     limits = {"train": run.num_train, "test": run.num_test}
+    if problems := _problems(run, models, {"global": global_size, "dense": dense_size}):
+        raise ValueError("; ".join(problems))
     found = []
     for i, model in enumerate(models):
         projectors = [load_rasa(run.rasa[i % len(run.rasa)])] if run.rasa else [None]
@@ -97,7 +100,7 @@ def subjects(run: Run) -> list[Subject]:
             sources,
             {"weights": model.identity, "data": _identity(run)},
             global_size=global_size,
-            dense_size=run.dense_size or _DENSE_OVER_GLOBAL * global_size,
+            dense_size=dense_size,
             resize_over_crop=run.resize_over_crop,
             rasa=projectors[0],
             cache=run.cache or run.output / "features",
@@ -113,6 +116,30 @@ def subjects(run: Run) -> list[Subject]:
             replace(subject, name=f"{subject.name}[:{size}]", nesting=size) for size in run.nesting
         ]
     return found
+
+
+def _problems(run: Run, models: Sequence[Model], sizes: dict[str, int]) -> list[str]:
+    """What is wrong with numbers of the command line, said before any image is read."""
+    problems = [
+        f"--{name.replace('_', '-')} must be at least 1, got {getattr(run, name)}"
+        for name in ("num_train", "num_test", "num_scenes", "encode_batch_size", "num_resamples")
+        if getattr(run, name) is not None and getattr(run, name) < 1
+    ]
+    for model in models:
+        patch = max(getattr(model.encoder, "patch_size", (1, 1)))
+        problems += [
+            f"--{view}-size {size} must be a positive multiple of {patch}, the patch size of "
+            f"{model.name}"
+            for view, size in sizes.items()
+            if size < 1 or size % patch
+        ]
+        dim = getattr(model.encoder, "embed_dim", None)
+        problems += [
+            f"--nesting {size} must be between 1 and the {dim} features of {model.name}"
+            for size in run.nesting
+            if size < 1 or (dim is not None and size > dim)
+        ]
+    return problems
 
 
 def _open(run: Run, split: Literal["train", "test"]) -> Any:
@@ -159,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = {name: getattr(settings, _field(name)) for name in protocols}
     try:
         evaluate(settings.run, options, skip_unsuitable=chosen == "all")
-    except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
 

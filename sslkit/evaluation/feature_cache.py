@@ -6,7 +6,7 @@
       journal.jsonl    a line a batch, written once its rows are safe
 
 An extraction that was interrupted continues after the last line of its journal; rows beyond it are
-cut off. Two processes must not write one folder at the same time.
+cut off. A second process that wants the same features waits for the first, on the file `lock`.
 """
 
 import json
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -90,33 +91,39 @@ def cached_features(
         "images": _described_indices(indices),
         **{name: str(value) for name, value in identity.items()},
     }
-    meta = _read_meta(folder, described)
-    lines = _read_journal(folder / "journal.jsonl")
-    done = sum(line["images"] for line in lines)
-    if done < len(indices):
-        if meta is not None:
-            _truncate(folder, meta["shapes"], lines)
-        batches = encoded_batches(
-            encoder,
-            source,
-            transform=transform,
-            indices=indices[done:],
-            want=want,
-            block=block,
-            num_layers=num_layers,
-            batch_size=batch_size,
-            device=device,
-            dtype=torch.float16,
-            num_workers=num_workers,
-        )
-        with tqdm(
-            total=len(indices), initial=done, desc=progress, unit=" images", disable=not progress
-        ) as bar:
-            for encoded, unreadable in batches:
-                if meta is None and encoded:
-                    meta = _write_meta(folder, described, encoded[0])
-                lines.append(_append(folder, encoded, unreadable))
-                bar.update(lines[-1]["images"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        meta = _read_meta(folder, described)
+        lines = _read_journal(folder / "journal.jsonl")
+        done = sum(line["images"] for line in lines)
+        if done < len(indices):
+            if meta is not None:
+                _truncate(folder, meta["shapes"], lines)
+            batches = encoded_batches(
+                encoder,
+                source,
+                transform=transform,
+                indices=indices[done:],
+                want=want,
+                block=block,
+                num_layers=num_layers,
+                batch_size=batch_size,
+                device=device,
+                dtype=torch.float16,
+                num_workers=num_workers,
+            )
+            with tqdm(
+                total=len(indices),
+                initial=done,
+                desc=progress,
+                unit=" images",
+                disable=not progress,
+            ) as bar:
+                for encoded, unreadable in batches:
+                    if meta is None and encoded:
+                        meta = _write_meta(folder, described, encoded[0])
+                    lines.append(_append(folder, encoded, unreadable))
+                    bar.update(lines[-1]["images"])
     unreadable = [error for line in lines for error in line["unreadable"]]
     report_unreadable(unreadable, len(indices), all_of_them=meta is None)
     assert meta is not None
@@ -152,7 +159,6 @@ def _read_meta(folder: Path, described: Mapping[str, Any]) -> dict[str, Any] | N
 def _write_meta(folder: Path, described: Mapping[str, Any], batch: EncodedBatch) -> dict[str, Any]:
     shapes = {name: list(x.shape[1:]) for name, x in batch.tokens.items()}
     meta = {"of": dict(described), "shapes": shapes}
-    folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "meta.json") as file:
         file.write(json.dumps(meta, indent=2).encode())
     return meta
@@ -184,7 +190,6 @@ def _append(folder: Path, encoded: Sequence[EncodedBatch], unreadable: list[str]
         "grids": [batch.grid for batch in encoded for _ in batch.labels],
         "unreadable": unreadable,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "journal.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     return line

@@ -6,6 +6,7 @@ similarity, votes weighted by softmax(similarity / 0.07) over the nearest 200.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -223,8 +224,11 @@ def _check_labels(split: str, features: Tensor, labels: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """k-NN accuracy of the class token."""
+    """k-NN accuracy of the class token, or of the mean patch token."""
 
+    token: Literal["cls", "mean_patch"] = "cls"
+    """The published protocol compares class tokens; those of a network that has seen few images
+    may follow the background, when the mean of its patch tokens does not."""
     ks: tuple[int, ...] = (10, 20, 100, 200)
     """Numbers of neighbours that vote; those above the number of training images are left out."""
     temperature: float = 0.07
@@ -233,13 +237,13 @@ class Options:
 
 def evaluate(subject: Subject, options: Options) -> Outcome:
     """Accuracy for each k, that of k = 20 first."""
-    train, test = (subject.features(name, "cls") for name in ("train", "test"))
+    train, test = (subject.features(name, options.token) for name in ("train", "test"))
     ks = sorted({min(k, len(train)) for k in options.ks}, key=lambda k: (k != 20, k))
     truth = require_labels(test, "test")
     predictions = knn_predict(
-        train.cls,
+        train[options.token],
         require_labels(train, "train"),
-        test.cls,
+        test[options.token],
         ks=ks,
         temperature=options.temperature,
         num_neighbours=max(200, *ks),

@@ -379,20 +379,22 @@ def probe_subject(subject: Subject, options: Options) -> tuple[LinearProbeResult
     blocks = tuple(sorted({min(n, most) for n in options.num_blocks}))
     train, test = (head_features(subject, name, max(blocks)) for name in ("train", "test"))
     inputs = _head_inputs(train)
-    result = linear_probe(
-        *inputs,
-        require_labels(train, "train"),
-        *_head_inputs(test),
-        require_labels(test, "test"),
-        generator=subject.generator(),
-        num_blocks=blocks,
-        mean_patch=(False,) if inputs[1] is None else (False, True),
-        learning_rates=options.learning_rates,
-        num_steps=options.num_steps,
-        batch_size=options.batch_size,
-        num_classes=subject.train.num_classes or None,
-        device=subject.device,
-    )
+    with subject.bar("linear, steps", options.num_steps) as reach:
+        result = linear_probe(
+            *inputs,
+            require_labels(train, "train"),
+            *_head_inputs(test),
+            require_labels(test, "test"),
+            generator=subject.generator(),
+            num_blocks=blocks,
+            mean_patch=(False,) if inputs[1] is None else (False, True),
+            learning_rates=options.learning_rates,
+            num_steps=options.num_steps,
+            batch_size=options.batch_size,
+            num_classes=subject.train.num_classes or None,
+            device=subject.device,
+            progress=reach,
+        )
     return result, test
 
 

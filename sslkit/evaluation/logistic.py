@@ -292,16 +292,18 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
 
     train, test = (subject.features(name, "cls") for name in ("train", "test"))
     truth = require_labels(test, "test")
-    result = logistic_regression(
-        train.cls,
-        require_labels(train, "train"),
-        test.cls,
-        truth,
-        generator=subject.generator(),
-        metric=options.metric,
-        held_out=options.held_out,
-        max_iter=options.max_iter,
-    )
+    with subject.bar("logistic, fits", len(COSTS) + 1) as reach:
+        result = logistic_regression(
+            train.cls,
+            require_labels(train, "train"),
+            test.cls,
+            truth,
+            generator=subject.generator(),
+            metric=options.metric,
+            held_out=options.held_out,
+            max_iter=options.max_iter,
+            progress=reach,
+        )
     score = Score.mean(result.correct)
     if options.metric == "mean_per_class":
         score = Score.of(

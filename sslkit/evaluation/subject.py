@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Generator, Tensor, nn
+from tqdm import tqdm
 
 from sslkit.data.seeds import sample_seed
 from sslkit.data.sources import Source
@@ -55,7 +57,7 @@ class Subject:
         limits: at most so many images of a source, evenly spaced; by source name.
         batch_size, device, num_workers: of the extraction.
         seed: of every generator a protocol asks for.
-        progress: whether to show a bar while features are extracted.
+        progress: whether to show bars.
     """
 
     name: str
@@ -121,6 +123,17 @@ class Subject:
     def generator(self, *words: int) -> Generator:
         """A CPU generator that depends on the seed and on ``words``."""
         return torch.Generator().manual_seed(sample_seed(self.seed, *words))
+
+    @contextmanager
+    def bar(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A progress bar, where bars are wanted: what it yields is told how much is done."""
+        title = f"{self.name}: {description}"
+        with tqdm(total=total, desc=title, disable=not self.progress) as shown:
+
+            def reach(done: int) -> None:
+                shown.update(done - shown.n)
+
+            yield reach
 
     def view(self, view: View) -> EvalTransform | PaddedView:
         """The transform of a view, from uint8 images to the encoder's input."""

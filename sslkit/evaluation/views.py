@@ -14,6 +14,7 @@ from torch import Tensor
 from sslkit.data.crops import normalisation
 
 _RESIZE_OVER_CROP = 256 / 224
+_LONGEST = 32  # times the shorter side
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class EvalTransform:
 
     The shorter side is resized to ``resize`` (bicubic, antialiased; the default is 256/224 of the
     crop's shorter side), the centre ``crop`` is cut out, and the channels are normalised. An image
-    that would not fill the crop is enlarged just enough to fill it; nothing is ever padded.
+    that would not fill the crop is enlarged just enough to fill it; nothing is ever padded. Of an
+    image more than 32 times as long as wide, only the middle is resized: all of it would not fit
+    into memory.
 
     Args:
         crop: side of the square crop, or ``(height, width)``, in pixels.
@@ -56,6 +59,7 @@ class EvalTransform:
         """Turn a uint8 image [C, h, w] into a normalised float32 view [C, *crop_size]."""
         _require_image(image)
         mean, std = normalisation(len(image), self.mean, self.std)
+        image = self._middle(image)
         size = self._resized(image.shape[1], image.shape[2])
         # Bicubic weights are negative in places, so that values can leave 0..255.
         pixels = F.interpolate(image[None].float(), size, mode="bicubic", antialias=True)[0]
@@ -65,6 +69,7 @@ class EvalTransform:
         """Cut the same region out of an integer label mask [h, w], by nearest neighbour."""
         if mask.ndim != 2:
             raise ValueError(f"mask must be [h, w], got {list(mask.shape)}")
+        mask = self._middle(mask)
         size = self._resized(mask.shape[0], mask.shape[1])
         resized = F.interpolate(mask[None, None].double(), size, mode="nearest-exact")[0, 0]
         return self._centre(resized).to(mask.dtype)
@@ -74,6 +79,13 @@ class EvalTransform:
         shorter = self.resize or round(min(crop_h, crop_w) * _RESIZE_OVER_CROP)
         scale = max(shorter / min(height, width), crop_h / height, crop_w / width)
         return max(crop_h, int(height * scale + 1e-6)), max(crop_w, int(width * scale + 1e-6))
+
+    def _middle(self, pixels: Tensor) -> Tensor:
+        """At most 32 times as long as wide, times how long the crop is, cut evenly at both ends."""
+        h, w = pixels.shape[-2:]
+        longest = _LONGEST * min(h, w) * -(-max(self.crop_size) // min(self.crop_size))
+        top, left = max(0, h - longest) // 2, max(0, w - longest) // 2
+        return pixels[..., top : top + min(h, longest), left : left + min(w, longest)]
 
     def _centre(self, pixels: Tensor) -> Tensor:
         crop_h, crop_w = self.crop_size

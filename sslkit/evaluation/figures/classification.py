@@ -117,7 +117,7 @@ def ood_histograms(
         "Confidence in known and unknown images",
         "A good score puts known images (ID) to the right of unknown ones, near OOD (similar "
         "classes) and far OOD (other kinds of images). Where the curves overlap, no threshold "
-        "tells them apart.",
+        "tells them apart. The outermost bars hold everything beyond them.",
         height=2.1 * rows + 0.35,
     )
     looks = {"id": ("ID", TRAINED), "near": ("near OOD", REFERENCE), "far": ("far OOD", BASELINE)}
