@@ -13,6 +13,8 @@ from sslkit.evaluation.scores import Interval, Outcome, Score, bootstrap
 from sslkit.evaluation.subject import Subject
 from sslkit.training.checkpoint import atomic_write
 
+_BOOTSTRAP = 9  # sets the resamples' generator apart from those of the protocols
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -171,7 +173,7 @@ def _measure(
             intervals = []
             for minus in (None, reference):
                 # One generator each time: the same draws for every model.
-                generator = first.generator(len("bootstrap"))
+                generator = first.generator(_BOOTSTRAP)
                 intervals.append(
                     bootstrap(
                         score,
