@@ -68,7 +68,7 @@ from sslkit.data.throughput import DataWatch
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.attention import cls_attention
 from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
-from sslkit.evaluation.features import extract
+from sslkit.evaluation.features import evenly_spaced, extract
 from sslkit.evaluation.in_context import in_context_segmentation
 from sslkit.evaluation.knn import knn_accuracy
 from sslkit.evaluation.matryoshka import matryoshka_curve
@@ -1144,12 +1144,6 @@ def last_checkpoint(
     return checkpoints, latest
 
 
-def spread(population: int, count: int) -> list[int]:
-    """At most `count` indices, evenly spaced, so that sorted classes are all in the sample."""
-    count = min(population, count)
-    return [i * population // count for i in range(count)]
-
-
 # ---------------------------------------------------------------------------------------- RASA
 
 
@@ -1173,7 +1167,7 @@ def remove_position(settings: Settings, parallel: Parallel) -> None:
         encoder.to(parallel.device),
         train,
         transform=lambda image: random_crop(image, generator=generator).globals_[0],
-        indices=spread(len(train), settings.rasa.num_images),
+        indices=evenly_spaced(len(train), settings.rasa.num_images),
         batch_size=settings.evaluation.batch_size,
         want=("patches",),
         device=parallel.device,
@@ -1381,7 +1375,7 @@ def report(settings: Settings, parallel: Parallel) -> None:
 def some_images(source: Source, count: int) -> list[Tensor]:
     """At most `count` images, evenly spaced; for a broken one, the next that can be read."""
     images = []
-    for first in spread(len(source), count):
+    for first in evenly_spaced(len(source), count):
         for i in range(first, len(source)):
             try:
                 images.append(source[i][0])
@@ -1479,7 +1473,7 @@ def cluster_entropy_picture(settings: Settings, plan: Plan) -> Figure:
     checkpoints, path = last_checkpoint(plan.name, settings)
     checkpoints.load_(path, {"teacher": network.state_dict()}, partial=True)
     counts = network.ibot_head.num_prototypes_per_level
-    images = spread(len(test), settings.evaluation.num_dense)
+    images = evenly_spaced(len(test), settings.evaluation.num_dense)
     level = max((level for level, k in enumerate(counts) if k <= len(images)), default=0)
     ids = []
     for stage in (plan.name, "rasa"):

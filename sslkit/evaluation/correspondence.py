@@ -18,6 +18,7 @@ from sslkit.data.annotated.protocols import KeypointPair
 from sslkit.data.crops import normalisation
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.views import require_image
 
 _IMAGES_KEPT = 256
 """Feature maps kept for the next pairs: pairs of a class share images, and stand together."""
@@ -44,8 +45,7 @@ class SquareView:
 
     def __call__(self, image: Tensor) -> Tensor:
         """Turn a uint8 image [C, h, w] into a normalised float32 view [C, size, size]."""
-        if image.ndim != 3 or image.dtype != torch.uint8:
-            raise TypeError(f"image must be uint8 [C, h, w], got {image.dtype} {list(image.shape)}")
+        require_image(image)
         mean, std = normalisation(len(image), self.mean, self.std)
         h, w = image.shape[1:]
         side = max(h, w)

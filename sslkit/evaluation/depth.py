@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslkit.evaluation.features import Features
+from sslkit.evaluation.features import Features, evenly_spaced
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import EvalTransform
@@ -373,7 +373,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
     errors = depth_errors(predicted, truth)
     known = truth.flatten(1).any(1)
     metres = {"higher_is_better": False, "percent": False}
-    chosen = [i * len(truth) // min(5, len(truth)) for i in range(min(5, len(truth)))]
+    chosen = evenly_spaced(len(truth), 5)
     images = torch.stack(subject.images("test", test[0].indices[chosen].tolist()))
     return Outcome(
         {

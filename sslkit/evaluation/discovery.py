@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sslkit.evaluation.boxes import localised
-from sslkit.evaluation.features import Unsuitable
+from sslkit.evaluation.features import Unsuitable, evenly_spaced
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
 
@@ -48,7 +48,7 @@ def discovery_outcome(
     if num_shown:
         from sslkit.evaluation import figures as draw
 
-        shown = sorted({i * len(kept) // num_shown for i in range(num_shown)})
+        shown = evenly_spaced(len(kept), num_shown)
         figures["boxes"] = draw.discovery_boxes(
             [boxed[kept[i]][0] for i in shown],
             [predicted[i] for i in shown],

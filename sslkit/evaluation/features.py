@@ -288,6 +288,16 @@ def extract(
     return joined(batches, num_unreadable=len(unreadable))
 
 
+def evenly_spaced(population: int, count: int) -> list[int]:
+    """At most ``count`` indices below ``population``: sorted classes are all in such a sample.
+
+    >>> evenly_spaced(10, 4), evenly_spaced(2, 4)
+    ([0, 2, 5, 7], [0, 1])
+    """
+    count = min(population, count)
+    return [i * population // count for i in range(count)]
+
+
 def joined(batches: Sequence[EncodedBatch], *, num_unreadable: int = 0) -> Features:
     """The features of some batches, one after the other."""
     grids = [batch.grid for batch in batches for _ in batch.labels]

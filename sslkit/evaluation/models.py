@@ -1,6 +1,5 @@
 """The models that a command line names."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from torch import nn
 from sslkit import backbones
 from sslkit.evaluation.floor import ColourAndPosition
 from sslkit.rasa import RASAProjector
+from sslkit.training.checkpoint import file_digest
 
-_CHUNK = 2**24  # bytes
 _KINDS = (
     "FILE.safetensors of sslkit.backbones.save (the recipe's exports), random:FILE for fresh "
     "weights in the same network, random:NAME or timm:NAME for a network of "
@@ -69,11 +68,7 @@ def open_model(spec: str, *, seed: int = 0, floor_patch_size: int = 8) -> Model:
     path = Path(rest)
     if not path.is_file():
         raise FileNotFoundError(f"no weights {rest!r}: give {_KINDS}")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return Model(name or path.stem, backbones.load(path), digest.hexdigest())
+    return Model(name or path.stem, backbones.load(path), file_digest(path))
 
 
 def load_rasa(path: str | Path) -> RASAProjector:

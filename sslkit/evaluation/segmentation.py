@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslkit.evaluation.confusion import confusion_matrix
-from sslkit.evaluation.features import Features
+from sslkit.evaluation.features import Features, evenly_spaced
 from sslkit.evaluation.subject import Subject
 
 
@@ -156,8 +156,7 @@ def draw_segmentation(
     """The figure of a few test images, evenly spaced; masks are those of all of ``features``."""
     from sslkit.evaluation import figures
 
-    count = min(count, len(features))
-    chosen = [i * len(features) // count for i in range(count)]
+    chosen = evenly_spaced(len(features), count)
     return figures.segmentation(
         torch.stack(subject.images("test", features.indices[chosen].tolist())),
         truth[chosen],

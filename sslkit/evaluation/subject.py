@@ -15,7 +15,14 @@ from tqdm import tqdm
 from sslkit.data.seeds import sample_seed
 from sslkit.data.sources import Source
 from sslkit.evaluation.feature_cache import cached_features
-from sslkit.evaluation.features import Features, Unsuitable, encode, extract, frozen
+from sslkit.evaluation.features import (
+    Features,
+    Unsuitable,
+    encode,
+    evenly_spaced,
+    extract,
+    frozen,
+)
 from sslkit.evaluation.views import EvalTransform, PaddedView
 from sslkit.rasa import RASAProjector
 
@@ -165,8 +172,8 @@ class Subject:
         limit = (self.limits or {}).get(source, len(images))
         count = min(limit, len(images))
         indices: Sequence[int] = range(len(images))
-        if count < len(images):  # evenly spaced: sorted classes are all in the sample
-            indices = [i * len(images) // count for i in range(count)]
+        if count < len(images):
+            indices = evenly_spaced(len(images), count)
         shared: dict[str, Any] = {
             "transform": self.view(view),
             "want": want,

@@ -57,7 +57,7 @@ class EvalTransform:
 
     def __call__(self, image: Tensor) -> Tensor:
         """Turn a uint8 image [C, h, w] into a normalised float32 view [C, *crop_size]."""
-        _require_image(image)
+        require_image(image)
         mean, std = normalisation(len(image), self.mean, self.std)
         image = self._middle(image)
         size = self._resized(image.shape[1], image.shape[2])
@@ -114,14 +114,15 @@ class PaddedView:
 
     def __call__(self, image: Tensor) -> Tensor:
         """Turn a uint8 image [C, h, w] into a normalised float32 view [C, h', w']."""
-        _require_image(image)
+        require_image(image)
         mean, std = normalisation(len(image), self.mean, self.std)
         h, w = image.shape[1:]
         ph, pw = self.patch_size
         return F.pad((image / 255 - mean) / std, (0, -w % pw, 0, -h % ph))
 
 
-def _require_image(image: Tensor) -> None:
+def require_image(image: Tensor) -> None:
+    """A TypeError for anything but uint8 [C, h, w]."""
     if image.ndim != 3 or image.dtype != torch.uint8:
         raise TypeError(
             f"image must be uint8 [C, h, w], got {image.dtype} {list(image.shape)}; "

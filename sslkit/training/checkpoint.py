@@ -264,7 +264,7 @@ class Checkpoints:
         for name in sorted(files)[self._rank :: self._world_size]:
             if not (folder / name).is_file():
                 raise OSError(f"{name} is missing")
-            if _digest(folder / name) != files[name]:
+            if file_digest(folder / name) != files[name]:
                 raise OSError(f"{name} does not have the checksum it was written with")
 
     def _attempt(self, action: Callable[[], Any], what: str, remedy: str) -> list[Any]:
@@ -352,10 +352,11 @@ def _checksums(folder: Path, rank: int) -> dict[str, str]:
     own = list(folder.glob(f"__{rank}_*"))
     if rank == 0:
         own.append(folder / ".metadata")
-    return {path.name: _digest(path) for path in own}
+    return {path.name: file_digest(path) for path in own}
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
