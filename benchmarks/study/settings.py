@@ -1,0 +1,208 @@
+"""What the study compares: arms, the questions they answer, and sizes that a machine can afford."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Value = str | int | float | bool | tuple[float, ...]
+Changes = Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One contestant: what differs from the whole method, by the recipe's dotted names."""
+
+    title: str
+    changes: Changes = field(default_factory=dict)
+    one_head: bool = False
+    """One clustering head on all D features in place of the nested ones."""
+    rate: float = 1.0
+    """Of the scale's learning rate."""
+    batch_divisor: int = 1
+    """Smaller batches, as many more steps: the images stay the same."""
+    trained: bool = True
+    encoder_of: str | None = None
+    """The arm whose encoder this one takes, where it trains none of its own."""
+    dense_sizes: bool = False
+    """Score dense features at every embedding size, too."""
+    position: bool = False
+    """Follow position through the iterations of RASA."""
+    stability: bool = False
+    """Balance the teacher's scores by the textbook formula and by ours."""
+
+
+WHOLE = "franca"
+ARMS: dict[str, Arm] = {
+    "fresh": Arm("fresh weights", trained=False, dense_sizes=True),
+    "pixels": Arm("pixels, colour and place", trained=False),
+    "one_head_block": Arm(
+        "one head, block masks",
+        {"masks.kind": "block", "masks.shift": False},
+        one_head=True,
+    ),
+    "one_head": Arm("one head, CyclicMask", one_head=True, dense_sizes=True),
+    WHOLE: Arm(
+        "nested heads, CyclicMask",
+        dense_sizes=True,
+        position=True,
+        stability=True,
+    ),
+    "rasa": Arm("nested heads, CyclicMask, RASA", trained=False, encoder_of=WHOLE),
+    "random": Arm("random masks", {"masks.kind": "random", "masks.shift": False}),
+    "block": Arm("block masks", {"masks.kind": "block", "masks.shift": False}),
+    "inverse_block": Arm("inverse block, no shift", {"masks.shift": False}),
+    "slice_linear": Arm("slice, then linear", {"model.nesting": "slice_linear"}),
+    "linear": Arm("linear D to m", {"model.nesting": "linear"}),
+    "unbounded": Arm("no norm (released head)", {"model.normalize": False}, stability=True),
+    "centering": Arm("centering", {"targets.kind": "centering"}),
+    "sinkhorn_1": Arm("Sinkhorn, 1 iteration", {"targets.sinkhorn_iterations": 1}),
+    "sinkhorn_10": Arm("Sinkhorn, 10 iterations", {"targets.sinkhorn_iterations": 10}),
+    "small_batch": Arm("small batch", batch_divisor=4),
+    "small_batch_queue": Arm("small batch, queue", batch_divisor=4),
+    "rate_halved": Arm("learning rate x 1/2", rate=0.5),
+    "rate_doubled": Arm("learning rate x 2", rate=2.0),
+    "momentum_95": Arm("teacher momentum .95 at the start", {"optim.momentum": (0.95, 1.0)}),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """A question, the arms that answer it, and the arm that each is compared with."""
+
+    question: str
+    arms: tuple[str, ...]
+    reference: str | None
+    """None: each arm with the one before it."""
+    validation: bool = False
+    """Scored on the validation split, to choose settings by."""
+
+
+GROUPS: dict[str, Group] = {
+    "choice": Group(
+        "Which settings, on the validation split?",
+        (WHOLE, "rate_halved", "rate_doubled", "momentum_95"),
+        WHOLE,
+        validation=True,
+    ),
+    "floor": Group("What scores without training?", ("fresh", "pixels"), "fresh"),
+    "pieces": Group(
+        "Does each piece help?", ("one_head_block", "one_head", WHOLE, "rasa"), reference=None
+    ),
+    "sizes": Group("Do nested heads keep short embeddings good?", ("one_head", WHOLE), "one_head"),
+    "position": Group("What does RASA take out, and what does it cost?", (WHOLE, "rasa"), WHOLE),
+    "masks": Group("Which masks?", (WHOLE, "random", "block", "inverse_block"), WHOLE),
+    "norm": Group("Is the bottleneck's norm needed?", (WHOLE, "unbounded"), WHOLE),
+    "targets": Group(
+        "Sinkhorn or centering, and how many iterations?",
+        (WHOLE, "centering", "sinkhorn_1", "sinkhorn_10"),
+        WHOLE,
+    ),
+    "nesting": Group("Slice, or learned projections?", (WHOLE, "slice_linear", "linear"), WHOLE),
+    "queue": Group(
+        "Does a queue mend a small batch?",
+        (WHOLE, "small_batch", "small_batch_queue"),
+        "small_batch",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of the training and of the scores, for one kind of machine."""
+
+    name: str
+    preset: str
+    backbone: str
+    embed_dim: int
+    base_lr: float
+    global_size: int
+    dense_size: int
+    """Pixels of the views that dense scores are of."""
+    steps: int
+    batch_size: int
+    changes: Changes = field(default_factory=dict)
+    """Against the preset, for all arms."""
+    num_train: int = 4_000
+    """Images that k-NN looks up and linear heads are fitted to."""
+    num_heldout: int = 1_000
+    """Training images on which the linear head's learning rate is chosen."""
+    num_test: int = 4_000
+    num_memory: int = 300
+    """Images of the in-context memory, and of the fits of RASA and of the position probe."""
+    num_dense: int = 500
+    """Test images of the dense scores."""
+    linear_steps: int = 500
+    rasa_iterations: tuple[int, ...] = (0, 1, 2, 3, 5, 9)
+    """Planes removed, of those at which everything is scored."""
+    num_masks: int = 20_000
+    """Masks that the exposure is counted over."""
+
+    def settings(self, arm: Arm) -> dict[str, Value]:
+        """What the recipe is told, by its dotted names."""
+        nesting: Changes = {"model.nesting_dims": (self.embed_dim,)} if arm.one_head else {}
+        return {
+            "preset": self.preset,
+            "model.backbone": self.backbone,
+            "steps": self.steps * arm.batch_divisor,
+            "batch_size": self.batch_size // arm.batch_divisor,
+            "crops.global_size": self.global_size,
+            "optim.base_lr": arm.rate * self.base_lr,
+            **self.changes,
+            **nesting,
+            **arm.changes,
+        }
+
+
+SCALES: dict[str, Scale] = {
+    # One CPU core, a minute or two a run.
+    "laptop": Scale(
+        name="laptop",
+        preset="cifar10",
+        backbone="sslkit_vit_tiny",
+        embed_dim=128,
+        base_lr=6e-3,
+        global_size=24,
+        dense_size=32,
+        steps=150,
+        batch_size=48,
+        changes={"crops.num_local": 2, "workers": 0, "log_every": 10},
+    ),
+    # The same with five times the images: pieces of an hour, over a night or two.
+    "overnight": Scale(
+        name="overnight",
+        preset="cifar10",
+        backbone="sslkit_vit_tiny",
+        embed_dim=128,
+        base_lr=6e-3,
+        global_size=24,
+        dense_size=32,
+        steps=1_000,
+        batch_size=48,
+        changes={"crops.num_local": 2, "workers": 1, "log_every": 20},
+        linear_steps=1_000,
+    ),
+    # One large GPU, hours a run; give --data a folder of classes.
+    "gpu": Scale(
+        name="gpu",
+        preset="vitb14_in21k",
+        backbone="franca_vits14",
+        embed_dim=384,
+        base_lr=7.01e-4,
+        global_size=112,
+        dense_size=224,
+        steps=50_000,
+        batch_size=512,
+        changes={
+            "model.num_prototypes": 8192,
+            "model.drop_path": 0.0,
+            "crops.local_size": 56,
+            "crops.num_local": 4,
+            "workers": 12,
+        },
+        num_train=100_000,
+        num_heldout=10_000,
+        num_test=50_000,
+        num_memory=1_000,
+        num_dense=1_000,
+        linear_steps=5_000,
+    ),
+}
