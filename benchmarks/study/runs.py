@@ -129,14 +129,14 @@ def row_of(
         if learned and not (output / "pretrain.safetensors").exists():
             trainee = arm if arm.encoder_of is None else ARMS[arm.encoder_of]
             train(trainee, scale, one.seed, data.report, output)
+            row["train_seconds"] = clock() - begun
     except RunFailed as failure:
         return row | {"failed": str(failure)}
     trained = clock()
     scores, seen = score(arm, scale, one.seed, data, output, validation=one.split == "validation")
     if arm.trained and one.split == "test":
         training.clear(output)
-    row |= {"scores": scores, **seen}
-    return row | {"train_seconds": trained - begun, "score_seconds": clock() - trained}
+    return row | {"scores": scores, **seen, "score_seconds": clock() - trained}
 
 
 def differing(arm: Arm, scale: Scale) -> dict[str, Any]:

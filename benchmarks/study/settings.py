@@ -53,14 +53,25 @@ ARMS: dict[str, Arm] = {
     "slice_linear": Arm("slice, then linear", {"model.nesting": "slice_linear"}),
     "linear": Arm("linear D to m", {"model.nesting": "linear"}),
     "unbounded": Arm("no norm (released head)", {"model.normalize": False}, stability=True),
+    "unbounded_slow": Arm(
+        "no norm, learning rate x 1/4", {"model.normalize": False}, rate=0.25, stability=True
+    ),
     "centering": Arm("centering", {"targets.kind": "centering"}),
     "sinkhorn_1": Arm("Sinkhorn, 1 iteration", {"targets.sinkhorn_iterations": 1}),
     "sinkhorn_10": Arm("Sinkhorn, 10 iterations", {"targets.sinkhorn_iterations": 10}),
     "small_batch": Arm("small batch", batch_divisor=4),
     "small_batch_queue": Arm("small batch, queue", batch_divisor=4),
-    "rate_halved": Arm("learning rate x 1/2", rate=0.5),
-    "rate_doubled": Arm("learning rate x 2", rate=2.0),
-    "momentum_95": Arm("teacher momentum .95 at the start", {"optim.momentum": (0.95, 1.0)}),
+    "momentum_98": Arm("teacher momentum from .98", {"optim.momentum": (0.98, 1.0)}),
+    "preset": Arm(
+        "the same, half the learning rate (the preset's)",
+        {"optim.momentum": (0.98, 1.0)},
+        rate=0.5,
+    ),
+    "preset_batch_32": Arm(
+        "the same, 225 steps of 32",
+        {"optim.momentum": (0.98, 1.0), "steps": 225, "batch_size": 32},
+        rate=0.5,
+    ),
 }
 
 
@@ -79,7 +90,7 @@ class Group:
 GROUPS: dict[str, Group] = {
     "choice": Group(
         "Which settings, on the validation split?",
-        (WHOLE, "rate_halved", "rate_doubled", "momentum_95"),
+        (WHOLE, "momentum_98", "preset", "preset_batch_32"),
         WHOLE,
         validation=True,
     ),
@@ -90,7 +101,9 @@ GROUPS: dict[str, Group] = {
     "sizes": Group("Do nested heads keep short embeddings good?", ("one_head", WHOLE), "one_head"),
     "position": Group("What does RASA take out, and what does it cost?", (WHOLE, "rasa"), WHOLE),
     "masks": Group("Which masks?", (WHOLE, "random", "block", "inverse_block"), WHOLE),
-    "norm": Group("Is the bottleneck's norm needed?", (WHOLE, "unbounded"), WHOLE),
+    "norm": Group(
+        "Is the bottleneck's norm needed?", (WHOLE, "unbounded", "unbounded_slow"), WHOLE
+    ),
     "targets": Group(
         "Sinkhorn or centering, and how many iterations?",
         (WHOLE, "centering", "sinkhorn_1", "sinkhorn_10"),
@@ -159,12 +172,21 @@ SCALES: dict[str, Scale] = {
         preset="cifar10",
         backbone="sslkit_vit_tiny",
         embed_dim=128,
-        base_lr=6e-3,
+        base_lr=1.2e-2,
         global_size=24,
         dense_size=32,
         steps=150,
         batch_size=48,
-        changes={"crops.num_local": 2, "workers": 0, "log_every": 10},
+        changes={
+            "crops.num_local": 2,
+            "optim.momentum": (0.9, 1.0),
+            "workers": 0,
+            "log_every": 10,
+        },
+        num_train=3_000,
+        num_heldout=500,
+        num_memory=250,
+        num_dense=400,
     ),
     # The same with five times the images: pieces of an hour, over a night or two.
     "overnight": Scale(
