@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.harness import ROOT
-from benchmarks.study import figures, page, runs, training
+from benchmarks.study import runs, training
 from benchmarks.study.settings import GROUPS, SCALES
 
 DATA = ROOT.parent / "shared" / "data"
@@ -58,7 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
             planned, SCALES[options.scale], data, options.work, file, budget=60 * options.budget
         )
         print("all is done" if done else f"run the same command again; rows are in {file}")
-    elif options.command == "figures":
+        return 0
+    from benchmarks.study import figures, page
+
+    if options.command == "figures":
         for path in figures.write(runs.read(file), options.docs / "study"):
             print(path)
     else:
