@@ -10,6 +10,7 @@
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from benchmarks.study import runs, training
 from benchmarks.study.settings import GROUPS, SCALES
 
 DATA = ROOT.parent / "shared" / "data"
-DEFAULT = [name for name, group in GROUPS.items() if not group.validation]
+DEFAULT = [name for name, group in GROUPS.items() if group.split == "test"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     file = options.results / f"{options.scale}.jsonl"
     if options.command == "run":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and the recipe with it
         data = training.prepare(options.data, options.dense, options.work)
         planned = list(runs.planned(options.only, options.seeds))
         done = runs.run(
@@ -65,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         for path in figures.write(runs.read(file), options.docs / "study"):
             print(path)
     else:
-        print(page.write(runs.read(file), SCALES[options.scale], options.docs / "study.md"))
+        print(page.write(runs.read(file), options.docs / "study.md"))
     return 0
 
 

@@ -40,7 +40,7 @@ def write(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
 
 def drawable(rows: Sequence[Row], group: str) -> bool:
     """Whether every arm but failed ones is there, or at least two."""
-    split = "validation" if GROUPS[group].validation else "test"
+    split = GROUPS[group].split
     return sum(bool(finished(rows, arm, split)) for arm in GROUPS[group].arms) >= 2
 
 
@@ -180,12 +180,11 @@ def _plain(group: str, title: str, look: str) -> Callable[[Sequence[Row]], Figur
 
     @styled
     def draw(rows: Sequence[Row]) -> Figure:
-        split = "validation" if GROUPS[group].validation else "test"
+        split = GROUPS[group].split
         arms = [arm for arm in GROUPS[group].arms if finished(rows, arm, split)]
         figure = new_figure(title, f"{look} {_LOOK}".strip(), height=0.9 + 0.4 * len(arms))
-        scores = ("knn", "linear") if GROUPS[group].validation else ("knn", "linear", "in_context")
         titles = {arm: _short(arm, group) for arm in arms}
-        _dots(figure, rows, arms, scores, titles, split=split)
+        _dots(figure, rows, arms, ("knn", "linear", "in_context"), titles, split=split)
         return figure
 
     return draw

@@ -27,14 +27,9 @@ class Run:
     seed: int
 
     @property
-    def split(self) -> str:
-        """What it is scored on."""
-        return "validation" if GROUPS[self.group].validation else "test"
-
-    @property
     def key(self) -> tuple[str, str, int]:
-        """What a row is found by: an arm is trained once for all questions of a split."""
-        return self.split, self.arm, self.seed
+        """What a row is found by: an arm is scored once for all questions of a split."""
+        return GROUPS[self.group].split, self.arm, self.seed
 
 
 def planned(groups: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
@@ -116,7 +111,7 @@ def row_of(
         "group": one.group,
         "arm": one.arm,
         "seed": one.seed,
-        "split": one.split,
+        "split": GROUPS[one.group].split,
         "scale": scale.name,
         "changes": differing(arm, scale),
         "steps": settings["steps"] if learned else 0,
@@ -133,8 +128,9 @@ def row_of(
     except RunFailed as failure:
         return row | {"failed": str(failure)}
     trained = clock()
-    scores, seen = score(arm, scale, one.seed, data, output, validation=one.split == "validation")
-    if arm.trained and one.split == "test":
+    validation = row["split"] == "validation"
+    scores, seen = score(arm, scale, one.seed, data, output, validation=validation)
+    if arm.trained and not validation:
         training.clear(output)
     return row | {"scores": scores, **seen, "score_seconds": clock() - trained}
 

@@ -72,7 +72,7 @@ def score(
 ) -> tuple[Json, Json]:
     """Scores of an arm, and what else was measured on it.
 
-    ``validation`` scores classification alone, on the validation split.
+    ``validation`` scores on held-out images of the training splits.
     """
     if arm.trained or arm.encoder_of is not None:
         encoder: nn.Module = backbones.load(output / "pretrain.safetensors").eval()
@@ -82,9 +82,9 @@ def score(
     else:
         encoder = ColourAndPosition(_patch(scale), cls_size=(scale.global_size, scale.global_size))
     classes = class_images(encoder, scale, data.choose if validation else data.report, seed)
+    dense = Dense(dense_images(encoder, scale, data.dense, seed, validation=validation))
     if validation:
-        return classification(classes, scale, rasa=None), {}
-    dense = Dense(dense_images(encoder, scale, data.dense, seed))
+        return classification(classes, scale, rasa=None) | dense.scores(rasa=None), {}
     rasa = None
     if arm.encoder_of is not None:
         rasa = RASAProjector(scale.embed_dim)
@@ -114,9 +114,14 @@ def class_images(encoder: nn.Module, scale: Scale, data: str, seed: int) -> Subj
     return _subject(encoder, scale, sources, limits, seed)
 
 
-def dense_images(encoder: nn.Module, scale: Scale, data: str, seed: int) -> Subject:
-    """The encoder on images with masks."""
-    sources = {split: open_annotated(data, split=split) for split in ("train", "test")}
+def dense_images(
+    encoder: nn.Module, scale: Scale, data: str, seed: int, *, validation: bool
+) -> Subject:
+    """The encoder on images with masks; for validation, on two parts of the training split."""
+    train, test = (open_annotated(data, split=split) for split in ("train", "test"))
+    if validation:
+        train, test = train_test_split(train, 0.3, seed=0)
+    sources = {"train": train, "test": test}
     return _subject(encoder, scale, sources, (scale.num_memory, scale.num_dense), seed)
 
 

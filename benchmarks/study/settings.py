@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 Value = str | int | float | bool | tuple[float, ...]
 Changes = Mapping[str, Value]
@@ -62,15 +63,19 @@ ARMS: dict[str, Arm] = {
     "small_batch": Arm("small batch", batch_divisor=4),
     "small_batch_queue": Arm("small batch, queue", batch_divisor=4),
     "momentum_98": Arm("teacher momentum from .98", {"optim.momentum": (0.98, 1.0)}),
-    "preset": Arm(
-        "the same, half the learning rate (the preset's)",
-        {"optim.momentum": (0.98, 1.0)},
-        rate=0.5,
+    "momentum_98_batch_48": Arm(
+        "the same, 150 steps of 48",
+        {"optim.momentum": (0.98, 1.0), "steps": 150, "batch_size": 48},
     ),
-    "preset_batch_32": Arm(
-        "the same, 225 steps of 32",
-        {"optim.momentum": (0.98, 1.0), "steps": 225, "batch_size": 32},
-        rate=0.5,
+    "momentum_98_batch_48_rate": Arm(
+        "the same, twice the learning rate",
+        {"optim.momentum": (0.98, 1.0), "steps": 150, "batch_size": 48},
+        rate=2.0,
+    ),
+    "momentum_90_batch_48_rate": Arm(
+        "the same, teacher momentum from .9",
+        {"optim.momentum": (0.9, 1.0), "steps": 150, "batch_size": 48},
+        rate=2.0,
     ),
 }
 
@@ -83,16 +88,22 @@ class Group:
     arms: tuple[str, ...]
     reference: str | None
     """None: each arm with the one before it."""
-    validation: bool = False
-    """Scored on the validation split, to choose settings by."""
+    split: Literal["test", "validation"] = "test"
+    """What arms are scored on; validation: held-out training images, to choose settings by."""
 
 
 GROUPS: dict[str, Group] = {
     "choice": Group(
         "Which settings, on the validation split?",
-        (WHOLE, "momentum_98", "preset", "preset_batch_32"),
+        (
+            WHOLE,
+            "momentum_98",
+            "momentum_98_batch_48",
+            "momentum_98_batch_48_rate",
+            "momentum_90_batch_48_rate",
+        ),
         WHOLE,
-        validation=True,
+        split="validation",
     ),
     "floor": Group("What scores without training?", ("fresh", "pixels"), "fresh"),
     "pieces": Group(
@@ -104,12 +115,12 @@ GROUPS: dict[str, Group] = {
     "norm": Group(
         "Is the bottleneck's norm needed?", (WHOLE, "unbounded", "unbounded_slow"), WHOLE
     ),
+    "nesting": Group("Slice, or learned projections?", (WHOLE, "slice_linear", "linear"), WHOLE),
     "targets": Group(
         "Sinkhorn or centering, and how many iterations?",
         (WHOLE, "centering", "sinkhorn_1", "sinkhorn_10"),
         WHOLE,
     ),
-    "nesting": Group("Slice, or learned projections?", (WHOLE, "slice_linear", "linear"), WHOLE),
     "queue": Group(
         "Does a queue mend a small batch?",
         (WHOLE, "small_batch", "small_batch_queue"),
@@ -172,14 +183,14 @@ SCALES: dict[str, Scale] = {
         preset="cifar10",
         backbone="sslkit_vit_tiny",
         embed_dim=128,
-        base_lr=1.2e-2,
+        base_lr=6e-3,
         global_size=24,
         dense_size=32,
-        steps=150,
-        batch_size=48,
+        steps=225,
+        batch_size=32,
         changes={
             "crops.num_local": 2,
-            "optim.momentum": (0.9, 1.0),
+            "optim.momentum": (0.95, 1.0),
             "workers": 0,
             "log_every": 10,
         },
