@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.harness import ROOT
 from benchmarks.study import runs, training
-from benchmarks.study.settings import GROUPS, SCALES
+from benchmarks.study.settings import GROUPS, SCALES, groups_of
 
 DATA = ROOT.parent / "shared" / "data"
 DEFAULT = [name for name, group in GROUPS.items() if group.split == "test"]
@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "run":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and the recipe with it
         data = training.prepare(options.data, options.dense, options.work)
+        if wrong := [name for name in options.only if name not in groups_of(options.scale)]:
+            sys.exit(f"--only {' '.join(wrong)}: not for --scale {options.scale}")
         planned = list(runs.planned(options.only, options.seeds))
         done = runs.run(
             planned, SCALES[options.scale], data, options.work, file, budget=60 * options.budget

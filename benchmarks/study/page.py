@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.study import figures
 from benchmarks.study.runs import Row
-from benchmarks.study.settings import ARMS, GROUPS, WHOLE, Group
+from benchmarks.study.settings import ARMS, GROUPS, WHOLE, Group, groups_of
 from benchmarks.study.summary import (
     SCORES,
     Spread,
@@ -147,7 +147,7 @@ def lines(rows: Sequence[Row], folder: str) -> Iterator[str]:
         yield "Nothing has been run yet: `python -m benchmarks.study run`."
         return
     yield from introduction(rows)
-    for name, group in GROUPS.items():
+    for name, group in groups_of(rows[0]["scale"]).items():
         yield f"## {group.question}\n"
         if done(rows, name):
             yield from section(rows, name, group, folder)
@@ -353,7 +353,8 @@ def colophon(rows: Sequence[Row]) -> Iterator[str]:
     yield "## How it was made\n"
     yield "```bash"
     scale = f"--scale {rows[0]['scale']}"
-    yield f"python -m benchmarks.study run {scale} --only choice --seeds 0"
+    if "choice" in groups_of(rows[0]["scale"]):
+        yield f"python -m benchmarks.study run {scale} --only choice --seeds 0"
     yield f"python -m benchmarks.study run {scale} --budget 60  # until all is done"
     yield f"python -m benchmarks.study figures {scale}"
     yield f"python -m benchmarks.study page {scale}"

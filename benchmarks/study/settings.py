@@ -90,6 +90,8 @@ class Group:
     """None: each arm with the one before it."""
     split: Literal["test", "validation"] = "test"
     """What arms are scored on; validation: held-out training images, to choose settings by."""
+    only_scale: str | None = None
+    """The one scale that the arms' settings are for."""
 
 
 GROUPS: dict[str, Group] = {
@@ -104,6 +106,7 @@ GROUPS: dict[str, Group] = {
         ),
         WHOLE,
         split="validation",
+        only_scale="laptop",
     ),
     "floor": Group("What scores without training?", ("fresh", "pixels"), "fresh"),
     "pieces": Group(
@@ -127,6 +130,11 @@ GROUPS: dict[str, Group] = {
         "small_batch",
     ),
 }
+
+
+def groups_of(scale: str) -> dict[str, Group]:
+    """The questions that are asked at a scale."""
+    return {name: one for name, one in GROUPS.items() if one.only_scale in (None, scale)}
 
 
 @dataclass(frozen=True)
