@@ -13,7 +13,6 @@ from benchmarks.study.settings import ARMS, GROUPS, WHOLE
 from benchmarks.study.summary import SCORES, Spread, finished, score_spread
 from sslkit.evaluation.figures.style import (
     BASELINE,
-    CLASS_COLOURS,
     HEAT,
     INK,
     QUIET,
@@ -52,7 +51,7 @@ def pieces(rows: Sequence[Row]) -> Figure:
         "Each row adds one piece to the row above it. " + _LOOK,
         height=2.5,
     )
-    _dots(figure, rows, GROUPS["pieces"].arms, ("knn", "linear", "in_context"))
+    _dots(figure.subplots(1, 3, sharey=True), rows, GROUPS["pieces"].arms, {})
     return figure
 
 
@@ -139,7 +138,7 @@ def masks(rows: Sequence[Row]) -> Figure:
         axes.set_yticks([])
     top.colorbar(picture, ax=list(grid), shrink=0.9, label="masked (%)")
     titles = {WHOLE: "inverse block, shift"}
-    _dots(bottom, rows, arms, ("knn", "linear", "in_context"), titles)
+    _dots(bottom.subplots(1, 3, sharey=True), rows, arms, titles)
     return figure
 
 
@@ -152,26 +151,22 @@ def norm(rows: Sequence[Row]) -> Figure:
         "Sinkhorn computes it. Right: " + _LOOK[0].lower() + _LOOK[1:],
         height=2.5,
     )
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
-    axes = left.subplots()
     arms = [arm for arm in GROUPS["norm"].arms if finished(rows, arm)]
+    axes, *panels = figure.subplots(1, 4, sharey=True)
+    titles = {arm: _short(arm, "norm") for arm in arms}
+    _dots(panels, rows, arms, titles)
     for place, arm in enumerate(arms):
-        largest = [
-            max(x["largest"] for x in row["stability"])
-            for row in finished(rows, arm)
-            if "stability" in row
-        ]
-        axes.plot(largest, [place] * len(largest), "o", color=TRAINED, alpha=0.8)
-    for temperature in (0.04, 0.07):
+        found = [row["stability"] for row in finished(rows, arm) if "stability" in row]
+        largest = [max(one["largest"] for one in stability) for stability in found]
+        axes.plot(largest, [place] * len(largest), "o", color=TRAINED, alpha=0.6, mew=0)
+    for temperature, side in ((0.04, "right"), (0.07, "left")):
         limit = _OVERFLOW * temperature
         axes.axvline(limit, color=REFERENCE, ls="--", lw=1.2)
-        axes.text(limit, -0.62, f" τ {temperature}", color=REFERENCE, fontsize=8, va="center")
-    axes.set_yticks(range(len(arms)), [_short(arm, "norm") for arm in arms])
-    axes.set(ylim=(len(arms) - 0.5, -0.8), xlabel="largest |score| of the teacher")
-    axes.set_xscale("log")
+        words = {"color": REFERENCE, "fontsize": 8, "ha": side}
+        axes.text(limit, -0.42, f" τ {temperature} ", **words)
+    axes.set(xscale="log", xlabel="largest |score|")
     axes.grid(False, axis="y")
-    titles = dict.fromkeys(arms, "")
-    _dots(right, rows, arms, ("knn", "linear", "in_context"), titles)
+    axes.tick_params(axis="y", length=0)
     return figure
 
 
@@ -184,7 +179,7 @@ def _plain(group: str, title: str, look: str) -> Callable[[Sequence[Row]], Figur
         arms = [arm for arm in GROUPS[group].arms if finished(rows, arm, split)]
         figure = new_figure(title, f"{look} {_LOOK}".strip(), height=0.9 + 0.4 * len(arms))
         titles = {arm: _short(arm, group) for arm in arms}
-        _dots(figure, rows, arms, ("knn", "linear", "in_context"), titles, split=split)
+        _dots(figure.subplots(1, 3, sharey=True), rows, arms, titles, split=split)
         return figure
 
     return draw
@@ -206,22 +201,19 @@ FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
 
 
 def _dots(
-    figure: Any,
+    panels: Sequence[Axes],
     rows: Sequence[Row],
     arms: Sequence[str],
-    scores: Sequence[str],
-    titles: dict[str, str] | None = None,
+    titles: dict[str, str],
     *,
     split: str = "test",
 ) -> None:
-    """One panel a score, one line an arm."""
-    titles = titles or {}
-    panels = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
-    for axes, score in zip(panels, scores, strict=True):
+    """A panel for each of k-NN, linear and in-context score, one line an arm."""
+    for axes, score in zip(panels, ("knn", "linear", "in_context"), strict=True):
         for place, arm in enumerate(arms):
             values = score_spread(rows, arm, score, split)
             if values is not None:
-                _seeds(axes, place, values, CLASS_COLOURS[4] if arm == WHOLE else INK)
+                _seeds(axes, place, values, TRAINED if arm == WHOLE else INK)
         fresh = score_spread(rows, "fresh", score)
         if fresh is not None and split == "test":
             axes.axvline(fresh.mean, color=REFERENCE, ls="--", lw=1.4)
