@@ -458,7 +458,7 @@ def test_the_page_has_every_question_and_its_numbers(tmp_path):
             assert f"(study/{name}.png)" in text
     values = [100 * made_up("one_head", seed)[0]["knn"] for seed in (0, 1, 2)]
     written = f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
-    assert f"| one head, CyclicMask | {written} |" in text
+    assert f"| + CyclicMask | {written} |" in text
     assert "Not run yet" not in text
     assert "**not finite**" in text
 
@@ -493,21 +493,30 @@ def test_the_page_says_what_is_missing_and_what_a_claim_came_to(tmp_path):
     rows = all_rows(tmp_path, ["pieces"], (0, 1, 2))
     text = "\n".join(page.lines(rows, "study"))
     assert "Not run yet: `python -m benchmarks.study run --only targets`." in text
-    assert "Missing: centering, Sinkhorn, 1 iteration" in text
+    assert "Missing: centering, Sinkhorn, 1 iteration, Sinkhorn, 10 iterations." in text
     # Made-up scores rise from arm to arm, by the same in every seed.
-    assert "Shows here: linear of one head, CyclicMask against one head, block masks;" in text
-    assert (
-        "Why:"
-        not in text.split("## Which masks?")[0]
-        .split("## Does each piece help?")[1]
-        .split("## Do nested")[0]
-    )
+    assert "- + nested heads, against + CyclicMask: higher: k-NN, linear," in text
+    assert "Shows here: linear of + CyclicMask; in-context mIoU of + CyclicMask; linear" in text
+    section = text.split("## Does each piece help?")[1].split("## ")[0]
+    assert "Does not show" not in section
+    assert "Why:" not in section
     for row in rows:
         if row["arm"] == "rasa":
             row["scores"]["in_context"] -= 0.05
     text = "\n".join(page.lines(rows, "study"))
-    assert "The opposite shows here: in-context mIoU of nested heads, CyclicMask, RASA" in text
-    assert "Why:" in text
+    section = text.split("## Does each piece help?")[1].split("## ")[0]
+    assert "The opposite shows here: in-context mIoU of + RASA." in section
+    assert "Why:" in section
+
+
+def test_the_page_says_what_is_below_fresh_weights(tmp_path):
+    rows = all_rows(tmp_path, ["floor", "norm"])
+    assert "below fresh weights" not in "\n".join(page.lines(rows, "study"))
+    for row in rows:
+        if row["arm"] == "unbounded":
+            row["scores"]["linear"] -= 0.2
+    text = "\n".join(page.lines(rows, "study"))
+    assert "- no norm (released head): below fresh weights in linear." in text
 
 
 def test_an_empty_page_says_how_to_begin(tmp_path):

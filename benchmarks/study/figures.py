@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.study.runs import Row
-from benchmarks.study.settings import ARMS, GROUPS, WHOLE
+from benchmarks.study.settings import GROUPS, WHOLE
 from benchmarks.study.summary import SCORES, Spread, finished, score_spread
 from sslkit.evaluation.figures.style import (
     BASELINE,
@@ -51,7 +51,7 @@ def pieces(rows: Sequence[Row]) -> Figure:
         "Each row adds one piece to the row above it. " + _LOOK,
         height=2.5,
     )
-    _dots(figure.subplots(1, 3, sharey=True), rows, GROUPS["pieces"].arms, {})
+    _dots(figure.subplots(1, 3, sharey=True), rows, "pieces", GROUPS["pieces"].arms)
     return figure
 
 
@@ -65,6 +65,7 @@ def sizes(rows: Sequence[Row]) -> Figure:
         height=2.9,
     )
     panels = figure.subplots(1, 2)
+    titles = GROUPS["sizes"]
     getters: list[tuple[str, Callable[[Row], dict[str, float]]]] = [
         ("k-NN accuracy (%)", lambda row: row["scores"]["knn_by_size"]),
         ("in-context mIoU (%)", lambda row: row["in_context_by_size"]),
@@ -75,7 +76,7 @@ def sizes(rows: Sequence[Row]) -> Figure:
         for arm, (colour, marker, line) in looks.items():
             curves = [curve(row) for row in finished(rows, arm)]
             if curves:
-                _band(axes, curves, colour, marker, line, ARMS[arm].title, scale=100)
+                _band(axes, curves, colour, marker, line, titles.title(arm), scale=100)
         axes.set_xscale("log", base=2)
         ticks = [int(size) for size in curves[0]] if curves else []
         axes.set_xticks(ticks, [str(size) for size in ticks])
@@ -131,14 +132,13 @@ def masks(rows: Sequence[Row]) -> Figure:
     high = max(share.max() for share in shares.values())
     for axes, (arm, share) in zip(grid, shares.items(), strict=True):
         picture = axes.imshow(share, cmap=HEAT, vmin=low, vmax=high)
-        axes.set_title(_wrapped(ARMS[arm].title if arm != WHOLE else "inverse block, shift"))
+        axes.set_title(_wrapped(GROUPS["masks"].title(arm)))
         axes.set_xlabel(f"{share.min():.0f} to {share.max():.0f} %", color=QUIET, fontsize=8.5)
         axes.grid(False)
         axes.set_xticks([])
         axes.set_yticks([])
     top.colorbar(picture, ax=list(grid), shrink=0.9, label="masked (%)")
-    titles = {WHOLE: "inverse block, shift"}
-    _dots(bottom.subplots(1, 3, sharey=True), rows, arms, titles)
+    _dots(bottom.subplots(1, 3, sharey=True), rows, "masks", arms)
     return figure
 
 
@@ -153,8 +153,7 @@ def norm(rows: Sequence[Row]) -> Figure:
     )
     arms = [arm for arm in GROUPS["norm"].arms if finished(rows, arm)]
     axes, *panels = figure.subplots(1, 4, sharey=True)
-    titles = {arm: _short(arm, "norm") for arm in arms}
-    _dots(panels, rows, arms, titles)
+    _dots(panels, rows, "norm", arms)
     for place, arm in enumerate(arms):
         found = [row["stability"] for row in finished(rows, arm) if "stability" in row]
         largest = [max(one["largest"] for one in stability) for stability in found]
@@ -178,8 +177,7 @@ def _plain(group: str, title: str, look: str) -> Callable[[Sequence[Row]], Figur
         split = GROUPS[group].split
         arms = [arm for arm in GROUPS[group].arms if finished(rows, arm, split)]
         figure = new_figure(title, f"{look} {_LOOK}".strip(), height=0.9 + 0.4 * len(arms))
-        titles = {arm: _short(arm, group) for arm in arms}
-        _dots(figure.subplots(1, 3, sharey=True), rows, arms, titles, split=split)
+        _dots(figure.subplots(1, 3, sharey=True), rows, group, arms)
         return figure
 
     return draw
@@ -200,24 +198,17 @@ FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
 # --------------------------------------------------------------------------------------- parts
 
 
-def _dots(
-    panels: Sequence[Axes],
-    rows: Sequence[Row],
-    arms: Sequence[str],
-    titles: dict[str, str],
-    *,
-    split: str = "test",
-) -> None:
+def _dots(panels: Sequence[Axes], rows: Sequence[Row], group: str, arms: Sequence[str]) -> None:
     """A panel for each of k-NN, linear and in-context score, one line an arm."""
     for axes, score in zip(panels, ("knn", "linear", "in_context"), strict=True):
         for place, arm in enumerate(arms):
-            values = score_spread(rows, arm, score, split)
+            values = score_spread(rows, arm, score)
             if values is not None:
                 _seeds(axes, place, values, TRAINED if arm == WHOLE else INK)
         fresh = score_spread(rows, "fresh", score)
-        if fresh is not None and split == "test":
+        if fresh is not None:
             axes.axvline(fresh.mean, color=REFERENCE, ls="--", lw=1.4)
-        axes.set_yticks(range(len(arms)), [titles.get(arm, ARMS[arm].title) for arm in arms])
+        axes.set_yticks(range(len(arms)), [GROUPS[group].title(arm) for arm in arms])
         axes.set_ylim(len(arms) - 0.5, -0.5)
         axes.set_xlabel(f"{SCORES[score]} (%)")
         axes.grid(False, axis="y")
@@ -246,12 +237,6 @@ def _band(
     means, sds = (np.array([getattr(s, name) for s in spreads]) for name in ("mean", "sd"))
     axes.fill_between(points, means - sds, means + sds, color=colour, alpha=0.15, lw=0)
     axes.plot(points, means, color=colour, marker=marker, ls=line, label=label)
-
-
-def _short(arm: str, group: str) -> str:
-    """The whole method is called by what the group is about."""
-    names = {"norm": "norm", "targets": "Sinkhorn, 3 iterations", "nesting": "slice"}
-    return names.get(group, "full batch") if arm == WHOLE else ARMS[arm].title
 
 
 def _wrapped(title: str) -> str:

@@ -61,7 +61,7 @@ ARMS: dict[str, Arm] = {
     "sinkhorn_1": Arm("Sinkhorn, 1 iteration", {"targets.sinkhorn_iterations": 1}),
     "sinkhorn_10": Arm("Sinkhorn, 10 iterations", {"targets.sinkhorn_iterations": 10}),
     "small_batch": Arm("small batch", batch_divisor=4),
-    "small_batch_queue": Arm("small batch, queue", batch_divisor=4),
+    "small_batch_queue": Arm("small batch, queue", {"targets.queue": 256}, batch_divisor=4),
     "momentum_98": Arm("teacher momentum from .98", {"optim.momentum": (0.98, 1.0)}),
     "momentum_98_batch_48": Arm(
         "the same, 150 steps of 48",
@@ -92,6 +92,20 @@ class Group:
     """What arms are scored on; validation: held-out training images, to choose settings by."""
     only_scale: str | None = None
     """The one scale that the arms' settings are for."""
+    titles: Mapping[str, str] = field(default_factory=dict)
+    """What arms are called here, where not by their own titles."""
+    scores: tuple[str, ...] = ("knn", "linear", "in_context", "position_r2")
+    """Columns of the tables; see `benchmarks.study.summary.SCORES`."""
+
+    def title(self, arm: str) -> str:
+        """What an arm is called here."""
+        return self.titles.get(arm, ARMS[arm].title)
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """(arm, what it is compared with)."""
+        if self.reference is None:
+            return list(zip(self.arms[1:], self.arms, strict=False))
+        return [(arm, self.reference) for arm in self.arms if arm != self.reference]
 
 
 GROUPS: dict[str, Group] = {
@@ -107,27 +121,63 @@ GROUPS: dict[str, Group] = {
         WHOLE,
         split="validation",
         only_scale="laptop",
+        titles={WHOLE: "225 steps of 32, teacher momentum from .95"},
     ),
-    "floor": Group("What scores without training?", ("fresh", "pixels"), "fresh"),
+    "floor": Group(
+        "What is scored without training?",
+        ("fresh", "pixels", WHOLE),
+        reference=None,
+        titles={WHOLE: "trained, all pieces but RASA"},
+    ),
     "pieces": Group(
-        "Does each piece help?", ("one_head_block", "one_head", WHOLE, "rasa"), reference=None
+        "Does each piece help?",
+        ("one_head_block", "one_head", WHOLE, "rasa"),
+        reference=None,
+        titles={"one_head": "+ CyclicMask", WHOLE: "+ nested heads", "rasa": "+ RASA"},
     ),
-    "sizes": Group("Do nested heads keep short embeddings good?", ("one_head", WHOLE), "one_head"),
-    "position": Group("What does RASA take out, and what does it cost?", (WHOLE, "rasa"), WHOLE),
-    "masks": Group("Which masks?", (WHOLE, "random", "block", "inverse_block"), WHOLE),
+    "sizes": Group(
+        "Do nested heads keep short embeddings good?",
+        ("one_head", WHOLE),
+        "one_head",
+        titles={"one_head": "one head", WHOLE: "nested heads"},
+        scores=("knn_short", "knn", "in_context_short", "in_context"),
+    ),
+    "position": Group(
+        "What does RASA take out, and what does it cost?",
+        (WHOLE, "rasa"),
+        WHOLE,
+        titles={WHOLE: "before RASA", "rasa": "after RASA"},
+    ),
+    "masks": Group(
+        "Which masks?",
+        (WHOLE, "random", "block", "inverse_block"),
+        WHOLE,
+        titles={WHOLE: "inverse block, shift"},
+    ),
     "norm": Group(
-        "Is the bottleneck's norm needed?", (WHOLE, "unbounded", "unbounded_slow"), WHOLE
+        "Is the bottleneck's norm needed?",
+        (WHOLE, "unbounded", "unbounded_slow"),
+        WHOLE,
+        titles={WHOLE: "norm"},
     ),
-    "nesting": Group("Slice, or learned projections?", (WHOLE, "slice_linear", "linear"), WHOLE),
+    "nesting": Group(
+        "Slice, or learned projections?",
+        (WHOLE, "slice_linear", "linear"),
+        WHOLE,
+        titles={WHOLE: "slice"},
+        scores=("knn_short", "knn", "linear", "in_context"),
+    ),
     "targets": Group(
         "Sinkhorn or centering, and how many iterations?",
         (WHOLE, "centering", "sinkhorn_1", "sinkhorn_10"),
         WHOLE,
+        titles={WHOLE: "Sinkhorn, 3 iterations"},
     ),
     "queue": Group(
         "Does a queue mend a small batch?",
-        (WHOLE, "small_batch", "small_batch_queue"),
+        ("small_batch", "small_batch_queue", WHOLE),
         "small_batch",
+        titles={WHOLE: "full batch"},
     ),
 }
 

@@ -12,8 +12,9 @@ SCORES = {
     "linear": "linear",
     "in_context": "in-context mIoU",
     "position_r2": "position R²",
+    "knn_short": "k-NN on D/16",
+    "in_context_short": "in-context mIoU on D/16",
 }
-_PERCENT = ("knn", "linear", "in_context")
 # Two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -65,9 +66,20 @@ class Difference(Spread):
         return "no difference shown"
 
 
-def percent(score: str, value: float) -> float:
-    """A score as it is written: accuracies and IoU in percent."""
-    return 100 * value if score in _PERCENT else value
+def is_share(score: str) -> bool:
+    """Whether a score is written in percent."""
+    return score != "position_r2"
+
+
+def value(row: Row, score: str) -> float | None:
+    """A score of a row, in percent where it is a share; the shortest embedding's are derived."""
+    if score == "knn_short":
+        found = next(iter(row["scores"]["knn_by_size"].values()))
+    elif score == "in_context_short":
+        found = next(iter(row.get("in_context_by_size", {}).values()), None)
+    else:
+        found = row["scores"][score]
+    return found if found is None or not is_share(score) else 100 * found
 
 
 def finished(rows: Sequence[Row], arm: str, split: str = "test") -> list[Row]:
@@ -81,28 +93,22 @@ def failed(rows: Sequence[Row], arm: str) -> list[Row]:
     return [row for row in rows if row["arm"] == arm and "failed" in row]
 
 
+def by_seed(rows: Sequence[Row], arm: str, score: str, split: str) -> dict[int, float]:
+    """One score of an arm."""
+    found = {row["seed"]: value(row, score) for row in finished(rows, arm, split)}
+    return {seed: x for seed, x in found.items() if x is not None}
+
+
 def score_spread(rows: Sequence[Row], arm: str, score: str, split: str = "test") -> Spread | None:
-    """One score of an arm over its seeds, in percent where it is a share."""
-    values = [
-        percent(score, row["scores"][score])
-        for row in finished(rows, arm, split)
-        if score in row["scores"]
-    ]
-    return Spread(tuple(values)) if values else None
+    """One score of an arm over its seeds; None where it has none."""
+    values = tuple(by_seed(rows, arm, score, split).values())
+    return Spread(values) if values else None
 
 
 def difference(
     rows: Sequence[Row], arm: str, reference: str, score: str, split: str = "test"
 ) -> Difference | None:
     """``arm`` minus ``reference``, of the seeds that both have."""
-    pairs = {
-        name: {
-            row["seed"]: row["scores"][score]
-            for row in finished(rows, name, split)
-            if score in row["scores"]
-        }
-        for name in (arm, reference)
-    }
-    seeds = sorted(set(pairs[arm]) & set(pairs[reference]))
-    values = [percent(score, pairs[arm][s] - pairs[reference][s]) for s in seeds]
-    return Difference(tuple(values)) if values else None
+    mine, theirs = (by_seed(rows, name, score, split) for name in (arm, reference))
+    values = tuple(mine[seed] - theirs[seed] for seed in mine if seed in theirs)
+    return Difference(values) if values else None
