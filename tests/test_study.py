@@ -483,7 +483,7 @@ def test_every_measured_number_on_the_page_is_of_the_rows(tmp_path):
     assert len(pairs) > 300
     counts = {*SIZES, "3"}  # embedding sizes and numbers of seeds, which both have
     unchanged = {a for a, b in pairs if a == b and re.search(r"\d", a)} - counts
-    assert not unchanged
+    assert all("D/16" in cell for cell in unchanged)  # heads of columns
     # Outside the tables, the only numbers that change are in sentences made from rows.
     assert "after 3, 4, 5 planes" in texts[0]
     assert "after 7, 7, 7 planes" in texts[1]

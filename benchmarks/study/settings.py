@@ -54,8 +54,11 @@ ARMS: dict[str, Arm] = {
     "slice_linear": Arm("slice, then linear", {"model.nesting": "slice_linear"}),
     "linear": Arm("linear D to m", {"model.nesting": "linear"}),
     "unbounded": Arm("no norm (released head)", {"model.normalize": False}, stability=True),
-    "unbounded_slow": Arm(
-        "no norm, learning rate x 1/4", {"model.normalize": False}, rate=0.25, stability=True
+    "shallow": Arm("norm, one-layer head", {"model.head_layers": 1}, stability=True),
+    "shallow_unbounded": Arm(
+        "no norm, one-layer head",
+        {"model.head_layers": 1, "model.normalize": False},
+        stability=True,
     ),
     "centering": Arm("centering", {"targets.kind": "centering"}),
     "sinkhorn_1": Arm("Sinkhorn, 1 iteration", {"targets.sinkhorn_iterations": 1}),
@@ -156,7 +159,7 @@ GROUPS: dict[str, Group] = {
     ),
     "norm": Group(
         "Is the bottleneck's norm needed?",
-        (WHOLE, "unbounded", "unbounded_slow"),
+        (WHOLE, "unbounded", "shallow", "shallow_unbounded"),
         WHOLE,
         titles={WHOLE: "norm"},
     ),
