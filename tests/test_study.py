@@ -219,7 +219,7 @@ def test_a_run_that_gives_up_is_a_result_and_is_not_repeated(tmp_path):
     assert stubs.run(planned, tmp_path)
     assert ("unbounded", 0) not in stubs.trained
     text = "\n".join(page.lines(rows, "study"))
-    assert "no norm (released head), seed 1: training gave up: exit status 1" in text
+    assert "no norm, seed 1: training gave up: exit status 1" in text
 
 
 # ------------------------------------------------------------------------------ recipe and data
@@ -516,7 +516,7 @@ def test_the_page_says_what_is_below_fresh_weights(tmp_path):
         if row["arm"] == "unbounded":
             row["scores"]["linear"] -= 0.2
     text = "\n".join(page.lines(rows, "study"))
-    assert "- no norm (released head): below fresh weights in linear." in text
+    assert "- no norm: below fresh weights in linear." in text
 
 
 def test_an_empty_page_says_how_to_begin(tmp_path):

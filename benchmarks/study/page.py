@@ -109,9 +109,11 @@ TEXTS: dict[str, Text] = {
     ),
     "norm": Text(
         "DINO's L2-normalised bottleneck and prototypes bound scores by one; the released head has "
-        "neither, and a GELU at the end. After training, the teacher's scores of test images are "
-        "balanced by the formula that papers print (`exp` in float32, then divisions), by the same "
-        "with the largest score taken off, and by `sslkit.SinkhornKnopp`.",
+        "neither, and a GELU after its last layer. Both with the preset's head of three layers and "
+        "with one layer. After training, the teacher's scores of test images are balanced by the "
+        "formula that papers print (`exp` in float32, then divisions), by the same with the "
+        "largest score taken off, and by `sslkit.SinkhornKnopp`. The formula overflows above a "
+        "score of 88.7 times the temperature.",
         "",
         (),
         "",

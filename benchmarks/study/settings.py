@@ -93,6 +93,8 @@ class Group:
     """None: each arm with the one before it."""
     split: Literal["test", "validation"] = "test"
     """What arms are scored on; validation: held-out training images, to choose settings by."""
+    except_for: Mapping[str, str] = field(default_factory=dict)
+    """Arms that are compared with another one than that."""
     only_scale: str | None = None
     """The one scale that the arms' settings are for."""
     titles: Mapping[str, str] = field(default_factory=dict)
@@ -108,7 +110,8 @@ class Group:
         """(arm, what it is compared with)."""
         if self.reference is None:
             return list(zip(self.arms[1:], self.arms, strict=False))
-        return [(arm, self.reference) for arm in self.arms if arm != self.reference]
+        reference = dict.fromkeys(self.arms, self.reference) | dict(self.except_for)
+        return [(arm, reference[arm]) for arm in self.arms if arm != self.reference]
 
 
 GROUPS: dict[str, Group] = {
@@ -161,7 +164,8 @@ GROUPS: dict[str, Group] = {
         "Is the bottleneck's norm needed?",
         (WHOLE, "unbounded", "shallow", "shallow_unbounded"),
         WHOLE,
-        titles={WHOLE: "norm"},
+        except_for={"shallow_unbounded": "shallow"},
+        titles={WHOLE: "norm", "unbounded": "no norm"},
     ),
     "nesting": Group(
         "Slice, or learned projections?",
