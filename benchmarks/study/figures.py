@@ -156,7 +156,10 @@ def norm(rows: Sequence[Row]) -> Figure:
     _dots(panels, rows, "norm", arms)
     for place, arm in enumerate(arms):
         found = [row["stability"] for row in finished(rows, arm) if "stability" in row]
-        largest = [max(one["largest"] for one in stability) for stability in found]
+        largest = [
+            max(one["largest"] for one in stability if one.get("factor", 1) == 1)
+            for stability in found
+        ]
         axes.plot(largest, [place] * len(largest), "o", color=TRAINED, alpha=0.6, mew=0)
     for temperature, side in ((0.04, "right"), (0.07, "left")):
         limit = _OVERFLOW * temperature

@@ -113,7 +113,8 @@ TEXTS: dict[str, Text] = {
         "with one layer. After training, the teacher's scores of test images are balanced by the "
         "formula that papers print (`exp` in float32, then divisions), by the same with the "
         "largest score taken off, and by `sslkit.SinkhornKnopp`. The formula overflows above a "
-        "score of 88.7 times the temperature.",
+        "score of 88.7 times the temperature; since these runs are short, scores that nothing "
+        "bounds are also taken times 16 and 64.",
         "",
         (),
         "",
@@ -375,7 +376,11 @@ def stability_table(rows: Sequence[Row]) -> Iterator[str]:
         found = [row["stability"] for row in finished(rows, arm) if "stability" in row]
         for same in zip(*found, strict=True):
             cells = [worst([one[formula] for one in same]) for formula in formulas]
-            label = f"{GROUPS['norm'].title(arm)}: {same[0]['head']}, {same[0]['temperature']}"
+            factor = same[0].get("factor", 1)
+            times = "" if factor == 1 else f", scores times {factor}"
+            label = (
+                f"{GROUPS['norm'].title(arm)}: {same[0]['head']}, {same[0]['temperature']}{times}"
+            )
             yield table_row([label, f"{max(one['largest'] for one in same):.3g}", *cells])
     yield ""
     yield "Errors are the largest of all probabilities, against logarithms in float64.\n"

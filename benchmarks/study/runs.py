@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from benchmarks.harness import describe_machine
 from benchmarks.study import scoring, training
@@ -74,23 +75,40 @@ def run(
 
     A run is not begun when less of the budget (seconds) is left than the longest one has taken. One
     that the recipe gives up leaves a row that says so, and is not repeated: divergence is a result.
+    Several processes may share the work: what one has begun the others pass over.
     """
     start, longest = clock(), 0.0
-    done = {key_of(row) for row in read(file)}
-    due = [one for one in runs if one.key not in done]
-    for number, one in enumerate(due):
-        if clock() - start + longest > budget:
-            say(f"budget: {len(due) - number} of {len(runs)} runs are left")
-            return False
-        say(f"{number + 1}/{len(due)} {one.group}: {one.arm}, seed {one.seed}")
-        begun = clock()
-        row = row_of(one, scale, data, work, train, score, clock)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as rows:
-            rows.write(json.dumps(row) + "\n")
+    for number, one in enumerate(runs):
+        lock = FileLock(folder(one, scale, work).with_suffix(".lock"), timeout=0)
+        try:
+            with lock:
+                if one.key in done(file):
+                    continue
+                if clock() - start + longest > budget:
+                    say(f"budget: {len({r.key for r in runs} - done(file))} runs are left")
+                    return False
+                say(f"{number + 1}/{len(runs)} {one.group}: {one.arm}, seed {one.seed}")
+                begun = clock()
+                row = row_of(one, scale, data, work, train, score, clock)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("a") as rows:
+                    rows.write(json.dumps(row) + "\n")
+        except Timeout:
+            say(f"{number + 1}/{len(runs)} {one.arm}, seed {one.seed}: another process is at it")
+            continue
         longest = max(longest, clock() - begun)
         say(f"    {row.get('failed') or brief(row['scores'])}, {clock() - begun:.0f} s")
-    return True
+    return {one.key for one in runs} <= done(file)
+
+
+def done(file: Path) -> set[tuple[str, str, int]]:
+    """What has a row."""
+    return {key_of(row) for row in read(file)}
+
+
+def folder(one: Run, scale: Scale, work: Path) -> Path:
+    """Where an arm's encoder is."""
+    return work / scale.name / f"{ARMS[one.arm].encoder_of or one.arm}-s{one.seed}"
 
 
 def row_of(
@@ -104,7 +122,7 @@ def row_of(
 ) -> Row:
     """Train, score, describe."""
     arm = ARMS[one.arm]
-    output = work / scale.name / f"{arm.encoder_of or one.arm}-s{one.seed}"
+    output = folder(one, scale, work)
     learned = arm.trained or arm.encoder_of is not None
     settings = scale.settings(arm)
     row: Row = {

@@ -30,6 +30,7 @@ from sslkit.evaluation.matryoshka import matryoshka_curve
 from sslkit.evaluation.position import position_probe
 from sslkit.evaluation.segmentation import masked_patches
 from sslkit.evaluation.subject import Subject
+from sslkit.matryoshka import CosineLinear
 from sslkit.training.checkpoint import Checkpoints
 
 _K = 20
@@ -287,8 +288,10 @@ def stability(classes: Subject, teacher: Teacher) -> list[Json]:
     At the finest level of both heads: class tokens, and as many patches. ``textbook`` is `exp` of
     the scores over the temperature and divisions, in float32; ``textbook_minus_max`` takes the
     largest score of the matrix off first; ``ours`` is `SinkhornKnopp`. Each is compared with
-    logarithms in float64.
+    logarithms in float64. Scores that nothing bounds are also taken times 16 and 64, as they might
+    be later in a training.
     """
+    bounded = all(isinstance(x, CosineLinear) for x in teacher.ibot_head.prototypes)
     features = classes.features("test", "cls", "patches")
     rows = min(len(features), 512)
     cls, patches = features.cls[:rows].float(), features.patches[:rows].float()
@@ -300,11 +303,13 @@ def stability(classes: Subject, teacher: Teacher) -> list[Json]:
         {
             "head": head,
             "temperature": temperature,
-            "largest": logits.abs().max().item(),
-            "std": logits.std().item(),
-            **balanced(logits, temperature),
+            "factor": factor,
+            "largest": factor * logits.abs().max().item(),
+            "std": factor * logits.std().item(),
+            **balanced(factor * logits, temperature),
         }
         for head, logits in scores.items()
+        for factor in ((1,) if bounded else (1, 16, 64))
         for temperature in _TEMPERATURES
     ]
 
