@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     do.add_argument("--budget", type=float, default=60, metavar="MINUTES")
     do.add_argument("--only", nargs="+", choices=GROUPS, default=DEFAULT, metavar="GROUP")
     do.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    do.add_argument("--data", default=str(DATA / "cifar10"), help="classification")
+    do.add_argument("--data", help="labelled images; by default ../shared/data/cifar10")
     do.add_argument("--dense", default=str(DATA / "cutouts"), help="images with masks")
     do.add_argument("--work", type=Path, default=ROOT / "runs" / "study")
     for one in (
@@ -54,7 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
     file = options.results / f"{options.scale}.jsonl"
     if options.command == "run":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and the recipe with it
-        data = training.prepare(options.data, options.dense, options.work)
+        if options.data is None and options.scale == "gpu":
+            sys.exit(
+                "--scale gpu: --data names a folder of labelled images, train/CLASS/x.jpg, ..."
+            )
+        images = options.data or str(DATA / "cifar10")
+        data = training.prepare(images, options.dense, options.work)
         if wrong := [name for name in options.only if name not in groups_of(options.scale)]:
             sys.exit(f"--only {' '.join(wrong)}: not for --scale {options.scale}")
         planned = list(runs.planned(options.only, options.seeds))

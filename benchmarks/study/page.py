@@ -50,7 +50,8 @@ TEXTS: dict[str, Text] = {
     ),
     "floor": Text(
         "The same network with fresh weights, and without a network: k-NN and a linear head on "
-        "standardised pixels, dense scores on each patch's mean colour and place.",
+        "standardised pixels, dense scores on each patch's mean colour and place. Dense scores of "
+        "fresh weights are about those of calling every pixel background.",
         "",
         (),
         "",
@@ -121,8 +122,8 @@ TEXTS: dict[str, Text] = {
     ),
     "targets": Text(
         "Balanced targets by one, three and ten iterations of Sinkhorn, or an EMA of the teacher's "
-        "scores as their centre (DINO). The paper takes Sinkhorn with three iterations and reports "
-        "no comparison.",
+        "scores as their centre (DINO). The paper takes Sinkhorn, the released code three "
+        "iterations; neither reports a comparison.",
         "",
         (),
         "",

@@ -88,9 +88,9 @@ def score(
         return classification(classes, scale, rasa=None) | dense.scores(rasa=None), {}
     rasa = None
     if arm.encoder_of is not None:
-        rasa = RASAProjector(scale.embed_dim)
+        rasa = RASAProjector(scale.embed_dim).to(dense.train.device)
         rasa.fit(dense.train.split(32))
-    scores = classification(classes, scale, rasa) | dense.scores(rasa)
+    scores = dense.scores(rasa) | classification(classes, scale, rasa)
     seen: Json = {}
     if arm.dense_sizes:
         seen["in_context_by_size"] = dense.by_size()
@@ -162,7 +162,7 @@ def classification(classes: Subject, scale: Scale, rasa: RASAProjector | None) -
     labels = {name: f.labels for name, f in features.items()}
     if rasa is not None:
         with torch.no_grad():
-            cls = {name: rasa(x) for name, x in cls.items()}
+            cls = {name: rasa.cpu()(x) for name, x in cls.items()}
 
     def knn(train: Tensor, test: Tensor) -> float:
         return knn_accuracy(train, labels["train"], test, labels["test"], ks=(_K,))[_K]
@@ -202,7 +202,7 @@ class Dense:
     def __init__(self, images: Subject) -> None:
         train, self.train_masks, classes = masked_patches(images, "train")
         test, self.test_masks, _ = masked_patches(images, "test")
-        self.train, self.test = train.patches.cpu().float(), test.patches.cpu().float()
+        self.train, self.test = (x.patches.to(images.device).float() for x in (train, test))
         self.num_classes = len(classes)
 
     def in_context(self, train: Tensor, test: Tensor) -> float:
@@ -234,7 +234,9 @@ def position_by_iteration(
     Clusters are the prototypes of the patch head that score highest, at the finest level that has a
     test image for each, as in the recipe's report.
     """
-    rasa = RASAProjector(scale.embed_dim, num_iterations=max(scale.rasa_iterations))
+    device = dense.train.device
+    head = head.to(device)
+    rasa = RASAProjector(scale.embed_dim, num_iterations=max(scale.rasa_iterations)).to(device)
     errors = rasa.fit(dense.train.split(32), tolerance=0)
     counts = head.num_prototypes_per_level
     level = max((i for i, k in enumerate(counts) if k <= len(dense.test)), default=0)
