@@ -435,8 +435,8 @@ def test_spreads_and_intervals_are_those_of_scipy():
     [
         ((1.0, 1.1, 0.9), "higher"),
         ((-1.0, -1.1, -0.9), "lower"),
-        ((0.1, 1.0, 3.0), "higher in every seed"),
-        ((-0.1, -1.0, -3.0), "lower in every seed"),
+        ((1.0, 2.0, 3.0), "higher in every seed"),
+        ((-1.0, -2.0, -3.0), "lower in every seed"),
         ((-0.1, 1.0, 3.0), "no difference shown"),
         ((5.0,), "one seed: no spread"),
         ((0.0, 0.0, 0.0), "no difference shown"),
@@ -562,6 +562,8 @@ def test_the_commands_write_what_they_say(tmp_path, capsys):
     assert "invalid choice: 'nonsense'" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="--only choice: not for --scale gpu"):
         main(["run", "--only", "choice", "--scale", "gpu", "--data", "x", *places[:2]])
+    with pytest.raises(SystemExit, match="--scale gpu: --data names a folder of labelled images"):
+        main(["run", "--scale", "gpu", *places[:2]])
 
 
 RESULTS = sorted(runs.RESULTS.glob("*.jsonl"))
