@@ -3,21 +3,29 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import tyro
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 from sslkit import backbones
 from sslkit.data.crops import MultiCrop
-from sslkit.data.sources import Source, open_source
+from sslkit.data.sources import Source, Split, open_source
 from sslkit.evaluation import figures
-from sslkit.evaluation.features import encoded_batches, evenly_spaced, joined, report_unreadable
+from sslkit.evaluation.features import (
+    Features,
+    encoded_batches,
+    evenly_spaced,
+    joined,
+    report_unreadable,
+)
+from sslkit.evaluation.figures.style import styled
 from sslkit.evaluation.models import Model, open_model
 from sslkit.evaluation.pca import pca_maps
 from sslkit.evaluation.position import position_probe
@@ -26,7 +34,8 @@ from sslkit.evaluation.views import EvalTransform
 from sslkit.rasa import RASAProjector, load_rasa, patch_positions, save_rasa
 
 _FIT_BATCH = 128  # images whose patches the solver takes at once
-_NUM_PICTURES = 6
+_NUM_PICTURES = 4
+_SPLITS: tuple[Split, Split] = ("train", "test")
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class Fit:
     num_iterations: int = 9
     """Planes at most; fewer where position cannot be predicted any more."""
     num_images: int = 1000
-    """Random crops to fit on, each of another training image."""
+    """Training images to fit on, a random crop of each; the probe of position learns from them."""
     num_test: int = 200
     """Held-out images on which position is measured before and after."""
     image_size: tuple[int, ...] = ()
@@ -84,11 +93,8 @@ class Fold:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    chosen = tyro.cli(
-        Fit | Fold,  # type: ignore[arg-type]
-        args=words,
-        prog="python -m sslkit.rasa",
-        description=__doc__,
+    chosen: Fit | Fold = tyro.cli(
+        cast(Any, Fit | Fold), args=words, prog="python -m sslkit.rasa", description=__doc__
     )
     try:
         if isinstance(chosen, Fit):
@@ -105,14 +111,13 @@ def fit(run: Fit) -> None:
     size = _size(run, model)
     if run.fold is not None:
         _require_foldable(model)
-    split = {"seed": run.seed, "test_fraction": run.test_fraction}
     train, test = (
-        open_source(run.data, split=name, **split)  # type: ignore[arg-type]
-        for name in ("train", "test")
+        open_source(run.data, split=split, seed=run.seed, test_fraction=run.test_fraction)
+        for split in _SPLITS
     )
     view, random_crop = EvalTransform(size), _random_crop(size, run)
     encode = _Encode(model, run)
-    fitted = encode(train, random_crop, run.num_images, "crops to fit on")
+    fitted = encode(train, random_crop, run.num_images, "crops to fit on").patches
     rasa = RASAProjector(fitted.shape[-1], num_iterations=run.num_iterations)
     chance = patch_positions(*fitted.shape[1:3]).flatten(0, 1).var(0, correction=0).mean().item()
     with tqdm(total=run.num_iterations, desc="iterations", unit="") as bar:
@@ -130,12 +135,11 @@ def fit(run: Fit) -> None:
             progress=told,
         )
     del fitted
-    seen, held_out = (
-        encode(source, view, run.num_test, f"{name} images to measure on")
-        for source, name in ((train, "training"), (test, "held-out"))
-    )
-    before = position_probe(seen, held_out).r2
-    after = position_probe(_removed(rasa, seen), _removed(rasa, held_out)).r2
+    seen = encode(train, view, run.num_images, "training images to measure on").patches
+    held_out = encode(test, view, run.num_test, "held-out images to measure on")
+    patches = {"before": held_out.patches, "after": _removed(rasa, held_out.patches)}
+    before = position_probe(seen, patches["before"]).r2
+    after = position_probe(_removed(rasa, seen), patches["after"]).r2
     removed = int((rasa.basis.norm(dim=1) > 0).sum())
     rows = [
         ("directions removed", f"{removed} of {rasa.dim}, in {-(-removed // 2)} planes"),
@@ -153,22 +157,15 @@ def fit(run: Fit) -> None:
         _write_folded(model, rasa, run.fold)
         rows.append(("encoder with it folded in", str(run.fold)))
     if run.figures is not None:
-        images = [view(test[i][0]) for i in range(min(_NUM_PICTURES, len(held_out)))]
-        stages = {"before": held_out, "after": _removed(rasa, held_out)}
+        images = [view(test[i][0]) for i in held_out.indices[:_NUM_PICTURES].tolist()]
+        r2 = {"linear": (before, after)}
         page = write_report(
             run.figures,
             title=f"RASA: {model.name} on {run.data}",
             results=rows,
             figures={
-                "position": figures.position_error(
-                    errors, r2={"linear": (before, after)}, chance=chance
-                ),
-                **{
-                    f"pca_{name}": figures.pca_maps(
-                        torch.stack(images), pca_maps(patches[: len(images)], threshold=None).rgb
-                    )
-                    for name, patches in stages.items()
-                },
+                "position": figures.position_error(errors, r2=r2, chance=chance),
+                "pca": _pca_before_and_after(torch.stack(images), patches),
             },
             settings=dataclasses.asdict(run),
         )
@@ -185,7 +182,7 @@ def fold(run: Fold) -> None:
 
 
 class _Encode:
-    """Patch tokens [B, H, W, D] of views of a source, in memory, in float16."""
+    """Patch tokens of views of a source, in memory, in float16."""
 
     def __init__(self, model: Model, run: Fit) -> None:
         device = run.device
@@ -197,7 +194,7 @@ class _Encode:
 
     def __call__(
         self, source: Source, transform: Callable[[Tensor], Tensor], count: int, title: str
-    ) -> Tensor:
+    ) -> Features:
         indices = evenly_spaced(len(source), count)
         batches, unreadable = [], []
         with tqdm(total=len(indices), desc=title, unit=" images") as bar:
@@ -215,7 +212,7 @@ class _Encode:
                 unreadable += errors
                 bar.update(len(errors) + sum(len(batch.labels) for batch in encoded))
         report_unreadable(unreadable, len(indices), all_of_them=not batches)
-        return joined(batches).patches
+        return joined(batches)
 
 
 def _size(run: Fit, model: Model) -> tuple[int, int]:
@@ -255,6 +252,18 @@ def _random_crop(size: tuple[int, int], run: Fit) -> Callable[[Tensor], Tensor]:
 
 def _removed(rasa: RASAProjector, patches: Tensor) -> Tensor:
     return torch.cat([rasa(x.float()).to(x.dtype) for x in patches.split(_FIT_BATCH)])
+
+
+@styled
+def _pca_before_and_after(images: Tensor, patches: Mapping[str, Tensor]) -> Figure:
+    """Each image twice: beside its patches' colours before RASA, and after."""
+    maps = [pca_maps(x[: len(images)].float(), threshold=None).rgb for x in patches.values()]
+    figure = figures.pca_maps(
+        images.repeat_interleave(2, 0), torch.stack(maps, dim=1).flatten(0, 1), pairs_per_row=2
+    )
+    for axes, stage in zip(figure.axes[1:4:2], patches, strict=True):
+        axes.set_title(f"PCA {stage} RASA")
+    return figure
 
 
 def _require_foldable(model: Model) -> None:
