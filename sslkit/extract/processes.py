@@ -67,11 +67,20 @@ def _spawn(
     context = mp.get_context("spawn")
     counts = context.Array("q", 2 * processes)  # done and total of each process
     mistakes = context.SimpleQueue()
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     threads = max(1, torch.get_num_threads() // processes)
     workers = mp.spawn(
         _work,
-        (processes, threads, extraction, output, device, num_workers, counts, mistakes),
+        (
+            _free_port(),
+            processes,
+            threads,
+            extraction,
+            output,
+            device,
+            num_workers,
+            counts,
+            mistakes,
+        ),
         nprocs=processes,
         join=False,
     )
@@ -91,6 +100,7 @@ def _spawn(
 
 def _work(
     rank: int,
+    port: int,
     processes: int,
     threads: int,
     extraction: Extraction,
@@ -102,6 +112,7 @@ def _work(
 ) -> None:
     """One of the processes; what goes wrong is put into ``mistakes``."""
     torch.set_num_threads(threads)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
 
