@@ -57,8 +57,8 @@ def pairs(kept: Sequence[Tensor], removed: Sequence[Tensor], similarity: Sequenc
     rows = -(-len(kept) // columns)
     figure = new_figure(
         "Kept and removed, from the least alike to the most",
-        "Left of a pair: kept; right: removed, with the similarity. The first pairs are the doubtful "
-        "ones: if they are no duplicates, raise the threshold.",
+        "Left of a pair: kept; right: removed, with the similarity. The first pairs are the "
+        "doubtful ones: if they are no duplicates, raise the threshold.",
         height=rows * (0.2 + WIDTH / (2 * _PAIRS_PER_ROW)),
     )
     grid = figure.subplots(rows, 2 * _PAIRS_PER_ROW, squeeze=False).reshape(-1, 2)

@@ -141,8 +141,8 @@ def extract_to_file(
     job = _Job(extraction, output)
     lock = FileLock(job.folder / "lock")
     try:
+        job.folder.mkdir(parents=True, exist_ok=True)
         if parallel.is_main:
-            job.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
             job.require_settings()
         complete = output_is_complete(output, job.settings)
