@@ -176,7 +176,7 @@ def test_parquet_holds_the_same_a_row_group_a_part(tmp_path, given, dtype):
     assert file.read(["label"])["label"].to_pylist() == [0] * 6 + [1] * 7
 
 
-# --- in parts --------------------------------------------------------------------------------------
+# --- in parts ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])

@@ -30,12 +30,12 @@ class Settings:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    settings = tyro.cli(
-        Settings,
-        args=list(sys.argv[1:] if arguments is None else arguments),
-        prog="python -m sslkit.extract",
-    )
     try:
+        settings = tyro.cli(
+            Settings,
+            args=list(sys.argv[1:] if arguments is None else arguments),
+            prog="python -m sslkit.extract",
+        )
         description = extract_with_processes(
             settings.extraction,
             settings.output,
