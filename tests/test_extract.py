@@ -263,6 +263,9 @@ def test_what_is_complete_is_not_made_again_and_nothing_is_mixed(tmp_path, given
         extract_to_file(given, unfinished, parallel=replace(later, rank=0))
     with pytest.raises(ValueError, match=r"unfinished .*seed: 0 there, 1 asked for"):
         extract_to_file(replace(given, seed=1), unfinished, parallel=ALONE)
+    with pytest.raises(ValueError, match="nesting 99"):  # no part of it was made: it leaves nothing
+        extract_to_file(replace(given, nesting=(99,)), tmp_path / "i.npy", parallel=ALONE)
+    extract_to_file(given, tmp_path / "i.npy", parallel=ALONE)
     (tmp_path / "h.npy").write_bytes(b"other")
     with pytest.raises(ValueError, match="nothing says what it is of"):
         extract_to_file(given, tmp_path / "h.npy", parallel=ALONE)

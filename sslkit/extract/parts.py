@@ -189,10 +189,10 @@ class _Job:
     def settings(self) -> dict[str, Any]:
         """What the features are of, as plain values."""
         extraction = self.extraction
-        path = Path(extraction.data)
         settings = {
             **asdict(extraction),
-            "data": str(path.resolve()) if path.exists() else extraction.data,
+            "weights": _resolved(extraction.weights),
+            "data": _resolved(extraction.data),
             "nesting": list(extraction.nesting),
             "image_size": list(extraction.image_size),
             "rasa": None if extraction.rasa is None else file_digest(extraction.rasa),
@@ -206,7 +206,7 @@ class _Job:
     def require_settings(self) -> None:
         """That the parts, if there are any, are of the same."""
         path, settings = self.folder / "settings.json", self.settings
-        if not path.exists():
+        if not any(self.folder.glob("*.safetensors")):
             with atomic_write(path) as file:
                 file.write(json.dumps(settings, indent=2).encode())
             return
@@ -298,6 +298,12 @@ class _Job:
                 f"features are up to {rows.abs().max().item():.3g}, beyond float16: take float32"
             )
         return stored
+
+
+def _resolved(text: str) -> str:
+    """The whole path of what is a path."""
+    path = Path(text)
+    return str(path.resolve()) if path.exists() else text
 
 
 def _transform(extraction: Extraction, model: Model) -> EvalTransform | PaddedView:
