@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -196,10 +197,21 @@ def test_processes_of_the_command(tmp_path, given, monkeypatch):
     extract_to_file(given, tmp_path / "one.npy", parallel=ALONE)
     processes.extract_with_processes(given, tmp_path / "two.npy", processes=2, device="cpu")
     np.testing.assert_allclose(np.load(tmp_path / "two.npy"), np.load(tmp_path / "one.npy"), 1e-5)
-    with pytest.raises(RuntimeError, match="nesting 99 is more than the 32 features"):
-        processes.extract_with_processes(
-            replace(given, nesting=(99,)), tmp_path / "no.npy", processes=2, device="cpu"
-        )
+
+
+def test_a_process_hands_its_mistake_on(tmp_path, given, monkeypatch):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:  # what _work sets is put back afterwards
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    mistakes: SimpleQueue[str] = SimpleQueue()
+    wrong = replace(given, nesting=(99,))
+    with pytest.raises(SystemExit):
+        processes._work(0, 0, 1, 1, wrong, tmp_path / "no.npy", "cpu", 0, [0, 0], mistakes)
+    assert mistakes.get() == "nesting 99 is more than the 32 features of a token"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="given by torchrun already"):
+        processes.extract_with_processes(given, tmp_path / "no.npy", processes=2)
 
 
 def test_a_killed_run_continues(tmp_path, weights):
