@@ -3,11 +3,12 @@
 import os
 import socket
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from tqdm import tqdm
 
 from sslkit.extract.files import read_description
@@ -64,11 +65,11 @@ def _spawn(
     extraction: Extraction, output: Path, processes: int, device: str, num_workers: int
 ) -> dict[str, Any]:
     """Start the processes, show their progress, and say the first mistake if there is one."""
-    context = mp.get_context("spawn")
+    context = get_context("spawn")
     counts = context.Array("q", 2 * processes)  # done and total of each process
     mistakes = context.SimpleQueue()
     threads = max(1, torch.get_num_threads() // processes)
-    workers = mp.spawn(
+    workers = spawn(
         _work,
         (
             _free_port(),
@@ -91,7 +92,7 @@ def _spawn(
                 finished = workers.join(timeout=_POLL_SECONDS)
                 bar.total = sum(counts[1::2])
                 bar.update(sum(counts[0::2]) - bar.n)
-        except mp.ProcessExitedException:
+        except ProcessExitedException:
             if mistakes.empty():
                 raise
             raise RuntimeError(mistakes.get()) from None
