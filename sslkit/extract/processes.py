@@ -69,22 +69,8 @@ def _spawn(
     counts = context.Array("q", 2 * processes)  # done and total of each process
     mistakes = context.SimpleQueue()
     threads = max(1, torch.get_num_threads() // processes)
-    workers = spawn(
-        _work,
-        (
-            _free_port(),
-            processes,
-            threads,
-            extraction,
-            output,
-            device,
-            num_workers,
-            counts,
-            mistakes,
-        ),
-        nprocs=processes,
-        join=False,
-    )
+    what = (extraction, output, device, num_workers, counts, mistakes)
+    workers = spawn(_work, (_free_port(), processes, threads, *what), nprocs=processes, join=False)
     with tqdm(unit=" images") as bar:
         try:
             finished = False
