@@ -44,7 +44,7 @@ class ViTEncoder(nn.Module):
     to the grid of each image. Rotary ones, of DINOv3 and other ``Eva`` networks, are computed for
     the grid of each image; where the network was built with ``rope_shift_coords``,
     ``rope_jitter_coords`` or ``rope_rescale_coords``, each batch of a training pass has its
-    coordinates moved and scaled at random, by torch's global generator of the CPU. The learned
+    coordinates moved and scaled at random, by the device's global generator. The learned
     ``mask_token`` [D] (zeros at first, as in DINOv2 and DINOv3) replaces the embeddings of masked
     patches before learned positions are added.
 
