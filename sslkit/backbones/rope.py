@@ -56,7 +56,7 @@ def _patches(rope: Rope, H: int, W: int) -> Tensor:
     Of DINOv3 it is made here. timm's begins on the host, and the copy waits for the device.
     """
     if not isinstance(rope, RotaryEmbeddingDinoV3):
-        return rope.get_embed((H, W))
+        return rope.get_embed([H, W])
     centres = make_coords_dinov3(  # [H * W, 2], in (-1, 1) on both axes
         H,
         W,
