@@ -25,7 +25,7 @@ from sslkit.backbones import create
 from sslkit.data import MultiCrop, Source, open_source, sample_seed
 from sslkit.schedules import cosine
 
-BATCH, SIDE, PROTOTYPES, STEPS = 16, 32, 64, 24
+BATCH, SIDE, PROTOTYPES, EPOCHS = 16, 32, 64, 6
 CROPS = MultiCrop(global_size=SIDE, num_local=0)
 
 
@@ -90,12 +90,15 @@ class NestedDINO(L.LightningModule):
         self.teacher.update(self.student, momentum)
 
 
-def trainer(folder: Path, max_steps: int) -> L.Trainer:
-    """A quiet one on the CPU, without checkpoints of its own."""
+def trainer(folder: Path, max_epochs: int) -> L.Trainer:
+    """A quiet one on the CPU, without checkpoints of its own.
+
+    Stopped by ``max_steps``, Lightning would resume inside an epoch, at its first batch again.
+    """
     return L.Trainer(
         accelerator="cpu",
         default_root_dir=folder,
-        max_steps=max_steps,
+        max_epochs=max_epochs,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -115,10 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.output or Path(temporary)
         checkpoint = folder / "half.ckpt"
-        for max_steps, resume_from in ((STEPS // 2, None), (STEPS, checkpoint)):
+        for max_epochs, resume_from in ((EPOCHS // 2, None), (EPOCHS, checkpoint)):
             L.seed_everything(0, verbose=False)
-            module = NestedDINO(total_steps=STEPS)
-            runner = trainer(folder, max_steps)
+            module = NestedDINO(total_steps=EPOCHS * len(loader))
+            runner = trainer(folder, max_epochs)
             runner.fit(module, loader, ckpt_path=resume_from, weights_only=True)
             runner.save_checkpoint(checkpoint if resume_from is None else folder / "last.ckpt")
             losses.append(runner.callback_metrics["loss"].item())
