@@ -21,7 +21,7 @@ def masks(grid: int = 14, draws: int = 4000, num_masked: int = 127) -> Figure:
     """A row of masks and the map of exposures for each kind."""
     figure = new_figure(
         "Masks of 65 % of the patches",
-        "Left: four masks of each kind, masked patches dark. Right: how often each patch is masked. "
+        "Left: four masks of each kind, masked patches dark. Right: how often a patch is masked. "
         "Blocks treat centre and border alike only with the shift.",
         height=5.6,
     )
