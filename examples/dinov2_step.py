@@ -9,6 +9,7 @@ DINOv2 that it replaces. docs/drop_in.md has the arguments one by one.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from sslkit import (
     iBOTLoss,
 )
 from sslkit.backbones import create
+from sslkit.backbones.encoder import ViTEncoder
 from sslkit.data import Crops, MultiCrop, Source, open_source
 from sslkit.schedules import cosine, linear_warmup
 
@@ -79,8 +81,9 @@ class SSLMetaArch(nn.Module):
         cls_targets = self.targets(self.dino_center, cls_logits, teacher_temp)
         patch_targets = self.targets(self.ibot_center, patch_logits, teacher_temp)
 
+        backbone = cast(ViTEncoder, self.student["backbone"])
         # student.backbone([global_crops, local_crops], masks=[masks, None], is_training=True)
-        global_tokens, local_tokens = self.student["backbone"].forward_many(
+        global_tokens, local_tokens = backbone.forward_many(
             [crops.globals_, crops.locals_], [masks, None]
         )
         (cls_logits,) = self.student["dino_head"](torch.cat([global_tokens.cls, local_tokens.cls]))
