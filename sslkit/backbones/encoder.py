@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 from timm.layers.patch_embed import PatchEmbed
-from timm.layers.pos_embed import resample_abs_pos_embed_nhwc
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sslkit.backbones.blocks import Lengths, PackedBlock, can_pack, run_block
+from sslkit.backbones.positions import (
+    PosInterpolation,
+    check_pos_interpolation,
+    resample_positions,
+)
 from sslkit.backbones.swiglu import FusedSwiGLU
 from sslkit.backbones.tokens import Tokens
 
@@ -34,21 +38,24 @@ class ViTEncoder(nn.Module):
     are, one resolution at a time: the same result with less sharing. ``packed_blocks`` says which.
     The encoder is in training mode if ``vit`` is.
 
-    Position embeddings are resampled (bicubic, antialiased) from the grid of ``img_size`` to the
-    grid of each image. The learned ``mask_token`` [D] (zeros at first, as in DINOv2) replaces the
+    Position embeddings are resampled from the grid of ``img_size`` to the grid of each image by
+    :func:`~sslkit.backbones.positions.resample_positions`. The learned ``mask_token`` [D] (zeros at first, as in DINOv2) replaces the
     embeddings of masked patches before the positions are added.
 
     Args:
         vit: the network; see the errors for what cannot be wrapped.
         activation_checkpointing: in training, keep only the input of each block and recompute the
             rest in the backward pass: same gradients, less memory, one more forward pass of time.
+        pos_interpolation: how positions are resampled: ``"antialias"`` (timm's rule),
+            ``"bicubic"`` or ``"dinov2"``.
         settings: keyword arguments of :func:`sslkit.backbones.create` that rebuild this network;
             ``create`` fills them in. Without them the encoder cannot be saved.
 
     Raises:
         TypeError: ``vit`` is not a timm VisionTransformer, or a subclass or patch embedding with a
             forward pass of its own.
-        ValueError: ``vit`` drops patches (``patch_drop_rate``), which leaves no patch grid.
+        ValueError: ``vit`` drops patches (``patch_drop_rate``), which leaves no patch grid, or
+            ``pos_interpolation`` is unknown.
 
     >>> vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
     >>> encoder = ViTEncoder(vit)
@@ -62,10 +69,12 @@ class ViTEncoder(nn.Module):
         vit: VisionTransformer,
         *,
         activation_checkpointing: bool = False,
+        pos_interpolation: PosInterpolation = "antialias",
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _require_supported(vit)
+        check_pos_interpolation(pos_interpolation)
         vit.reset_classifier(0, global_pool="")
         if isinstance(vit.norm, nn.Identity):
             vit.norm, vit.fc_norm = vit.fc_norm, nn.Identity()
@@ -75,6 +84,7 @@ class ViTEncoder(nn.Module):
         self.vit = vit
         self.mask_token = nn.Parameter(vit.patch_embed.proj.weight.new_zeros(vit.embed_dim))
         self.activation_checkpointing = activation_checkpointing
+        self.pos_interpolation = pos_interpolation
         self._settings = None if settings is None else dict(settings)
         self.train(vit.training)
 
@@ -136,6 +146,7 @@ class ViTEncoder(nn.Module):
             **self._settings,
             "img_size": self.img_size,
             "activation_checkpointing": self.activation_checkpointing,
+            "pos_interpolation": self.pos_interpolation,
         }
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tokens:
@@ -257,7 +268,7 @@ class ViTEncoder(nn.Module):
         num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         prefix, patches = positions.tensor_split((num_prefix,), dim=1)
         grid = patches.unflatten(1, self.grid_size)  # [1, N, D] -> [1, H0, W0, D]
-        return prefix, resample_abs_pos_embed_nhwc(grid, [H, W]).flatten(1, 2)
+        return prefix, resample_positions(grid, (H, W), self.pos_interpolation).flatten(1, 2)
 
     def _check(self, images: Tensor, masks: Tensor | None, name: str) -> tuple[int, int]:
         if images.ndim != 4 or images.shape[1] != self.in_chans:
