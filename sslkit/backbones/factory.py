@@ -1,7 +1,7 @@
 """create: a token encoder by name."""
 
 import difflib
-from typing import Any
+from typing import Any, Literal
 
 import timm
 
@@ -21,6 +21,7 @@ def create(
     patch_size: Size | None = None,
     activation_checkpointing: bool = False,
     pos_interpolation: PosInterpolation = "antialias",
+    rope_periods: Literal["float32", "bfloat16"] = "float32",
     pretrained: bool = False,
     **timm_kwargs: Any,
 ) -> ViTEncoder:
@@ -39,6 +40,7 @@ def create(
         patch_size: ``(height, width)`` or one number; the network's own by default.
         activation_checkpointing: see :class:`ViTEncoder`.
         pos_interpolation: see :class:`ViTEncoder`.
+        rope_periods: see :class:`ViTEncoder`.
         pretrained: load timm's weights, by download or from its cache. Networks of this library
             have none to download.
         **timm_kwargs: of timm's ``VisionTransformer``: ``depth``, ``reg_tokens``, ``qk_norm``, ...
@@ -78,6 +80,7 @@ def create(
         vit,
         activation_checkpointing=activation_checkpointing,
         pos_interpolation=pos_interpolation,
+        rope_periods=rope_periods,
         settings=settings,
     )
 

@@ -96,7 +96,7 @@ def network_settings(
         "embed_dim": width,
         "depth": depth,
         "num_heads": heads,
-        "mlp_ratio": _gated_ratio(width, hidden) if gated else _ratio(width, hidden),
+        "mlp_ratio": _gated_ratio(width, hidden) if gated else ratio(width, hidden),
         "qkv_bias": qkv_bias,
         "init_values": 1e-5 if layer_scale else None,
         "reg_tokens": registers,
@@ -171,6 +171,12 @@ def first_row(token: Tensor) -> Tensor:
     return token.flatten()
 
 
+def ratio(width: int, hidden: int) -> float:
+    """``mlp_ratio`` of an MLP of this width: ``int(width * ratio) == hidden``."""
+    exact = hidden / width
+    return exact if int(width * exact) == hidden else (hidden + 0.5) / width
+
+
 def stack_rows(*parts: Tensor) -> Tensor:
     """Queries, keys and values (or gate and value) as one matrix or bias."""
     return torch.cat(parts)
@@ -186,14 +192,9 @@ def patch_positions(pos_embed: Tensor) -> Tensor:
     return pos_embed[:, 1:]
 
 
-def _ratio(width: int, hidden: int) -> float:
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
-
-
 def _gated_ratio(width: int, hidden: int) -> float:
     """The plain MLP's ratio from which `FusedSwiGLU` makes ``hidden``; 4 where that does."""
     for plain in (4 * width, *range(hidden * 3 // 2 - 12, hidden * 3 // 2 + 3)):
         if swiglu_hidden_dim(plain) == hidden:
-            return _ratio(width, plain)
+            return ratio(width, plain)
     raise ValueError(f"the SwiGLU's hidden size {hidden} is not a multiple of 8")
