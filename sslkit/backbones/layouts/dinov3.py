@@ -20,6 +20,7 @@ from sslkit.backbones.layouts.layout import (
     first_row,
     num_heads,
     ratio,
+    require_config,
     shape_of,
     stack_rows,
 )
@@ -120,6 +121,8 @@ def describe_transformers(
     start = "model.layer" if "model.layer.0.norm1.weight" in tensors else "layer"
     gated = f"{start}.0.mlp.gate_proj.weight" in tensors
     biased = f"{start}.0.attention.q_proj.bias" in tensors
+    require_config(config, "hidden_act", "silu" if gated else "gelu")
+    require_config(config, "layer_norm_eps", 1e-5)
     patch_weight = tensors["embeddings.patch_embeddings.weight"]
     counted = count_blocks(tensors, r"(?:model\.)?layer\.(\d+)\.")
     settings = _settings(

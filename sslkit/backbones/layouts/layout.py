@@ -166,6 +166,15 @@ def shape_of(tensors: Mapping[str, Tensor], *names: str) -> torch.Size:
     )
 
 
+def require_config(config: Mapping[str, Any], key: str, value: object) -> None:
+    """Raise a ValueError if ``config.json`` asks for something that the network has not."""
+    if config.get(key, value) != value:
+        raise ValueError(
+            f"config.json says {key}={config[key]!r}; the network that sslkit builds for this "
+            f"layout has {value!r}"
+        )
+
+
 def first_row(token: Tensor) -> Tensor:
     """A mask token of shape [1, D] or [1, 1, D] as [D]."""
     return token.flatten()

@@ -90,7 +90,7 @@ def _named(
     if "pos_embed" in tensors:
         given = stated.file_img_size or kept.get("img_size")
         if given is None:
-            positions, _ = _patch_positions(tensors)
+            positions, _ = _patch_positions(tensors, stated)
             H, W = grid_size(positions, (ph, pw), stated)
             given = (H * ph, W * pw)
         settings["img_size"] = given
@@ -98,7 +98,7 @@ def _named(
 
 
 def _derived(tensors: Mapping[str, Tensor], stated: Stated, *, ibot: bool) -> dict[str, Any]:
-    positions, no_embed_class = _patch_positions(tensors)
+    positions, no_embed_class = _patch_positions(tensors, stated)
     patch_weight = tensors["patch_embed.proj.weight"]
     gated = _gated(tensors)
     return network_settings(
@@ -118,15 +118,20 @@ def _derived(tensors: Mapping[str, Tensor], stated: Stated, *, ibot: bool) -> di
     )
 
 
-def _patch_positions(tensors: Mapping[str, Tensor]) -> tuple[int, bool]:
+def _patch_positions(tensors: Mapping[str, Tensor], stated: Stated) -> tuple[int, bool]:
     """Positions that belong to patches, and whether those are all that there are.
 
-    The file may have positions for class token and registers or not; a grid is mostly square,
-    and two squares differ by 1 + R for the smallest grids only.
+    The file may have positions for class token and registers or not. The stated grid tells, or
+    that a grid is square: two squares differ by 1 + R for the smallest grids only.
     """
     count = shape_of(tensors, "pos_embed")[1]
     prefix = int("cls_token" in tensors) + _registers(tensors)
-    patches_only = prefix == 0 or math.isqrt(count) ** 2 == count
+    if stated.file_img_size is not None:
+        ph, pw = shape_of(tensors, "patch_embed.proj.weight")[2:]
+        H, W = stated.file_img_size[0] // ph, stated.file_img_size[1] // pw
+        patches_only = count == H * W
+    else:
+        patches_only = prefix == 0 or math.isqrt(count) ** 2 == count
     return (count, True) if patches_only else (count - prefix, False)
 
 

@@ -20,6 +20,7 @@ from sslkit.backbones.layouts.layout import (
     network_settings,
     num_heads,
     patch_positions,
+    require_config,
     shape_of,
     stack_rows,
 )
@@ -40,8 +41,8 @@ def describe(tensors: Mapping[str, Tensor], config: Mapping[str, Any], stated: S
     gated = unfused or f"{start}.0.mlp.weights_in.weight" in tensors
     last_linear = ("down_proj" if unfused else "weights_out") if gated else "fc2"
     registers = shape_of(tensors, "embeddings.register_tokens")[1] if _has(tensors) else 0
-    _require(config, "hidden_act", "gelu")
-    _require(config, "layer_norm_eps", 1e-6)
+    require_config(config, "hidden_act", "gelu")
+    require_config(config, "layer_norm_eps", 1e-6)
     patch_weight = tensors["embeddings.patch_embeddings.projection.weight"]
     heads = config.get("num_attention_heads") if stated.num_heads is None else None
     settings = network_settings(
@@ -110,14 +111,6 @@ def describe(tensors: Mapping[str, Tensor], config: Mapping[str, Any], stated: S
 
 def _has(tensors: Mapping[str, Tensor]) -> bool:
     return "embeddings.register_tokens" in tensors
-
-
-def _require(config: Mapping[str, Any], key: str, value: object) -> None:
-    if config.get(key, value) != value:
-        raise ValueError(
-            f"config.json says {key}={config[key]!r}; the networks that sslkit builds for DINOv2 "
-            f"have {value!r}"
-        )
 
 
 def _depth(tensors: Mapping[str, Tensor], config: Mapping[str, Any], start: str) -> int:
