@@ -1,6 +1,7 @@
 """Projection heads: ours kept beside an encoder, and those of other code bases."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ PROJECTORS = {
 @pytest.mark.parametrize("case", PROJECTORS)
 def test_our_heads_are_kept(tmp_path, case):
     head = MatryoshkaProjector(32, hidden_dim=7, bottleneck_dim=5, **PROJECTORS[case])
-    other = MatryoshkaProjector(32, 8, hidden_dim=3, bottleneck_dim=2).bfloat16()
+    other = MatryoshkaProjector(32, 32, hidden_dim=3, bottleneck_dim=2).bfloat16()
     encoder = create("sslkit_vit_micro", depth=1)
     path = tmp_path / "w.safetensors"
     save(encoder, path, {"step": "1"}, heads={"dino_head": head, "ibot_head": other})
@@ -95,7 +96,7 @@ class ReleasedHead(nn.Module):
         self.mlps = nn.ModuleList()
         for size in dims:
             widths = [size, *[hidden] * (layers - 1), bottleneck]
-            mlp = [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.GELU())]  # noqa: B905
+            mlp = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.GELU())]
             self.mlps.append(nn.Sequential(*mlp))
         self.last_layers = nn.ModuleList()
         for size in dims:
@@ -118,7 +119,7 @@ class DINOHead(nn.Module):
     def __init__(self, dim, prototypes, *, layers=3, hidden=7, bottleneck=5):
         super().__init__()
         widths = [dim, *[hidden] * (layers - 1), bottleneck]
-        mlp = [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.GELU())]  # noqa: B905
+        mlp = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.GELU())]
         self.mlp = nn.Sequential(*mlp[:-1]) if layers > 1 else mlp[0]
         self.last_layer = nn.utils.weight_norm(nn.Linear(bottleneck, prototypes, bias=False))
         self.last_layer.weight_g.data.fill_(1)
@@ -193,7 +194,7 @@ def other_heads():
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize("case", other_heads() if hasattr(nn.utils, "weight_norm") else [])
+@pytest.mark.parametrize("case", other_heads())
 def test_what_no_projector_computes_is_kept_as_tensors(case):
     tensors = other_heads()[case]
     found, what = read_head(tensors)

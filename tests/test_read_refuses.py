@@ -108,7 +108,7 @@ def test_other_kinds_of_files(tmp_path, content, message):
 
 def test_other_kinds_of_contents(tmp_path):
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pt")
-    with pytest.raises(ValueError, match=r"script\.pt"):
+    with pytest.raises(ValueError, match=r"script\.pt is a TorchScript archive, which holds code"):
         load(tmp_path / "script.pt")
     np.savez(tmp_path / "w.npz", a=np.zeros(2))
     with pytest.raises(ValueError, match=r"w\.npz cannot be read"):
@@ -181,6 +181,11 @@ def test_which_network(tmp_path):
         loaded = read(path, num_heads=2, which=which)
         assert torch.equal(loaded.encoder.vit.norm.bias, state["norm.bias"])
         assert len(loaded.report.unused) == len(STATE)
+        assert loaded.report.unused == {
+            name: f"another network, {rest}.backbone"
+            for name in loaded.report.unused
+            for rest in ["teacher" if which == "student" else "student"]
+        }
     with pytest.raises(ValueError, match=r"which='ema' is not one network of .*'student.backbone'"):
         load(path, num_heads=2, which="ema")
     path = written(tmp_path / "two.pth", {"a": STATE, "b": other})

@@ -156,6 +156,11 @@ def count_blocks(names: Iterable[str], pattern: str) -> int:
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
+def in_any_block(tensors: Iterable[str], ending: str) -> bool:
+    """Whether any name ends so: a part that one block has and another lost is missing there."""
+    return any(name.endswith(f".{ending}") for name in tensors)
+
+
 def shape_of(tensors: Mapping[str, Tensor], *names: str) -> torch.Size:
     """The shape of the first of ``names`` that is there; a ValueError names them if none is."""
     for name in names:

@@ -19,6 +19,7 @@ from sslkit.backbones.layouts.layout import (
     count_blocks,
     first_row,
     grid_size,
+    in_any_block,
     network_settings,
     num_heads,
     shape_of,
@@ -111,8 +112,8 @@ def _derived(tensors: Mapping[str, Tensor], stated: Stated, *, ibot: bool) -> di
         no_embed_class=no_embed_class,
         hidden=shape_of(tensors, "blocks.0.mlp.fc2.weight")[1],
         gated=gated,
-        layer_scale="blocks.0.ls1.gamma" in tensors or _ibot_gammas(tensors),
-        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
+        layer_scale=in_any_block(tensors, "ls1.gamma") or _ibot_gammas(tensors),
+        qkv_bias=in_any_block(tensors, "attn.qkv.bias"),
         pos_interpolation="dinov2" if ibot else "antialias",
         stated=stated,
     )
@@ -146,4 +147,4 @@ def _gated(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _ibot_gammas(tensors: Mapping[str, Tensor]) -> bool:
-    return "blocks.0.gamma_1" in tensors
+    return in_any_block(tensors, "gamma_1")

@@ -16,6 +16,7 @@ from sslkit.backbones.layouts.layout import (
     Stated,
     count_blocks,
     first_row,
+    in_any_block,
     merge_class_position,
     network_settings,
     num_heads,
@@ -35,10 +36,10 @@ _ATTENTION = {
 def describe(tensors: Mapping[str, Tensor], config: Mapping[str, Any], stated: Stated) -> Layout:
     """The layout of a ``Dinov2Model`` or ``Dinov2WithRegistersModel``."""
     start = "encoder.layer"
-    newer = f"{start}.0.attention.q_proj.weight" in tensors
+    newer = in_any_block(tensors, "attention.q_proj.weight")
     qkv, projection = _ATTENTION[newer]
-    unfused = f"{start}.0.mlp.gate_proj.weight" in tensors
-    gated = unfused or f"{start}.0.mlp.weights_in.weight" in tensors
+    unfused = in_any_block(tensors, "mlp.gate_proj.weight")
+    gated = unfused or in_any_block(tensors, "mlp.weights_in.weight")
     last_linear = ("down_proj" if unfused else "weights_out") if gated else "fc2"
     registers = shape_of(tensors, "embeddings.register_tokens")[1] if _has(tensors) else 0
     require_config(config, "hidden_act", "gelu")
@@ -56,7 +57,7 @@ def describe(tensors: Mapping[str, Tensor], config: Mapping[str, Any], stated: S
         hidden=shape_of(tensors, f"{start}.0.mlp.{last_linear}.weight")[1],
         gated=gated,
         layer_scale=True,
-        qkv_bias=f"{start}.0.{qkv[0]}.bias" in tensors,
+        qkv_bias=in_any_block(tensors, f"{qkv[0]}.bias"),
         pos_interpolation="antialias" if registers else "bicubic",
         stated=stated,
     )
