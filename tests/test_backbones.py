@@ -575,7 +575,7 @@ def test_load_lists_every_tensor_that_does_not_fit(tmp_path):
     encoder.mask_token = nn.Parameter(torch.zeros(7))
     del encoder.vit.cls_token
     save(encoder, tmp_path / "e.safetensors")
-    with pytest.raises(ValueError, match="do not fit its settings .* nothing is loaded") as caught:
+    with pytest.raises(ValueError, match=r"do not fit its settings .* nothing is loaded") as caught:
         load(tmp_path / "e.safetensors")
     assert str(caught.value).splitlines()[1:] == [
         "  missing: vit.cls_token",

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from sslkit import RASAProjector, backbones
 from sslkit.evaluation.__main__ import main
 from sslkit.evaluation.models import load_rasa, open_model
-from tests import released
 from sslkit.evaluation.protocols import PROTOCOLS
+from tests import released
 
 SCENES = ["--data", "scenes", "--num-scenes", "24", "--scene-size", "32"]
 QUICK = ["--num-resamples", "50", "--global-size", "16", "--dense-size", "24"]
@@ -60,7 +60,7 @@ def test_models_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match="unknown backbone 'vitt'"):
         open_model("random:vitt")
     (tmp_path / "a.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="neither a safetensors file nor one of torch.save"):
+    with pytest.raises(ValueError, match=r"neither a safetensors file nor one of torch\.save"):
         open_model(str(tmp_path / "a.safetensors"))
 
 

@@ -253,23 +253,28 @@ def test_a_classifier_is_reported_and_left_out(tmp_path):
 
 
 @given(st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_any_lost_or_misspelt_name_is_found(tmp_path_factory, data):
     """The names from which the network is derived may be missed in other words."""
     name = data.draw(st.sampled_from(sorted(STATE)))
     state = dict(STATE)
     tensor = state.pop(name)
-    misspelt = None
+    misspelt = name
     if data.draw(st.booleans()):
         i = data.draw(st.integers(0, len(name) - 1))
         misspelt = name[:i] + "~" + name[i + 1 :]
         state[misspelt] = tensor
     path = written(tmp_path_factory.mktemp("w") / "w.pth", state)
+    if name == "mask_token" == misspelt:  # timm's file of the same network
+        report = read(path, num_heads=2).report
+        assert report.missing == {"mask_token": "zeros: such files have none"}
+        assert "DINOv2 without its mask token" in report.notes[0]
+        return
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is checked below
         load(path, num_heads=2)
     message = str(caught.value)
-    assert name in message or "mask_token" in name or "pos_embed" in message, message
-    if misspelt is not None and "missing" in message:
+    assert name in message or f"unexpected: {misspelt}" in message, message
+    if misspelt != name and "missing" in message:
         assert f"unexpected: {misspelt}" in message
 
 

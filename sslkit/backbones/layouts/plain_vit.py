@@ -74,8 +74,8 @@ def describe(
 
 
 _TIMM_OR_DINO = (
-    "files of DINO and iBOT have timm's names too; positions are resampled as in timm. For theirs "
-    "give pos_interpolation='dinov2'"
+    "files of DINO, iBOT and DINOv2 without its mask token have timm's names too; positions are "
+    "resampled as in timm. For theirs give pos_interpolation='dinov2'"
 )
 
 
