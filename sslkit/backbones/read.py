@@ -129,6 +129,11 @@ def read(
         "drop_path_rate": drop_path_rate,
         "activation_checkpointing": activation_checkpointing,
     }
+    if architecture not in (None, layout.settings["name"]):
+        raise ValueError(
+            f"architecture={architecture!r} is for files with timm's names; {file.name} has "
+            f"{layout.title} and is read as {layout.settings['name']}"
+        )
     settings = {**layout.settings, **{k: v for k, v in given.items() if v is not None}}
     encoder, report = build_encoder(
         file,
@@ -139,6 +144,8 @@ def read(
         in_chans=in_chans,
         ignore=ignore,
     )
+    if num_heads not in (None, encoder.num_heads):
+        raise ValueError(f"num_heads={num_heads}, but {file.name} has {encoder.num_heads} heads")
     resampled = {}
     if img_size is not None:
         before = encoder.grid_size
