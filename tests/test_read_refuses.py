@@ -294,9 +294,7 @@ def test_what_is_stated_must_not_contradict_the_file(tmp_path):
         load(tmp_path / "own", architecture="vit_x")
     shapes = released.dinov3_shapes(64, 1, 256, heads=2)
     path = written(tmp_path / "w.pth", released.values(shapes))
-    with pytest.raises(
-        ValueError, match="num_heads=4: the file's 8 rotary periods are for 2"
-    ):
+    with pytest.raises(ValueError, match="num_heads=4: the file's 8 rotary periods are for 2"):
         load(path, num_heads=4)
 
 

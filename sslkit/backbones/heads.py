@@ -29,7 +29,7 @@ def describe_head(name: str, head: nn.Module) -> dict[str, Any]:
             f"heads[{name!r}] is a {type(head).__name__}; only MatryoshkaProjector can be rebuilt "
             "from a file. Save another module's state_dict in a file of its own"
         )
-    linears = [m for m in head.heads[-1] if isinstance(m, nn.Linear)]
+    linears = [m for m in head.heads[-1].children() if isinstance(m, nn.Linear)]
     layers = linears[1:] if head.nesting in ("linear", "slice_linear") else linears
     return {
         "in_dim": head.in_dim,
@@ -124,8 +124,9 @@ def _franca(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Te
     projections = [renamed.get(f"heads.{level}.0.weight") for level in range(levels)]
     if not levels or any(p is None for p in (*prototypes, *projections)):
         return None
-    for level, weight in enumerate(prototypes):
-        renamed[f"prototypes.{level}.weight"] = weight[0] * weight[1]  # type: ignore[index]
+    for i, pair in enumerate(prototypes):
+        if pair is not None:
+            renamed[f"prototypes.{i}.weight"] = pair[0] * pair[1]
     dims = [len(p) for p in projections if p is not None]
     in_dim = projections[0].shape[1] if levels > 1 else dims[-1]  # type: ignore[union-attr]
     sliced = in_dim == dims[0]
