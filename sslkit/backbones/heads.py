@@ -120,17 +120,19 @@ def _franca(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Te
             renamed[f"heads.{level}.{int(layer) + 1}.{kind}"] = tensor
         elif part != "last_layers":
             return None
-    prototypes = [_prototypes(tensors, f"last_layers.{level}.") for level in range(levels)]
-    projections = [renamed.get(f"heads.{level}.0.weight") for level in range(levels)]
-    if not levels or any(p is None for p in (*prototypes, *projections)):
+    projections: list[Tensor] = []
+    for i in range(levels):
+        projection = renamed.get(f"heads.{i}.0.weight")
+        pair = _prototypes(tensors, f"last_layers.{i}.")
+        if projection is None or pair is None:
+            return None
+        projections.append(projection)
+        renamed[f"prototypes.{i}.weight"] = pair[0] * pair[1]
+    if not projections:
         return None
-    for i, pair in enumerate(prototypes):
-        if pair is not None:
-            renamed[f"prototypes.{i}.weight"] = pair[0] * pair[1]
-    dims = [len(p) for p in projections if p is not None]
-    in_dim = projections[0].shape[1] if levels > 1 else dims[-1]  # type: ignore[union-attr]
-    sliced = in_dim == dims[0]
-    in_dim = dims[-1] if sliced else in_dim
+    dims = [len(projection) for projection in projections]
+    sliced = projections[0].shape[1] == dims[0]
+    in_dim = projections[-1].shape[1]
     if sliced:
         renamed = {_after_slice(name): tensor for name, tensor in renamed.items()}
     widths = _widths(renamed, start=2 if sliced else 1)
