@@ -1,10 +1,9 @@
 """ViTEncoder: a Vision Transformer of timm as a masked, multi-crop token encoder."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-from timm.layers.pos_embed import resample_abs_pos_embed_nhwc
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -17,6 +16,11 @@ from sslkit.backbones.blocks import (
     can_pack,
     pack,
     run_block,
+)
+from sslkit.backbones.positions import (
+    PosInterpolation,
+    check_pos_interpolation,
+    resample_positions,
 )
 from sslkit.backbones.rope import rotations
 from sslkit.backbones.supported import require_supported
@@ -40,18 +44,22 @@ class ViTEncoder(nn.Module):
     dropout, ...) run as they are, one resolution at a time: the same result with less sharing.
     ``packed_blocks`` says which. The encoder is in training mode if ``vit`` is.
 
-    Learned position embeddings are resampled (bicubic, antialiased) from the grid of ``img_size``
-    to the grid of each image. Rotary ones, of DINOv3 and other ``Eva`` networks, are computed for
-    the grid of each image; where the network was built with ``rope_shift_coords``,
-    ``rope_jitter_coords`` or ``rope_rescale_coords``, each batch of a training pass has its
-    coordinates moved and scaled at random, by the device's global generator. The learned
-    ``mask_token`` [D] (zeros at first, as in DINOv2 and DINOv3) replaces the embeddings of masked
-    patches before learned positions are added.
+    Learned position embeddings are resampled from the grid of ``img_size`` to the grid of each
+    image by :func:`~sslkit.backbones.positions.resample_positions`. Rotary ones, of DINOv3 and
+    other ``Eva`` networks, are computed for the grid of each image; where the network was built
+    with ``rope_shift_coords``, ``rope_jitter_coords`` or ``rope_rescale_coords``, each batch of a
+    training pass has its coordinates moved and scaled at random, by the device's global
+    generator. The learned ``mask_token`` [D] (zeros at first, as in DINOv2 and DINOv3) replaces
+    the embeddings of masked patches before learned positions are added.
 
     Args:
         vit: the network; see the errors for what cannot be wrapped.
         activation_checkpointing: in training, keep only the input of each block and recompute the
             rest in the backward pass: same gradients, less memory, one more forward pass of time.
+        pos_interpolation: how positions are resampled: ``"antialias"`` (timm's rule),
+            ``"bicubic"`` or ``"dinov2"``.
+        rope_periods: to which type the periods of rotary positions are rounded. Those in DINOv3's
+            own files are bfloat16; timm's and transformers' DINOv3 compute them in float32.
         settings: keyword arguments of :func:`sslkit.backbones.create` that rebuild this network;
             ``create`` fills them in. Without them the encoder cannot be saved.
 
@@ -61,7 +69,8 @@ class ViTEncoder(nn.Module):
             grouped-query attention, attention dropout, or learned or three-dimensional rotary
             positions.
         ValueError: ``vit`` drops patches (``patch_drop_rate``), which leaves no patch grid; or it
-            is an Eva that keeps rotary positions of one grid (``dynamic_img_size=False``).
+            is an Eva that keeps rotary positions of one grid (``dynamic_img_size=False``); or
+            ``pos_interpolation`` or ``rope_periods`` is unknown.
 
     >>> vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
     >>> encoder = ViTEncoder(vit)
@@ -75,10 +84,17 @@ class ViTEncoder(nn.Module):
         vit: VisionTransformer | Eva,
         *,
         activation_checkpointing: bool = False,
+        pos_interpolation: PosInterpolation = "antialias",
+        rope_periods: Literal["float32", "bfloat16"] = "float32",
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         require_supported(vit)
+        check_pos_interpolation(pos_interpolation)
+        if rope_periods not in ("float32", "bfloat16"):
+            raise ValueError(f"rope_periods must be 'float32' or 'bfloat16', got {rope_periods!r}")
+        if rope_periods == "bfloat16" and not hasattr(getattr(vit, "rope", None), "periods"):
+            raise ValueError("rope_periods is for DINOv3's rotary positions, which vit has not")
         vit.reset_classifier(0, global_pool="")
         if isinstance(vit.norm, nn.Identity):
             vit.norm, vit.fc_norm = vit.fc_norm, nn.Identity()
@@ -88,6 +104,9 @@ class ViTEncoder(nn.Module):
         self.vit = vit
         self.mask_token = nn.Parameter(vit.patch_embed.proj.weight.new_zeros(vit.embed_dim))
         self.activation_checkpointing = activation_checkpointing
+        self.pos_interpolation = pos_interpolation
+        self.rope_periods = rope_periods
+        self._round_periods_()
         self._settings = None if settings is None else dict(settings)
         self.train(vit.training)
 
@@ -149,6 +168,8 @@ class ViTEncoder(nn.Module):
             **self._settings,
             "img_size": self.img_size,
             "activation_checkpointing": self.activation_checkpointing,
+            "pos_interpolation": self.pos_interpolation,
+            "rope_periods": self.rope_periods,
         }
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tokens:
@@ -274,7 +295,7 @@ class ViTEncoder(nn.Module):
         num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         prefix, patches = positions.tensor_split((num_prefix,), dim=1)
         grid = patches.unflatten(1, self.grid_size)  # [1, N, D] -> [1, H0, W0, D]
-        return prefix, resample_abs_pos_embed_nhwc(grid, [H, W]).flatten(1, 2)
+        return prefix, resample_positions(grid, (H, W), self.pos_interpolation).flatten(1, 2)
 
     def _check(self, images: Tensor, masks: Tensor | None, name: str) -> tuple[int, int]:
         if images.ndim != 4 or images.shape[1] != self.in_chans:
@@ -345,6 +366,17 @@ class ViTEncoder(nn.Module):
         if rope is None:
             return None
         return rotations(rope, grids, num_prefix_tokens=self.num_prefix_tokens)
+
+    def _round_periods_(self) -> None:
+        rope = getattr(self.vit, "rope", None)
+        if rope is not None and self.rope_periods == "bfloat16":
+            rope.periods.copy_(rope.periods.bfloat16())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ViTEncoder":
+        """``to``, ``half``, ...: timm computes the periods anew after some of these."""
+        super()._apply(fn, recurse)
+        self._round_periods_()
+        return self
 
     def _run(self, block: nn.Module, x: Tensor, lengths: Lengths, rope: Tensor | None) -> Tensor:
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
