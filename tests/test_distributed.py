@@ -97,7 +97,9 @@ def check_centering(group: dist.ProcessGroup, members: list[int]) -> None:
 
 def check_queue(group: dist.ProcessGroup, members: list[int]) -> None:
     """Past rows split over ranks, some of them empty; then queues that fill up and overflow."""
-    for seed, (own, past) in enumerate(zip(SPLITS, (SPLITS[1], SPLITS[3], *SPLITS[:2]), strict=True)):
+    for seed, (own, past) in enumerate(
+        zip(SPLITS, (SPLITS[1], SPLITS[3], *SPLITS[:2]), strict=True)
+    ):
         B, Q = (sum(split[member] for member in members) for split in (own, past))
         logits, rows = normal(seed, B, 4) - 9.0, normal(seed + 10, Q, 4) - 9.0
         expected = SinkhornKnopp()(logits, 0.04, past=rows).bias

@@ -14,7 +14,7 @@ from sslkit import FactoredLogits, SinkhornKnopp, SinkhornQueue, sinkhorn_many
 from tests.oracles.sinkhorn import sinkhorn_in_log_domain, sinkhorn_with_a_queue
 
 seeds = st.integers(0, 2**31)
-row_counts = st.lists(st.integers(0, 5), min_size=1, max_size=5)
+row_counts = st.lists(st.integers(0, 4), min_size=1, max_size=4)
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -39,7 +39,9 @@ def test_equals_a_loop_over_a_list_of_rows(counts, K, num_rows, seed, temperatur
     batches = [normal(seed + i, B, K).double() for i, B in enumerate(counts)]
     queue = SinkhornQueue(num_rows, K, dtype=torch.float64)
     expected = sinkhorn_with_a_queue(batches, temperature, 3, num_rows)
-    for found, oracle in zip(probs_with_a_queue(batches, queue, temperature), expected, strict=True):
+    for found, oracle in zip(
+        probs_with_a_queue(batches, queue, temperature), expected, strict=True
+    ):
         torch.testing.assert_close(found, oracle, rtol=1e-9, atol=1e-12)
 
 
@@ -148,7 +150,7 @@ def agreement(num_rows: int, *, batch_size: int = 16) -> Agreement:
 
 def test_a_small_batch_is_assigned_as_in_the_whole_data_set():
     alone, queued, long = agreement(0), agreement(256), agreement(1024)
-    # Measured .39/.61/.87, .76/.10/1.00 and .86/.04/1.00.
+    # Measured .40/.61/.87, .75/.09/1.00 and .88/.04/1.00.
     assert alone.argmax < 0.45
     assert alone.total_variation > 0.5
     assert alone.cluster < 0.9

@@ -192,8 +192,8 @@ def sinkhorn_biases(
 
     ``all_reduce(tensors, "max" | "sum")`` reduces a list of vectors over the processes; it is
     called once with ``"max"`` and then ``num_iterations`` times with ``"sum"``, however many
-    problems there are. Every process must hold the same problems, with any number of rows and of past
-    rows.
+    problems there are. Every process must hold the same problems, with any number of rows and of
+    past rows.
 
     ``bound`` promises ``|logits| <= bound`` in all rows that take part. If then
     ``2 * bound / temperature <= 80`` for all problems, ``bound / temperature`` replaces the column

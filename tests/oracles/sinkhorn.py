@@ -55,6 +55,7 @@ def sinkhorn_with_a_queue(
     for batch in batches:
         rows = batch.tolist()
         everything = torch.tensor(rows + past, dtype=torch.float64)
-        results.append(sinkhorn_in_log_domain(everything, temperature, num_iterations)[: len(rows)])
+        probs = sinkhorn_in_log_domain(everything, temperature, num_iterations) if rows else batch
+        results.append(probs[: len(rows)])
         past = (past + rows)[-num_rows:]
     return results
