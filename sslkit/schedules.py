@@ -115,7 +115,7 @@ def ema_batch_scaling(momentum: float, batch_size: int, *, reference: int) -> fl
     """``momentum ** (batch_size / reference)``: the teacher's momentum for a global batch size.
 
     With it the teacher forgets at the same rate per image, however many images make a step
-    (Busbridge et al. 2023, "How to Scale Your EMA", arXiv 2307.13813, definition 1.2).
+    (Busbridge et al. 2023, "How to Scale Your EMA", arXiv 2307.13813: the EMA scaling rule).
 
     Args:
         momentum: in [0, 1], stated at ``reference`` images a step.

@@ -1,4 +1,4 @@
-"""Past teacher scores, for batches with fewer rows than Sinkhorn-Knopp needs (SwAV, section 4.1).
+"""Past teacher scores, for batches with fewer rows than Sinkhorn-Knopp needs (SwAV, section 3.1).
 
 Balancing gives every prototype the same share of the rows. With fewer rows than prototypes that
 share is less than one row: rows of one cluster are torn apart, and each is smeared over prototypes

@@ -49,7 +49,7 @@ def _logsumexp(values: list[float]) -> float:
 def sinkhorn_with_a_queue(
     batches: list[Tensor], temperature: float, num_iterations: int, num_rows: int
 ) -> list[Tensor]:
-    """SwAV, section 4.1: each batch balanced with the ``num_rows`` rows before it, and cut off."""
+    """SwAV, section 3.1: each batch balanced with the ``num_rows`` rows before it, and cut off."""
     past: list[list[float]] = []
     results = []
     for batch in batches:
