@@ -1111,9 +1111,8 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     if len(set(counts)) > 1:
         raise SettingsError(f"--data {settings.data} has {counts} images for ranks 0, 1, ...")
     unreadable = UnreadableLog(num_images, threshold=settings.max_unreadable)
-    monitor = CollapseMonitor(
-        trainer.num_prototypes, grace_steps=round(1.25 * settings.optim.lr_warmup * plan.steps)
-    )
+    grace_steps = plan.frozen_steps + round(1.25 * settings.optim.lr_warmup * plan.steps)
+    monitor = CollapseMonitor(trainer.num_prototypes, grace_steps=grace_steps)
     if settings.accumulation > 1 and settings.losses.koleo > 0:
         say(parallel, "accumulation: KoLeo sees the neighbours within each micro-batch alone")
     with ExitStack() as stack:
@@ -1297,13 +1296,13 @@ def agreeing(settings: Settings, default: Settings, loaded: Loaded) -> Settings:
             f"--init.sha256 {settings.init.sha256}: {settings.init_from} has "
             f"{default.init.sha256 or 'none, as it is not a file'}"
         )
-    with torch.device("meta"):
-        network = FrancaNetwork(settings.model, settings.crops.global_size)
-    problems = [
-        problem
-        for name, head in network.heads.items()
-        if (problem := misfit(head, loaded.heads.get(name)))
-    ]
+    try:
+        with torch.device("meta"):
+            network = FrancaNetwork(settings.model, settings.crops.global_size)
+    except ValueError as error:
+        raise SettingsError(f"--model: {error}") from error
+    heads_of_file = ((name, head, loaded.heads.get(name)) for name, head in network.heads.items())
+    problems = [problem for args in heads_of_file if (problem := misfit(*args))]
     if problems and settings.init.heads == "file":
         raise SettingsError(f"--init.heads file: {problems[0]}; leave it out for fresh heads")
     if settings.init.heads == "auto":
@@ -1312,13 +1311,19 @@ def agreeing(settings: Settings, default: Settings, loaded: Loaded) -> Settings:
     return settings
 
 
-def misfit(head: MatryoshkaProjector, found: nn.Module | dict[str, Tensor] | None) -> str:
+def misfit(name: str, head: MatryoshkaProjector, found: nn.Module | dict | None) -> str:
     """Why a head of a file cannot be that of a network; "" if it can."""
     if not isinstance(found, MatryoshkaProjector):
-        return "the file has no such heads"
-    if repr(found) != repr(head):
-        return f"the file's head is {found}, that of the settings {head}"
-    return ""
+        return f"the file has no {name} that fits"
+
+    def form(projector: MatryoshkaProjector) -> str:
+        mlp = cast(nn.Sequential, projector.heads[-1])
+        widths = [layer.out_features for layer in mlp if isinstance(layer, nn.Linear)]
+        return f"{projector.extra_repr()}, widths={widths}"
+
+    if form(found) == form(head):
+        return ""
+    return f"the file's {name} has {form(found)}, the settings ask for {form(head)}"
 
 
 def fill_(network: FrancaNetwork, loaded: Loaded, settings: Settings) -> None:
@@ -1926,7 +1931,7 @@ def refused_by_parts(settings: Settings) -> list[str]:
         try:
             with torch.device("meta"):
                 return make()
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             problems.append(f"{name}: {error}")
 
     def sizes() -> None:
