@@ -1278,7 +1278,7 @@ def following(default: Settings, init_from: str, encoder: ViTEncoder) -> Setting
         local = max(1, round(side * 98 / 224 / patch)) * patch
         crops = replace(crops, global_size=side, local_size=local)
         highres = replace(highres, global_size=2 * side, local_size=local)
-    init = replace(default.init, sha256=digest_of(init_from))
+    init = replace(default.init, heads="auto", sha256=digest_of(init_from))
     return replace(default, model=model, crops=crops, highres=highres, init=init)
 
 
