@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,10 +186,18 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_torch(path: Path, *, zipped: bool) -> Any:
+    if zipped and _is_torchscript(path):
+        raise ValueError(
+            f"{path} is a TorchScript archive, which holds code: load it with torch.jit.load where "
+            "you trust it, and save its state_dict()"
+        )
+    # torch takes files of this name for safetensors, whatever they are.
+    mapped = zipped and path.suffix != ".safetensors"
     try:
         # The checkpoints of DINO and iBOT keep their command line: a Namespace of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as opened:
+            source = path if mapped else opened
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         code = re.search(r"(?:GLOBAL|global|class) ([\w.]+)", str(error))
         cause = f"it needs {code[1]}" if code else f"{str(error).splitlines()[0]}"
@@ -202,6 +211,14 @@ def _read_torch(path: Path, *, zipped: bool) -> Any:
             f"{path} cannot be read as a file of torch.save: {str(error).splitlines()[0]}. Was the "
             "download or the copy cut short?"
         ) from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
 
 
 def _flatten(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

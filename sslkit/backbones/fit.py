@@ -44,7 +44,8 @@ def build_encoder(
         ValueError: tensors are missing, unexpected, of another shape, or cannot be joined: all are
             listed. Nothing was built then.
     """
-    expected = {name: t.shape for name, t in _create(settings, folded_norm).state_dict().items()}
+    encoder = _create(settings, folded_norm)
+    expected = {name: t.shape for name, t in encoder.state_dict().items()}
     fit = _Fit(network, layout, ignore)
     state = {name: fit.take(name, shape) for name, shape in expected.items()}
     fit.check(file.name, settings)
@@ -57,7 +58,8 @@ def build_encoder(
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in found.values()))
     if "mask_token" in fit.missing and "mask_token" in layout.absent:
         found["mask_token"] = torch.zeros(expected["mask_token"], dtype=dtype)
-    encoder = _create(settings, folded_norm, fresh=len(found) < len(expected))
+    if channels or len(found) < len(expected):
+        encoder = _create(settings, folded_norm, fresh=len(found) < len(expected))
     values = {name: tensor.to(dtype, copy=True) for name, tensor in found.items()}
     encoder.load_state_dict(values, assign=True, strict=False)
     encoder.to(dtype)
@@ -67,6 +69,7 @@ def build_encoder(
         notes.append(f"the file mixes float types; all tensors are now {dtype}")
     report = LoadReport(
         source=file.name,
+        paths=file.paths,
         layout=layout.title,
         network=encoder.settings or {},
         used=tuple(fit.full(name) for name in network.tensors if name in fit.used),

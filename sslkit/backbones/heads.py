@@ -76,7 +76,7 @@ def read_head(tensors: Mapping[str, Tensor]) -> tuple[Head, str]:
       ``nesting="slice_linear"`` or, of the first release, ``"linear"``. The prototypes are
       ``g * v / |v|`` of its weight norm.
     - DINO, DINOv2, iBOT (``mlp``, ``last_layer`` with weight norm): one level, ``normalize=True``,
-      if every ``g`` is 1, as those code bases keep it.
+      if every ``g`` is 1.
 
     Anything else (batch norms, a second last layer, free norms, DINOv3's) is returned as the
     tensors, by name.
@@ -111,7 +111,9 @@ def _franca(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Te
         elif part == "mlps":
             level, _, rest = rest.partition(".")
             layer, _, kind = rest.rpartition(".")
-            renamed[f"heads.{level}.{int(layer or 0) + 1}.{kind}"] = tensor
+            if not layer:  # a single linear layer, which has no GELU after it there
+                return None
+            renamed[f"heads.{level}.{int(layer) + 1}.{kind}"] = tensor
         elif part != "last_layers":
             return None
     prototypes = [_prototypes(tensors, f"last_layers.{level}.") for level in range(levels)]

@@ -82,13 +82,13 @@ def choose_network(file: WeightsFile, which: str | None = None) -> Network:
     prefix = _choose(file.name, prefixes, which)
     tensors, unused, unexpected = {}, {}, []
     heads: dict[str, dict[str, Tensor]] = {}
-    others = [other for other in prefixes if other != prefix and len(other) > len(prefix)]
+    others = [other for other in prefixes if not prefix.startswith(other)]
     branch = prefix.split(".")[:-1]  # ["teacher", "backbone"]
     for name, tensor in file.tensors.items():
         other = next((other for other in others if name.startswith(other)), None)
         first, level, rest = _leaves_branch(name, branch)
-        if other is not None and not name.startswith(prefix):
-            unused[name] = f"another network; which={other.split('.')[0]!r} reads it"
+        if other is not None:
+            unused[name] = f"another network, {other.removesuffix('.')}"
         elif _is_head(first, rest) and level >= len(branch) - 1:
             heads.setdefault(first, {})[rest] = tensor
         elif name.startswith(prefix) and first not in _BESIDE:

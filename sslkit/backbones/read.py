@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from sslkit.backbones.files import WeightsFile, open_weights
 from sslkit.backbones.fit import build_encoder
 from sslkit.backbones.heads import Head, build_head, read_head
 from sslkit.backbones.layouts import dinov2, dinov3, own, plain_vit, transformers_dinov2
-from sslkit.backbones.layouts.layout import Layout, Stated
+from sslkit.backbones.layouts.layout import Layout, Stated, in_any_block
 from sslkit.backbones.networks import Network, choose_network
 from sslkit.backbones.positions import PosInterpolation
 from sslkit.backbones.report import LoadReport
@@ -157,7 +158,7 @@ def _recognise(file: WeightsFile, network: Network, stated: Stated) -> Layout:
     """Whose names a network has. Raises a ValueError if nobody's."""
     names, config = network.tensors, file.config
     if "embeddings.patch_embeddings.projection.weight" in names:
-        if "encoder.layer.0.layer_scale1.lambda1" in names:
+        if in_any_block(names, "layer_scale1.lambda1"):
             return transformers_dinov2.describe(names, config, stated)
         raise ValueError(
             f"{file.name} is a Vision Transformer of transformers, but not DINOv2: its blocks have "
@@ -167,20 +168,19 @@ def _recognise(file: WeightsFile, network: Network, stated: Stated) -> Layout:
         return dinov3.describe_transformers(names, config, stated)
     if "rope_embed.periods" in names or "storage_tokens" in names:
         return dinov3.describe(names, stated)
-    eva = "pos_embed" not in names and "blocks.0.gamma_1" in names
+    eva = "pos_embed" not in names and "reg_token" in names and in_any_block(names, "gamma_1")
     if "dinov3" in str(stated.architecture or config.get("architecture", "")) or eva:
         return dinov3.describe_timm(names, config, stated)
-    dinov2s = ("mask_token", "register_tokens", "blocks.0.mlp.w12.weight")
-    if any(name in names for name in dinov2s) or not _flat(names):
+    dinov2s = any(name in names for name in ("mask_token", "register_tokens"))
+    if dinov2s or in_any_block(names, "mlp.w12.weight") or _chunked(names):
         return dinov2.describe(names, stated)
     wrapped = set(network.prefix.split(".")) & {"teacher", "student", "state_dict"}
-    ibot = bool(wrapped) or "masked_embed" in names or "blocks.0.gamma_1" in names
+    ibot = bool(wrapped) or "masked_embed" in names or in_any_block(names, "gamma_1")
     return plain_vit.describe(names, config, stated, ibot=ibot)
 
 
-def _flat(names: Mapping[str, Tensor]) -> bool:
-    """Blocks are ``blocks.<i>.``, not in chunks ``blocks.<c>.<i>.``."""
-    return not any(n.split(".")[2].isdigit() for n in names if n.startswith("blocks."))
+def _chunked(names: Mapping[str, Tensor]) -> bool:
+    return any(re.match(r"blocks\.\d+\.\d+\.", name) for name in names)
 
 
 def _own_network(file: WeightsFile, described: Mapping[str, Any]) -> Network:

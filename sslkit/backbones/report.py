@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,7 @@ class LoadReport:
 
     Attributes:
         source: the file, folder or name that was read.
+        paths: the files that were opened; none for ``timm:NAME``.
         layout: whose names the file uses.
         network: the settings of :func:`sslkit.backbones.create` that rebuild the encoder.
         used: every name of the file whose values are in the encoder.
@@ -26,6 +28,7 @@ class LoadReport:
     """
 
     source: str
+    paths: tuple[Path, ...]
     layout: str
     network: Mapping[str, object]
     used: tuple[str, ...]

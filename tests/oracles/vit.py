@@ -1,7 +1,7 @@
-"""A Vision Transformer from its equations, float64, on a state dict of DINOv2's or DINOv3's names.
+"""A Vision Transformer from its equations, in float64, on DINOv2's or DINOv3's names.
 
-Blocks: Dosovitskiy et al. 2021 (arXiv 2010.11929), equations 1-4, with LayerScale (2103.17239), SwiGLU
-(2002.05202), registers (2309.16588) and DINOv3's rotary positions (2508.10104, appendix). Bicubic
+Blocks: Dosovitskiy et al. 2021 (arXiv 2010.11929), equations 1-4, with LayerScale (2103.17239),
+SwiGLU (2002.05202), registers (2309.16588) and DINOv3's rotary positions (2508.10104). Bicubic
 interpolation: Keys 1981. Positions stand on a grid that DINOv2's code resamples with a scale of
 (n + 0.1) / n_0, and with antialiasing for its networks with registers.
 """
@@ -92,7 +92,10 @@ def angles(size: tuple[int, int], periods: Tensor) -> Tensor:
     H, W = size
     rows = [2 * (i + 0.5) / H - 1 for i in range(H) for _ in range(W)]
     columns = [2 * (j + 0.5) / W - 1 for _ in range(H) for j in range(W)]
-    parts = [2 * math.pi * torch.tensor(c, dtype=torch.float64)[:, None] / periods for c in (rows, columns)]
+    parts = [
+        2 * math.pi * torch.tensor(c, dtype=torch.float64)[:, None] / periods
+        for c in (rows, columns)
+    ]
     return torch.cat([*parts, *parts], dim=1)
 
 
@@ -103,7 +106,9 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
 
 def attention(x: Tensor, state: dict, name: str, heads: int, angle: Tensor | None) -> Tensor:
     B, T, D = x.shape
-    q, k, v = linear(x, state, f"{name}.qkv").reshape(B, T, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
+    q, k, v = (
+        linear(x, state, f"{name}.qkv").reshape(B, T, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
+    )
     if angle is not None:
         P = T - len(angle)
         q = torch.cat([q[:, :, :P], rotate(q[:, :, P:], angle)], dim=2)
@@ -146,7 +151,9 @@ def vit(
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     for i in range(depth):
         block = f"blocks.{i}"
-        y = attention(layer_norm(x, state, f"{block}.norm1", eps), state, f"{block}.attn", heads, angle)
+        y = attention(
+            layer_norm(x, state, f"{block}.norm1", eps), state, f"{block}.attn", heads, angle
+        )
         x = x + state[f"{block}.ls1.gamma"] * y
         y = mlp(layer_norm(x, state, f"{block}.norm2", eps), state, f"{block}.mlp")
         x = x + state[f"{block}.ls2.gamma"] * y

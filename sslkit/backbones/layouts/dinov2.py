@@ -15,6 +15,7 @@ from sslkit.backbones.layouts.layout import (
     Stated,
     count_blocks,
     first_row,
+    in_any_block,
     merge_class_position,
     network_settings,
     num_heads,
@@ -39,7 +40,7 @@ def describe(tensors: Mapping[str, Tensor], stated: Stated) -> Layout:
     """The layout of a network with DINOv2's names."""
     place = _block_places(tensors)
     first = place.get(0, "blocks.0")
-    gated = f"{first}.mlp.w12.weight" in tensors or f"{first}.mlp.w3.weight" in tensors
+    gated = in_any_block(tensors, "mlp.w12.weight")
     width = shape_of(tensors, "patch_embed.proj.weight")[0]
     registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
     last_linear = f"{first}.mlp.w3.weight" if gated else f"{first}.mlp.fc2.weight"
@@ -53,8 +54,8 @@ def describe(tensors: Mapping[str, Tensor], stated: Stated) -> Layout:
         no_embed_class=registers > 0,
         hidden=shape_of(tensors, last_linear)[1],
         gated=gated,
-        layer_scale=f"{first}.ls1.gamma" in tensors,
-        qkv_bias=f"{first}.attn.qkv.bias" in tensors,
+        layer_scale=in_any_block(tensors, "ls1.gamma"),
+        qkv_bias=in_any_block(tensors, "attn.qkv.bias"),
         pos_interpolation="antialias" if registers else "dinov2",
         stated=stated,
     )

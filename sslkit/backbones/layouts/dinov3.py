@@ -18,8 +18,10 @@ from sslkit.backbones.layouts.layout import (
     Stated,
     count_blocks,
     first_row,
+    in_any_block,
     num_heads,
     ratio,
+    require_config,
     shape_of,
     stack_rows,
 )
@@ -42,9 +44,9 @@ _RELEASED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 20, 4096: 32}
 def describe(tensors: Mapping[str, Tensor], stated: Stated) -> Layout:
     """The layout of a file of DINOv3's own code base."""
     block = "blocks.0"
-    gated = f"{block}.mlp.w1.weight" in tensors
-    biased = f"{block}.attn.qkv.bias" in tensors
-    masked = f"{block}.attn.qkv.bias_mask" in tensors
+    gated = in_any_block(tensors, "mlp.w1.weight")
+    biased = in_any_block(tensors, "attn.qkv.bias")
+    masked = in_any_block(tensors, "attn.qkv.bias_mask")
     patch_weight = tensors["patch_embed.proj.weight"]
     width = len(patch_weight)
     heads, temperature, rounded = _rope(tensors, width, stated)
@@ -94,7 +96,7 @@ def describe_timm(
 ) -> Layout:
     """The layout of a file of timm's DINOv3 networks."""
     block = "blocks.0"
-    gated = f"{block}.mlp.fc1_g.weight" in tensors
+    gated = in_any_block(tensors, "mlp.fc1_g.weight")
     patch_weight = tensors["patch_embed.proj.weight"]
     settings = _settings(
         patch_weight=patch_weight,
@@ -103,7 +105,7 @@ def describe_timm(
         registers=_tokens(tensors, "reg_token"),
         hidden=shape_of(tensors, f"{block}.mlp.fc2.weight")[1],
         gated=gated,
-        qkv_bias=f"{block}.attn.q_bias" in tensors,
+        qkv_bias=in_any_block(tensors, "attn.q_bias"),
     )
 
     def source(name: str) -> Source:
@@ -117,9 +119,11 @@ def describe_transformers(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], stated: Stated
 ) -> Layout:
     """The layout of a ``DINOv3ViTModel``: ``layer.<i>.``, or ``model.layer.<i>.`` in its memory."""
-    start = "model.layer" if "model.layer.0.norm1.weight" in tensors else "layer"
-    gated = f"{start}.0.mlp.gate_proj.weight" in tensors
-    biased = f"{start}.0.attention.q_proj.bias" in tensors
+    start = "model.layer" if any(n.startswith("model.layer.") for n in tensors) else "layer"
+    gated = in_any_block(tensors, "mlp.gate_proj.weight")
+    biased = in_any_block(tensors, "attention.q_proj.bias")
+    require_config(config, "hidden_act", "silu" if gated else "gelu")
+    require_config(config, "layer_norm_eps", 1e-5)
     patch_weight = tensors["embeddings.patch_embeddings.weight"]
     counted = count_blocks(tensors, r"(?:model\.)?layer\.(\d+)\.")
     settings = _settings(

@@ -156,6 +156,11 @@ def count_blocks(names: Iterable[str], pattern: str) -> int:
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
+def in_any_block(tensors: Iterable[str], ending: str) -> bool:
+    """Whether any name ends so: a part that one block has and another lost is missing there."""
+    return any(name.endswith(f".{ending}") for name in tensors)
+
+
 def shape_of(tensors: Mapping[str, Tensor], *names: str) -> torch.Size:
     """The shape of the first of ``names`` that is there; a ValueError names them if none is."""
     for name in names:
@@ -164,6 +169,15 @@ def shape_of(tensors: Mapping[str, Tensor], *names: str) -> torch.Size:
     raise ValueError(
         f"the network cannot be told from its tensors: there is no {' or '.join(names)}"
     )
+
+
+def require_config(config: Mapping[str, Any], key: str, value: object) -> None:
+    """Raise a ValueError if ``config.json`` asks for something that the network has not."""
+    if config.get(key, value) != value:
+        raise ValueError(
+            f"config.json says {key}={config[key]!r}; the network that sslkit builds for this "
+            f"layout has {value!r}"
+        )
 
 
 def first_row(token: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from sslkit.backbones.layouts.layout import (
     count_blocks,
     first_row,
     grid_size,
+    in_any_block,
     network_settings,
     num_heads,
     shape_of,
@@ -73,8 +74,8 @@ def describe(
 
 
 _TIMM_OR_DINO = (
-    "files of DINO and iBOT have timm's names too; positions are resampled as in timm. For theirs "
-    "give pos_interpolation='dinov2'"
+    "files of DINO, iBOT and DINOv2 without its mask token have timm's names too; positions are "
+    "resampled as in timm. For theirs give pos_interpolation='dinov2'"
 )
 
 
@@ -90,7 +91,7 @@ def _named(
     if "pos_embed" in tensors:
         given = stated.file_img_size or kept.get("img_size")
         if given is None:
-            positions, _ = _patch_positions(tensors)
+            positions, _ = _patch_positions(tensors, stated)
             H, W = grid_size(positions, (ph, pw), stated)
             given = (H * ph, W * pw)
         settings["img_size"] = given
@@ -98,7 +99,7 @@ def _named(
 
 
 def _derived(tensors: Mapping[str, Tensor], stated: Stated, *, ibot: bool) -> dict[str, Any]:
-    positions, no_embed_class = _patch_positions(tensors)
+    positions, no_embed_class = _patch_positions(tensors, stated)
     patch_weight = tensors["patch_embed.proj.weight"]
     gated = _gated(tensors)
     return network_settings(
@@ -111,22 +112,27 @@ def _derived(tensors: Mapping[str, Tensor], stated: Stated, *, ibot: bool) -> di
         no_embed_class=no_embed_class,
         hidden=shape_of(tensors, "blocks.0.mlp.fc2.weight")[1],
         gated=gated,
-        layer_scale="blocks.0.ls1.gamma" in tensors or _ibot_gammas(tensors),
-        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
+        layer_scale=in_any_block(tensors, "ls1.gamma") or _ibot_gammas(tensors),
+        qkv_bias=in_any_block(tensors, "attn.qkv.bias"),
         pos_interpolation="dinov2" if ibot else "antialias",
         stated=stated,
     )
 
 
-def _patch_positions(tensors: Mapping[str, Tensor]) -> tuple[int, bool]:
+def _patch_positions(tensors: Mapping[str, Tensor], stated: Stated) -> tuple[int, bool]:
     """Positions that belong to patches, and whether those are all that there are.
 
-    The file may have positions for class token and registers or not; a grid is mostly square,
-    and two squares differ by 1 + R for the smallest grids only.
+    The file may have positions for class token and registers or not. The stated grid tells, or
+    that a grid is square: two squares differ by 1 + R for the smallest grids only.
     """
     count = shape_of(tensors, "pos_embed")[1]
     prefix = int("cls_token" in tensors) + _registers(tensors)
-    patches_only = prefix == 0 or math.isqrt(count) ** 2 == count
+    if stated.file_img_size is not None:
+        ph, pw = shape_of(tensors, "patch_embed.proj.weight")[2:]
+        H, W = stated.file_img_size[0] // ph, stated.file_img_size[1] // pw
+        patches_only = count == H * W
+    else:
+        patches_only = prefix == 0 or math.isqrt(count) ** 2 == count
     return (count, True) if patches_only else (count - prefix, False)
 
 
@@ -141,4 +147,4 @@ def _gated(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _ibot_gammas(tensors: Mapping[str, Tensor]) -> bool:
-    return "blocks.0.gamma_1" in tensors
+    return in_any_block(tensors, "gamma_1")

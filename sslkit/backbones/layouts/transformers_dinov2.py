@@ -16,10 +16,12 @@ from sslkit.backbones.layouts.layout import (
     Stated,
     count_blocks,
     first_row,
+    in_any_block,
     merge_class_position,
     network_settings,
     num_heads,
     patch_positions,
+    require_config,
     shape_of,
     stack_rows,
 )
@@ -34,14 +36,14 @@ _ATTENTION = {
 def describe(tensors: Mapping[str, Tensor], config: Mapping[str, Any], stated: Stated) -> Layout:
     """The layout of a ``Dinov2Model`` or ``Dinov2WithRegistersModel``."""
     start = "encoder.layer"
-    newer = f"{start}.0.attention.q_proj.weight" in tensors
+    newer = in_any_block(tensors, "attention.q_proj.weight")
     qkv, projection = _ATTENTION[newer]
-    unfused = f"{start}.0.mlp.gate_proj.weight" in tensors
-    gated = unfused or f"{start}.0.mlp.weights_in.weight" in tensors
+    unfused = in_any_block(tensors, "mlp.gate_proj.weight")
+    gated = unfused or in_any_block(tensors, "mlp.weights_in.weight")
     last_linear = ("down_proj" if unfused else "weights_out") if gated else "fc2"
     registers = shape_of(tensors, "embeddings.register_tokens")[1] if _has(tensors) else 0
-    _require(config, "hidden_act", "gelu")
-    _require(config, "layer_norm_eps", 1e-6)
+    require_config(config, "hidden_act", "gelu")
+    require_config(config, "layer_norm_eps", 1e-6)
     patch_weight = tensors["embeddings.patch_embeddings.projection.weight"]
     heads = config.get("num_attention_heads") if stated.num_heads is None else None
     settings = network_settings(
@@ -55,7 +57,7 @@ def describe(tensors: Mapping[str, Tensor], config: Mapping[str, Any], stated: S
         hidden=shape_of(tensors, f"{start}.0.mlp.{last_linear}.weight")[1],
         gated=gated,
         layer_scale=True,
-        qkv_bias=f"{start}.0.{qkv[0]}.bias" in tensors,
+        qkv_bias=in_any_block(tensors, f"{qkv[0]}.bias"),
         pos_interpolation="antialias" if registers else "bicubic",
         stated=stated,
     )
@@ -110,14 +112,6 @@ def describe(tensors: Mapping[str, Tensor], config: Mapping[str, Any], stated: S
 
 def _has(tensors: Mapping[str, Tensor]) -> bool:
     return "embeddings.register_tokens" in tensors
-
-
-def _require(config: Mapping[str, Any], key: str, value: object) -> None:
-    if config.get(key, value) != value:
-        raise ValueError(
-            f"config.json says {key}={config[key]!r}; the networks that sslkit builds for DINOv2 "
-            f"have {value!r}"
-        )
 
 
 def _depth(tensors: Mapping[str, Tensor], config: Mapping[str, Any], start: str) -> int:
