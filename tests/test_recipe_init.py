@@ -179,24 +179,35 @@ def test_the_queue_of_factored_scores_keeps_features() -> None:
 # ------------------------------------------------------------------------------------- resuming
 
 
+RESTING = ["--init.heads", "fresh", "--init.head-warmup", "0.5", "--targets.queue", "64"]
+RESTING += ["--model.drop-path", "0.3"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from weights that are gone afterwards: heads alone, then all, with queues."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    shutil.copy(finished / "pretrain.safetensors", folder / "gone.safetensors")
+    begin(folder / "run", folder / "gone.safetensors", *RESTING)
+    (folder / "gone.safetensors").unlink()
+    return folder / "run"
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3])  # in the warm-up, at its end, after it
-def test_resuming_is_bit_identical_and_needs_no_file(stop: int, file: Path, tmp_path: Path) -> None:
-    words = ["--init.heads", "fresh", "--init.head-warmup", "0.5", "--targets.queue", "64"]
-    words += ["--model.drop-path", "0.3"]
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    begin(whole, file, *words)
-    shutil.copytree(whole, halves)
+def test_resuming_is_bit_identical_and_needs_no_file(
+    stop: int, uninterrupted: Path, tmp_path: Path
+) -> None:
+    halves = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
     (halves / "pretrain.safetensors").unlink()
     for later in range(stop + 1, 5):
         shutil.rmtree(halves / "pretrain" / "checkpoints" / f"step_{later:08d}")
-    file.unlink()
-    again = smoke(halves, *TRAINING.split(), "--init-from", str(file), *words, "--resume")
-    recipe.main(
-        again if stop == 2 else ["--output", str(halves), "--resume", "--stages", "pretrain"]
-    )
+    gone = str(uninterrupted.parent / "gone.safetensors")
+    same_command = smoke(halves, *TRAINING.split(), "--init-from", gone, *RESTING, "--resume")
+    short_command = ["--output", str(halves), "--resume", "--stages", "pretrain"]
+    recipe.main(same_command if stop == 2 else short_command)
+    runs = (halves, uninterrupted)
     own, other = (
-        saved_tensors(Checkpoints(run / "pretrain" / "checkpoints").latest())
-        for run in (halves, whole)
+        saved_tensors(Checkpoints(run / "pretrain" / "checkpoints").latest()) for run in runs
     )
     assert own.keys() == other.keys()
     assert any(name.startswith("targets.queues.9.rows") for name in own)
