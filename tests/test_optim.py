@@ -71,6 +71,40 @@ def test_rules(name, expected):
     assert settings_by_name(groups)[name] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mask_token", (0.125, 1.0, False)),
+        ("vit.cls_token", (0.125, 1.0, False)),
+        ("vit.reg_token", (0.125, 1.0, False)),
+        ("vit.patch_embed.proj.weight", (0.025, 1.0, False)),
+        ("vit.patch_embed.proj.bias", (0.025, 0.0, False)),
+        ("vit.blocks.0.attn.qkv.weight", (0.25, 1.0, False)),
+        ("vit.blocks.0.attn.q_bias", (0.25, 0.0, False)),
+        ("vit.blocks.0.attn.v_bias", (0.25, 0.0, False)),
+        ("vit.blocks.1.gamma_1", (0.5, 0.0, False)),
+        ("vit.blocks.1.gamma_2", (0.5, 0.0, False)),
+        ("vit.blocks.1.mlp.fc1_g.weight", (0.5, 1.0, False)),
+        ("vit.blocks.1.mlp.fc1_x.bias", (0.5, 0.0, False)),
+        ("vit.norm.weight", (1.0, 0.0, False)),
+    ],
+)
+def test_rules_of_dinov3s_names(name, expected):
+    student = create(
+        "vit_small_plus_patch16_dinov3_qkvb", embed_dim=32, depth=2, num_heads=2, num_reg_tokens=1
+    )
+    assert settings_by_name(parameter_groups(student, layer_decay=0.5))[name] == (
+        pytest.approx(expected)
+    )
+
+
+def test_the_tokens_of_dinov3s_own_code_are_embeddings():
+    student = nn.ParameterDict({"storage_tokens": torch.zeros(1, 4, 8)})
+    blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    groups = parameter_groups(nn.ModuleDict({"blocks": blocks, "x": student}), layer_decay=0.5)
+    assert settings_by_name(groups)["x.storage_tokens"] == (0.125, 1.0, False)
+
+
 @pytest.mark.parametrize("vit_settings", [{}, {"reg_tokens": 2, "qk_norm": True}])
 @pytest.mark.parametrize("layer_decay", [1.0, 0.75])
 def test_rules_are_those_of_dinov2(vit_settings, layer_decay):

@@ -59,3 +59,5 @@ def test_the_rule_is_a_setting_of_the_encoder():
         ValueError, match=r"rope_periods must be 'float32' or 'bfloat16', got 'half'"
     ):
         create("sslkit_vit_micro", rope_periods="half")
+    with pytest.raises(ValueError, match="rope_periods is for DINOv3's rotary positions"):
+        create("sslkit_vit_micro", rope_periods="bfloat16")

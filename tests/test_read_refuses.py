@@ -286,6 +286,20 @@ def test_heads_that_no_tensor_tells(tmp_path):
         load(path, num_heads=7)
 
 
+def test_what_is_stated_must_not_contradict_the_file(tmp_path):
+    save(create("sslkit_vit_micro", depth=1), tmp_path / "own")
+    with pytest.raises(ValueError, match=r"num_heads=4, but .* has 2 heads"):
+        load(tmp_path / "own", num_heads=4)
+    with pytest.raises(ValueError, match=r"architecture='vit_x' is for files with timm's names"):
+        load(tmp_path / "own", architecture="vit_x")
+    shapes = released.dinov3_shapes(64, 1, 256, heads=2)
+    path = written(tmp_path / "w.pth", released.values(shapes))
+    with pytest.raises(
+        ValueError, match="num_heads=4: the file's 8 rotary periods are for 2"
+    ):
+        load(path, num_heads=4)
+
+
 def test_a_gated_size_that_cannot_be_built(tmp_path):
     state = released.values(released.dinov2_shapes(64, 2, 171, gated=True, grid=3))
     with pytest.raises(ValueError, match="hidden size 171 is not a multiple of 8"):

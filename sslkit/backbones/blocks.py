@@ -83,7 +83,7 @@ class PackedAttention(nn.Module):
     def __init__(self, attn: Any) -> None:
         super().__init__()
         self.num_heads = attn.num_heads
-        self.head_dim = attn.head_dim
+        self.head_dim = attn.proj.in_features // attn.num_heads  # timm 1.0.20 does not say it
         self.qkv = attn.qkv
         self.q_norm = attn.q_norm
         self.k_norm = attn.k_norm

@@ -48,9 +48,9 @@ class ViTEncoder(nn.Module):
     image by :func:`~sslkit.backbones.positions.resample_positions`. Rotary ones, of DINOv3 and
     other ``Eva`` networks, are computed for the grid of each image; where the network was built
     with ``rope_shift_coords``, ``rope_jitter_coords`` or ``rope_rescale_coords``, each batch of a
-    training pass has its coordinates moved and scaled at random, by torch's global generator of
-    the CPU. The learned ``mask_token`` [D] (zeros at first, as in DINOv2 and DINOv3) replaces the
-    embeddings of masked patches before learned positions are added.
+    training pass has its coordinates moved and scaled at random, by the device's global
+    generator. The learned ``mask_token`` [D] (zeros at first, as in DINOv2 and DINOv3) replaces
+    the embeddings of masked patches before learned positions are added.
 
     Args:
         vit: the network; see the errors for what cannot be wrapped.
@@ -93,6 +93,8 @@ class ViTEncoder(nn.Module):
         check_pos_interpolation(pos_interpolation)
         if rope_periods not in ("float32", "bfloat16"):
             raise ValueError(f"rope_periods must be 'float32' or 'bfloat16', got {rope_periods!r}")
+        if rope_periods == "bfloat16" and not hasattr(getattr(vit, "rope", None), "periods"):
+            raise ValueError("rope_periods is for DINOv3's rotary positions, which vit has not")
         vit.reset_classifier(0, global_pool="")
         if isinstance(vit.norm, nn.Identity):
             vit.norm, vit.fc_norm = vit.fc_norm, nn.Identity()

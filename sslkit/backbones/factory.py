@@ -31,7 +31,8 @@ def create(
         name: a network of :data:`sslkit.backbones.franca.VIT_SIZES` (``franca_vits14``,
             ``franca_vitb14``, ``franca_vitl14``, ``franca_vitg14``, ``sslkit_vit_tiny``,
             ``sslkit_vit_micro``), or any Vision Transformer of timm, with or without a weight tag
-            (``vit_small_patch16_224``, ``vit_base_patch14_reg4_dinov2.lvd142m``, ...).
+            (``vit_small_patch16_224``, ``vit_base_patch14_reg4_dinov2.lvd142m``,
+            ``vit_small_patch16_dinov3``, ...).
         img_size: ``(height, width)`` or one number: the grid of the position embedding. Images of
             any other size can be encoded too. The network's own by default.
         in_chans: channels of an image.
@@ -43,7 +44,9 @@ def create(
         rope_periods: see :class:`ViTEncoder`.
         pretrained: load timm's weights, by download or from its cache. Networks of this library
             have none to download.
-        **timm_kwargs: of timm's ``VisionTransformer``: ``depth``, ``reg_tokens``, ``qk_norm``, ...
+        **timm_kwargs: of timm's ``VisionTransformer``: ``depth``, ``reg_tokens``, ``qk_norm``, ...;
+            of its ``Eva``, which the networks of DINOv3 are: ``depth``, ``num_reg_tokens``,
+            ``rope_rescale_coords``, ...
 
     Returns:
         A :class:`ViTEncoder`; its ``settings`` are these arguments: ``create(**settings)`` builds
@@ -95,7 +98,8 @@ def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
     except TypeError as error:
         raise TypeError(
             f"timm cannot build {name!r} with {given}: {error}. sslkit.backbones wraps timm's "
-            "Vision Transformers (timm.models.vision_transformer.VisionTransformer)"
+            "Vision Transformers (timm.models.vision_transformer.VisionTransformer and "
+            "timm.models.eva.Eva)"
         ) from error
     except Exception as error:
         if not pretrained:

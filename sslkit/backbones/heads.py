@@ -95,8 +95,12 @@ def read_head(tensors: Mapping[str, Tensor]) -> tuple[Head, str]:
         head = build_head(arguments, renamed)
     except ValueError as error:
         return dict(tensors), f"{len(tensors)} tensors, kept as they are: {error}"
-    counts = ", ".join(map(str, head.num_prototypes_per_level))
-    return head, f"MatryoshkaProjector, prototypes {counts}"
+    return head, describe_projector(head)
+
+
+def describe_projector(head: MatryoshkaProjector) -> str:
+    """In words, for a report."""
+    return f"MatryoshkaProjector, prototypes {', '.join(map(str, head.num_prototypes_per_level))}"
 
 
 def _franca(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:

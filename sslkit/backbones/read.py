@@ -13,7 +13,7 @@ from sslkit.backbones.checkpoint import HEADER_KEY, parse_header
 from sslkit.backbones.encoder import ViTEncoder
 from sslkit.backbones.files import WeightsFile, open_weights
 from sslkit.backbones.fit import build_encoder
-from sslkit.backbones.heads import Head, build_head, read_head
+from sslkit.backbones.heads import Head, build_head, describe_projector, read_head
 from sslkit.backbones.layouts import dinov2, dinov3, own, plain_vit, transformers_dinov2
 from sslkit.backbones.layouts.layout import Layout, Stated, in_any_block
 from sslkit.backbones.networks import Network, choose_network
@@ -119,15 +119,21 @@ def read(
     else:
         network = _own_network(file, described)
         layout = own.describe(described)
-        heads = {
-            name: (build_head(arguments, network.heads[name]), "MatryoshkaProjector")
+        projectors = {
+            name: build_head(arguments, network.heads[name])
             for name, arguments in described["heads"].items()
         }
+        heads = {name: (head, describe_projector(head)) for name, head in projectors.items()}
     given = {
         "pos_interpolation": pos_interpolation,
         "drop_path_rate": drop_path_rate,
         "activation_checkpointing": activation_checkpointing,
     }
+    if architecture not in (None, layout.settings["name"]):
+        raise ValueError(
+            f"architecture={architecture!r} is for files with timm's names; {file.name} has "
+            f"{layout.title} and is read as {layout.settings['name']}"
+        )
     settings = {**layout.settings, **{k: v for k, v in given.items() if v is not None}}
     encoder, report = build_encoder(
         file,
@@ -138,6 +144,8 @@ def read(
         in_chans=in_chans,
         ignore=ignore,
     )
+    if num_heads not in (None, encoder.num_heads):
+        raise ValueError(f"num_heads={num_heads}, but {file.name} has {encoder.num_heads} heads")
     resampled = {}
     if img_size is not None:
         before = encoder.grid_size

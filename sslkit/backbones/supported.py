@@ -3,12 +3,13 @@
 from typing import Any
 
 from timm.layers.patch_embed import PatchEmbed
-from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
+from timm.layers.pos_embed_sincos import RotaryEmbeddingCat
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sslkit.backbones.blocks import PackedEvaBlock, can_pack
+from sslkit.backbones.rope import Rope
 
 _SUPPORTED = (
     "ViTEncoder wraps timm.models.vision_transformer.VisionTransformer and timm.models.eva.Eva "
@@ -48,7 +49,7 @@ def require_supported(vit: Any) -> None:
 
 def _require_supported_eva(vit: Eva) -> None:
     """Rotary positions are told to packed blocks alone, and are the same for all blocks."""
-    if not isinstance(vit.rope, RotaryEmbeddingDinoV3 | RotaryEmbeddingCat | None):
+    if not isinstance(vit.rope, Rope | None):
         raise TypeError(
             f"cannot wrap an Eva with {type(vit.rope).__name__}, positions that a block learns or "
             f"that have a time axis: {_SUPPORTED}"

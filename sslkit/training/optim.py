@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-_TOKENS = {"cls_token", "mask_token", "reg_token", "register_tokens", "pos_embed"}
+_TOKENS = {
+    "cls_token",
+    "mask_token",
+    "reg_token",
+    "register_tokens",
+    "storage_tokens",
+    "pos_embed",
+}
 _EMBEDDING = {"patch_embed", "norm_pre"} | _TOKENS
 _LAST_LAYERS = {"prototypes", "last_layer"}
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")

@@ -111,6 +111,9 @@ def describe_timm(
     def source(name: str) -> Source:
         return Source((name.removeprefix("vit."),))
 
+    name = stated.architecture or config.get("architecture")
+    if name is not None:
+        settings["name"] = str(name)
     absent = {"mask_token": "zeros: timm's files have none"}
     return Layout("timm's DINOv3", settings, source, {"head.*": "a classifier"}, absent)
 
@@ -218,7 +221,12 @@ def _rope(tensors: Mapping[str, Tensor], width: int, stated: Stated) -> tuple[in
         return _heads(width, {}, stated), 100.0, "float32"
     periods = tensors["rope_embed.periods"].float()
     n = len(periods)
-    heads = num_heads(width, stated) if stated.num_heads else width // (4 * n)
+    heads = width // (4 * n)
+    if stated.num_heads not in (None, heads):
+        raise ValueError(
+            f"num_heads={stated.num_heads}: the file's {n} rotary periods are for {heads} heads of "
+            f"{4 * n} features"
+        )
     last = float(periods[-1])
     for base in (100.0, last ** (n / (n - 1)) if n > 1 else 100.0):
         computed = base ** (torch.arange(n, dtype=torch.float32) / n)

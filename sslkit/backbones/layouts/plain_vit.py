@@ -68,14 +68,19 @@ def describe(
                 return Source((f"blocks.{i}.mlp.{mlp[layer]}.{kind}",))
         return Source((name.removeprefix("vit."),))
 
-    notes = () if architecture or ibot else (_TIMM_OR_DINO,)
+    told = architecture is not None or "masked_embed" in tensors or bool(gammas)
+    notes = () if told else (_IBOT_NOTE if ibot else _TIMM_NOTE,)
     absent = {} if "masked_embed" in tensors else {"mask_token": "zeros: such files have none"}
     return Layout(title, settings, source, _COMPANIONS, absent, notes)
 
 
-_TIMM_OR_DINO = (
+_TIMM_NOTE = (
     "files of DINO, iBOT and DINOv2 without its mask token have timm's names too; positions are "
     "resampled as in timm. For theirs give pos_interpolation='dinov2'"
+)
+_IBOT_NOTE = (
+    "taken for DINO's or iBOT's by its wrapper; positions are resampled as there. For a checkpoint "
+    "of timm give pos_interpolation='antialias'"
 )
 
 

@@ -50,7 +50,7 @@ def describe(tensors: Mapping[str, Tensor], config: Mapping[str, Any], stated: S
         names=GATED_NAMES if gated else NAMES,
         patch_weight=patch_weight,
         positions=shape_of(tensors, "embeddings.position_embeddings")[1] - 1,
-        depth=_depth(tensors, config, start),
+        depth=_depth(tensors, config),
         heads=int(heads) if heads else num_heads(len(patch_weight), stated),
         registers=registers,
         no_embed_class=registers > 0,
@@ -114,7 +114,7 @@ def _has(tensors: Mapping[str, Tensor]) -> bool:
     return "embeddings.register_tokens" in tensors
 
 
-def _depth(tensors: Mapping[str, Tensor], config: Mapping[str, Any], start: str) -> int:
+def _depth(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
     """As config.json says, so that a file that lost its last layers is missing them."""
-    counted = count_blocks(tensors, rf"{start}\.(\d+)\.".replace("encoder.", r"encoder\."))
+    counted = count_blocks(tensors, r"encoder\.layer\.(\d+)\.")
     return int(config.get("num_hidden_layers", counted))
