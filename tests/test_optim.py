@@ -311,3 +311,29 @@ def test_clipping_reads_nothing_back():
         assert clip_gradients({"backbone": module}, 3.0)["backbone"].shape == ()
         with pytest.raises(DataDependentOutputException):
             module.weight.grad.norm().item()
+
+
+def test_a_part_has_a_rate_of_its_own():
+    student = make_student()
+    apart = parameter_groups(student, layer_decay=0.5, parts=("backbone",))
+    assert settings_by_name(apart) == settings_by_name(parameter_groups(student, layer_decay=0.5))
+    optimizer = torch.optim.AdamW(apart)
+    scales = {"backbone": 0.25}
+    set_hyperparameters(
+        optimizer, lr=1.0, weight_decay=0.1, last_layer_lr=0.5, part_lr_scales=scales
+    )
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["names"]}
+    assert rates["backbone.vit.norm.weight"] == 0.25
+    assert rates["backbone.vit.blocks.1.norm1.weight"] == 0.125
+    assert rates["dino_head.heads.0.1.weight"] == 1.0
+    assert rates["ibot_head.prototypes.4.weight"] == 0.5
+
+
+def test_parts_that_are_not_there():
+    with pytest.raises(ValueError, match="no trainable parameter under 'trunk'"):
+        parameter_groups(make_student(), parts=("trunk",))
+    optimizer = torch.optim.AdamW(parameter_groups(make_student()))
+    with pytest.raises(ValueError, match="part_lr_scales: no group is of backbone"):
+        set_hyperparameters(
+            optimizer, lr=1.0, weight_decay=0.1, last_layer_lr=1.0, part_lr_scales={"backbone": 0.0}
+        )

@@ -42,6 +42,7 @@ PUBLIC_NAMES = {
         "MatryoshkaProjector",
         "RASAProjector",
         "SinkhornKnopp",
+        "SinkhornQueue",
         "iBOTLoss",
         "sinkhorn_many",
     ],
