@@ -1,12 +1,13 @@
-"""The encoder as one graph: `torch.export` programs with dynamic batch, height and width.
+"""The encoder as one graph: `torch.export` programs and ONNX files of any batch, height and width.
 
 An encoder packs crops by lengths that are Python numbers, one for each crop, and resamples
-positions by an operation that graph formats lack; neither can depend on a size that is only known
-later. `ExportableEncoder` runs the same submodules on ``[B, N, D]``, and resamples by two matrix
-products whose weights are a formula of the size.
+positions by an operation that graph formats lack or define otherwise; neither can depend on a size
+that is only known later. `ExportableEncoder` runs the same submodules on ``[B, N, D]``, and
+resamples by two matrix products whose weights are a formula of the size.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from sslkit.backbones import ViTEncoder
 from sslkit.backbones.blocks import PackedBlock
 from sslkit.training.checkpoint import atomic_write
 
-_LARGEST_GRID = 4096  # rows or columns; sizes need some upper end
+_MAX_BATCH, _MAX_GRID = 1 << 16, 4096  # a dimension needs some upper end
+_MAX_PROTOBUF = 2**31 - 2**24  # bytes of one ONNX file, less some room for the graph
+_INPUT = "images"
 
 
 def bicubic_weights(old: int, new: int, *, device: torch.device | None = None) -> Tensor:
     """Antialiased bicubic resampling of a line as a matrix ``[new, old]``, float32.
 
-    Output i lies at ``c_i = (i + 1/2) * s`` on the input, ``s = old / new``; with Keys' kernel k
+    Output i lies at ``c_i = (i + 1/2) * s`` on the input, ``s = old / new``. With Keys' kernel k
     (1981; a = -1/2), widened where the line shrinks::
 
         weight[i, j] = k((j + 1/2 - c_i) / max(s, 1)) / sum_j (the same)
@@ -38,12 +41,12 @@ def bicubic_weights(old: int, new: int, *, device: torch.device | None = None) -
             [0., 1., 0.],
             [0., 0., 1.]])
     """
-    outputs = torch.arange(new, dtype=torch.float32, device=device)
     step = torch.full((), old, dtype=torch.float32, device=device) / new
     inputs = torch.arange(old, dtype=torch.float32, device=device) + 0.5
-    x = (inputs - (outputs[:, None] + 0.5) * step).abs() / step.clamp(min=1.0)
-    near = (1.5 * x - 2.5) * x * x + 1.0  # |x| < 1
-    far = ((2.5 - 0.5 * x) * x - 4.0) * x + 2.0  # 1 <= |x| < 2
+    centres = (torch.arange(new, dtype=torch.float32, device=device) + 0.5) * step
+    x = (inputs - centres[:, None]).abs() / step.clamp(min=1.0)  # [new, old]
+    near = (1.5 * x - 2.5) * x * x + 1.0  # x < 1
+    far = ((2.5 - 0.5 * x) * x - 4.0) * x + 2.0  # 1 <= x < 2
     weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
     return weights / weights.sum(dim=1, keepdim=True)
 
@@ -54,7 +57,7 @@ class ExportableEncoder(nn.Module):
     ``forward(images [B, C, h, w])`` gives a dict of ``cls`` [B, D], ``registers`` [B, R, D] where
     the network has any, and ``patches`` [B, H, W, D]: the encoder's own tokens up to rounding.
     B, h and w may be symbols; h and w are multiples of the patch size. The submodules are the
-    encoder's, not copies.
+    encoder's, not copies, and this sets them to evaluation.
     """
 
     def __init__(self, encoder: ViTEncoder) -> None:
@@ -66,46 +69,44 @@ class ExportableEncoder(nn.Module):
         """``[B, C, h, w]`` to tokens by name."""
         vit = self.encoder.vit
         x = vit.patch_embed.proj(images)
-        _, _, H, W = x.shape
+        B, _, H, W = x.shape
         x = vit.patch_embed.norm(x.flatten(2).transpose(1, 2))  # [B, N, D]
         prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
         if vit.pos_embed is not None:
-            first, positions = self._positions(H, W)
+            prefix_positions, positions = self._positions(H, W)
             x = x + positions
             if prefix and not vit.no_embed_class:
-                prefix = [torch.cat(prefix, dim=1) + first]
+                prefix = [torch.cat(prefix, dim=1) + prefix_positions]
         if prefix:
-            x = torch.cat([*(token.expand(x.shape[0], -1, -1) for token in prefix), x], dim=1)
+            x = torch.cat([*(token.expand(B, -1, -1) for token in prefix), x], dim=1)
         x = vit.norm_pre(x)
         for block in vit.blocks:
             x = _run(block, x)
-        return self._tokens(vit.norm(x), H, W)
-
-    def _positions(self, H: int, W: int) -> tuple[Tensor, Tensor]:
-        """Position embeddings of the prefix and of an H x W grid, ``[1, H * W, D]``."""
-        vit = self.encoder.vit
-        num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        first, patches = vit.pos_embed.tensor_split((num_prefix,), dim=1)
-        H0, W0 = self.encoder.grid_size
-        grid = patches.float().unflatten(1, (H0, W0))[0]  # [H0, W0, D]
-        rows = bicubic_weights(H0, H, device=grid.device)
-        columns = bicubic_weights(W0, W, device=grid.device)
-        lines = (rows @ grid.flatten(1)).unflatten(1, (W0, -1))  # [H, W0, D]
-        grid = columns @ lines  # [H, W, D]
-        return first, grid.flatten(0, 1)[None].to(patches.dtype)
-
-    def _tokens(self, x: Tensor, H: int, W: int) -> dict[str, Tensor]:
+        x = vit.norm(x)
         P = self.encoder.num_prefix_tokens
-        num_cls = int(self.encoder.vit.has_class_token)
+        num_cls = int(vit.cls_token is not None)
         cls, registers, patches = x.tensor_split((num_cls, P), dim=1)
         tokens = {"cls": cls[:, 0] if num_cls else patches.mean(dim=1)}
         if P > num_cls:
             tokens["registers"] = registers
         return {**tokens, "patches": patches.unflatten(1, (H, W))}
 
+    def _positions(self, H: int, W: int) -> tuple[Tensor, Tensor]:
+        """Position embeddings of the prefix and of an H x W grid, ``[1, H * W, D]``."""
+        vit = self.encoder.vit
+        num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        prefix, patches = vit.pos_embed.tensor_split((num_prefix,), dim=1)
+        H0, W0 = self.encoder.grid_size
+        grid = patches[0].float().unflatten(0, (H0, W0))
+        rows = bicubic_weights(H0, H, device=grid.device)
+        columns = bicubic_weights(W0, W, device=grid.device)
+        lines = (rows @ grid.flatten(1)).unflatten(1, (W0, -1))  # [H, W0, D]
+        grid = columns @ lines  # [H, W, D]
+        return prefix, grid.flatten(0, 1)[None].to(patches.dtype)
+
 
 def _run(block: nn.Module, x: Tensor) -> Tensor:
-    """One block in evaluation mode, ``[B, N, D] -> [B, N, D]``."""
+    """One block in evaluation, ``[B, N, D] -> [B, N, D]``."""
     if not isinstance(block, PackedBlock):
         return block(x)
     B, N, _ = x.shape
@@ -118,8 +119,103 @@ def _run(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def export_program(encoder: ViTEncoder) -> ExportedProgram:
-    B = Dim("batch", min=1, max=1<<16)
+    """The encoder as a `torch.export` program.
+
+    ``program.module()(images)`` is what `ExportableEncoder` gives, a dict of tensors by name, for
+    any number of images and any height and width that are multiples of the patch size, at least
+    two patches each. RASA is in it if it was folded into the encoder's final norm. The
+    encoder's type and device are the program's.
+
+    Args:
+        encoder: it is in evaluation mode afterwards.
+
+    >>> from sslkit.backbones import create
+    >>> program = export_program(create("sslkit_vit_micro", depth=1))
+    >>> {k: list(v.shape) for k, v in program.module()(torch.zeros(3, 3, 8, 20)).items()}
+    {'cls': [3, 32], 'patches': [3, 2, 5, 32]}
+    """
     ph, pw = encoder.patch_size
-    H, W = Dim("H", min=2, max=_LARGEST_GRID), Dim("W", min=2, max=_LARGEST_GRID)
-    images = torch.zeros(2, encoder.in_chans, 3 * ph, 5 * pw)
-    return torch.export.export(ExportableEncoder(encoder), (images,), dynamic_shapes=({0: B, 2: ph * H, 3: pw * W},))
+    rows, columns = (Dim(name, min=2, max=_MAX_GRID) for name in ("rows", "columns"))
+    sizes = {0: Dim("batch", min=1, max=_MAX_BATCH), 2: ph * rows, 3: pw * columns}
+    like = encoder.vit.patch_embed.proj.weight
+    # Unequal sizes, none of them 1 or the stored grid's: an equality would be taken for a rule.
+    H0, W0 = encoder.grid_size
+    images = like.new_zeros(2, encoder.in_chans, ph * (H0 + 1), pw * (W0 + 2))
+    with torch.no_grad():
+        return torch.export.export(
+            ExportableEncoder(encoder), (images,), dynamic_shapes={_INPUT: sizes}
+        )
+
+
+def save_program(encoder: ViTEncoder, path: str | os.PathLike[str]) -> None:
+    """Write `export_program` to a file for ``torch.export.load``, which needs no sslkit.
+
+    Args:
+        encoder: it is in evaluation mode afterwards.
+        path: conventionally ``*.pt2``; its folder is made if missing.
+
+    >>> import tempfile
+    >>> from sslkit.backbones import create
+    >>> path = f"{tempfile.mkdtemp()}/encoder.pt2"
+    >>> save_program(create("sslkit_vit_micro", depth=1), path)
+    >>> sorted(torch.export.load(path).module()(torch.zeros(1, 3, 16, 12)))
+    ['cls', 'patches']
+    """
+    path = Path(path)
+    program = export_program(encoder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        torch.export.save(program, file)
+
+
+def save_onnx(encoder: ViTEncoder, path: str | os.PathLike[str]) -> None:
+    """Write the encoder as ONNX: input ``images``, outputs ``cls``, ``registers``, ``patches``.
+
+    Shapes are those of `export_program`; a network without registers has no output of that name.
+    Weights beyond the 2 GiB of a protobuf file (ViT-g in float32) lie beside it, in ``*.data``.
+
+    Args:
+        encoder: it is in evaluation mode afterwards.
+        path: conventionally ``*.onnx``; its folder is made if missing.
+
+    Raises:
+        ImportError: onnx or onnxscript is missing.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "writing ONNX needs onnx and onnxscript: pip install 'sslkit[export]'"
+        ) from error
+    path = Path(path)
+    program = export_program(encoder)
+    names = ["cls", *(["registers"] if encoder.vit.reg_token is not None else []), "patches"]
+    converted = torch.onnx.export(
+        program, input_names=[_INPUT], output_names=names, external_data=False, verbose=False
+    )
+    assert converted is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = sum(tensor.nbytes for tensor in program.state_dict.values())
+    if size > _MAX_PROTOBUF:
+        converted.save(path, external_data=True)
+        return
+    model = converted.model_proto
+    _name_sizes(model.graph)
+    with atomic_write(path) as file:
+        file.write(model.SerializeToString())
+
+
+def _name_sizes(graph: Any) -> None:
+    """Call the symbols of the input ``[s0, C, 14*s1, 14*s2]`` batch, rows and columns."""
+    batch, _, height, width = graph.input[0].type.tensor_type.shape.dim
+    names = {}
+    for dim, name in ((batch, "batch"), (height, "rows"), (width, "columns")):
+        names[re.findall(r"[a-z]\w*", dim.dim_param)[0]] = name
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                renamed = re.sub(
+                    r"[a-z]\w*", lambda symbol: names.get(symbol[0], symbol[0]), dim.dim_param
+                )
+                dim.dim_param = renamed
