@@ -504,7 +504,7 @@ def test_settings_rebuild_the_encoder():
         ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, ValueError, "patch_drop_rate > 0"),
         ("resnet18", {}, TypeError, "timm cannot build 'resnet18' .*Vision Transformers"),
         ("swin_tiny_patch4_window7_224", {}, TypeError, "[Vv]ision_?[Tt]ransformer"),
-        ("eva02_tiny_patch14_224", {"depth": 1}, TypeError, "cannot wrap a Eva: .*VisionTransform"),
+        ("beit_base_patch16_224", {"depth": 1}, TypeError, "cannot wrap a Beit: .*VisionTransform"),
         ("deit_tiny_distilled_patch16_224", {"depth": 1}, TypeError, "has its own _pos_embed"),
         ("vit_tiny_r_s16_p8_224", {"depth": 1}, TypeError, "with a HybridEmbed"),
     ],

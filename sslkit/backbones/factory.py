@@ -1,12 +1,13 @@
 """create: a token encoder by name."""
 
 import difflib
-from typing import Any
+from typing import Any, Literal
 
 import timm
 
 from sslkit.backbones.encoder import ViTEncoder
 from sslkit.backbones.franca import VIT_SIZES, build_franca_vit
+from sslkit.backbones.positions import PosInterpolation
 
 Size = int | tuple[int, int] | list[int]
 
@@ -19,6 +20,8 @@ def create(
     drop_path_rate: float = 0.0,
     patch_size: Size | None = None,
     activation_checkpointing: bool = False,
+    pos_interpolation: PosInterpolation = "antialias",
+    rope_periods: Literal["float32", "bfloat16"] = "float32",
     pretrained: bool = False,
     **timm_kwargs: Any,
 ) -> ViTEncoder:
@@ -36,6 +39,8 @@ def create(
             library, of the last block with a linear ramp for timm's.
         patch_size: ``(height, width)`` or one number; the network's own by default.
         activation_checkpointing: see :class:`ViTEncoder`.
+        pos_interpolation: see :class:`ViTEncoder`.
+        rope_periods: see :class:`ViTEncoder`.
         pretrained: load timm's weights, by download or from its cache. Networks of this library
             have none to download.
         **timm_kwargs: of timm's ``VisionTransformer``: ``depth``, ``reg_tokens``, ``qk_norm``, ...
@@ -71,7 +76,13 @@ def create(
     else:
         raise ValueError(f"unknown backbone {name!r}; {_close_matches(name)}")
     settings = {"name": name, **shape, **common}
-    return ViTEncoder(vit, activation_checkpointing=activation_checkpointing, settings=settings)
+    return ViTEncoder(
+        vit,
+        activation_checkpointing=activation_checkpointing,
+        pos_interpolation=pos_interpolation,
+        rope_periods=rope_periods,
+        settings=settings,
+    )
 
 
 def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:

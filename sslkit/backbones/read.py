@@ -1,0 +1,142 @@
+"""load and read: any released Vision Transformer as a token encoder, strictly."""
+
+import fnmatch
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslkit.backbones.checkpoint import HEADER_KEY, build_folded_norm
+from sslkit.backbones.encoder import ViTEncoder
+from sslkit.backbones.factory import create
+from sslkit.backbones.files import WeightsFile, open_weights
+from sslkit.backbones.heads import Head, build_head, read_head
+from sslkit.backbones.layouts import dinov2, own, plain_vit, transformers_dinov2
+from sslkit.backbones.layouts.layout import Layout, Stated
+from sslkit.backbones.networks import Network, choose_network
+from sslkit.backbones.positions import PosInterpolation
+from sslkit.backbones.report import LoadReport
+
+Size = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What :func:`read` gives.
+
+    Attributes:
+        encoder: on the CPU, in training mode, in the widest float type of its tensors in the file.
+        heads: by name (``"dino_head"``, ``"ibot_head"``, ...): a `MatryoshkaProjector` where one
+            computes what the code base's head does, otherwise the head's tensors by name. Empty
+            for files without heads.
+        report: what became of every tensor.
+    """
+
+    encoder: ViTEncoder
+    heads: dict[str, Head]
+    report: LoadReport
+
+
+def load(path_or_name: str | os.PathLike[str], **options: Any) -> ViTEncoder:
+    """The encoder that :func:`read` gives, with the same options.
+
+    >>> import tempfile
+    >>> from sslkit.backbones import save
+    >>> path = tempfile.mkdtemp() + "/encoder.safetensors"
+    >>> save(create("sslkit_vit_micro"), path)
+    >>> load(path, img_size=(16, 48)).grid_size
+    (4, 12)
+    """
+    return read(path_or_name, **options).encoder
+
+
+def read(
+    path_or_name: str | os.PathLike[str],
+    *,
+    img_size: Size | None = None,
+    in_chans: int | None = None,
+    which: str | None = None,
+    ignore: Sequence[str] = (),
+    num_heads: int | None = None,
+    architecture: str | None = None,
+    file_img_size: Size | None = None,
+    pos_interpolation: PosInterpolation | None = None,
+    drop_path_rate: float | None = None,
+    activation_checkpointing: bool | None = None,
+) -> Loaded:
+    """Read weights of any of the released layouts, every tensor accounted for.
+
+    The layout is recognised from the names of the tensors: sslkit's own; DINOv2's (DINOv2, Franca,
+    blocks flat or in chunks); DINOv3's; timm's, which DINO and iBOT share; those of transformers
+    for DINOv2 and DINOv3. Training checkpoints may hold heads, a student, an optimizer: the
+    teacher's network is taken, its heads are returned, the rest is reported. The network is built
+    from the sizes of the tensors, and from ``config.json`` where there is one. Encoder and file
+    must then match tensor by tensor, or nothing is loaded.
+
+    Args:
+        path_or_name: a file, a folder, ``hf:ORG/NAME`` or ``timm:NAME``; see
+            :func:`sslkit.backbones.files.open_weights`.
+        img_size: resample the position embedding to the grid of this ``(height, width)`` or side,
+            by the rule ``pos_interpolation``; by default the grid stays that of the file. Not
+            needed to encode images of another size, which resamples on the fly.
+        in_chans: channels of the images, by default the file's. Channel j takes the weights of
+            channel ``j mod C``, shared evenly by the channels that take the same ones; with fewer
+            channels than the file's C, channel j takes the sum of channels ``j, j + in_chans, ...``
+            An image whose channels repeat in turn (a grey one as RGB) keeps its tokens.
+        which: of a file with several networks, a part of this one's names: ``"student"``, ... By
+            default ``"teacher"``.
+        ignore: patterns (``fnmatch``) of names, of the file or the encoder, that need not match:
+            tensors of the file are left unused, those of the encoder keep fresh weights.
+        num_heads: attention heads, where neither config nor a released width tells.
+        architecture: a name of timm, for files in its layout whose tensors do not tell the network
+            (other activations, ...). Known from timm's ``config.json``.
+        file_img_size: size of the images that the file's positions were made for, where their grid
+            is not square.
+        pos_interpolation: how positions are resampled, by default as in the code base whose layout
+            it is: see :func:`sslkit.backbones.positions.resample_positions`.
+        drop_path_rate: of the encoder; by default that of the file's settings, or none.
+        activation_checkpointing: of the encoder; by default that of the file's settings, or not.
+
+    Returns:
+        :class:`Loaded`. No random numbers are taken from the caller.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, holds code, another kind of network or several; or tensors
+            are missing, unexpected or of another shape, which are all listed.
+        RuntimeError: a download failed.
+    """
+    file = open_weights(path_or_name)
+    stated = Stated(num_heads, architecture, _pair(file_img_size))
+    described = own.parse_header(file.name, file.header) if HEADER_KEY in file.header else None
+    if described is None:
+        network = choose_network(file, which)
+        layout = _recognise(file, network, stated)
+        heads = {name: read_head(tensors) for name, tensors in network.heads.items()}
+    else:
+        network = _own_network(file, described)
+        layout = own.describe(described)
+        heads = {
+            name: (build_head(arguments, network.heads[name]), "MatryoshkaProjector")
+            for name, arguments in described["heads"].items()
+        }
+    given = {
+        "pos_interpolation": pos_interpolation,
+        "drop_path_rate": drop_path_rate,
+        "activation_checkpointing": activation_checkpointing,
+    }
+    settings = {**layout.settings, **{k: v for k, v in given.items() if v is not None}}
+    encoder, report = _build(file, network, layout, settings, described, in_chans, tuple(ignore))
+    resampled = {}
+    if img_size is not None:
+        before = encoder.grid_size
+        encoder.set_img_size_(img_size)
+        if encoder.vit.pos_embed is not None and encoder.grid_size != before:
+            old, new = (" x ".join(map(str, grid)) for grid in (before, encoder.grid_size))
+            resampled["vit.pos_embed"] = f"{old} to {new} patches ({encoder.pos_interpolation})"
+    report = _final(report, encoder, resampled, {name: what for name, (_, what) in heads.items()})
+    return Loaded(encoder, {name: head for name, (head, _) in heads.items()}, report)
