@@ -13,42 +13,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from sslkit.backbones import ViTEncoder
-from sslkit.backbones.blocks import PackedBlock
+from sslkit.backbones.blocks import PackedAttention, PackedBlock, PackedEvaBlock
+from sslkit.backbones.rope import with_prefix
+from sslkit.export.resampling import resampling_matrices
 from sslkit.training.checkpoint import atomic_write
 
 _MAX_BATCH, _MAX_GRID = 1 << 16, 4096  # a dimension needs some upper end
 _MAX_PROTOBUF = 2**31 - 2**24  # bytes of one ONNX file, less some room for the graph
 _INPUT = "images"
-
-
-def bicubic_weights(old: int, new: int, *, device: torch.device | None = None) -> Tensor:
-    """Antialiased bicubic resampling of a line as a matrix ``[new, old]``, float32.
-
-    Output i lies at ``c_i = (i + 1/2) * s`` on the input, ``s = old / new``. With Keys' kernel k
-    (1981; a = -1/2), widened where the line shrinks::
-
-        weight[i, j] = k((j + 1/2 - c_i) / max(s, 1)) / sum_j (the same)
-
-    Both sides of a grid resampled like this are
-    ``F.interpolate(grid, size, mode="bicubic", antialias=True)``; ``new = old`` gives the identity.
-
-    >>> bicubic_weights(3, 3)
-    tensor([[1., 0., 0.],
-            [0., 1., 0.],
-            [0., 0., 1.]])
-    """
-    step = torch.full((), old, dtype=torch.float32, device=device) / new
-    inputs = torch.arange(old, dtype=torch.float32, device=device) + 0.5
-    centres = (torch.arange(new, dtype=torch.float32, device=device) + 0.5) * step
-    x = (inputs - centres[:, None]).abs() / step.clamp(min=1.0)  # [new, old]
-    near = (1.5 * x - 2.5) * x * x + 1.0  # x < 1
-    far = ((2.5 - 0.5 * x) * x - 4.0) * x + 2.0  # 1 <= x < 2
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
-    return weights / weights.sum(dim=1, keepdim=True)
 
 
 class ExportableEncoder(nn.Module):
@@ -80,14 +57,17 @@ class ExportableEncoder(nn.Module):
         if prefix:
             x = torch.cat([*(token.expand(B, -1, -1) for token in prefix), x], dim=1)
         x = vit.norm_pre(x)
-        for block in vit.blocks:
-            x = _run(block, x)
-        x = vit.norm(x)
         P = self.encoder.num_prefix_tokens
+        rope = getattr(vit, "rope", None)
+        if rope is not None:
+            rope = with_prefix(_rotations(rope, H, W), P)  # [N, 2 * d]
+        for block in vit.blocks:
+            x = _run(block, x, rope)
+        x = vit.norm(x)
         num_cls = int(vit.cls_token is not None)
         cls, registers, patches = x.tensor_split((num_cls, P), dim=1)
         tokens = {"cls": cls[:, 0] if num_cls else patches.mean(dim=1)}
-        if P > num_cls:
+        if num_cls < P:
             tokens["registers"] = registers
         return {**tokens, "patches": patches.unflatten(1, (H, W))}
 
@@ -98,24 +78,62 @@ class ExportableEncoder(nn.Module):
         prefix, patches = vit.pos_embed.tensor_split((num_prefix,), dim=1)
         H0, W0 = self.encoder.grid_size
         grid = patches[0].float().unflatten(0, (H0, W0))
-        rows = bicubic_weights(H0, H, device=grid.device)
-        columns = bicubic_weights(W0, W, device=grid.device)
+        rows, columns = resampling_matrices(
+            (H0, W0), (H, W), self.encoder.pos_interpolation, device=grid.device
+        )
         lines = (rows @ grid.flatten(1)).unflatten(1, (W0, -1))  # [H, W0, D]
         grid = columns @ lines  # [H, W, D]
         return prefix, grid.flatten(0, 1)[None].to(patches.dtype)
 
 
-def _run(block: nn.Module, x: Tensor) -> Tensor:
-    """One block in evaluation, ``[B, N, D] -> [B, N, D]``."""
-    if not isinstance(block, PackedBlock):
+def _run(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
+    """One block in evaluation, ``[B, N, D] -> [B, N, D]``; ``rope`` is ``[N, 2 * d]``."""
+    if not isinstance(block, PackedBlock | PackedEvaBlock):
         return block(x)
+    attended = _attend(block.attn, block.norm1(x), rope)
+    if isinstance(block, PackedEvaBlock):
+        x = x + _scaled(attended, block.gamma_1)
+        return x + _scaled(block.mlp(block.norm2(x)), block.gamma_2)
+    x = x + block.ls1(attended)
+    return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+def _attend(attn: PackedAttention, x: Tensor, rope: Tensor | None) -> Tensor:
     B, N, _ = x.shape
-    attn: Any = block.attn
-    qkv = attn.project(block.norm1(x).flatten(0, 1)).unflatten(0, (B, N))  # [B, N, 3, h, d]
+    per_token = None if rope is None else rope.repeat(B, 1)  # [B * N, 2 * d]
+    qkv = attn.project(x.flatten(0, 1), per_token).unflatten(0, (B, N))  # [B, N, 3, h, d]
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, N, d]
     attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    x = x + block.ls1(attn.proj(attn.norm(attended)))
-    return x + block.ls2(block.mlp(block.norm2(x)))
+    return attn.proj(attn.norm(attended))
+
+
+def _rotations(rope: Any, H: int, W: int) -> Tensor:
+    """Sines and cosines ``[H * W, 2 * d]``: ``rope.get_embed((H, W))`` for symbols H and W.
+
+    timm makes Python floats of the sides of DINOv3's grid, which a symbol cannot become.
+    """
+    if not isinstance(rope, RotaryEmbeddingDinoV3):
+        return rope.get_embed((H, W))
+    device = rope.periods.device
+    sizes = torch.stack([torch.full((), n, dtype=torch.float32, device=device) for n in (H, W)])
+    if rope.normalize_coords != "separate":
+        sizes = (sizes.amax() if rope.normalize_coords == "max" else sizes.amin()).expand(2)
+    axes = [
+        2 * (torch.arange(n, dtype=torch.float32, device=device) + 0.5 + rope.grid_offset) / size
+        - 1
+        for n, size in zip((H, W), sizes.unbind(), strict=True)
+    ]
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
+    order = (rows, columns) if rope.grid_indexing == "ij" else (columns, rows)
+    coordinates = torch.stack(order, dim=-1).flatten(0, 1)  # [H * W, 2]
+    angles = 2 * torch.pi * coordinates[:, :, None] / rope.periods
+    angles = angles.flatten(1)  # [H * W, d / 2]
+    angles = angles.repeat(1, 2) if rope.rotate_half else angles.repeat_interleave(2, dim=1)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else gamma * x
 
 
 def export_program(encoder: ViTEncoder) -> ExportedProgram:

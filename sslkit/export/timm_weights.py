@@ -26,7 +26,13 @@ from sslkit.training.checkpoint import atomic_write
 _SWIGLU_ARCHITECTURE = "vit_giant_patch14_dinov2"
 _SWIGLU_NAMES = {".mlp.w12.": ".mlp.fc1.", ".mlp.w3.": ".mlp.fc2."}
 # Of create(), and neither the network's shape nor timm's to know.
-_OURS_ALONE = ("name", "drop_path_rate", "activation_checkpointing", "pos_interpolation")
+_OURS_ALONE = (
+    "name",
+    "drop_path_rate",
+    "activation_checkpointing",
+    "pos_interpolation",
+    "rope_periods",
+)
 
 
 def save_for_timm(
