@@ -1,21 +1,19 @@
 """load and read: any released Vision Transformer as a token encoder, strictly."""
 
-import fnmatch
-import functools
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sslkit.backbones.checkpoint import HEADER_KEY, build_folded_norm
+from sslkit.backbones.checkpoint import HEADER_KEY, parse_header
 from sslkit.backbones.encoder import ViTEncoder
-from sslkit.backbones.factory import create
 from sslkit.backbones.files import WeightsFile, open_weights
+from sslkit.backbones.fit import build_encoder
 from sslkit.backbones.heads import Head, build_head, read_head
-from sslkit.backbones.layouts import dinov2, own, plain_vit, transformers_dinov2
+from sslkit.backbones.layouts import dinov2, dinov3, own, plain_vit, transformers_dinov2
 from sslkit.backbones.layouts.layout import Layout, Stated
 from sslkit.backbones.networks import Network, choose_network
 from sslkit.backbones.positions import PosInterpolation
@@ -45,7 +43,7 @@ def load(path_or_name: str | os.PathLike[str], **options: Any) -> ViTEncoder:
     """The encoder that :func:`read` gives, with the same options.
 
     >>> import tempfile
-    >>> from sslkit.backbones import save
+    >>> from sslkit.backbones import create, save
     >>> path = tempfile.mkdtemp() + "/encoder.safetensors"
     >>> save(create("sslkit_vit_micro"), path)
     >>> load(path, img_size=(16, 48)).grid_size
@@ -112,7 +110,7 @@ def read(
     """
     file = open_weights(path_or_name)
     stated = Stated(num_heads, architecture, _pair(file_img_size))
-    described = own.parse_header(file.name, file.header) if HEADER_KEY in file.header else None
+    described = parse_header(file.name, file.header) if HEADER_KEY in file.header else None
     if described is None:
         network = choose_network(file, which)
         layout = _recognise(file, network, stated)
@@ -130,7 +128,15 @@ def read(
         "activation_checkpointing": activation_checkpointing,
     }
     settings = {**layout.settings, **{k: v for k, v in given.items() if v is not None}}
-    encoder, report = _build(file, network, layout, settings, described, in_chans, tuple(ignore))
+    encoder, report = build_encoder(
+        file,
+        network,
+        layout,
+        settings,
+        folded_norm=described and described["folded_norm"],
+        in_chans=in_chans,
+        ignore=ignore,
+    )
     resampled = {}
     if img_size is not None:
         before = encoder.grid_size
@@ -138,5 +144,52 @@ def read(
         if encoder.vit.pos_embed is not None and encoder.grid_size != before:
             old, new = (" x ".join(map(str, grid)) for grid in (before, encoder.grid_size))
             resampled["vit.pos_embed"] = f"{old} to {new} patches ({encoder.pos_interpolation})"
-    report = _final(report, encoder, resampled, {name: what for name, (_, what) in heads.items()})
+    report = dataclasses.replace(
+        report,
+        network=encoder.settings or {},
+        resampled=resampled,
+        heads={name: what for name, (_, what) in heads.items()},
+    )
     return Loaded(encoder, {name: head for name, (head, _) in heads.items()}, report)
+
+
+def _recognise(file: WeightsFile, network: Network, stated: Stated) -> Layout:
+    """Whose names a network has. Raises a ValueError if nobody's."""
+    names, config = network.tensors, file.config
+    if "embeddings.patch_embeddings.projection.weight" in names:
+        if "encoder.layer.0.layer_scale1.lambda1" in names:
+            return transformers_dinov2.describe(names, config, stated)
+        raise ValueError(
+            f"{file.name} is a Vision Transformer of transformers, but not DINOv2: its blocks have "
+            "no layer_scale1.lambda1"
+        )
+    if "embeddings.patch_embeddings.weight" in names:
+        return dinov3.describe_transformers(names, config, stated)
+    if "rope_embed.periods" in names or "storage_tokens" in names:
+        return dinov3.describe(names, stated)
+    eva = "pos_embed" not in names and "blocks.0.gamma_1" in names
+    if "dinov3" in str(stated.architecture or config.get("architecture", "")) or eva:
+        return dinov3.describe_timm(names, config, stated)
+    dinov2s = ("mask_token", "register_tokens", "blocks.0.mlp.w12.weight")
+    if any(name in names for name in dinov2s) or not _flat(names):
+        return dinov2.describe(names, stated)
+    wrapped = set(network.prefix.split(".")) & {"teacher", "student", "state_dict"}
+    ibot = bool(wrapped) or "masked_embed" in names or "blocks.0.gamma_1" in names
+    return plain_vit.describe(names, config, stated, ibot=ibot)
+
+
+def _flat(names: Mapping[str, Tensor]) -> bool:
+    """Blocks are ``blocks.<i>.``, not in chunks ``blocks.<c>.<i>.``."""
+    return not any(n.split(".")[2].isdigit() for n in names if n.startswith("blocks."))
+
+
+def _own_network(file: WeightsFile, described: Mapping[str, Any]) -> Network:
+    tensors, heads = dict(file.tensors), {}
+    for head in described["heads"]:
+        own_names = [name for name in tensors if name.startswith(f"{head}.")]
+        heads[head] = {name.removeprefix(f"{head}."): tensors.pop(name) for name in own_names}
+    return Network("", tensors, heads, {}, ())
+
+
+def _pair(size: Size | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size

@@ -55,7 +55,6 @@ def describe(tensors: Mapping[str, Tensor], stated: Stated) -> Layout:
         registers=_tokens(tensors, "storage_tokens"),
         hidden=shape_of(tensors, f"{block}.mlp.{'w3' if gated else 'fc2'}.weight")[1],
         gated=gated,
-        layer_scale=f"{block}.ls1.gamma" in tensors,
         qkv_bias=biased,
     )
     settings |= {"rope_temperature": temperature, "rope_periods": rounded}
@@ -104,7 +103,6 @@ def describe_timm(
         registers=_tokens(tensors, "reg_token"),
         hidden=shape_of(tensors, f"{block}.mlp.fc2.weight")[1],
         gated=gated,
-        layer_scale=f"{block}.gamma_1" in tensors,
         qkv_bias=f"{block}.attn.q_bias" in tensors,
     )
 
@@ -131,7 +129,6 @@ def describe_transformers(
         registers=_tokens(tensors, "embeddings.register_tokens"),
         hidden=shape_of(tensors, f"{start}.0.mlp.down_proj.weight")[1],
         gated=gated,
-        layer_scale=True,
         qkv_bias=biased,
     )
     settings["rope_temperature"] = float(config.get("rope_theta", 100.0))
@@ -180,7 +177,6 @@ def _settings(
     registers: int,
     hidden: int,
     gated: bool,
-    layer_scale: bool,
     qkv_bias: bool,
 ) -> dict[str, Any]:
     width, in_chans, ph, pw = patch_weight.shape
@@ -194,9 +190,9 @@ def _settings(
         "num_heads": heads,
         "mlp_ratio": ratio(width, hidden),
         "swiglu_mlp": gated,
-        "swiglu_align_to": 0,
+        "swiglu_align_to": 1,  # timm's SwiGLU of two layers needs one; 1 changes no size
         "qkv_bias": qkv_bias,
-        "init_values": 1e-5 if layer_scale else None,
+        "init_values": 1e-5,
         "num_reg_tokens": registers,
     }
 
@@ -209,9 +205,7 @@ def _heads(width: int, config: Mapping[str, Any], stated: Stated) -> int:
     return num_heads(width, stated)
 
 
-def _rope(
-    tensors: Mapping[str, Tensor], width: int, stated: Stated
-) -> tuple[int, float, str]:
+def _rope(tensors: Mapping[str, Tensor], width: int, stated: Stated) -> tuple[int, float, str]:
     """Heads, base and rounding of rotary positions, from the periods that the file holds.
 
     There are n = head_dim / 4 periods, ``base ** (i / n)``.

@@ -98,7 +98,7 @@ def network_settings(
         "num_heads": heads,
         "mlp_ratio": _gated_ratio(width, hidden) if gated else ratio(width, hidden),
         "qkv_bias": qkv_bias,
-        "init_values": 1e-5 if layer_scale else None,
+        "init_values": 1e-5 if layer_scale else 0.0,
         "reg_tokens": registers,
         "no_embed_class": no_embed_class,
         "pos_interpolation": pos_interpolation,
@@ -113,7 +113,7 @@ def grid_size(positions: int, patch_size: tuple[int, int], stated: Stated) -> tu
     """
     if stated.file_img_size is not None:
         H, W = (n // p for n, p in zip(stated.file_img_size, patch_size, strict=True))
-        if H * W != positions:
+        if positions != H * W:
             raise ValueError(
                 f"file_img_size={stated.file_img_size} makes a grid of {H} x {W} patches, but the "
                 f"file has {positions} positions"

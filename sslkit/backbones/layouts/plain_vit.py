@@ -136,9 +136,8 @@ def _registers(tensors: Mapping[str, Tensor]) -> int:
 
 def _gated(tensors: Mapping[str, Tensor]) -> bool:
     """timm's SwiGLUPacked: the first layer makes gate and value, twice what the second takes."""
-    if "blocks.0.mlp.fc1.weight" not in tensors or "blocks.0.mlp.fc2.weight" not in tensors:
-        return False
-    return len(tensors["blocks.0.mlp.fc1.weight"]) == 2 * tensors["blocks.0.mlp.fc2.weight"].shape[1]
+    first, second = (tensors.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
+    return first is not None and second is not None and len(first) == 2 * second.shape[1]
 
 
 def _ibot_gammas(tensors: Mapping[str, Tensor]) -> bool:

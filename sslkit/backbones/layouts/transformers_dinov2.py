@@ -68,9 +68,7 @@ def describe(tensors: Mapping[str, Tensor], config: Mapping[str, Any], stated: S
     }
     if registers:
         positions = "embeddings.position_embeddings"
-        embeddings["cls_token"] = Source(
-            ("embeddings.cls_token", positions), merge_class_position
-        )
+        embeddings["cls_token"] = Source(("embeddings.cls_token", positions), merge_class_position)
         embeddings["pos_embed"] = Source((positions,), patch_positions)
     parts = {
         "attn.proj": projection,
