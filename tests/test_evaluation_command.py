@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 
 from sslkit import RASAProjector, backbones
 from sslkit.evaluation.__main__ import main
-from sslkit.evaluation.models import load_rasa, open_model
+from sslkit.evaluation.models import open_model
 from sslkit.evaluation.protocols import PROTOCOLS
+from sslkit.rasa import load_rasa
 
 SCENES = ["--data", "scenes", "--num-scenes", "24", "--scene-size", "32"]
 QUICK = ["--num-resamples", "50", "--global-size", "16", "--dense-size", "24"]

@@ -8,7 +8,6 @@ from torch import nn
 
 from sslkit import backbones
 from sslkit.evaluation.floor import ColourAndPosition
-from sslkit.rasa import RASAProjector
 from sslkit.training.checkpoint import file_digest
 
 _KINDS = (
@@ -69,32 +68,3 @@ def open_model(spec: str, *, seed: int = 0, floor_patch_size: int = 8) -> Model:
     if not path.is_file():
         raise FileNotFoundError(f"no weights {rest!r}: give {_KINDS}")
     return Model(name or path.stem, backbones.load(path), file_digest(path))
-
-
-def load_rasa(path: str | Path) -> RASAProjector:
-    """The projector whose ``state_dict`` a safetensors file holds.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds something else.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no RASA file {str(path)!r}")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    basis = tensors.get("basis")
-    if set(tensors) != {"basis"} or basis is None or basis.ndim != 2 or len(basis) % 2:
-        raise ValueError(
-            f"{path} is not a RASA file: expected one tensor, basis [2 T, D], got "
-            f"{len(tensors)}, such as {sorted(tensors)[0]}. An encoder with RASA folded in needs "
-            "no --rasa: give it as --weights"
-        )
-    rasa = RASAProjector(basis.shape[1], num_iterations=len(basis) // 2)
-    rasa.load_state_dict(tensors)
-    return rasa
