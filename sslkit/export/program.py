@@ -118,9 +118,9 @@ def _rotations(rope: Any, H: int, W: int) -> Tensor:
     sizes = torch.stack([torch.full((), n, dtype=torch.float32, device=device) for n in (H, W)])
     if rope.normalize_coords != "separate":
         sizes = (sizes.amax() if rope.normalize_coords == "max" else sizes.amin()).expand(2)
+    centre = 0.5 + rope.grid_offset
     axes = [
-        2 * (torch.arange(n, dtype=torch.float32, device=device) + 0.5 + rope.grid_offset) / size
-        - 1
+        2 * (torch.arange(n, dtype=torch.float32, device=device) + centre) / size - 1
         for n, size in zip((H, W), sizes.unbind(), strict=True)
     ]
     rows, columns = torch.meshgrid(*axes, indexing="ij")

@@ -8,6 +8,7 @@ same function under other names, and a class of layer cannot be named in a JSON 
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,19 @@ from sslkit.backbones import ViTEncoder
 from sslkit.backbones.franca import VIT_SIZES
 from sslkit.backbones.swiglu import FusedSwiGLU
 from sslkit.data.crops import normalisation
+from sslkit.export.card import Format
 from sslkit.training.checkpoint import atomic_write
 
+FORMAT = Format(
+    library="timm",
+    usage="""import timm
+
+vit = timm.create_model("hf-hub:{name}", pretrained=True).eval()  # local-dir:FOLDER for a folder
+tokens = vit.forward_features(images)  # [B, P + N, D], P = vit.num_prefix_tokens""",
+    notes="The mask token, projection heads and drop path of the training are not in this folder; "
+    "sslkit's own files keep them.",
+    tags=("timm",),
+)
 _SWIGLU_ARCHITECTURE = "vit_giant_patch14_dinov2"
 _SWIGLU_NAMES = {".mlp.w12.": ".mlp.fc1.", ".mlp.w3.": ".mlp.fc2."}
 # Of create(), and neither the network's shape nor timm's to know.
@@ -48,7 +60,8 @@ def save_for_timm(
     ``timm.create_model("hf-hub:ORG/NAME", pretrained=True)``. timm's ``forward_features(images)``
     is then ``[B, P + N, D]``: the class token, the registers and the patches of the encoder, row
     after row. It is equal at the stored grid; other sizes are resampled by timm's rule, which is
-    the encoder's where ``pos_interpolation`` is ``"antialias"``.
+    the encoder's where ``pos_interpolation`` is ``"antialias"``. Rotary periods that were rounded
+    (``rope_periods="bfloat16"``) are not rounded in timm, which a warning says.
 
     Not kept: the mask token, for which timm has no place, and drop path, which is for training;
     both change no forward pass in evaluation. A network without a class token pools the average.
@@ -75,6 +88,12 @@ def save_for_timm(
     True
     """
     architecture, model_args = describe_for_timm(encoder)
+    if encoder.rope_periods != "float32":
+        warnings.warn(
+            f"rope_periods is {encoder.rope_periods!r}, and timm's rotary positions are always in "
+            "float32, as in its own port of DINOv3: its tokens will differ slightly",
+            stacklevel=2,
+        )
     tensors = tensors_for_timm(encoder)
     _require_same_tensors(architecture, model_args, tensors)
     averages = [x.flatten().tolist() for x in normalisation(encoder.in_chans, mean, std)]
