@@ -102,7 +102,7 @@ def values(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
             tensor[shape[0] // 3 : 2 * shape[0] // 3] = 0
         elif name.endswith("periods"):
             tensor = (100 ** (torch.arange(shape[0]) / shape[0])).bfloat16()
-        elif name.endswith("gamma") or ("norm" in name and name.endswith("weight")):
+        elif name.endswith("gamma") or "norm" in name and name.endswith("weight"):
             tensor = 1 + 0.2 * tensor
         elif len(shape) == 2 and "token" not in name:
             tensor = tensor / shape[1] ** 0.5

@@ -152,7 +152,7 @@ def write_for_hub(export: HuggingFace, loaded: Loaded, metadata: dict[str, str])
     print(f'HubEncoder.from_pretrained("{export.output}")')
     if left := sorted(loaded.heads.keys() - encoder.heads.keys()):
         print(f"left out, for they are no MatryoshkaProjector: {', '.join(left)}", file=sys.stderr)
-    if export.push:
+    if export.push and export.name is not None:
         print(encoder.push_to_hub(export.name, private=export.private))
 
 

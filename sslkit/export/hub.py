@@ -41,7 +41,7 @@ class HubEncoder(ViTEncoder, PyTorchModelHubMixin):
 
     ``push_to_hub("ORG/NAME")`` uploads the same. ``from_pretrained(folder or "ORG/NAME")`` rebuilds
     the encoder with its heads, in evaluation mode, as the Hub's other classes are; it takes
-    ``img_size`` of `sslkit.backbones.load`. Every tensor has to fit.
+    the options of `sslkit.backbones.load`, such as ``img_size``. Every tensor has to fit.
 
     Args:
         encoder: built by ``sslkit.backbones.create`` or ``load``.
@@ -106,7 +106,7 @@ class HubEncoder(ViTEncoder, PyTorchModelHubMixin):
         force_download: bool,
         local_files_only: bool,
         token: str | bool | None,
-        img_size: int | tuple[int, int] | None = None,
+        **options: Any,
     ) -> "HubEncoder":
         path = Path(model_id) / constants.SAFETENSORS_SINGLE_FILE
         if not Path(model_id).is_dir():
@@ -121,7 +121,7 @@ class HubEncoder(ViTEncoder, PyTorchModelHubMixin):
                     token=token,
                 )
             )
-        loaded = backbones.read(path, img_size=img_size)
+        loaded = backbones.read(path, **options)
         metadata = backbones.read_metadata(path)
         return cls(loaded.encoder, heads=projectors(loaded.heads), metadata=metadata).eval()
 

@@ -114,7 +114,8 @@ def _rotations(rope: Any, H: int, W: int) -> Tensor:
     """
     if not isinstance(rope, RotaryEmbeddingDinoV3):
         return rope.get_embed((H, W))
-    device = rope.periods.device
+    periods: Any = rope.periods
+    device = periods.device
     sizes = torch.stack([torch.full((), n, dtype=torch.float32, device=device) for n in (H, W)])
     if rope.normalize_coords != "separate":
         sizes = (sizes.amax() if rope.normalize_coords == "max" else sizes.amin()).expand(2)
@@ -126,7 +127,7 @@ def _rotations(rope: Any, H: int, W: int) -> Tensor:
     rows, columns = torch.meshgrid(*axes, indexing="ij")
     order = (rows, columns) if rope.grid_indexing == "ij" else (columns, rows)
     coordinates = torch.stack(order, dim=-1).flatten(0, 1)  # [H * W, 2]
-    angles = 2 * torch.pi * coordinates[:, :, None] / rope.periods
+    angles = 2 * torch.pi * coordinates[:, :, None] / periods
     angles = angles.flatten(1)  # [H * W, d / 2]
     angles = angles.repeat(1, 2) if rope.rotate_half else angles.repeat_interleave(2, dim=1)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
