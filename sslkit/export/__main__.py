@@ -120,9 +120,10 @@ def run(export: Export) -> None:
             save_program(encoder, output / "encoder.pt2")
             print(f"{output / 'encoder.pt2'}")
         case Timm():
+            card = describe(export, metadata)
             save_for_timm(encoder, output, mean=export.mean, std=export.std)
             text = write_card(
-                describe(export, metadata),
+                card,
                 encoder,
                 form=TIMM_FORMAT,
                 metadata=metadata,
