@@ -117,7 +117,9 @@ def test_refuses_what_timm_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match=r"RASA is folded .* from before RASA"):
         save_for_timm(folded, tmp_path)
     with pytest.raises(ValueError, match="no settings"):
-        save_for_timm(ViTEncoder(VisionTransformer(img_size=32, depth=1, embed_dim=32)), tmp_path)
+        save_for_timm(
+            ViTEncoder(VisionTransformer(img_size=32, depth=1, embed_dim=32, num_heads=2)), tmp_path
+        )
     with pytest.raises(TypeError, match=r"act_layer=.* cannot be written as JSON"):
         save_for_timm(create("sslkit_vit_micro", act_layer=torch.nn.GELU), tmp_path)
     with pytest.raises(ValueError, match="feed-forward layers are Mlp, not the FusedSwiGLU"):
