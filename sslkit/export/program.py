@@ -142,7 +142,8 @@ def export_program(encoder: ViTEncoder) -> ExportedProgram:
 
     ``program.module()(images)`` is what `ExportableEncoder` gives, a dict of tensors by name, for
     any number of images and any height and width that are multiples of the patch size, at least
-    two patches each. RASA is in it if it was folded into the encoder's final norm. The
+    two patches each; pixels beyond the last whole patch are not seen, where the encoder would raise.
+    RASA is in it if it was folded into the encoder's final norm. The
     encoder's type and device are the program's.
 
     Args:
