@@ -91,7 +91,8 @@ def _named(
     if not timm.is_model(name):
         raise ValueError(f"architecture {name!r} is no network of timm {timm.__version__}")
     _, in_chans, ph, pw = shape_of(tensors, "patch_embed.proj.weight")
-    kept = {k: v for k, v in model_args.items() if k not in ("num_classes", "global_pool")}
+    left_out = ("num_classes", "global_pool", "dynamic_img_size")  # an encoder has its own
+    kept = {k: v for k, v in model_args.items() if k not in left_out}
     settings = {**kept, "name": name, "in_chans": in_chans, "patch_size": (ph, pw)}
     if "pos_embed" in tensors:
         given = stated.file_img_size or kept.get("img_size")
