@@ -17,7 +17,7 @@ PACKAGE = Path(sslkit.__file__).parent
 ROOT = PACKAGE.parent
 
 # A part is a top-level module or subpackage of sslkit. What is not named here is a component.
-HOUSE = {"training", "evaluation", "data", "backbones", "extract", "duplicates"}
+HOUSE = {"training", "evaluation", "data", "backbones", "extract", "duplicates", "export"}
 BASE = {"assignments", "factored_logits", "ops"}
 PARTS = {
     path.stem
@@ -45,6 +45,7 @@ PUBLIC_NAMES = {
         "MatryoshkaProjector",
         "RASAProjector",
         "SinkhornKnopp",
+        "SinkhornQueue",
         "iBOTLoss",
         "sinkhorn_many",
     ],

@@ -1,0 +1,114 @@
+"""Means, spreads and paired differences over seeds, from the rows of a results file."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from benchmarks.study.runs import Row
+
+SCORES = {
+    "knn": "k-NN",
+    "linear": "linear",
+    "in_context": "in-context mIoU",
+    "position_r2": "position R²",
+    "knn_short": "k-NN on D/16",
+    "in_context_short": "in-context mIoU on D/16",
+}
+# Two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Numbers over seeds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return mean(self.values)
+
+    @property
+    def sd(self) -> float:
+        """Sample standard deviation over seeds; 0 of one seed."""
+        return stdev(self.values) if len(self.values) > 1 else 0.0
+
+    @property
+    def halfwidth(self) -> float:
+        """Of the 95 % t interval of the mean; infinite of one seed."""
+        degrees = len(self.values) - 1
+        if degrees < 1:
+            return math.inf
+        t = _T[degrees - 1] if degrees <= len(_T) else 1.96
+        return t * self.sd / math.sqrt(degrees + 1)
+
+
+@dataclass(frozen=True)
+class Difference(Spread):
+    """One arm minus another, seed by seed."""
+
+    @property
+    def same_sign(self) -> bool:
+        """Whether all seeds agree."""
+        return all(x > 0 for x in self.values) or all(x < 0 for x in self.values)
+
+    @property
+    def verdict(self) -> str:
+        """What the seeds allow to say."""
+        if len(self.values) < 2:
+            return "one seed: no spread"
+        if abs(self.mean) > self.halfwidth:
+            return "higher" if self.mean > 0 else "lower"
+        if self.same_sign:
+            return "higher in every seed" if self.mean > 0 else "lower in every seed"
+        return "no difference shown"
+
+
+def is_share(score: str) -> bool:
+    """Whether a score is written in percent."""
+    return score != "position_r2"
+
+
+def value(row: Row, score: str) -> float | None:
+    """A score of a row, in percent where it is a share; the shortest embedding's are derived."""
+    if score == "knn_short":
+        found = next(iter(row["scores"]["knn_by_size"].values()))
+    elif score == "in_context_short":
+        found = next(iter(row.get("in_context_by_size", {}).values()), None)
+    else:
+        found = row["scores"][score]
+    return found if found is None or not is_share(score) else 100 * found
+
+
+def finished(rows: Sequence[Row], arm: str, split: str = "test") -> list[Row]:
+    """The rows of an arm that have scores, by seed."""
+    chosen = [r for r in rows if r["arm"] == arm and r["split"] == split and "scores" in r]
+    return sorted(chosen, key=lambda row: row["seed"])
+
+
+def failed(rows: Sequence[Row], arm: str) -> list[Row]:
+    """The rows of an arm whose training gave up."""
+    return [row for row in rows if row["arm"] == arm and "failed" in row]
+
+
+def by_seed(rows: Sequence[Row], arm: str, score: str, split: str) -> dict[int, float]:
+    """One score of an arm."""
+    found = {row["seed"]: value(row, score) for row in finished(rows, arm, split)}
+    return {seed: x for seed, x in found.items() if x is not None}
+
+
+def score_spread(rows: Sequence[Row], arm: str, score: str, split: str = "test") -> Spread | None:
+    """One score of an arm over its seeds; None where it has none."""
+    values = tuple(by_seed(rows, arm, score, split).values())
+    return Spread(values) if values else None
+
+
+def difference(
+    rows: Sequence[Row], arm: str, reference: str, score: str, split: str = "test"
+) -> Difference | None:
+    """``arm`` minus ``reference``, of the seeds that both have."""
+    mine, theirs = (by_seed(rows, name, score, split) for name in (arm, reference))
+    values = tuple(mine[seed] - theirs[seed] for seed in mine if seed in theirs)
+    return Difference(values) if values else None
