@@ -35,7 +35,8 @@ def examples():
     for column, (name, masks) in enumerate(KINDS.items()):
         for row in range(3):
             axes = figure.add_subplot(3, 4, 4 * row + column + 1)
-            show(axes, 1 - masks.one(NUM_MASKED, generator=draw).numpy(), cmap="gray", vmin=0)
+            hidden = masks.one(NUM_MASKED, generator=draw).float().numpy()
+            show(axes, 0.85 - 0.65 * hidden, cmap="gray", vmin=0, vmax=1)
             if row == 0:
                 axes.set_title(name)
     return figure

@@ -62,9 +62,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("output", type=Path)
     options = parser.parse_args()
-    records = {
-        run: read_metrics(options.runs / run / "pretrain" / "metrics.jsonl") for run in RUNS
-    }
+    records = {run: read_metrics(options.runs / run / "pretrain" / "metrics.jsonl") for run in RUNS}
     options.output.mkdir(parents=True, exist_ok=True)
     figure(records, num_prototypes=128).savefig(options.output / "collapse.png")
 
