@@ -148,7 +148,8 @@ def understood(target: str) -> None:
         else:
             runpy.run_module(target, run_name="__main__")
     except SystemExit as exit_:
-        assert not exit_.code, exit_.code
+        if exit_.code:
+            pytest.fail(f"{target}: {exit_.code}")
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=name_of)

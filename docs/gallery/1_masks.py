@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Masks and what they show of the image
 #
-# Four ways to mask sixty per cent of the patches, and how often each patch is masked over many draws.
-# The paper's point (section 3.2): a network that sees some places less often than others learns them
-# less well.
+# Four ways to mask sixty per cent of the patches, and how often each patch is masked over many
+# draws. The paper's point (section 3.2): a network that sees some places less often than others
+# learns them less well.
 
 # %%
 import torch
@@ -22,8 +22,8 @@ NUM_MASKED = 115
 draw = torch.Generator().manual_seed(0)
 
 # %% [markdown]
-# Three masks of each kind, dark where the patch is hidden. An inverse block leaves one piece of the
-# picture whole; the shift lets it go over the border and come back on the other side.
+# Three masks of each kind, dark where the patch is hidden. An inverse block leaves one piece of
+# the picture whole; the shift lets it go over the border and come back on the other side.
 
 
 # %%
@@ -45,9 +45,9 @@ def examples():
 examples()
 
 # %% [markdown]
-# Exposure: the share of 1,500 draws in which a patch was masked. Random masks and CyclicMask are even.
-# A block covers the middle more often than the corners; an inverse block is its negative, and the
-# corners are hardly ever seen.
+# Exposure: the share of 1,500 draws in which a patch was masked. Random masks and CyclicMask are
+# even. A block covers the middle more often than the corners; an inverse block is its negative,
+# and the corners are hardly ever seen.
 
 
 # %%
@@ -70,8 +70,8 @@ def exposures():
 exposures()
 
 # %% [markdown]
-# In a training loop the generator is called for a batch. Half of the images are masked, their ratios
-# spread evenly from a tenth to .65, which ones is random:
+# In a training loop the generator is called for a batch. Half of the images are masked, their
+# ratios spread evenly from a tenth to .65, which ones is random:
 
 # %%
 masks = CyclicMaskGenerator(GRID)(8, generator=draw)

@@ -1,9 +1,10 @@
 # %% [markdown]
 # # Sinkhorn is a bias
 #
-# Balancing a batch over prototypes is usually written as a matrix that is normalised over rows and
-# columns in turn. The result is a softmax of the scores with one number added for each prototype. This
-# page shows that, and what the balance does to a teacher that prefers a few prototypes.
+# Balancing a batch over prototypes is usually written as a matrix that is normalised over rows
+# and columns in turn. The result is a softmax of the scores with one number added for each
+# prototype. This page shows that, and what the balance does to a teacher that prefers a few
+# prototypes.
 
 # %%
 import torch
@@ -57,9 +58,9 @@ def shares():
 shares()
 
 # %% [markdown]
-# A pitfall: a softmax does not change when a number is added to a row, so subtracting each row's largest
-# score looks like a harmless guard against overflow. With few iterations it is not: rows enter the first
-# column sum with other weights.
+# A pitfall: a softmax does not change when a number is added to a row, so subtracting each row's
+# largest score looks like a harmless guard against overflow. With few iterations it is not: rows
+# enter the first column sum with other weights.
 
 # %%
 shifted = scores - scores.amax(1, keepdim=True)

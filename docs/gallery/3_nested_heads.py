@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Nested heads in a loop of your own
 #
-# A DINO loop of thirty lines, without the recipe: a small ViT, one nested head, rendered scenes, a
-# minute on a CPU core. Then the question that nesting is for: how good are the first features alone?
+# A DINO loop of thirty lines, without the recipe: a small ViT, one nested head, rendered scenes,
+# a minute on a CPU core. Then the question that nesting is for: how good are the first features
+# alone?
 
 # %%
 import torch
@@ -29,8 +30,8 @@ crops = MultiCrop(
 loader = iter(make_loader(MultiCropDataset(scenes, crops, seed=0), batch_size=48))
 
 # %% [markdown]
-# The student is an encoder and a head; the teacher is its average. The head has five levels, on the
-# first 8, 16, 32, 64 and all 128 features.
+# The student is an encoder and a head; the teacher is its average. The head has five levels, on
+# the first 8, 16, 32, 64 and all 128 features.
 
 
 # %%
@@ -53,8 +54,8 @@ fresh = EMATeacher(student).module.encoder
 print(student.head.nesting_dims, student.head.num_prototypes_per_level)
 
 # %% [markdown]
-# One step: targets from the teacher's two global views, balanced over the batch at every level; the
-# student's four views are compared with them; the teacher follows.
+# One step: targets from the teacher's two global views, balanced over the batch at every level;
+# the student's four views are compared with them; the teacher follows.
 
 # %%
 STEPS, PEAK = 90, 1.3e-3
@@ -82,8 +83,8 @@ for step in range(STEPS):
         print(f"step {step:3d}  loss {loss.item():.3f}")
 
 # %% [markdown]
-# k-NN with the first 8, 16, ... features of the class token, trained and fresh, on scenes of another
-# seed:
+# k-NN with the first 8, 16, ... features of the class token, trained and fresh, on scenes of
+# another seed:
 
 # %%
 view = EvalTransform(24)

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # RASA on two networks
 #
-# Patch features know where in the picture they are. RASA finds the directions that tell, and projects
-# them away, on any ViT and without training it: here a timm ViT with random weights, and the small
-# network of the page before.
+# Patch features know where in the picture they are. RASA finds the directions that tell, and
+# projects them away, on any ViT and without training it: here a timm ViT with random weights, and
+# the small network of the page before.
 
 # %%
 import timm
@@ -25,8 +25,8 @@ networks = {
 }
 
 # %% [markdown]
-# Features of 60 pictures to fit on, and of 60 others to measure on: how well does linear regression
-# predict row and column of a patch?
+# Features of 60 pictures to fit on, and of 60 others to measure on: how well does linear
+# regression predict row and column of a patch?
 
 # %%
 errors = {}
@@ -55,15 +55,15 @@ for name, (encoder, size) in networks.items():
         errors[f"{name.split(',')[0].split(' on')[0]}, {when}"] = probe.squared_errors.mean((0, 3))
 
 # %% [markdown]
-# The error of the probe at each place. Before, it is low nearly everywhere; afterwards the best guess is
-# the centre, and the error grows towards the corners.
+# The error of the probe at each place. Before, it is low nearly everywhere; afterwards the best
+# guess is the centre, and the error grows towards the corners.
 
 # %%
 position_maps(errors)
 
 # %% [markdown]
-# All planes together are one matrix, equal to its own square, so a linear layer can carry it. Folded into a
-# ViT, the result is an ordinary checkpoint:
+# All planes together are one matrix, equal to its own square, so a linear layer can carry it.
+# Folded into a ViT, the result is an ordinary checkpoint:
 
 # %%
 encoder, size = networks["trained on scenes"]

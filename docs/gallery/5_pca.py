@@ -1,9 +1,9 @@
 # %% [markdown]
 # # What patch features look like
 #
-# The first three principal components of all patches as red, green and blue: like features, like colours.
-# The network of the page on nested heads has trained for a minute, so do not expect objects; expect colours
-# of ground and things, where fresh weights show place.
+# The first three principal components of all patches as red, green and blue: like features, like
+# colours. The network of the page on nested heads has trained for a minute, so do not expect
+# objects; expect colours of ground and things, where fresh weights show place.
 
 # %%
 import torch

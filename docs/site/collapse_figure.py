@@ -2,7 +2,7 @@
 
     python docs/site/collapse_figure.py runs docs/recipe
 
-Reads `<run>/pretrain/metrics.jsonl` of `healthy`, `one_prototype` and `uniform` in the first folder.
+Reads `<run>/pretrain/metrics.jsonl` of `healthy`, `one_prototype` and `uniform` in `runs`.
 """
 
 import argparse

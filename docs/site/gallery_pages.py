@@ -1,4 +1,4 @@
-"""The gallery's pages, which `make gallery` wrote to build/gallery, in the site (a hook of mkdocs)."""
+"""The gallery's pages, which `make gallery` wrote to build/gallery, as pages of the site."""
 
 import logging
 from pathlib import Path

@@ -58,7 +58,8 @@ def photograph(browser: Browser, site: Path, output: Path, pages: list[str]) -> 
                 page.wait_for_load_state("networkidle")
                 wide = page.evaluate("document.documentElement.scrollWidth")
                 broken = page.evaluate(
-                    "[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
+                    "[...document.images]"
+                    ".filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
                 )
                 yield from (f"{seen}: is {wide} pixels wide" for _ in range(wide > width))
                 yield from (f"{seen}: picture {source} is broken" for source in broken)

@@ -13,8 +13,8 @@ RECIPE = Path(__file__).parents[2] / "examples" / "franca_recipe.py"
 PAGE = "settings.md"
 INTRODUCTION = """# Every setting
 
-Made from the dataclasses of [examples/franca_recipe.py](../examples/franca_recipe.py) when this site
-is built. A setting's flag is its name with dashes: `--model.num-prototypes 4096`. The column
+Made from the dataclasses of [examples/franca_recipe.py](../examples/franca_recipe.py) when this
+site is built. A setting's flag is its name with dashes: `--model.num-prototypes 4096`. The column
 *default* is `vitb14_in21k`, the paper's ViT-B on ImageNet-21K; behind it stand the presets that
 differ. `--help` prints the values of the preset that is asked for. Shares are of the number of
 steps, so that a shorter run keeps the shape of its schedules.
@@ -69,7 +69,8 @@ def descriptions(tree: ast.Module) -> dict[str, dict[str, str]]:
             texts = {"": ast.get_docstring(node) or ""}
             for field, below in zip(node.body, node.body[1:], strict=False):
                 if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                    texts.update({field.target.id: text for text in _text(below)})
+                    for text in _text(below):
+                        texts[field.target.id] = text
             found[node.name] = texts
     return found
 
