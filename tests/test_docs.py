@@ -17,6 +17,8 @@ import pytest
 import torch
 import tyro
 
+from docs.gallery.run import run as run_script
+from docs.site import source_pages
 from docs.site.docstrings import as_markdown
 from docs.site.settings_page import descriptions, load_recipe, markdown
 from tests.pages import ROOT, Block, anchors, blocks, commands, name_of, pages, prose
@@ -216,3 +218,51 @@ def test_doctests_of_docstrings_become_code_blocks() -> None:
         *("Adds.", "", "Example:", "    ```pycon", "    >>> 1 + 1", "    2", "    ```", ""),
         *("See `x`:", "", "    y"),
     ]
+
+
+SCRIPT = """# %% [markdown]
+# # A title
+# and text.
+
+# %%
+from matplotlib.figure import Figure
+
+x = 6 * 7
+print(x)
+
+# %%
+figure = Figure(figsize=(1, 1))
+figure.set_label("a picture")
+figure
+"""
+
+
+def test_gallery_script_becomes_a_page(tmp_path: Path) -> None:
+    script = tmp_path / "9_example.py"
+    script.write_text(SCRIPT)
+    page = run_script(script, tmp_path).read_text()
+    assert page.startswith("# A title\nand text.\n\n```python\nfrom matplotlib")
+    assert "```text\n42\n```" in page
+    assert page.endswith("```\n\n![a picture](9_example_2.png)\n")
+    assert (tmp_path / "9_example_2.png").stat().st_size > 0
+
+
+def test_gallery_script_that_fails_names_its_line(tmp_path: Path) -> None:
+    script = tmp_path / "9_example.py"
+    script.write_text(SCRIPT.replace("6 * 7", "6 / 0"))
+    with pytest.raises(ZeroDivisionError) as caught:
+        run_script(script, tmp_path)
+    assert caught.traceback[-1].lineno == 7
+
+
+@pytest.mark.parametrize(
+    ("page", "target", "path"),
+    [
+        ("index.md", "../examples/sinkhorn_in_swav.py", "examples/sinkhorn_in_swav.py"),
+        ("reference/masking.md", "../../sslkit/masking.py", "sslkit/masking.py"),
+        ("reference/masking.md", "../evaluation.md", None),
+        ("index.md", "../../elsewhere.md", None),
+    ],
+)
+def test_links_to_files_of_the_repository(page: str, target: str, path: str | None) -> None:
+    assert source_pages.in_repository(page, target) == path

@@ -2,8 +2,8 @@
 # # Nested heads in a loop of your own
 #
 # A DINO loop of thirty lines, without the recipe: a small ViT, one nested head, rendered scenes,
-# a minute on a CPU core. Then the question that nesting is for: how good are the first features
-# alone?
+# ninety steps. Then the question that nesting is for: how good are the first features alone? Ninety
+# steps are few, so expect a few points; `make demo` trains for longer, with all of the method.
 
 # %%
 import torch

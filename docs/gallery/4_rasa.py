@@ -48,14 +48,15 @@ for name, (encoder, size) in networks.items():
     kept = (rasa(held_out).var((0, 1, 2)).sum() / held_out.var((0, 1, 2)).sum()).item()
     planes = int((rasa.basis.norm(dim=1) > 0).sum()) // 2
     print(
-        f"{name}: R^2 {before.r2:.2f} -> {after.r2:.2f}, {planes} planes, variance kept {kept:.2f}"
+        f"{name}: R^2 {before.r2:.2f} -> {after.r2:.2f}, planes: {planes}, variance kept {kept:.2f}"
     )
     print("  error of the heads:", " ".join(f"{e:.4f}" for e in steps))
     for when, probe in (("before", before), ("after", after)):
         errors[f"{name.split(',')[0].split(' on')[0]}, {when}"] = probe.squared_errors.mean((0, 3))
 
 # %% [markdown]
-# The error of the probe at each place. Before, it is low nearly everywhere; afterwards the best
+# The error of the probe at each place. Before, it is low nearly everywhere in
+# the trained network; afterwards the best
 # guess is the centre, and the error grows towards the corners.
 
 # %%

@@ -2,8 +2,8 @@
 # # What patch features look like
 #
 # The first three principal components of all patches as red, green and blue: like features, like
-# colours. The network of the page on nested heads has trained for a minute, so do not expect
-# objects; expect colours of ground and things, where fresh weights show place.
+# colours. The network of the page on nested heads has trained for ninety steps, so do not expect
+# parts of objects to be told apart.
 
 # %%
 import torch
@@ -29,20 +29,23 @@ def patches(encoder):
 
 
 # %% [markdown]
-# Fresh weights:
+# Fresh weights. They see the colour and brightness of a patch, and that alone parts things from
+# ground:
 
 # %%
 draw(images, pca_maps(patches(fresh), threshold=None).rgb)
 
 # %% [markdown]
-# Trained:
+# Trained. Colours are calmer within a thing, and textures count for less:
 
 # %%
 features = patches(trained)
 draw(images, pca_maps(features, threshold=None).rgb)
 
 # %% [markdown]
-# Trained, without what tells the place (RASA, fitted on these features):
+# Trained, without what tells the place (RASA, fitted on these features). Hardly anything changes:
+# place is easy to predict from these features, and still a small share of their variance, most of
+# which is left.
 
 # %%
 rasa = RASAProjector(features.shape[-1], num_iterations=6)

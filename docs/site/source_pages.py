@@ -25,7 +25,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     found: dict[str, str] = {}
     for page in files.documentation_pages():
         for link in LINK.finditer(page.content_string):
-            path = _in_repository(page.src_uri, link["target"])
+            path = in_repository(page.src_uri, link["target"])
             if path is not None:
                 found[path] = page.src_uri
     for path, page_uri in sorted(found.items()):
@@ -45,7 +45,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return markdown
 
     def rewritten(link: re.Match[str]) -> str:
-        path = _in_repository(page.file.src_uri, link["target"])
+        path = in_repository(page.file.src_uri, link["target"])
         if path is None or not (ROOT / path).exists():
             return link[0]
         here = posixpath.dirname(page.file.src_uri) or "."
@@ -54,7 +54,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return LINK.sub(rewritten, markdown)
 
 
-def _in_repository(page_uri: str, target: str) -> str | None:
+def in_repository(page_uri: str, target: str) -> str | None:
     """The path from the root of the repository, or None for a file of ``docs``."""
     path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page_uri), target))
     return None if path.startswith(("docs/", "..")) else path
