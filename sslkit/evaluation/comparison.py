@@ -170,22 +170,22 @@ def _measure(
             reference = None
             if model != first.name and first.name in outcomes:
                 reference = outcomes[first.name].scores.get(name)
-            intervals = []
-            for minus in (None, reference):
-                # One generator each time: the same draws for every model.
-                generator = first.generator(_BOOTSTRAP)
-                intervals.append(
-                    bootstrap(
-                        score,
-                        minus=minus,
-                        level=level,
-                        num_resamples=num_resamples,
-                        generator=generator,
-                    )
+            if reference is not None and reference.num_items != score.num_items:
+                reference = None
+            interval, difference = (
+                bootstrap(
+                    score,
+                    minus=minus,
+                    level=level,
+                    num_resamples=num_resamples,
+                    # One generator each time: the same draws for every model.
+                    generator=first.generator(_BOOTSTRAP),
                 )
-            paired = reference is not None and reference.num_items == score.num_items
-            difference = intervals[1] if paired else None
-            measured.setdefault(name, {})[model] = Measured(score, intervals[0], difference)
+                for minus in (None, reference)
+            )
+            measured.setdefault(name, {})[model] = Measured(
+                score, interval, difference if reference is not None else None
+            )
     return measured
 
 
