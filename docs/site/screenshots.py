@@ -9,7 +9,10 @@ scripts.
 
 import argparse
 import shutil
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
@@ -33,14 +36,27 @@ def main() -> None:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
-        faults = list(photograph(browser, options.site.resolve(), options.output, pages))
+        with ThreadingHTTPServer(
+            ("localhost", 0), partial(Quiet, directory=options.site)
+        ) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            home = f"http://localhost:{server.server_port}"
+            faults = list(photograph(browser, home, options.output, pages))
+            server.shutdown()
         browser.close()
     for fault in faults:
         print(fault)
     raise SystemExit(bool(faults))
 
 
-def photograph(browser: Browser, site: Path, output: Path, pages: list[str]) -> Iterator[str]:
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves the site without a line for each request."""
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+def photograph(browser: Browser, home: str, output: Path, pages: list[str]) -> Iterator[str]:
     """One picture for each page, width and scheme; yields what is wrong with them."""
     for scheme in SCHEMES:
         for device, width in WIDTHS.items():
@@ -54,7 +70,7 @@ def photograph(browser: Browser, site: Path, output: Path, pages: list[str]) -> 
                 errors: list[str] = []
                 page.on("request", lambda request, urls=requests: urls.append(request.url))
                 page.on("pageerror", lambda error, texts=errors: texts.append(str(error)))
-                page.goto((site / page_name).as_uri())
+                page.goto(f"{home}/{page_name}")
                 page.wait_for_load_state("networkidle")
                 wide = page.evaluate("document.documentElement.scrollWidth")
                 broken = page.evaluate(
@@ -63,7 +79,8 @@ def photograph(browser: Browser, site: Path, output: Path, pages: list[str]) -> 
                 )
                 yield from (f"{seen}: is {wide} pixels wide" for _ in range(wide > width))
                 yield from (f"{seen}: picture {source} is broken" for source in broken)
-                yield from (f"{seen}: asks for {url}" for url in requests if url[:4] == "http")
+                abroad = [url for url in requests if not url.startswith((home, "data:"))]
+                yield from (f"{seen}: asks for {url}" for url in abroad)
                 yield from (f"{seen}: script error: {error}" for error in errors)
                 height = min(page.evaluate("document.body.scrollHeight"), MOST_PIXELS_HIGH)
                 page.set_viewport_size({"width": width, "height": height})
