@@ -44,7 +44,7 @@ class ExportableEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """``[B, C, h, w]`` to tokens by name."""
-        vit = self.encoder.vit
+        vit: Any = self.encoder.vit
         x = vit.patch_embed.proj(images)
         B, _, H, W = x.shape
         x = vit.patch_embed.norm(x.flatten(2).transpose(1, 2))  # [B, N, D]
@@ -73,7 +73,7 @@ class ExportableEncoder(nn.Module):
 
     def _positions(self, H: int, W: int) -> tuple[Tensor, Tensor]:
         """Position embeddings of the prefix and of an H x W grid, ``[1, H * W, D]``."""
-        vit = self.encoder.vit
+        vit: Any = self.encoder.vit
         num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         prefix, patches = vit.pos_embed.tensor_split((num_prefix,), dim=1)
         H0, W0 = self.encoder.grid_size
@@ -142,9 +142,9 @@ def export_program(encoder: ViTEncoder) -> ExportedProgram:
 
     ``program.module()(images)`` is what `ExportableEncoder` gives, a dict of tensors by name, for
     any number of images and any height and width that are multiples of the patch size, at least
-    two patches each; pixels beyond the last whole patch are not seen, where the encoder would raise.
-    RASA is in it if it was folded into the encoder's final norm. The
-    encoder's type and device are the program's.
+    two patches each; pixels beyond the last whole patch are not seen, where the encoder would
+    raise. RASA is in it if it was folded into the encoder's final norm. The encoder's type and
+    device are the program's.
 
     Args:
         encoder: it is in evaluation mode afterwards.
