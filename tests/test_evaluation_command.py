@@ -85,7 +85,7 @@ def test_rasa_files(tmp_path, weights):
     save_file(rasa.state_dict(), tmp_path / "rasa.safetensors")
     x = torch.randn(3, 8)
     assert torch.equal(load_rasa(tmp_path / "rasa.safetensors")(x), rasa(x))
-    with pytest.raises(ValueError, match=r"expected one tensor, basis .* give it as --weights"):
+    with pytest.raises(ValueError, match=r"expected one tensor, basis .* give it as the weights"):
         load_rasa(weights)
     with pytest.raises(FileNotFoundError, match="no RASA file"):
         load_rasa(tmp_path / "missing")
