@@ -4,12 +4,12 @@
 ``franca_vits14``, ... build the networks of Franca, with weights of a file or with fresh ones.
 """
 
-from typing import Any
+from typing import Any as _Any  # torch.hub takes public callables for entry points
 
 dependencies = ["torch", "timm", "einops", "numpy", "safetensors"]
 
 
-def encoder(weights: str, **options: Any) -> Any:
+def encoder(weights: str, **options: _Any) -> _Any:
     """The encoder of a file, a folder, ``hf:ORG/NAME`` or ``timm:NAME``, in evaluation mode.
 
     Args:
@@ -24,34 +24,34 @@ def encoder(weights: str, **options: Any) -> Any:
     return backbones.load(weights, **options).eval()
 
 
-def rasa(weights: str) -> Any:
+def rasa(weights: str) -> _Any:
     """The `sslkit.RASAProjector` of a file: ours, or the head of the released Franca."""
     from sslkit.rasa import load_rasa
 
     return load_rasa(weights).eval()
 
 
-def franca_vits14(weights: str | None = None, **options: Any) -> Any:
+def franca_vits14(weights: str | None = None, **options: _Any) -> _Any:
     """ViT-S/14 of Franca's design; see `_franca`."""
     return _franca("franca_vits14", weights, options)
 
 
-def franca_vitb14(weights: str | None = None, **options: Any) -> Any:
+def franca_vitb14(weights: str | None = None, **options: _Any) -> _Any:
     """ViT-B/14 of Franca; see `_franca`."""
     return _franca("franca_vitb14", weights, options)
 
 
-def franca_vitl14(weights: str | None = None, **options: Any) -> Any:
+def franca_vitl14(weights: str | None = None, **options: _Any) -> _Any:
     """ViT-L/14 of Franca; see `_franca`."""
     return _franca("franca_vitl14", weights, options)
 
 
-def franca_vitg14(weights: str | None = None, **options: Any) -> Any:
+def franca_vitg14(weights: str | None = None, **options: _Any) -> _Any:
     """ViT-g/14 of Franca; see `_franca`."""
     return _franca("franca_vitg14", weights, options)
 
 
-def _franca(name: str, weights: str | None, options: dict[str, Any]) -> Any:
+def _franca(name: str, weights: str | None, options: dict[str, _Any]) -> _Any:
     """A network by name, with the weights of a file, or fresh ones; in evaluation mode.
 
     ``options`` are those of `sslkit.backbones.load`, or without weights of ``create``.

@@ -117,7 +117,10 @@ encoder = torch.hub.load(sys.argv[1], "encoder", sys.argv[2], source="local", im
 rasa = torch.hub.load(sys.argv[1], "rasa", sys.argv[3], source="local")
 print(encoder.training, encoder.grid_size, tuple(rasa.basis.shape))
 fresh = torch.hub.load(sys.argv[1], "franca_vits14", source="local", depth=1, img_size=28)
-print(fresh.embed_dim, fresh.training, sorted(torch.hub.list(sys.argv[1], source="local")))
+sys.path.insert(0, sys.argv[1])
+import hubconf
+public = {name: value for name, value in vars(hubconf).items() if not name.startswith("_")}
+print(fresh.embed_dim, fresh.training, sorted(n for n, value in public.items() if callable(value)))
 try:
     torch.hub.load(sys.argv[1], "franca_vitb14", sys.argv[2], source="local")
 except ValueError as error:
