@@ -183,8 +183,13 @@ def test_parquet_holds_the_same_a_row_group_a_part(tmp_path, given, dtype):
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_any_number_of_processes_gives_the_same_file(tmp_path, given, world_size):
     extract_to_file(given, tmp_path / "one.npy", parallel=ALONE)
-    for rank in reversed(range(world_size)):  # the first one joins what the others made
-        process = Parallel(rank, world_size, torch.device("cpu"), None)
+    # One after the other: the first begins, and joins what the others make.
+    with pytest.raises(RuntimeError, match="do all processes see that folder"):
+        extract_to_file(
+            given, tmp_path / "many.npy", parallel=Parallel(0, world_size, ALONE.device, None)
+        )
+    for rank in reversed(range(world_size)):
+        process = Parallel(rank, world_size, ALONE.device, None)
         done = extract_to_file(given, tmp_path / "many.npy", parallel=process)
         assert (done is None) == (rank > 0)
     for ending in ("npy", "csv"):
