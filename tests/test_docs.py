@@ -10,6 +10,7 @@ import re
 import runpy
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +22,7 @@ from docs.gallery.run import run as run_script
 from docs.site import source_pages
 from docs.site.docstrings import as_markdown
 from docs.site.settings_page import descriptions, load_recipe, markdown
+from sslkit import backbones
 from tests.pages import ROOT, Block, anchors, blocks, commands, name_of, pages, prose
 
 PAGES = pages()
@@ -90,18 +92,20 @@ class Parsed(BaseException):
 @pytest.fixture
 def only_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever parses a command line gets no further."""
-    cli, parse_args = tyro.cli, argparse.ArgumentParser.parse_args
 
-    def parse_by_tyro(*args: object, **kwargs: object) -> None:
-        cli(*args, **kwargs)
-        raise Parsed
+    def stopped_after(parse: Callable[..., object]) -> Callable[..., None]:
+        def parse_and_stop(*args: object, **kwargs: object) -> None:
+            parse(*args, **kwargs)
+            raise Parsed
 
-    def parse_by_argparse(*args: object, **kwargs: object) -> None:
-        parse_args(*args, **kwargs)
-        raise Parsed
+        return parse_and_stop
 
-    monkeypatch.setattr(tyro, "cli", parse_by_tyro)
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_by_argparse)
+    for owner, name in (
+        (tyro, "cli"),
+        (tyro.extras, "subcommand_cli_from_dict"),
+        (argparse.ArgumentParser, "parse_args"),
+    ):
+        monkeypatch.setattr(owner, name, stopped_after(getattr(owner, name)))
 
 
 SHELL = [
@@ -134,6 +138,8 @@ def test_commands_of_the_pages_are_understood(
             target, *arguments = arguments
         monkeypatch.setattr(sys, "argv", [target, *arguments])
         monkeypatch.syspath_prepend(str(ROOT))
+        for weights in (word for word in words if re.fullmatch(r"[\w/]+\.safetensors", word)):
+            backbones.save(backbones.create("sslkit_vit_micro"), stranger / weights)
         with contextlib.suppress(Parsed):
             understood(target)
     else:
