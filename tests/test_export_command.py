@@ -51,6 +51,7 @@ def test_timm(weights, tmp_path, capsys):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: timm" in card
     assert "| k-NN accuracy | 0.4000 |" in card
+    assert "Data: images. Shares" in card
     assert "- from: `pretrain.safetensors`" in card
 
 

@@ -1,6 +1,7 @@
 """python -m sslkit.export timm|hf|onnx|torch --weights FILE --output DIR: encoders for others."""
 
 import dataclasses
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -198,6 +199,8 @@ def describe(export: Described, metadata: dict[str, str]) -> Card:
             raise
         print(f"no scores in the card: {error}", file=sys.stderr)
         return card
+    if scored_on is None:  # the recipe's scores are of the data that it trained on
+        scored_on = json.loads(metadata.get("settings", "{}")).get("data")
     return dataclasses.replace(card, scores=scores, scored_on=scored_on)
 
 

@@ -37,7 +37,7 @@ def resampling_matrices(
 
     >>> rows, columns = resampling_matrices((4, 2), (2, 2), "bicubic")
     >>> rows
-    tensor([[-0.0938,  0.5938,  0.5938, -0.0938],
+    tensor([[ 0.5000,  0.5938, -0.0938,  0.0000],
             [ 0.0000, -0.0938,  0.5938,  0.5000]])
     >>> columns
     tensor([[1., 0.],
