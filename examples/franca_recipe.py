@@ -26,7 +26,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, cast
 
-import safetensors.torch
 import torch
 import tyro
 from matplotlib.figure import Figure
@@ -80,7 +79,7 @@ from sslkit.evaluation.report import format_table, write_report
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import EvalTransform
 from sslkit.factored_logits import Logits
-from sslkit.rasa import patch_positions
+from sslkit.rasa import patch_positions, save_rasa
 from sslkit.schedules import (
     cosine,
     ema_batch_scaling,
@@ -1439,8 +1438,7 @@ def remove_position(settings: Settings, parallel: Parallel) -> None:
         print(f"rasa: iteration {iteration}, position error {error:.5f}")
     encoder = encoder.cpu()
     encoder.vit = rasa.fold_into_vit(encoder.vit)
-    with atomic_write(settings.output / "rasa_projector.safetensors") as file:
-        file.write(safetensors.torch.save(rasa.state_dict()))  # for sslkit.evaluation --rasa
+    save_rasa(rasa, settings.output / "rasa_projector.safetensors")  # for sslkit.evaluation --rasa
     path = settings.output / "rasa.safetensors"
     described = {"stage": "rasa", "of": plan.name, "position_errors": json.dumps(errors)}
     backbones.save(encoder, path, described)

@@ -618,6 +618,13 @@ def with_unknown_norm():
     return encoder
 
 
+def test_a_saved_file_is_as_readable_as_any_other(tmp_path):
+    (tmp_path / "other").touch()
+    save(create("sslkit_vit_micro"), tmp_path / "encoder.safetensors")
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 @pytest.mark.parametrize(
     ("make", "metadata", "error", "message"),
     [

@@ -49,8 +49,9 @@ def save_rasa(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {name: tensor.contiguous() for name, tensor in rasa.state_dict().items()}
     try:
-        _import_safetensors().torch.save_file(tensors, temporary, metadata=dict(metadata or {}))
-        with temporary.open("rb") as file:
+        with temporary.open("wb") as file:
+            file.write(_import_safetensors().torch.save(tensors, dict(metadata or {})))
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
