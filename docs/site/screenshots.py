@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from playwright.sync_api import Browser, sync_playwright
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 WIDTHS = {"desktop": 1280, "phone": 390}
 SCHEMES = ("light", "dark")
@@ -29,6 +31,8 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("pages", nargs="*", help="such as recipe.html; default: all")
     options = parser.parse_args()
+    from playwright.sync_api import sync_playwright
+
     found = (path.relative_to(options.site).as_posix() for path in options.site.rglob("*.html"))
     pages = options.pages or sorted(set(found) - {"404.html"})
     options.output.mkdir(parents=True, exist_ok=True)
@@ -56,7 +60,7 @@ class Quiet(SimpleHTTPRequestHandler):
         """Say nothing."""
 
 
-def photograph(browser: Browser, home: str, output: Path, pages: list[str]) -> Iterator[str]:
+def photograph(browser: "Browser", home: str, output: Path, pages: list[str]) -> Iterator[str]:
     """One picture for each page, width and scheme; yields what is wrong with them."""
     for scheme in SCHEMES:
         for device, width in WIDTHS.items():
