@@ -4,13 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
-.PHONY: demo test test-slow lint types unit smoke bench bench-gpu clean
+.PHONY: demo test test-slow lint types unit docs gallery smoke bench bench-gpu clean
 
 demo: $(VENV)/recipe.installed
 	rm -rf $(DEMO)
 	$(BIN)/python examples/franca_recipe.py --preset demo --output $(DEMO)
 
-test: lint types unit smoke
+test: lint types unit docs smoke
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
@@ -25,6 +25,14 @@ unit: $(VENV)/dev.installed
 # What takes minutes: a run that is killed twenty times.
 test-slow: $(VENV)/dev.installed
 	$(BIN)/python -m pytest -m slow -s
+
+# The guide, into build/site: warnings are errors, and nothing is fetched.
+docs: gallery
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The pages of docs/gallery, each a script that is run from top to bottom.
+gallery: $(VENV)/dev.installed
+	$(BIN)/python docs/gallery/run.py
 
 # The recipe as a user runs it: every stage, on the built-in scenes, in under two minutes.
 smoke: $(VENV)/dev.installed

@@ -3,6 +3,7 @@
     python examples/franca_recipe.py --preset demo --output runs/demo
     python examples/franca_recipe.py --preset vitb14_in21k --data /images --output runs/vitb
     torchrun --nproc-per-node 8 examples/franca_recipe.py --preset vitl14_in21k ...
+    python examples/franca_recipe.py --preset adapt --init-from weights.safetensors --data folder
 
 Top to bottom: settings and presets, networks, targets, losses, the training loop, then
 high-resolution adaptation, RASA, evaluation and the report. Every stage writes what the next one
@@ -18,14 +19,13 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, cast
 
-import safetensors.torch
 import torch
 import tyro
 from matplotlib.figure import Figure
@@ -42,11 +42,12 @@ from sslkit import (
     KoLeoLoss,
     MatryoshkaProjector,
     RASAProjector,
+    SinkhornQueue,
     backbones,
     iBOTLoss,
     sinkhorn_many,
 )
-from sslkit.backbones import ViTEncoder
+from sslkit.backbones import Loaded, ViTEncoder
 from sslkit.data import (
     Batch,
     MultiCrop,
@@ -78,13 +79,22 @@ from sslkit.evaluation.report import format_table, write_report
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import EvalTransform
 from sslkit.factored_logits import Logits
-from sslkit.rasa import patch_positions
-from sslkit.schedules import cosine, linear_warmup, sqrt_batch_scaling, unfreeze, warmup_cosine
+from sslkit.rasa import patch_positions, save_rasa
+from sslkit.schedules import (
+    cosine,
+    ema_batch_scaling,
+    joining,
+    linear_warmup,
+    sqrt_batch_scaling,
+    unfreeze,
+    warmup_cosine,
+)
 from sslkit.training.checkpoint import (
     CheckpointError,
     Checkpoints,
     atomic_write,
     checkpoint_group,
+    file_digest,
     step_of,
 )
 from sslkit.training.metrics import MetricsWriter, read_metrics
@@ -99,6 +109,7 @@ from sslkit.training.parallel import (
     Parallel,
     choose,
     gradients_synchronised,
+    joined,
     lost_contact,
     replicate,
     restarted,
@@ -113,7 +124,9 @@ from sslkit.training.signals import stop_request
 SUBMODULES = ("backbone", "dino_head", "ibot_head")  # gradients are clipped in each by itself
 MASK_COUNTS, MASKS, DROP_PATH = range(3)  # what a stage draws random numbers for
 NUM_GLOBAL = 2  # global crops of an image; the teacher sees these alone
-PresetName = Literal["demo", "smoke", "cifar10", "vitb14_in21k", "vitl14_in21k", "vitg14_laion"]
+PresetName = Literal[
+    "demo", "smoke", "cifar10", "adapt", "vitb14_in21k", "vitl14_in21k", "vitg14_laion"
+]
 Stage = Literal["pretrain", "highres", "rasa", "evaluate", "report"]
 
 # ------------------------------------------------------------------------------------ settings
@@ -124,7 +137,9 @@ class Model:
     """The encoder and its two nested heads."""
 
     backbone: str = "franca_vitb14"
-    """A name of sslkit.backbones or any timm ViT."""
+    """A name of sslkit.backbones or any timm ViT; with --init-from that of the file."""
+    backbone_settings: str = "{}"
+    """More arguments of sslkit.backbones.create, as JSON, such as '{"reg_tokens": 4}'."""
     in_chans: int = 3
     drop_path: float = 0.1
     """Stochastic depth of the student (paper section 4)."""
@@ -174,6 +189,8 @@ class Targets:
 
     kind: Literal["sinkhorn", "centering"] = "sinkhorn"
     sinkhorn_iterations: int = 3
+    queue: int = 0
+    """Past rows, of all processes, that each level is balanced with; for small batches."""
     centering_momentum: float = 0.9
     start_temperature: float = 0.04
     temperature: float = 0.07
@@ -208,6 +225,20 @@ class Optim:
     freeze_prototypes: float = 1 / 500
     """Share of the steps during which the last layers keep their initial value."""
     momentum: tuple[float, float] = (0.994, 1.0)
+    momentum_batch: int = 0
+    """Batch that `momentum` is stated at, momentum ** (batch / this) at others; 0: at any batch."""
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a run with --init-from begins. What the file decides is filled in and kept."""
+
+    heads: Literal["auto", "file", "fresh"] = "auto"
+    """auto: the file's if it has both and they are as --model says."""
+    head_warmup: float = 0.1
+    """Share of the steps in which fresh heads learn on a backbone that rests."""
+    sha256: str = ""
+    """Of the file; one that is given has to be right."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +301,8 @@ class Settings:
     """Each needs the results of those before it, from this call or an earlier one."""
     resume: bool = False
     """Continue the run in --output from its last checkpoint."""
+    init_from: str = ""
+    """Weights to continue training from: any file or name that sslkit.backbones.read takes."""
     accept_changes: bool = False
     """Let --resume continue with other settings than the run was made with."""
     seed: int = 0
@@ -310,6 +343,7 @@ class Settings:
     targets: Targets = field(default_factory=Targets)
     losses: Losses = field(default_factory=Losses)
     optim: Optim = field(default_factory=Optim)
+    init: Init = field(default_factory=Init)
     highres: HighRes = field(default_factory=HighRes)
     rasa: Rasa = field(default_factory=Rasa)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -441,6 +475,38 @@ PRESETS["smoke"] = replace(
         resize_over_crop=1.0,
     ),
 )
+# Weights of --init-from on hundreds or thousands of images, one GPU or CPU (docs/adapt.md has the
+# reasons). The file decides the backbone and, for as long as nobody says otherwise, the crops.
+PRESETS["adapt"] = Settings(
+    preset="adapt",
+    data="images",
+    stages=("pretrain", "rasa", "evaluate", "report"),
+    steps=2000,
+    batch_size=32,
+    workers=4,
+    checkpoint_every=200,
+    keep_every=0,
+    # Two rows of batch and queue for each prototype, and heads that few images can teach.
+    model=Model(num_prototypes=512, head_hidden_dim=512, dino_bottleneck=128, ibot_bottleneck=128),
+    targets=Targets(temperature=0.04, queue=1024),
+    losses=Losses(ibot=0.5),
+    optim=Optim(
+        layer_decay=0.8,
+        lr_warmup=0.05,
+        weight_decay=(0.04, 0.04),
+        freeze_prototypes=0.01,
+        momentum=(0.99, 1.0),
+        momentum_batch=64,
+    ),
+    highres=HighRes(steps=200, batch_size=32),
+    evaluation=Evaluation(
+        num_train=5000,
+        num_test=1000,
+        online_train=2000,
+        online_test=500,
+        online_every=200,
+    ),
+)
 
 
 # ------------------------------------------------------------------------------------ networks
@@ -462,6 +528,7 @@ def make_encoder(model: Model, global_size: int) -> ViTEncoder:
         in_chans=model.in_chans,
         drop_path_rate=model.drop_path,
         activation_checkpointing=model.activation_checkpointing,
+        **json.loads(model.backbone_settings),
     )
 
 
@@ -485,13 +552,22 @@ class FrancaNetwork(nn.Module):
         self.ibot_head = head(bottleneck_dim=model.ibot_bottleneck)
         self.factored_scores = model.factored_scores
 
-    def forward(self, crops: list[Tensor], masks: Tensor, *, hide: bool) -> Scores:
+    @property
+    def heads(self) -> dict[str, MatryoshkaProjector]:
+        """Both heads, by name."""
+        return {"dino_head": self.dino_head, "ibot_head": self.ibot_head}
+
+    def forward(
+        self, crops: list[Tensor], masks: Tensor, *, hide: bool, frozen: bool = False
+    ) -> Scores:
         """Scores of crops ([V * B, C, g, g], then local ones) with masks bool [V * B, H, W].
 
-        The student's masked patches are hidden from it (`hide`); the teacher sees them.
+        The student's masked patches are hidden from it (`hide`); the teacher sees them. A `frozen`
+        backbone gets no gradients.
         """
         hidden = [masks if hide else None, *(None for _ in crops[1:])]
-        tokens = self.backbone.forward_many(crops, hidden)
+        with torch.no_grad() if frozen else nullcontext():
+            tokens = self.backbone.forward_many(crops, hidden)
         # Copies: FSDP cannot follow a view of an output.
         cls = [t.cls.to(torch.float32, copy=True) for t in tokens]
         # Scores and losses are float32, also where the encoder runs in bfloat16.
@@ -513,9 +589,12 @@ class TeacherTargets(nn.Module):
         targets: Targets,
         num_prototypes: list[int],
         bound: float | None,
-        group: ProcessGroup | None,
+        parallel: Parallel,
+        *,
+        queue_columns: list[int],
     ) -> None:
         super().__init__()
+        self.parallel, group = parallel, parallel.group
         self.iterations = targets.sinkhorn_iterations
         self.bound = bound
         self.group = group
@@ -523,24 +602,40 @@ class TeacherTargets(nn.Module):
             EMACentering(k, momentum=targets.centering_momentum, group=group)
             for k in num_prototypes * (targets.kind == "centering")
         )
+        self.queues = nn.ModuleList(
+            SinkhornQueue(targets.queue // parallel.world_size, columns)
+            for columns in queue_columns * (targets.queue > 0)
+        )
 
     @torch.no_grad()
     def forward(self, logits: list[Logits], temperature: float) -> list[Assignments]:
-        """One `Assignments` for each [rows, K_l]; the centers, if any, then move."""
+        """One `Assignments` for each [rows, K_l]; the centers or queues, if any, then move."""
         if not self.centers:
-            return sinkhorn_many(
+            queues = cast(list[SinkhornQueue], list(self.queues))
+            pasts = [queue(x) for queue, x in zip(queues, logits, strict=bool(queues))]
+            balanced = sinkhorn_many(
                 logits,
                 temperature,
                 num_iterations=self.iterations,
+                pasts=pasts or None,
                 group=self.group,
                 bound=self.bound,
             )
+            for queue, x in zip(queues, logits, strict=bool(queues)):
+                queue.update(x)
+            return balanced
         centers = cast(list[EMACentering], list(self.centers))
         pairs = list(zip(centers, logits, strict=True))
         assignments = [center(scores, temperature) for center, scores in pairs]
         for center, scores in pairs:
             center.update(scores)
         return assignments
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint: the centers, which all processes share, and the queues of all."""
+        own = self.state_dict()
+        queues = {name: x for name, x in own.items() if name.startswith("queues.")}
+        return own | joined(queues, self.parallel)
 
 
 # -------------------------------------------------------------------------------------- losses
@@ -591,6 +686,12 @@ class Plan:
     local_size: int
     base_lr: float
     temperature_warmup: float
+    head_warmup: float  # share of the steps in which the backbone rests
+
+    @property
+    def frozen_steps(self) -> int:
+        """Steps in which the heads learn alone."""
+        return round(self.head_warmup * self.steps)
 
 
 def pretraining(settings: Settings) -> Plan:
@@ -603,6 +704,7 @@ def pretraining(settings: Settings) -> Plan:
         local_size=settings.crops.local_size,
         base_lr=settings.optim.base_lr,
         temperature_warmup=settings.targets.temperature_warmup,
+        head_warmup=settings.init.head_warmup if settings.init.heads == "fresh" else 0.0,
     )
 
 
@@ -617,6 +719,7 @@ def high_resolution(settings: Settings) -> Plan:
         local_size=highres.local_size,
         base_lr=settings.optim.base_lr * highres.lr_scale,
         temperature_warmup=highres.temperature_warmup,
+        head_warmup=0.0,
     )
 
 
@@ -641,11 +744,15 @@ def schedule(step: int, plan: Plan, settings: Settings) -> Schedule:
         warmup_steps=round(optim.lr_warmup * total),
     )
     start, end = optim.weight_decay
+    momentum = cosine(step, start=optim.momentum[0], end=optim.momentum[1], total_steps=total)
+    if optim.momentum_batch:
+        batch = optim.momentum_batch
+        momentum = ema_batch_scaling(momentum, plan.batch_size, reference=batch)
     return Schedule(
         lr=lr,
         last_layer_lr=lr * unfreeze(step, freeze_steps=round(optim.freeze_prototypes * total)),
         weight_decay=cosine(step, start=start, end=end, total_steps=total),
-        momentum=cosine(step, start=optim.momentum[0], end=optim.momentum[1], total_steps=total),
+        momentum=momentum,
         teacher_temperature=linear_warmup(
             step,
             start=targets.start_temperature,
@@ -655,12 +762,19 @@ def schedule(step: int, plan: Plan, settings: Settings) -> Schedule:
     )
 
 
+def backbone_lr_scale(step: int, plan: Plan, settings: Settings) -> float:
+    """Of the learning rate: 0 while fresh heads learn alone, then a warm-up of its own."""
+    warmup_steps = round(settings.optim.lr_warmup * plan.steps) if plan.frozen_steps else 0
+    return joining(step, frozen_steps=plan.frozen_steps, warmup_steps=warmup_steps)
+
+
 def make_groups(student: FrancaNetwork, optim: Optim) -> list[dict[str, Any]]:
     """The parameters of the student by learning rate and weight decay."""
     return parameter_groups(
         student,
         layer_decay=optim.layer_decay,
         patch_embed_lr_scale=optim.patch_embed_lr_scale,
+        parts=("backbone",),
     )
 
 
@@ -679,10 +793,14 @@ class Seen(NamedTuple):
 class Trainer:
     """Student, teacher, targets, losses and optimizer of one stage, and one step of them."""
 
-    def __init__(self, plan: Plan, settings: Settings, parallel: Parallel) -> None:
+    def __init__(
+        self, plan: Plan, settings: Settings, parallel: Parallel, initial: Loaded | None = None
+    ) -> None:
         self.plan, self.settings, self.parallel = plan, settings, parallel
         torch.manual_seed(settings.seed)
         self.student = FrancaNetwork(settings.model, settings.crops.global_size)
+        if initial is not None:  # the teacher is a copy, whichever the heads are
+            fill_(self.student, initial, settings)
         self.student.to(parallel.device)
         self.teacher = EMATeacher(self.student)
         levels = {
@@ -698,7 +816,8 @@ class Trainer:
             settings.targets,
             list(self.num_prototypes.values()),
             bound=1.0 if settings.model.normalize else None,  # cosines
-            group=parallel.group,
+            parallel=parallel,
+            queue_columns=queue_columns(self.student),
         ).to(parallel.device)
         self.loss = FrancaLoss(settings.targets.student_temperature, parallel.group)
         networks = (self.student, self.teacher.module)
@@ -743,12 +862,19 @@ class Trainer:
         elif self.kind == "ddp":
             self.replica = replicate(self.student, parallel)
 
+    def let_backbone_rest(self, frozen: bool) -> None:
+        """DDP awaits a gradient of every parameter that required one when it was made."""
+        first = next(self.student.backbone.parameters())
+        if self.kind == "ddp" and first.requires_grad == frozen:
+            self.student.backbone.requires_grad_(not frozen)
+            self.replica = replicate(self.student, self.parallel)
+
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """Student, teacher and centers."""
+        """Student, teacher, and centers or queues."""
         return {
             "student": self.student.state_dict(),
             "teacher": self.teacher.module.state_dict(),
-            "targets": self.targets.state_dict(),
+            "targets": self.targets.state(),
         }
 
     def state(self) -> dict[str, Any]:
@@ -768,7 +894,10 @@ class Trainer:
             lr=now.lr,
             weight_decay=now.weight_decay,
             last_layer_lr=now.last_layer_lr,
+            part_lr_scales={"backbone": backbone_lr_scale(step, self.plan, self.settings)},
         )
+        frozen = step < self.plan.frozen_steps
+        self.let_backbone_rest(frozen)
         all_masks = self.masks(step, batch)
         micro = self.micro_batches(batch, all_masks)
 
@@ -795,7 +924,8 @@ class Trainer:
                 for level, start, end in zip(targets, first, ends, strict=True)
             ]
             with gradients_synchronised(self.replica, last=i == len(micro) - 1):
-                terms, cls = self.backward(crops, masks, own, share=1 / len(micro))
+                share = 1 / len(micro)
+                terms, cls = self.backward(crops, masks, own, share=share, frozen=frozen)
             for name, term in terms.items():
                 watched[name] = watched.get(name, 0) + term / len(micro)
             first = ends
@@ -820,11 +950,17 @@ class Trainer:
         )
 
     def backward(
-        self, crops: list[Tensor], masks: Tensor, targets: list[Assignments], *, share: float
+        self,
+        crops: list[Tensor],
+        masks: Tensor,
+        targets: list[Assignments],
+        *,
+        share: float,
+        frozen: bool,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Add the gradients of a micro-batch, this share of the batch: its terms, class tokens."""
         with self.autocast():
-            student = self.replica(crops, masks, hide=True)
+            student = self.replica(crops, masks, hide=True, frozen=frozen)
         levels = len(student.dino)
         terms = self.loss(student, targets[:levels], targets[levels:], masks)
         (share * weighted_sum(terms, self.settings.losses)).backward()
@@ -873,6 +1009,15 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         """bfloat16 for the encoder, where `precision` asks for it."""
         return torch.autocast(self.parallel.device.type, torch.bfloat16, enabled=self.in_bfloat16)
+
+
+def queue_columns(network: FrancaNetwork) -> list[int]:
+    """Of each level of both heads: its scores, or the features that factored ones are made of."""
+    return [
+        prototypes.in_features if network.factored_scores else prototypes.out_features
+        for head in network.heads.values()
+        for prototypes in cast(Iterable[nn.Linear], head.prototypes)
+    ]
 
 
 def nan_if_bad(tensors: Iterable[Tensor]) -> Tensor:
@@ -933,8 +1078,11 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     )
     sources = open_data(settings)
     images = open_training_images(settings, sources)
-    trainer = Trainer(plan, settings, parallel)
     latest = checkpoints.latest()
+    begins = latest is None and plan.name == "pretrain" and settings.init_from != ""
+    trainer = Trainer(plan, settings, parallel, read_weights(settings) if begins else None)
+    if begins:
+        save_teacher("init", 0, trainer)
     start = 0 if latest is None else step_of(latest)
     if start > plan.steps:
         raise SettingsError(f"{plan.name} has {plan.steps} steps, but {latest} is further")
@@ -962,9 +1110,8 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     if len(set(counts)) > 1:
         raise SettingsError(f"--data {settings.data} has {counts} images for ranks 0, 1, ...")
     unreadable = UnreadableLog(num_images, threshold=settings.max_unreadable)
-    monitor = CollapseMonitor(
-        trainer.num_prototypes, grace_steps=round(1.25 * settings.optim.lr_warmup * plan.steps)
-    )
+    grace_steps = plan.frozen_steps + round(1.25 * settings.optim.lr_warmup * plan.steps)
+    monitor = CollapseMonitor(trainer.num_prototypes, grace_steps=grace_steps)
     if settings.accumulation > 1 and settings.losses.koleo > 0:
         say(parallel, "accumulation: KoLeo sees the neighbours within each micro-batch alone")
     with ExitStack() as stack:
@@ -1009,10 +1156,19 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
         checkpoints.wait()
         if parallel.any(request.arrived):
             raise Stopped(plan.name, plan.steps)
-    weights = whole(trainer.teacher.module.backbone)
+    save_teacher(plan.name, plan.steps, trainer)
+
+
+def save_teacher(name: str, step: int, trainer: Trainer) -> None:
+    """The teacher's encoder and heads in one file, which --init-from takes."""
+    settings, parallel = trainer.settings, trainer.parallel
+    weights = whole(trainer.teacher.module)
     if parallel.is_main:
-        described = {"stage": plan.name, "step": str(plan.steps), "settings": as_json(settings)}
-        backbones.save(encoder_of(weights, plan, settings), export, described)
+        network = FrancaNetwork(settings.model, trainer.plan.global_size)
+        network.load_state_dict(weights)
+        path = settings.output / f"{name}.safetensors"
+        described = {"stage": name, "step": str(step), "settings": as_json(settings)}
+        backbones.save(network.backbone, path, described, heads=network.heads)
     parallel.wait()
 
 
@@ -1072,6 +1228,109 @@ def watch(
         spread=spread,
     )
     return record, warnings
+
+
+# ------------------------------------------------------------------------ weights to begin with
+
+
+def read_weights(settings: Settings) -> Loaded:
+    """What --init-from names, for the channels and global crops of these settings."""
+    options = {"in_chans": settings.model.in_chans, "img_size": settings.crops.global_size}
+    return read_init(settings.init_from, **options)
+
+
+def read_init(init_from: str, **options: Any) -> Loaded:
+    """Weights, or an error that names the flag."""
+    try:
+        loaded = backbones.read(init_from, **options)
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise SettingsError(f"--init-from {init_from}: {error}") from error
+    if isinstance(loaded.encoder.vit.norm, nn.Sequential):
+        raise SettingsError(
+            f"--init-from {init_from}: RASA is folded into this encoder, whose last layer is no "
+            "norm to train on; give the file that RASA was fitted on"
+        )
+    return loaded
+
+
+def digest_of(init_from: str) -> str:
+    """SHA-256 of a file; a name that is none has no digest."""
+    return file_digest(Path(init_from)) if Path(init_from).is_file() else ""
+
+
+def following(default: Settings, init_from: str, encoder: ViTEncoder) -> Settings:
+    """`default` with the network of the file; the preset `adapt` also takes its sizes."""
+    network = {k: v for k, v in (encoder.settings or {}).items() if v is not None}
+    own = ("img_size", "drop_path_rate", "activation_checkpointing")
+    model = replace(
+        default.model,
+        backbone=network.pop("name"),
+        in_chans=network.pop("in_chans"),
+        backbone_settings=json.dumps(
+            {k: v for k, v in network.items() if k not in own}, sort_keys=True
+        ),
+    )
+    crops, highres = default.crops, default.highres
+    if default.preset == "adapt":
+        patch = max(encoder.patch_size)
+        side = min(*encoder.img_size, crops.global_size) // patch * patch
+        local = max(1, round(side * 98 / 224 / patch)) * patch
+        crops = replace(crops, global_size=side, local_size=local)
+        highres = replace(highres, global_size=2 * side, local_size=local)
+    init = replace(default.init, heads="auto", sha256=digest_of(init_from))
+    return replace(default, model=model, crops=crops, highres=highres, init=init)
+
+
+def agreeing(settings: Settings, default: Settings, loaded: Loaded) -> Settings:
+    """Settings that do not contradict the file, and whether its heads are taken."""
+    for name in ("backbone", "backbone_settings"):
+        asked, own = getattr(settings.model, name), getattr(default.model, name)
+        if asked != own:
+            raise SettingsError(
+                f"--model.{name.replace('_', '-')} {asked}: the network of --init-from "
+                f"{settings.init_from} has {own}, and cannot be another; leave it out"
+            )
+    if settings.init.sha256 != default.init.sha256:
+        raise SettingsError(
+            f"--init.sha256 {settings.init.sha256}: {settings.init_from} has "
+            f"{default.init.sha256 or 'none, as it is not a file'}"
+        )
+    try:
+        with torch.device("meta"):
+            network = FrancaNetwork(settings.model, settings.crops.global_size)
+    except ValueError as error:
+        raise SettingsError(f"--model: {error}") from error
+    heads_of_file = ((name, head, loaded.heads.get(name)) for name, head in network.heads.items())
+    problems = [problem for args in heads_of_file if (problem := misfit(*args))]
+    if problems and settings.init.heads == "file":
+        raise SettingsError(f"--init.heads file: {problems[0]}; leave it out for fresh heads")
+    if settings.init.heads == "auto":
+        heads: Literal["fresh", "file"] = "fresh" if problems else "file"
+        settings = replace(settings, init=replace(settings.init, heads=heads))
+    return settings
+
+
+def misfit(name: str, head: MatryoshkaProjector, found: nn.Module | dict | None) -> str:
+    """Why a head of a file cannot be that of a network; "" if it can."""
+    if not isinstance(found, MatryoshkaProjector):
+        return f"the file has no {name} that fits"
+
+    def form(projector: MatryoshkaProjector) -> str:
+        mlp = cast(nn.Sequential, projector.heads[-1])
+        widths = [layer.out_features for layer in mlp if isinstance(layer, nn.Linear)]
+        return f"{projector.extra_repr()}, widths={widths}"
+
+    if form(found) == form(head):
+        return ""
+    return f"the file's {name} has {form(found)}, the settings ask for {form(head)}"
+
+
+def fill_(network: FrancaNetwork, loaded: Loaded, settings: Settings) -> None:
+    """The file's backbone, and its heads if `settings` take them."""
+    network.backbone.load_state_dict(loaded.encoder.state_dict())
+    if settings.init.heads == "file":
+        for name, head in network.heads.items():
+            head.load_state_dict(cast(nn.Module, loaded.heads[name]).state_dict())
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -1179,8 +1438,7 @@ def remove_position(settings: Settings, parallel: Parallel) -> None:
         print(f"rasa: iteration {iteration}, position error {error:.5f}")
     encoder = encoder.cpu()
     encoder.vit = rasa.fold_into_vit(encoder.vit)
-    with atomic_write(settings.output / "rasa_projector.safetensors") as file:
-        file.write(safetensors.torch.save(rasa.state_dict()))  # for sslkit.evaluation --rasa
+    save_rasa(rasa, settings.output / "rasa_projector.safetensors")  # for sslkit.evaluation --rasa
     path = settings.output / "rasa.safetensors"
     described = {"stage": "rasa", "of": plan.name, "position_errors": json.dumps(errors)}
     backbones.save(encoder, path, described)
@@ -1248,6 +1506,8 @@ def evaluate(settings: Settings, parallel: Parallel) -> None:
         "standardised pixels": (Pixels(), first),
         "random init": (untrained, first),
     }
+    if settings.init_from:
+        contestants["init"] = (load_encoder("init", settings), first)
     floor = list(contestants)
     for stage in finished_stages(settings):
         contestants[stage] = (load_encoder(stage, settings), first if stage == "pretrain" else last)
@@ -1396,12 +1656,14 @@ def training_pictures(settings: Settings, results: dict[str, Any], last: str) ->
     key = f"knn/{settings.evaluation.knn}"
     if online := [(record["step"], record[key]) for record in records if key in record]:
         steps, accuracy = zip(*online, strict=True)
+        floor = "init" if settings.init_from else "raw pixels"
         figures["online_knn"] = draw.online_knn(
             steps,
             accuracy,
             k=settings.evaluation.knn,
             random_init=results["online_knn"]["random init"],
-            floor=results["online_knn"]["raw pixels"],
+            floor=results["online_knn"][floor],
+            floor_name=floor,
         )
     if curves := results["matryoshka"]:
         names = {last: "trained", "random init": "random initialisation"}
@@ -1574,6 +1836,7 @@ def check(settings: Settings, world_size: int, *, again: bool = False) -> None:
         problems.append("--losses.* are all 0: there is nothing to learn from")
     if settings.targets.kind == "sinkhorn" and settings.targets.sinkhorn_iterations < 1:
         problems.append("--targets.sinkhorn-iterations must be at least 1")
+    problems += refused_beginnings(settings)
     problems += refused_parallelism(settings, world_size)
     problems += refused_by_parts(settings)
     if problems:
@@ -1610,6 +1873,20 @@ def check(settings: Settings, world_size: int, *, again: bool = False) -> None:
         )
 
 
+def refused_beginnings(settings: Settings) -> list[str]:
+    """What is wrong with the weights to begin with."""
+    problems = []
+    if settings.preset == "adapt" and not settings.init_from:
+        problems.append("--preset adapt continues from weights: name them with --init-from")
+    if (settings.init.heads == "auto") != (settings.init_from == ""):
+        problems.append("--init.heads says whether the heads of --init-from are taken: give both")
+    if not 0 <= settings.init.head_warmup <= 1:
+        problems.append(f"--init.head-warmup is a share, got {settings.init.head_warmup}")
+    if pretraining(settings).frozen_steps and settings.losses.dino == settings.losses.ibot == 0:
+        problems.append("--init.head-warmup: --losses.koleo alone teaches a head nothing")
+    return problems
+
+
 def has_begun(stage: str, output: Path) -> bool:
     """Whether there is anything to continue."""
     checkpoints = Checkpoints(output / stage / "checkpoints")
@@ -1630,6 +1907,12 @@ def refused_parallelism(settings: Settings, world_size: int) -> list[str]:
         problems.append(
             f"--hsdp-replicas {settings.hsdp_replicas} does not divide the {world_size} process(es)"
         )
+    if settings.targets.queue < 0 or settings.targets.queue % world_size:
+        problems.append(
+            f"--targets.queue {settings.targets.queue} does not divide into {world_size} processes"
+        )
+    if settings.targets.queue > 0 and settings.targets.kind != "sinkhorn":
+        problems.append(f"--targets.queue is for sinkhorn, not {settings.targets.kind}")
     factored_parameters = settings.model.factored_scores and not settings.model.normalize
     if settings.parallel == "fsdp" and factored_parameters:
         # Unnormalised prototypes are the parameters, which FSDP frees before they are read.
@@ -1646,7 +1929,7 @@ def refused_by_parts(settings: Settings) -> list[str]:
         try:
             with torch.device("meta"):
                 return make()
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             problems.append(f"{name}: {error}")
 
     def sizes() -> None:
@@ -1728,12 +2011,28 @@ def parse(arguments: Sequence[str]) -> Settings:
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--output", type=Path, default=Settings().output)
     first.add_argument("--preset", choices=list(PRESETS), default=None)
+    first.add_argument("--init-from", "--init_from", default=None)
     known, _ = first.parse_known_args(arguments)
-    default = PRESETS[known.preset or "demo"]
+    default, stored = PRESETS[known.preset or "demo"], read_settings(known.output)
     if known.preset is None:
-        default = read_settings(known.output) or default
-    default = replace(default, resume=False, accept_changes=False, stages=tuple(STAGES))
-    return tyro.cli(Settings, default=default, args=arguments)
+        default = stored or default
+    stages = PRESETS[default.preset].stages
+    default = replace(default, resume=False, accept_changes=False, stages=stages)
+    loaded = None
+    if known.init_from and stored is not None and goes_on(stored, known.init_from, known.output):
+        decided = {name: getattr(stored, name) for name in ("model", "crops", "highres", "init")}
+        default = replace(default, **decided)
+    elif known.init_from:
+        loaded = read_init(known.init_from)
+        default = following(default, known.init_from, loaded.encoder)
+    settings = tyro.cli(Settings, default=default, args=arguments)
+    return settings if loaded is None else agreeing(settings, default, loaded)
+
+
+def goes_on(stored: Settings, init_from: str, output: Path) -> bool:
+    """Whether a run from these weights has begun: it needs the file no more."""
+    same = stored.init_from == init_from and digest_of(init_from) in ("", stored.init.sha256)
+    return same and has_begun("pretrain", output)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,6 +20,7 @@ _HOME = {
     "MatryoshkaProjector": "matryoshka",
     "RASAProjector": "rasa",
     "SinkhornKnopp": "sinkhorn",
+    "SinkhornQueue": "sinkhorn_queue",
     "iBOTLoss": "losses",
     "sinkhorn_many": "sinkhorn",
 }
@@ -35,6 +36,7 @@ __all__ = [
     "MatryoshkaProjector",
     "RASAProjector",
     "SinkhornKnopp",
+    "SinkhornQueue",
     "iBOTLoss",
     "sinkhorn_many",
 ]
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from sslkit.matryoshka import MatryoshkaProjector
     from sslkit.rasa import RASAProjector
     from sslkit.sinkhorn import SinkhornKnopp, sinkhorn_many
+    from sslkit.sinkhorn_queue import SinkhornQueue
     from sslkit.teacher import EMATeacher
 
 

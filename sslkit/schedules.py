@@ -13,6 +13,11 @@ What the Franca recipe (arXiv 2507.14137, section 4 and the released configurati
 - weight decay: ``cosine(step, start=0.04, end=0.2, total_steps=T)``
 - teacher momentum: ``cosine(step, start=0.994, end=1.0, total_steps=T)``
 - teacher temperature: ``linear_warmup(step, start=0.04, end=0.07, warmup_steps=W)``
+
+Continuing from trained weights with fresh heads and a small batch also needs
+
+- learning rate of the backbone: the same times ``joining(step, frozen_steps=F, warmup_steps=W)``
+- teacher momentum: ``ema_batch_scaling(momentum, batch_size, reference=...)``
 """
 
 import math
@@ -90,6 +95,43 @@ def unfreeze(step: int, *, freeze_steps: int) -> float:
     """
     _check_counts(step=step, freeze_steps=freeze_steps)
     return 0.0 if step < freeze_steps else 1.0
+
+
+def joining(step: int, *, frozen_steps: int, warmup_steps: int) -> float:
+    """0.0 for ``frozen_steps`` steps, then `linear_warmup` from 0.0 to 1.0: a factor for a rate.
+
+    A trained backbone waits so for fresh heads, whose first gradients would undo what it knows.
+
+    >>> [joining(i, frozen_steps=2, warmup_steps=3) for i in range(6)]
+    [0.0, 0.0, 0.0, 0.5, 1.0, 1.0]
+    """
+    _check_counts(step=step, frozen_steps=frozen_steps, warmup_steps=warmup_steps)
+    if step < frozen_steps:
+        return 0.0
+    return linear_warmup(step - frozen_steps, start=0.0, end=1.0, warmup_steps=warmup_steps)
+
+
+def ema_batch_scaling(momentum: float, batch_size: int, *, reference: int) -> float:
+    """``momentum ** (batch_size / reference)``: the teacher's momentum for a global batch size.
+
+    With it the teacher forgets at the same rate per image, however many images make a step
+    (Busbridge et al. 2023, "How to Scale Your EMA", arXiv 2307.13813: the EMA scaling rule).
+
+    Args:
+        momentum: in [0, 1], stated at ``reference`` images a step.
+        batch_size: images a step.
+        reference: images a step that ``momentum`` is stated at.
+
+    >>> round(ema_batch_scaling(0.99, 32, reference=64), 5)
+    0.99499
+    """
+    if batch_size < 1 or reference < 1:
+        raise ValueError(
+            f"batch_size and reference must be at least 1 image, got {batch_size} and {reference}"
+        )
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
+    return momentum ** (batch_size / reference)
 
 
 def sqrt_batch_scaling(base_lr: float, batch_size: int, *, reference: int = 1024) -> float:

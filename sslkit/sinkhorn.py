@@ -26,6 +26,7 @@ def sinkhorn_many(
     *,
     num_iterations: int = 3,
     row_masks: Sequence[Tensor | None] | None = None,
+    pasts: Sequence[Logits | None] | None = None,
     group: "ProcessGroup | None" = None,
     bound: float | None = None,
     impl: str = "auto",
@@ -43,6 +44,10 @@ def sinkhorn_many(
         num_iterations: column-then-row normalisations, at least 1.
         row_masks: for each entry None or bool ``[B_i]``; rows that are True take no part, whatever
             they hold (padding). Their own assignment is still readable and means nothing.
+        pasts: for each entry None or past scores ``[Q_i, K_i]``, a tensor or `FactoredLogits`, on
+            the same device: more rows that take part, but are not among those returned
+            (`SinkhornQueue` keeps them). Q_i may differ from rank to rank and may be 0; 16-bit
+            types may be mixed with float32. No matrix of ``B_i + Q_i`` rows is formed.
         group: process group whose ranks' rows are balanced together; None balances the rows of this
             process alone, and warns once if there are other processes.
         bound: a promise that no |logit| in a row that takes part exceeds it, 1 for L2-normalised
@@ -66,7 +71,10 @@ def sinkhorn_many(
         temperatures = [temperatures] * len(logits)
     if row_masks is None:
         row_masks = [None] * len(logits)
-    for name, values in (("temperatures", temperatures), ("row_masks", row_masks)):
+    if pasts is None:
+        pasts = [None] * len(logits)
+    given = {"temperatures": temperatures, "row_masks": row_masks, "pasts": pasts}
+    for name, values in given.items():
         if len(values) != len(logits):
             raise ValueError(
                 f"{name} has {len(values)} entries for {len(logits)} logits; one each is needed"
@@ -76,6 +84,7 @@ def sinkhorn_many(
         temperatures,
         num_iterations=num_iterations,
         row_masks=row_masks,
+        pasts=pasts,
         all_reduce=partial(all_reduce_packed, group=group),
         bound=bound,
         impl=impl,
@@ -110,7 +119,8 @@ class SinkhornKnopp(nn.Module):
 
     Shapes:
         logits ``[B, K]``, a tensor or `FactoredLogits`, temperature float, row_mask bool ``[B]`` or
-        None (True: takes no part) → `Assignments` over ``[B, K]``, without gradients.
+        None (True: takes no part), past ``[Q, K]`` or None (more rows to balance with) →
+        `Assignments` over ``[B, K]``, without gradients.
 
     Example:
         >>> teacher_logits = torch.tensor([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
@@ -138,14 +148,23 @@ class SinkhornKnopp(nn.Module):
         self.impl = impl
 
     def forward(
-        self, logits: Logits, temperature: float, *, row_mask: Tensor | None = None
+        self,
+        logits: Logits,
+        temperature: float,
+        *,
+        row_mask: Tensor | None = None,
+        past: Logits | None = None,
     ) -> Assignments:
-        """Balance ``logits [B, K]``; rows where ``row_mask [B]`` is True take no part."""
+        """Balance ``logits [B, K]``; rows where ``row_mask [B]`` is True take no part.
+
+        The rows of ``past [Q, K]`` take part, and are left out of the result (`SinkhornQueue`).
+        """
         (assignments,) = sinkhorn_many(
             [logits],
             temperature,
             num_iterations=self.num_iterations,
             row_masks=[row_mask],
+            pasts=[past],
             group=self.group,
             bound=self.bound,
             impl=self.impl,

@@ -8,7 +8,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from sslkit import Assignments, EMACentering, KoLeoLoss, SinkhornKnopp, sinkhorn_many
+from sslkit import (
+    Assignments,
+    EMACentering,
+    KoLeoLoss,
+    SinkhornKnopp,
+    SinkhornQueue,
+    sinkhorn_many,
+)
 
 # Rows of ranks 0 to 3 in each problem: uneven splits, empty ranks, and nobody at all.
 SPLITS = ((5, 0, 1, 8), (0, 4, 3, 2), (7, 7, 7, 7), (0, 0, 0, 0))
@@ -88,6 +95,32 @@ def check_centering(group: dist.ProcessGroup, members: list[int]) -> None:
         torch.testing.assert_close(shared.center, single.center, rtol=1e-5, atol=1e-6)
 
 
+def check_queue(group: dist.ProcessGroup, members: list[int]) -> None:
+    """Past rows split over ranks, some of them empty; then queues that fill up and overflow."""
+    for seed, (own, past) in enumerate(
+        zip(SPLITS, (SPLITS[1], SPLITS[3], *SPLITS[:2]), strict=True)
+    ):
+        B, Q = (sum(split[member] for member in members) for split in (own, past))
+        logits, rows = normal(seed, B, 4) - 9.0, normal(seed + 10, Q, 4) - 9.0
+        expected = SinkhornKnopp()(logits, 0.04, past=rows).bias
+        found = SinkhornKnopp(group=group)(
+            own_rows(logits, members, own), 0.04, past=own_rows(rows, members, past)
+        ).bias
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+
+    everybody = (2, 2, 2, 2)
+    single, shared = SinkhornQueue(5 * len(members), 3), SinkhornQueue(5, 3)
+    for step in range(5):
+        logits = normal(step, 2 * len(members), 3)
+        mine = own_rows(logits, members, everybody)
+        expected = SinkhornKnopp()(logits, 0.1, past=single(logits)).bias
+        found = SinkhornKnopp(group=group)(mine, 0.1, past=shared(mine)).bias
+        if step < 3:  # 2 and a half batches fit in
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        single.update(logits)
+        shared.update(mine)
+
+
 def check_koleo(group: dist.ProcessGroup, members: list[int], split: tuple[int, ...]) -> None:
     """The loss of a linear map of the rows, with its gradient averaged as DDP does."""
     inputs = normal(0, sum(split[member] for member in members), 6).double()
@@ -128,6 +161,7 @@ def run_checks(rank: int, rendezvous: str) -> None:
         if rank in members:
             check_sinkhorn(group, members)
             check_centering(group, members)
+            check_queue(group, members)
             for split in (*SPLITS, (1, 0, 0, 0)):
                 check_koleo(group, members, split)
     dist.barrier()  # leave together: no tensor is in a gloo thread when an interpreter exits

@@ -34,6 +34,22 @@ def test_a_vit_of_timm_is_copied_and_takes_any_size(num_registers):
         assert encoder(torch.randn(1, 3, 48, 80)).patches.shape == (1, 3, 5, 192)
 
 
+def test_dinov3_is_wrapped_with_its_queries_and_keys():
+    vit = timm.create_model(
+        "vit_small_patch16_dinov3", depth=2, embed_dim=32, num_heads=2, num_classes=7
+    ).eval()
+    encoder = as_encoder(vit).eval()
+    assert isinstance(encoder, backbones.ViTEncoder)
+    assert isinstance(vit.head, nn.Linear)  # untouched
+    images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        tokens, expected = encoder(images), vit.forward_features(images)
+        q, k, v = encoder.queries_keys_values(images)
+    torch.testing.assert_close(tokens.cls, expected[:, 0])
+    torch.testing.assert_close(tokens.patches.flatten(1, 2), expected[:, 5:])
+    assert q.shape == k.shape == v.shape == (2, 2, 5 + 2 * 3, 16)
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 
 from sslkit import RASAProjector, backbones
 from sslkit.evaluation.__main__ import main
-from sslkit.evaluation.models import load_rasa, open_model
+from sslkit.evaluation.models import open_model
 from sslkit.evaluation.protocols import PROTOCOLS
+from sslkit.rasa import load_rasa
+from tests import released
 
 SCENES = ["--data", "scenes", "--num-scenes", "24", "--scene-size", "32"]
 QUICK = ["--num-resamples", "50", "--global-size", "16", "--dense-size", "24"]
@@ -53,14 +55,28 @@ def test_models_by_name(weights):
 
 def test_models_that_are_not_there(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"no weights 'x.pt': give FILE.safetensors .*floor"
+        FileNotFoundError, match=r"no weights 'x.pt': give a file or folder .*hf:.*floor"
     ):
         open_model("x.pt")
     with pytest.raises(ValueError, match="unknown backbone 'vitt'"):
         open_model("random:vitt")
     (tmp_path / "a.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
+    with pytest.raises(ValueError, match=r"neither a safetensors file nor one of torch\.save"):
         open_model(str(tmp_path / "a.safetensors"))
+
+
+def test_released_weights_are_models(tmp_path):
+    state = released.values(released.ibot_shapes(192, 1, grid=2))
+    torch.save({"teacher": state}, tmp_path / "dino.pth")
+    model = open_model(str(tmp_path / "dino.pth"))
+    assert (model.name, model.encoder.num_heads) == ("dino", 3)
+    (tmp_path / "folder").mkdir()
+    save_file(state, tmp_path / "folder" / "model.safetensors")
+    folder = open_model(str(tmp_path / "folder"))
+    assert folder.name == "folder"
+    assert folder.identity != model.identity
+    fresh = open_model(f"random:{tmp_path / 'folder'}")
+    assert fresh.encoder.settings == folder.encoder.settings
 
 
 def test_rasa_files(tmp_path, weights):
@@ -69,7 +85,7 @@ def test_rasa_files(tmp_path, weights):
     save_file(rasa.state_dict(), tmp_path / "rasa.safetensors")
     x = torch.randn(3, 8)
     assert torch.equal(load_rasa(tmp_path / "rasa.safetensors")(x), rasa(x))
-    with pytest.raises(ValueError, match=r"expected one tensor, basis .* give it as --weights"):
+    with pytest.raises(ValueError, match=r"expected one tensor, basis .* give it as the weights"):
         load_rasa(weights)
     with pytest.raises(FileNotFoundError, match="no RASA file"):
         load_rasa(tmp_path / "missing")

@@ -71,6 +71,40 @@ def test_rules(name, expected):
     assert settings_by_name(groups)[name] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mask_token", (0.125, 1.0, False)),
+        ("vit.cls_token", (0.125, 1.0, False)),
+        ("vit.reg_token", (0.125, 1.0, False)),
+        ("vit.patch_embed.proj.weight", (0.025, 1.0, False)),
+        ("vit.patch_embed.proj.bias", (0.025, 0.0, False)),
+        ("vit.blocks.0.attn.qkv.weight", (0.25, 1.0, False)),
+        ("vit.blocks.0.attn.q_bias", (0.25, 0.0, False)),
+        ("vit.blocks.0.attn.v_bias", (0.25, 0.0, False)),
+        ("vit.blocks.1.gamma_1", (0.5, 0.0, False)),
+        ("vit.blocks.1.gamma_2", (0.5, 0.0, False)),
+        ("vit.blocks.1.mlp.fc1_g.weight", (0.5, 1.0, False)),
+        ("vit.blocks.1.mlp.fc1_x.bias", (0.5, 0.0, False)),
+        ("vit.norm.weight", (1.0, 0.0, False)),
+    ],
+)
+def test_rules_of_dinov3s_names(name, expected):
+    student = create(
+        "vit_small_plus_patch16_dinov3_qkvb", embed_dim=32, depth=2, num_heads=2, num_reg_tokens=1
+    )
+    assert settings_by_name(parameter_groups(student, layer_decay=0.5))[name] == (
+        pytest.approx(expected)
+    )
+
+
+def test_the_tokens_of_dinov3s_own_code_are_embeddings():
+    student = nn.ParameterDict({"storage_tokens": torch.zeros(1, 4, 8)})
+    blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    groups = parameter_groups(nn.ModuleDict({"blocks": blocks, "x": student}), layer_decay=0.5)
+    assert settings_by_name(groups)["x.storage_tokens"] == (0.125, 1.0, False)
+
+
 @pytest.mark.parametrize("vit_settings", [{}, {"reg_tokens": 2, "qk_norm": True}])
 @pytest.mark.parametrize("layer_decay", [1.0, 0.75])
 def test_rules_are_those_of_dinov2(vit_settings, layer_decay):
@@ -277,3 +311,29 @@ def test_clipping_reads_nothing_back():
         assert clip_gradients({"backbone": module}, 3.0)["backbone"].shape == ()
         with pytest.raises(DataDependentOutputException):
             module.weight.grad.norm().item()
+
+
+def test_a_part_has_a_rate_of_its_own():
+    student = make_student()
+    apart = parameter_groups(student, layer_decay=0.5, parts=("backbone",))
+    assert settings_by_name(apart) == settings_by_name(parameter_groups(student, layer_decay=0.5))
+    optimizer = torch.optim.AdamW(apart)
+    scales = {"backbone": 0.25}
+    set_hyperparameters(
+        optimizer, lr=1.0, weight_decay=0.1, last_layer_lr=0.5, part_lr_scales=scales
+    )
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["names"]}
+    assert rates["backbone.vit.norm.weight"] == 0.25
+    assert rates["backbone.vit.blocks.1.norm1.weight"] == 0.125
+    assert rates["dino_head.heads.0.1.weight"] == 1.0
+    assert rates["ibot_head.prototypes.4.weight"] == 0.5
+
+
+def test_parts_that_are_not_there():
+    with pytest.raises(ValueError, match="no trainable parameter under 'trunk'"):
+        parameter_groups(make_student(), parts=("trunk",))
+    optimizer = torch.optim.AdamW(parameter_groups(make_student()))
+    with pytest.raises(ValueError, match="part_lr_scales: no group is of backbone"):
+        set_hyperparameters(
+            optimizer, lr=1.0, weight_decay=0.1, last_layer_lr=1.0, part_lr_scales={"backbone": 0.0}
+        )

@@ -17,7 +17,7 @@ PACKAGE = Path(sslkit.__file__).parent
 ROOT = PACKAGE.parent
 
 # A part is a top-level module or subpackage of sslkit. What is not named here is a component.
-HOUSE = {"training", "evaluation", "data", "backbones"}
+HOUSE = {"training", "evaluation", "data", "backbones", "extract", "duplicates", "export"}
 BASE = {"assignments", "factored_logits", "ops"}
 PARTS = {
     path.stem
@@ -26,7 +26,10 @@ PARTS = {
 } - {"__init__"}
 COMPONENTS = PARTS - HOUSE - BASE
 
-SOURCES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py"})
+# A command, `python -m sslkit.PART`, stands above all parts: it brings a part, data and models
+# together, and nothing imports it.
+COMMANDS = sorted(PACKAGE.rglob("__main__.py"))
+SOURCES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py", *COMMANDS})
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 BENCHMARKS = sorted(ROOT.glob("benchmarks/**/*.py"))
 
@@ -42,6 +45,7 @@ PUBLIC_NAMES = {
         "MatryoshkaProjector",
         "RASAProjector",
         "SinkhornKnopp",
+        "SinkhornQueue",
         "iBOTLoss",
         "sinkhorn_many",
     ],
@@ -130,10 +134,11 @@ def test_third_party_imports_of_components_and_ops(path):
     assert {name.split(".")[0] for name in top_level_imports(path)} <= allowed
 
 
-@pytest.mark.parametrize("path", SOURCES + EXAMPLES + BENCHMARKS, ids=relative_name)
-def test_nothing_imports_an_example(path):
+@pytest.mark.parametrize("path", SOURCES + COMMANDS + EXAMPLES + BENCHMARKS, ids=relative_name)
+def test_nothing_imports_an_example_or_a_command(path):
     examples = {"examples", *(example.stem for example in EXAMPLES)}
     assert not {name.split(".")[0] for name in all_imports(path)} & examples
+    assert not any("__main__" in name.split(".") for name in all_imports(path))
 
 
 @pytest.mark.parametrize("module", PUBLIC_NAMES)

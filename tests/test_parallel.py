@@ -1,5 +1,6 @@
 """One training step of the recipe in 1 to 4 processes (gloo), replicated and sharded."""
 
+import json
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,16 @@ PROBLEMS: dict[str, Any] = {
     "clipped": tiny(optim={"clip": 0.01}),
 }
 PROBLEMS = {name: replace(settings, batch_size=IMAGES) for name, settings in PROBLEMS.items()}
+# Heads alone for steps 0 to 2, the backbone's rate 0 in step 3, and a queue that does not overflow.
+BEGINNING = replace(
+    tiny(
+        optim={"clip": 1e9, "lr_warmup": 0.25},
+        init={"heads": "fresh", "head_warmup": 0.25},
+        targets={"queue": 4800},
+    ),
+    batch_size=IMAGES,
+)
+BEGINNING_STEPS = range(1, 6)
 
 
 def trainer(settings: Any, parallel: Parallel = ALONE) -> Any:
@@ -92,6 +103,43 @@ def check_steps(parallel: Parallel, folder: Path) -> None:
             sharded = [isinstance(p, DTensor) for p in own.student.parameters()]
             assert all(sharded) if kind == "fsdp" else not any(sharded)
             assert_same(outcome(own, images), expected)
+
+
+def beginning(own: Any, rank: int = 0, world: int = 1) -> list[dict[str, float]]:
+    """Losses of the steps around the end of the head warm-up, with queues that fill up."""
+    found = []
+    frozen = {n: whole(x).clone() for n, x in own.student.backbone.state_dict().items()}
+    for step in BEGINNING_STEPS:
+        seen = own.step(step, share(batch(IMAGES), rank, world))
+        found.append({name: term.item() for name, term in seen.terms.items()})
+        for network in (own.student, own.teacher.module):
+            now = network.backbone.state_dict()
+            rests = all(torch.equal(whole(x), frozen[name]) for name, x in now.items())
+            assert rests == (step <= 3), (step, network is own.student)
+    return found
+
+
+def check_beginnings(parallel: Parallel, folder: Path) -> None:
+    """A backbone that rests and joins, and queues, each process its own; then a checkpoint."""
+    expected = json.loads((folder / "beginning.json").read_text())
+    group = checkpoint_group(parallel.group)
+    for kind in ("ddp", "fsdp"):
+        own = trainer(replace(BEGINNING, parallel=kind), parallel)
+        found = beginning(own, parallel.rank, parallel.world_size)
+        for a, b in zip(found, expected, strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
+        checkpoints = Checkpoints(folder / f"beginning_{kind}_{parallel.world_size}_", group=group)
+        checkpoints.save(1, own.state())
+        checkpoints.wait()
+        fresh = trainer(replace(BEGINNING, parallel=kind), parallel)
+        checkpoints.load_(checkpoints.latest(), fresh.state())
+        for name, x in own.targets.state_dict().items():
+            assert torch.equal(x, fresh.targets.state_dict()[name]), name
+        # A single process reads the rows of all.
+        alone = trainer(BEGINNING)
+        Checkpoints(checkpoints.directory).load_(checkpoints.latest(), alone.state())
+        rows = parallel.gather((own.targets.queues[0].stamps > 0).sum()).sum()
+        assert (alone.targets.queues[0].stamps > 0).sum() == rows == 2 * IMAGES * len(found)
 
 
 def check_half_precision(parallel: Parallel) -> None:
@@ -196,6 +244,7 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
     dist.init_process_group("gloo", f"file://{folder}/{world}_meet", rank=rank, world_size=world)
     parallel = Parallel(rank, world, torch.device("cpu"), dist.group.WORLD)
     check_steps(parallel, folder)
+    check_beginnings(parallel, folder)
     check_half_precision(parallel)
     check_collectives(parallel)
     check_nan(parallel)
@@ -209,6 +258,7 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The steps of one process, and its checkpoint."""
     folder = tmp_path_factory.mktemp("steps")
+    (folder / "beginning.json").write_text(json.dumps(beginning(trainer(BEGINNING))))
     for name, settings in PROBLEMS.items():
         own = trainer(settings)
         torch.save(outcome(own, batch(IMAGES)), folder / f"{name}.pt")

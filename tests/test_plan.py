@@ -29,6 +29,7 @@ from tests.recipe import batches, recipe, tiny, trainer
 ALONE = Strategy("none")
 # 15 % are promised and 3 % are measured; between them, so that a term left out is noticed.
 TOLERANCE = 0.05
+QKV_BIASES = {"qkv.bias", "q_bias", "v_bias"}
 
 
 def network(settings: Any, global_size: int | None = None) -> Any:
@@ -40,14 +41,17 @@ def workload(settings: Any, stage: Any = None) -> Workload:
     """What the plan has to know of a stage of the recipe, pretraining by default."""
     stage = stage or recipe.pretraining(settings)
     model, backbone = settings.model, network(settings).backbone
-    mlp = backbone.vit.blocks[0].mlp
-    gated = hasattr(mlp, "w12")
+    block = backbone.vit.blocks[0]
+    mlp, biases = block.mlp, [n for n, _ in block.attn.named_parameters() if n in QKV_BIASES]
+    gated = hasattr(mlp, "w12") or hasattr(mlp, "fc1_g")
     return Workload(
         width=backbone.embed_dim,
         depth=backbone.depth,
         heads=backbone.num_heads,
-        mlp_hidden=(mlp.w3 if gated else mlp.fc2).in_features,
+        mlp_hidden=(mlp.w3 if hasattr(mlp, "w3") else mlp.fc2).in_features,
         mlp="swiglu" if gated else "gelu",
+        qkv_biases=3 if biases == ["qkv.bias"] else len(biases),
+        positions="rotary" if backbone.vit.pos_embed is None else "learned",
         patch_size=backbone.patch_size[0],
         in_chans=model.in_chans,
         registers=backbone.num_prefix_tokens - 1,
@@ -103,6 +107,17 @@ def test_parameters_of_other_networks(nesting):
     assert parameters(workload(settings)).total == sum(p.numel() for p in real.parameters())
 
 
+@pytest.mark.parametrize(
+    "name",
+    [f"vit_small{plus}_patch16_dinov3{bias}" for plus in ("", "_plus") for bias in ("", "_qkvb")],
+)
+def test_parameters_of_networks_with_rotary_positions(name):
+    settings = tiny(model={"backbone": name})
+    settings = replace(settings, crops=recipe.Crops(global_size=48, local_size=32))
+    real = network(settings)
+    assert parameters(workload(settings)).total == sum(p.numel() for p in real.parameters())
+
+
 # -------------------------------------------------------------------------------------- memory
 
 CASES = {
@@ -133,6 +148,12 @@ CASES = {
         "backbone": "vit_small_patch14_reg4_dinov2",
         "global_size": 42,
         "local_size": 14,
+    },
+    "rotary": {
+        "batch_size": 8,
+        "backbone": "vit_small_plus_patch16_dinov3_qkvb",
+        "global_size": 48,
+        "local_size": 32,
     },
 }
 

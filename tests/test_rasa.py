@@ -229,7 +229,9 @@ def test_adamw_draws_its_heads_from_the_generator():
 
 
 def test_adamw_removes_position_when_it_has_time_to(monkeypatch):
-    monkeypatch.setattr("sslkit.rasa._ADAMW_LEARNING_RATE", 2e-2)  # in place of 100 times the data
+    monkeypatch.setattr(
+        "sslkit.rasa.solvers._ADAMW_LEARNING_RATE", 2e-2
+    )  # in place of 100 times the data
     x, _ = planted(120)
     rasa = RASAProjector(D, num_iterations=5)
     errors = rasa.fit(x.split(3), solver="adamw")

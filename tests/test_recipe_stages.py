@@ -13,7 +13,7 @@ from PIL import Image
 
 from sslkit import backbones
 from sslkit.evaluation.__main__ import main as evaluation
-from sslkit.evaluation.models import load_rasa
+from sslkit.rasa import load_rasa
 from sslkit.training.checkpoint import Checkpoints
 from sslkit.training.metrics import read_metrics
 from tests.recipe import recipe, saved_tensors, smoke

@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sslkit.schedules import cosine, linear_warmup, sqrt_batch_scaling, unfreeze, warmup_cosine
+from sslkit.schedules import (
+    cosine,
+    ema_batch_scaling,
+    joining,
+    linear_warmup,
+    sqrt_batch_scaling,
+    unfreeze,
+    warmup_cosine,
+)
 from tests.oracles.schedules import schedule
 
 values = st.floats(-10, 10)
@@ -77,3 +85,31 @@ def test_sqrt_batch_scaling():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(0, 60))
+def test_joining_waits_and_then_warms_up(frozen_steps, warmup_steps, step):
+    scale = joining(step, frozen_steps=frozen_steps, warmup_steps=warmup_steps)
+    if step < frozen_steps:
+        assert scale == 0.0
+    elif step >= frozen_steps + max(warmup_steps, 2) - 1:
+        assert scale == 1.0
+    else:
+        later = linear_warmup(step - frozen_steps, start=0.0, end=1.0, warmup_steps=warmup_steps)
+        assert scale == later
+
+
+@given(st.floats(0.5, 1.0), st.integers(1, 64), st.integers(1, 8))
+def test_a_scaled_momentum_forgets_as_fast_per_image(momentum, batch_size, times):
+    """Some small steps forget what one step of their images together forgets."""
+    small = ema_batch_scaling(momentum, batch_size, reference=64)
+    large = ema_batch_scaling(momentum, batch_size * times, reference=64)
+    assert small**times == pytest.approx(large)
+    assert ema_batch_scaling(momentum, 64, reference=64) == momentum
+
+
+def test_bad_momentum_scaling():
+    with pytest.raises(ValueError, match="at least 1 image, got 0 and 64"):
+        ema_batch_scaling(0.99, 0, reference=64)
+    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\], got 1.5"):
+        ema_batch_scaling(1.5, 8, reference=64)

@@ -259,10 +259,9 @@ def test_the_recipe_takes_every_arm_and_differs_in_nothing_else(scale, tmp_path)
         return parsed
 
     whole = settings(WHOLE)
-    has_queue = hasattr(whole.targets, "queue")
     names = {name for group in groups_of(scale.name).values() for name in group.arms}
     for name in names - {WHOLE}:
-        if ARMS[name].trained and ("targets.queue" not in ARMS[name].changes or has_queue):
+        if ARMS[name].trained:
             arm = settings(name)
             changed = {key: new for key, _, new in recipe.differences(whole, arm)}
             assert changed == runs.differing(ARMS[name], scale)

@@ -4,9 +4,21 @@ A token encoder is any module with ``forward(images, masks=None) -> Tokens`` and
 ``forward_many(images, masks=None) -> list[Tokens]``.
 """
 
-from sslkit.backbones.checkpoint import load, read_metadata, save
+from sslkit.backbones.checkpoint import read_metadata, save
 from sslkit.backbones.encoder import ViTEncoder
 from sslkit.backbones.factory import create
+from sslkit.backbones.read import Loaded, load, read
+from sslkit.backbones.report import LoadReport
 from sslkit.backbones.tokens import Tokens
 
-__all__ = ["Tokens", "ViTEncoder", "create", "load", "read_metadata", "save"]
+__all__ = [
+    "LoadReport",
+    "Loaded",
+    "Tokens",
+    "ViTEncoder",
+    "create",
+    "load",
+    "read",
+    "read_metadata",
+    "save",
+]

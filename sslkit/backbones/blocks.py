@@ -1,19 +1,24 @@
 """Transformer blocks over packed crops of several resolutions.
 
-A timm ``Block`` is rebuilt around the *same* submodules, so that parameters and their names stay
-what they were. Everything but attention and drop path acts on each token alone and can run on the
-packed ``[T, D]`` tokens of all crops; attention is told the lengths, drop path drops whole crops.
+A timm ``Block`` or ``EvaBlock`` is rebuilt around the *same* submodules, so that parameters and
+their names stay what they were. Everything but attention and drop path acts on each token alone and
+can run on the packed ``[T, D]`` tokens of all crops; attention is told the lengths and, in networks
+with rotary positions, the angles of every token; drop path drops whole crops.
 """
 
 from typing import Any
 
 import torch
-from timm.layers.attention import Attention
+import torch.nn.functional as F
+from timm.layers.attention import Attention, AttentionRope
 from timm.layers.drop import DropPath
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from sslkit.backbones.rope import with_prefix
 from sslkit.ops.attention import equal_runs, packed_attention
 
 Lengths = tuple[int, ...]
@@ -78,7 +83,7 @@ class PackedAttention(nn.Module):
     def __init__(self, attn: Any) -> None:
         super().__init__()
         self.num_heads = attn.num_heads
-        self.head_dim = attn.head_dim
+        self.head_dim = attn.proj.in_features // attn.num_heads  # timm 1.0.20 does not say it
         self.qkv = attn.qkv
         self.q_norm = attn.q_norm
         self.k_norm = attn.k_norm
@@ -88,19 +93,59 @@ class PackedAttention(nn.Module):
         self.qk_normed = not (
             isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)
         )
+        self.rotate_half = False
 
-    def project(self, x: Tensor) -> Tensor:
-        """Queries, keys and values: ``[T, D] -> [T, 3, h, d]``, q and k after their norms."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        if not self.qk_normed:
+    def linear(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of each head: ``[T, D] -> [T, 3, h, d]``."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+
+    def project(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """``[T, D] -> [T, 3, h, d]``: :meth:`linear`, q and k then normed and rotated.
+
+        ``rope`` ``[T, 2 * d]`` holds the sine and cosine of the angle of every feature of a token
+        (:func:`sslkit.backbones.rope.rotations`). Rotated in its type, float32, and rounded once.
+        """
+        qkv = self.linear(x)
+        if rope is None and not self.qk_normed:
             return qkv
         q, k, v = qkv.unbind(1)
-        return torch.stack((self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v), dim=1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            angles = rope[:, None]  # [T, 1, 2 * d]: the same for each head
+            q = apply_rot_embed_cat(q, angles, half=self.rotate_half)
+            k = apply_rot_embed_cat(k, angles, half=self.rotate_half)
+        return torch.stack((q.to(v.dtype), k.to(v.dtype), v), dim=1)
 
-    def forward(self, x: Tensor, lengths: Lengths) -> Tensor:
+    def forward(self, x: Tensor, lengths: Lengths, rope: Tensor | None = None) -> Tensor:
         """``[T, D] -> [T, D]``."""
-        x = packed_attention(self.project(x), lengths).flatten(1)  # [T, h, d] -> [T, h * d]
+        x = packed_attention(self.project(x, rope), lengths).flatten(1)  # [T, h, d] -> [T, h * d]
         return self.proj_drop(self.proj(self.norm(x)))
+
+
+class PackedEvaAttention(PackedAttention):
+    """The submodules of a timm ``EvaAttention`` or ``AttentionRope``, run over packed crops.
+
+    The three projections are one or separate. Where q and v have a bias as parameters of their own,
+    k has none (it would change no attention weight).
+    """
+
+    def __init__(self, attn: Any) -> None:
+        super().__init__(attn)
+        self.rotate_half = attn.rotate_half
+        self.q_proj, self.k_proj, self.v_proj = attn.q_proj, attn.k_proj, attn.v_proj
+        self.q_bias: Tensor | None = getattr(attn, "q_bias", None)
+        self.v_bias: Tensor | None = getattr(attn, "v_bias", None)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of each head: ``[T, D] -> [T, 3, h, d]``."""
+        if self.qkv is None:
+            qkv = torch.stack((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=1)
+            return qkv.unflatten(-1, (self.num_heads, self.head_dim))
+        if self.q_bias is None or self.v_bias is None:
+            return super().linear(x)
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias)
+        return qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
 
 
 class PackedBlock(nn.Module):
@@ -130,30 +175,84 @@ class PackedBlock(nn.Module):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))), lengths)
 
 
-def can_pack(block: nn.Module, token_wise_mlps: tuple[type[nn.Module], ...] = ()) -> bool:
-    """Whether :class:`PackedBlock` computes what ``block`` does.
+class PackedEvaBlock(nn.Module):
+    """The submodules of a timm pre-norm ``EvaBlock``, run over packed crops.
 
-    True for timm's pre-norm ``Block`` with its standard ``Attention`` (no gate, no dropout on
-    the attention weights) and an MLP known to act on each token alone: timm's ``Mlp``, ``GluMlp``
-    and ``SwiGLU``, or one of ``token_wise_mlps``.
+    ``block(x [T, D], lengths, rope [T, 2 * d])`` is the packed form, with ``rope`` None in networks
+    without rotary positions. ``block(x [B, N, D], rope=[P, 2 * d])`` is timm's: B crops of N
+    tokens, the last P of which are rotated.
     """
-    if type(block) is not Block:
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm1 = block.norm1
+        self.attn = PackedEvaAttention(block.attn)
+        self.gamma_1 = block.gamma_1
+        self.drop_path1 = CropDropPath.like(block.drop_path1)
+        self.norm2 = block.norm2
+        self.mlp = block.mlp
+        self.gamma_2 = block.gamma_2
+        self.drop_path2 = CropDropPath.like(block.drop_path2)
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Lengths | None = None,
+        rope: Tensor | None = None,
+        attn_mask: None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """``[T, D] -> [T, D]`` with ``lengths``, ``[B, N, D] -> [B, N, D]`` without."""
+        if attn_mask is not None or is_causal:
+            raise ValueError("PackedEvaBlock has no attn_mask and is_causal: crops attend freely")
+        if lengths is None:
+            B, N, _ = x.shape
+            if rope is not None:
+                rope = with_prefix(rope, N - len(rope)).repeat(B, 1)
+            return self.forward(x.flatten(0, 1), (N,) * B, rope).unflatten(0, (B, N))
+        attended = self.attn(self.norm1(x), lengths, rope)
+        x = x + self.drop_path1(_scale(attended, self.gamma_1), lengths)
+        return x + self.drop_path2(_scale(self.mlp(self.norm2(x)), self.gamma_2), lengths)
+
+
+def _scale(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else gamma * x
+
+
+def can_pack(block: nn.Module, token_wise_mlps: tuple[type[nn.Module], ...] = ()) -> bool:
+    """Whether :class:`PackedBlock` or :class:`PackedEvaBlock` computes what ``block`` does.
+
+    True for timm's pre-norm ``Block`` with its standard ``Attention`` and its ``EvaBlock`` with
+    ``EvaAttention`` or ``AttentionRope`` (no gate, no dropout on the attention weights, a key for
+    each query), and an MLP known to act on each token alone: timm's ``Mlp``, ``GluMlp`` and
+    ``SwiGLU``, or one of ``token_wise_mlps``.
+    """
+    attentions = {Block: (Attention,), EvaBlock: (EvaAttention, AttentionRope)}
+    if type(block) not in attentions:
         return False
-    attn = block.attn
+    attn: Any = block.attn
     return (
-        type(attn) is Attention
+        type(attn) in attentions[type(block)]
         and getattr(attn, "gate", None) is None  # newer than timm 1.0.20
+        and getattr(attn, "num_kv_heads", attn.num_heads) == attn.num_heads
         and attn.attn_drop.p == 0.0
         and type(block.mlp) in (Mlp, GluMlp, SwiGLU, *token_wise_mlps)
     )
 
 
-def run_block(block: nn.Module, x: Tensor, lengths: Lengths) -> Tensor:
+def pack(block: nn.Module) -> nn.Module:
+    """The packed counterpart of a block that :func:`can_pack` accepts."""
+    return PackedEvaBlock(block) if type(block) is EvaBlock else PackedBlock(block)
+
+
+def run_block(block: nn.Module, x: Tensor, lengths: Lengths, rope: Tensor | None = None) -> Tensor:
     """One block over packed crops, ``[T, D] -> [T, D]``.
 
-    A :class:`PackedBlock` takes all crops at once; any other block is called as it is, on one
-    ``[crops, tokens, D]`` batch for each run of equal lengths.
+    A packed block takes all crops at once; any other block is called as it is, on one
+    ``[crops, tokens, D]`` batch for each run of equal lengths. Of these none has rotary positions.
     """
+    if isinstance(block, PackedEvaBlock):
+        return block(x, lengths, rope)
     if isinstance(block, PackedBlock):
         return block(x, lengths)
     runs = equal_runs(lengths)

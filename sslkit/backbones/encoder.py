@@ -1,54 +1,76 @@
-"""ViTEncoder: a timm VisionTransformer as a masked, multi-crop token encoder."""
+"""ViTEncoder: a Vision Transformer of timm as a masked, multi-crop token encoder."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-from timm.layers.patch_embed import PatchEmbed
-from timm.layers.pos_embed import resample_abs_pos_embed_nhwc
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sslkit.backbones.blocks import Lengths, PackedBlock, can_pack, run_block
+from sslkit.backbones.blocks import (
+    Lengths,
+    PackedBlock,
+    PackedEvaBlock,
+    can_pack,
+    pack,
+    run_block,
+)
+from sslkit.backbones.positions import (
+    PosInterpolation,
+    check_pos_interpolation,
+    resample_positions,
+)
+from sslkit.backbones.rope import rotations
+from sslkit.backbones.supported import require_supported
 from sslkit.backbones.swiglu import FusedSwiGLU
 from sslkit.backbones.tokens import Tokens
 
-_SUPPORTED = (
-    "ViTEncoder wraps timm.models.vision_transformer.VisionTransformer with an unchanged forward "
-    "pass and a plain convolutional PatchEmbed: learned absolute positions, with or without class "
-    "token and registers, any block class"
-)
+_PACKED = (PackedBlock, PackedEvaBlock)
 
 
 class ViTEncoder(nn.Module):
-    """A token encoder around a timm ``VisionTransformer``.
+    """A token encoder around a timm ``VisionTransformer`` or ``Eva``.
 
     The encoder takes ``vit`` over and changes it in three ways, none of which touches a weight:
     head and attention pooling are removed; blocks that :func:`~sslkit.backbones.blocks.can_pack`
-    accepts are rebuilt as :class:`~sslkit.backbones.blocks.PackedBlock` around the same submodules
-    (same parameter names); a norm that timm puts after the pooling (``fc_norm``) is moved in front
-    of it, to ``vit.norm``, so that every token comes out normalised.
+    accepts are rebuilt as :class:`~sslkit.backbones.blocks.PackedBlock` or ``PackedEvaBlock``
+    around the same submodules (same parameter names); a norm that timm puts after the pooling
+    (``fc_norm``) is moved in front of it, to ``vit.norm``, so that every token comes out
+    normalised.
 
-    Other blocks (parallel, post-norm, differential attention, attention dropout, ...) run as they
-    are, one resolution at a time: the same result with less sharing. ``packed_blocks`` says which.
-    The encoder is in training mode if ``vit`` is.
+    Other blocks of a ``VisionTransformer`` (parallel, post-norm, differential attention, attention
+    dropout, ...) run as they are, one resolution at a time: the same result with less sharing.
+    ``packed_blocks`` says which. The encoder is in training mode if ``vit`` is.
 
-    Position embeddings are resampled (bicubic, antialiased) from the grid of ``img_size`` to the
-    grid of each image. The learned ``mask_token`` [D] (zeros at first, as in DINOv2) replaces the
-    embeddings of masked patches before the positions are added.
+    Learned position embeddings are resampled from the grid of ``img_size`` to the grid of each
+    image by :func:`~sslkit.backbones.positions.resample_positions`. Rotary ones, of DINOv3 and
+    other ``Eva`` networks, are computed for the grid of each image; where the network was built
+    with ``rope_shift_coords``, ``rope_jitter_coords`` or ``rope_rescale_coords``, each batch of a
+    training pass has its coordinates moved and scaled at random, by the device's global
+    generator. The learned ``mask_token`` [D] (zeros at first, as in DINOv2 and DINOv3) replaces
+    the embeddings of masked patches before learned positions are added.
 
     Args:
         vit: the network; see the errors for what cannot be wrapped.
         activation_checkpointing: in training, keep only the input of each block and recompute the
             rest in the backward pass: same gradients, less memory, one more forward pass of time.
+        pos_interpolation: how positions are resampled: ``"antialias"`` (timm's rule),
+            ``"bicubic"`` or ``"dinov2"``.
+        rope_periods: to which type the periods of rotary positions are rounded. Those in DINOv3's
+            own files are bfloat16; timm's and transformers' DINOv3 compute them in float32.
         settings: keyword arguments of :func:`sslkit.backbones.create` that rebuild this network;
             ``create`` fills them in. Without them the encoder cannot be saved.
 
     Raises:
-        TypeError: ``vit`` is not a timm VisionTransformer, or a subclass or patch embedding with a
-            forward pass of its own.
-        ValueError: ``vit`` drops patches (``patch_drop_rate``), which leaves no patch grid.
+        TypeError: ``vit`` is not a timm VisionTransformer or Eva, or a subclass or patch embedding
+            with a forward pass of its own; or it is an Eva with post-norm blocks, gated or
+            grouped-query attention, attention dropout, or learned or three-dimensional rotary
+            positions.
+        ValueError: ``vit`` drops patches (``patch_drop_rate``), which leaves no patch grid; or it
+            is an Eva that keeps rotary positions of one grid (``dynamic_img_size=False``); or
+            ``pos_interpolation`` or ``rope_periods`` is unknown.
 
     >>> vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
     >>> encoder = ViTEncoder(vit)
@@ -59,22 +81,32 @@ class ViTEncoder(nn.Module):
 
     def __init__(
         self,
-        vit: VisionTransformer,
+        vit: VisionTransformer | Eva,
         *,
         activation_checkpointing: bool = False,
+        pos_interpolation: PosInterpolation = "antialias",
+        rope_periods: Literal["float32", "bfloat16"] = "float32",
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        _require_supported(vit)
+        require_supported(vit)
+        check_pos_interpolation(pos_interpolation)
+        if rope_periods not in ("float32", "bfloat16"):
+            raise ValueError(f"rope_periods must be 'float32' or 'bfloat16', got {rope_periods!r}")
+        if rope_periods == "bfloat16" and not hasattr(getattr(vit, "rope", None), "periods"):
+            raise ValueError("rope_periods is for DINOv3's rotary positions, which vit has not")
         vit.reset_classifier(0, global_pool="")
         if isinstance(vit.norm, nn.Identity):
             vit.norm, vit.fc_norm = vit.fc_norm, nn.Identity()
         for i, block in enumerate(vit.blocks):
             if can_pack(block, token_wise_mlps=(FusedSwiGLU,)):
-                vit.blocks[i] = PackedBlock(block)
+                vit.blocks[i] = pack(block)
         self.vit = vit
         self.mask_token = nn.Parameter(vit.patch_embed.proj.weight.new_zeros(vit.embed_dim))
         self.activation_checkpointing = activation_checkpointing
+        self.pos_interpolation = pos_interpolation
+        self.rope_periods = rope_periods
+        self._round_periods_()
         self._settings = None if settings is None else dict(settings)
         self.train(vit.training)
 
@@ -107,13 +139,13 @@ class ViTEncoder(nn.Module):
 
     @property
     def img_size(self) -> tuple[int, int]:
-        """Height and width of the images that the position embedding was made for."""
+        """Height and width of the images that the network was made for."""
         h, w = self.vit.patch_embed.img_size
         return h, w
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of the stored position embedding."""
+        """Rows and columns of patches of an image of ``img_size``."""
         H, W = self.vit.patch_embed.grid_size
         return H, W
 
@@ -125,7 +157,7 @@ class ViTEncoder(nn.Module):
     @property
     def packed_blocks(self) -> tuple[bool, ...]:
         """For each block, whether it takes crops of all resolutions in one call."""
-        return tuple(isinstance(block, PackedBlock) for block in self.vit.blocks)
+        return tuple(isinstance(block, _PACKED) for block in self.vit.blocks)
 
     @property
     def settings(self) -> dict[str, Any] | None:
@@ -136,6 +168,8 @@ class ViTEncoder(nn.Module):
             **self._settings,
             "img_size": self.img_size,
             "activation_checkpointing": self.activation_checkpointing,
+            "pos_interpolation": self.pos_interpolation,
+            "rope_periods": self.rope_periods,
         }
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tokens:
@@ -174,8 +208,9 @@ class ViTEncoder(nn.Module):
             TypeError: a batch is not floating point.
         """
         x, lengths, grids = self._pack(images, masks)
+        rope = self._rotations(grids)
         for block in self.vit.blocks:
-            x = self._run(block, x, lengths)
+            x = self._run(block, x, lengths, rope)
         return self._unpack(x, grids)
 
     def intermediate(self, images: Tensor, n: int) -> list[Tokens]:
@@ -186,9 +221,10 @@ class ViTEncoder(nn.Module):
         if not 1 <= n <= self.depth:
             raise ValueError(f"n must be between 1 and the {self.depth} blocks, got {n}")
         x, lengths, grids = self._pack([images], None)
+        rope = self._rotations(grids)
         outputs = []
         for i, block in enumerate(self.vit.blocks):
-            x = self._run(block, x, lengths)
+            x = self._run(block, x, lengths, rope)
             if i >= self.depth - n:
                 outputs.append(self._unpack(x, grids)[0])
         return outputs
@@ -202,8 +238,8 @@ class ViTEncoder(nn.Module):
 
         Returns:
             ``q``, ``k`` and ``v``, each ``[B, heads, T, head_dim]``, T = ``num_prefix_tokens`` +
-            H * W, after the q and k norms and before the scale: the attention of the block is
-            ``softmax(q @ k.mT * head_dim ** -0.5) @ v``.
+            H * W, after the q and k norms and rotary positions and before the scale: the attention
+            of the block is ``softmax(q @ k.mT * head_dim ** -0.5) @ v``.
 
         Raises:
             IndexError: there is no such block.
@@ -212,15 +248,16 @@ class ViTEncoder(nn.Module):
         if not -self.depth <= block < self.depth:
             raise IndexError(f"block must be in [{-self.depth}, {self.depth - 1}], got {block}")
         chosen = self.vit.blocks[block]
-        if not isinstance(chosen, PackedBlock):
+        if not isinstance(chosen, _PACKED):
             raise TypeError(
                 f"queries_keys_values: block {block} is a {type(chosen).__name__}; they are known "
-                "for timm's standard Block with its standard Attention"
+                "for timm's standard Block with its standard Attention, and for its EvaBlock"
             )
-        x, lengths, _ = self._pack([images], None)
+        x, lengths, grids = self._pack([images], None)
+        rope = self._rotations(grids)
         for earlier in self.vit.blocks[:block]:
-            x = self._run(earlier, x, lengths)
-        qkv = chosen.attn.project(chosen.norm1(x))  # [B * T, 3, h, d]
+            x = self._run(earlier, x, lengths, rope)
+        qkv = chosen.attn.project(chosen.norm1(x), rope)  # [B * T, 3, h, d]
         qkv = qkv.unflatten(0, (len(images), -1))  # [B, T, 3, h, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, T, d]
         return q, k, v
@@ -230,7 +267,8 @@ class ViTEncoder(nn.Module):
 
         Not needed to encode images of another size, which resamples on the fly; it makes the new
         grid the one that is trained and saved. ``vit.pos_embed`` becomes a new parameter, so build
-        the optimizer afterwards.
+        the optimizer afterwards. A network without learned positions, such as DINOv3, changes in
+        its settings alone.
         """
         h, w = (img_size, img_size) if isinstance(img_size, int) else img_size
         H, W = self._grid(h, w, "img_size")
@@ -257,7 +295,7 @@ class ViTEncoder(nn.Module):
         num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         prefix, patches = positions.tensor_split((num_prefix,), dim=1)
         grid = patches.unflatten(1, self.grid_size)  # [1, N, D] -> [1, H0, W0, D]
-        return prefix, resample_abs_pos_embed_nhwc(grid, [H, W]).flatten(1, 2)
+        return prefix, resample_positions(grid, (H, W), self.pos_interpolation).flatten(1, 2)
 
     def _check(self, images: Tensor, masks: Tensor | None, name: str) -> tuple[int, int]:
         if images.ndim != 4 or images.shape[1] != self.in_chans:
@@ -319,16 +357,37 @@ class ViTEncoder(nn.Module):
             grids.append((B, *grid))
         return (packed[0] if len(packed) == 1 else torch.cat(packed)), lengths, grids
 
-    def _run(self, block: nn.Module, x: Tensor, lengths: Lengths) -> Tensor:
+    def _rotations(self, grids: Sequence[tuple[int, int, int]]) -> Tensor | None:
+        """Rotary positions of the packed tokens, ``[T, 2 * head_dim]``; None where there are none.
+
+        Once for all blocks, also for those that a checkpoint runs again.
+        """
+        rope = getattr(self.vit, "rope", None)
+        if rope is None:
+            return None
+        return rotations(rope, grids, num_prefix_tokens=self.num_prefix_tokens)
+
+    def _round_periods_(self) -> None:
+        rope = getattr(self.vit, "rope", None)
+        if rope is not None and self.rope_periods == "bfloat16":
+            rope.periods.copy_(rope.periods.bfloat16())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ViTEncoder":
+        """``to``, ``half``, ...: timm computes the periods anew after some of these."""
+        super()._apply(fn, recurse)
+        self._round_periods_()
+        return self
+
+    def _run(self, block: nn.Module, x: Tensor, lengths: Lengths, rope: Tensor | None) -> Tensor:
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(run_block, block, x, lengths, use_reentrant=False)
-        return run_block(block, x, lengths)
+            return checkpoint(run_block, block, x, lengths, rope, use_reentrant=False)
+        return run_block(block, x, lengths, rope)
 
     def _unpack(self, x: Tensor, grids: Sequence[tuple[int, int, int]]) -> list[Tokens]:
         """Final norm, then the packed ``[T, D]`` tokens as one :class:`Tokens` for each batch."""
         x = self.vit.norm(x)
         P = self.num_prefix_tokens
-        num_cls = int(self.vit.has_class_token)
+        num_cls = int(self.vit.cls_token is not None)
         tokens = []
         for part, (B, H, W) in zip(
             x.split([B * (P + H * W) for B, H, W in grids]), grids, strict=True
@@ -343,23 +402,3 @@ class ViTEncoder(nn.Module):
                 )
             )
         return tokens
-
-
-def _require_supported(vit: nn.Module) -> None:
-    if not isinstance(vit, VisionTransformer):
-        raise TypeError(f"cannot wrap a {type(vit).__name__}: {_SUPPORTED}")
-    for method in ("_pos_embed", "forward_features"):
-        if getattr(type(vit), method) is not getattr(VisionTransformer, method):
-            raise TypeError(
-                f"cannot wrap a {type(vit).__name__}, which has its own {method}: {_SUPPORTED}"
-            )
-    if type(vit.patch_embed).forward is not PatchEmbed.forward:
-        raise TypeError(
-            f"cannot wrap a {type(vit).__name__} with a {type(vit.patch_embed).__name__}: "
-            f"{_SUPPORTED}"
-        )
-    if not isinstance(vit.patch_drop, nn.Identity):
-        raise ValueError(
-            "cannot wrap a VisionTransformer with patch_drop_rate > 0: dropped patches leave no "
-            "patch grid; build it with patch_drop_rate=0 and pass masks instead"
-        )

@@ -1,12 +1,13 @@
 """create: a token encoder by name."""
 
 import difflib
-from typing import Any
+from typing import Any, Literal
 
 import timm
 
 from sslkit.backbones.encoder import ViTEncoder
 from sslkit.backbones.franca import VIT_SIZES, build_franca_vit
+from sslkit.backbones.positions import PosInterpolation
 
 Size = int | tuple[int, int] | list[int]
 
@@ -19,6 +20,8 @@ def create(
     drop_path_rate: float = 0.0,
     patch_size: Size | None = None,
     activation_checkpointing: bool = False,
+    pos_interpolation: PosInterpolation = "antialias",
+    rope_periods: Literal["float32", "bfloat16"] = "float32",
     pretrained: bool = False,
     **timm_kwargs: Any,
 ) -> ViTEncoder:
@@ -28,7 +31,8 @@ def create(
         name: a network of :data:`sslkit.backbones.franca.VIT_SIZES` (``franca_vits14``,
             ``franca_vitb14``, ``franca_vitl14``, ``franca_vitg14``, ``sslkit_vit_tiny``,
             ``sslkit_vit_micro``), or any Vision Transformer of timm, with or without a weight tag
-            (``vit_small_patch16_224``, ``vit_base_patch14_reg4_dinov2.lvd142m``, ...).
+            (``vit_small_patch16_224``, ``vit_base_patch14_reg4_dinov2.lvd142m``,
+            ``vit_small_patch16_dinov3``, ...).
         img_size: ``(height, width)`` or one number: the grid of the position embedding. Images of
             any other size can be encoded too. The network's own by default.
         in_chans: channels of an image.
@@ -36,9 +40,13 @@ def create(
             library, of the last block with a linear ramp for timm's.
         patch_size: ``(height, width)`` or one number; the network's own by default.
         activation_checkpointing: see :class:`ViTEncoder`.
+        pos_interpolation: see :class:`ViTEncoder`.
+        rope_periods: see :class:`ViTEncoder`.
         pretrained: load timm's weights, by download or from its cache. Networks of this library
             have none to download.
-        **timm_kwargs: of timm's ``VisionTransformer``: ``depth``, ``reg_tokens``, ``qk_norm``, ...
+        **timm_kwargs: of timm's ``VisionTransformer``: ``depth``, ``reg_tokens``, ``qk_norm``, ...;
+            of its ``Eva``, which the networks of DINOv3 are: ``depth``, ``num_reg_tokens``,
+            ``rope_rescale_coords``, ...
 
     Returns:
         A :class:`ViTEncoder`; its ``settings`` are these arguments: ``create(**settings)`` builds
@@ -71,7 +79,13 @@ def create(
     else:
         raise ValueError(f"unknown backbone {name!r}; {_close_matches(name)}")
     settings = {"name": name, **shape, **common}
-    return ViTEncoder(vit, activation_checkpointing=activation_checkpointing, settings=settings)
+    return ViTEncoder(
+        vit,
+        activation_checkpointing=activation_checkpointing,
+        pos_interpolation=pos_interpolation,
+        rope_periods=rope_periods,
+        settings=settings,
+    )
 
 
 def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
@@ -84,7 +98,8 @@ def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
     except TypeError as error:
         raise TypeError(
             f"timm cannot build {name!r} with {given}: {error}. sslkit.backbones wraps timm's "
-            "Vision Transformers (timm.models.vision_transformer.VisionTransformer)"
+            "Vision Transformers (timm.models.vision_transformer.VisionTransformer and "
+            "timm.models.eva.Eva)"
         ) from error
     except Exception as error:
         if not pretrained:

@@ -17,10 +17,11 @@ import tyro
 from sslkit.data.annotated.open import open_annotated
 from sslkit.evaluation.comparison import compare, table, write
 from sslkit.evaluation.features import Unsuitable
-from sslkit.evaluation.models import Model, load_rasa, open_model
+from sslkit.evaluation.models import Model, open_model
 from sslkit.evaluation.protocols import PROTOCOLS
 from sslkit.evaluation.report import format_table
 from sslkit.evaluation.subject import Subject
+from sslkit.rasa import load_rasa
 
 _NEED_MORE = ("robustness", "ood", "matryoshka", "feat2gs")  # than the data alone: not in `all`
 _GLOBAL_SIZE, _DENSE_OVER_GLOBAL = 224, 2

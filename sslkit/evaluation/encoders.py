@@ -20,7 +20,8 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import timm.models.vision_transformer as timm_vit
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sslkit.backbones import Tokens, ViTEncoder
@@ -32,9 +33,10 @@ def as_encoder(
     """An encoder of a model.
 
     - What has ``patch_size`` and ``intermediate`` is an encoder already, and is returned as it is.
-    - timm's Vision Transformers become a copy as `sslkit.backbones.ViTEncoder`, which takes images
-      of any size; what that cannot wrap (EVA, BEiT, ... of timm: networks with ``blocks`` and
-      ``forward_intermediates``) becomes a `TimmEncoder`, without queries, keys and values.
+    - timm's Vision Transformers, DINOv3's among them, become a copy as
+      `sslkit.backbones.ViTEncoder`, which takes images of any size; what that cannot wrap (BEiT,
+      EVA of one image size, ... of timm: networks with ``blocks`` and ``forward_intermediates``)
+      becomes a `TimmEncoder`, without queries, keys and values.
     - Any function of images, a module or not, that gives ``(cls, patches)`` or something with these
       two attributes becomes a `FunctionEncoder`.
 
@@ -55,7 +57,7 @@ def as_encoder(
     if isinstance(model, nn.Module):
         if hasattr(model, "patch_size") and hasattr(model, "intermediate"):
             return model
-        if isinstance(model, timm_vit.VisionTransformer):
+        if isinstance(model, VisionTransformer | Eva):
             try:
                 return ViTEncoder(copy.deepcopy(model))
             except (TypeError, ValueError):

@@ -60,8 +60,7 @@ def cached_features(
         folder: made if missing.
         identity: what the features are of, as plain values (the weights, the data, the view): the
             folder's must be the same.
-        encoder, source, transform, want, indices, block, num_layers, batch_size, device,
-            num_workers: as of `extract`.
+        encoder: this and all that is not named here as of `extract`.
         progress: the title of a progress bar; None for no bar.
 
     Raises:

@@ -8,14 +8,13 @@ from torch import nn
 
 from sslkit import backbones
 from sslkit.evaluation.floor import ColourAndPosition
-from sslkit.rasa import RASAProjector
 from sslkit.training.checkpoint import file_digest
 
 _KINDS = (
-    "FILE.safetensors of sslkit.backbones.save (the recipe's exports), random:FILE for fresh "
-    "weights in the same network, random:NAME or timm:NAME for a network of "
-    "sslkit.backbones.create with fresh or with timm's weights, or floor for colours and positions "
-    "without a network"
+    "a file or folder that sslkit.backbones.load reads (the recipe's exports, weights of Franca, "
+    "DINOv2, DINOv3, iBOT, timm, transformers), hf:ORG/NAME or timm:NAME to download them, "
+    "random:FILE for fresh weights in the same network, random:NAME for a network of "
+    "sslkit.backbones.create, or floor for colours and positions without a network"
 )
 
 
@@ -32,15 +31,15 @@ def open_model(spec: str, *, seed: int = 0, floor_patch_size: int = 8) -> Model:
     """The model that ``spec`` names, perhaps as ``NAME=spec``.
 
     Args:
-        spec: a file that `sslkit.backbones.save` wrote; ``random:FILE``: the network of that file
-            with fresh weights; ``random:NAME``: a network of `sslkit.backbones.create` with fresh
-            weights; ``timm:NAME``: with timm's; ``floor``:
-            `sslkit.evaluation.floor.ColourAndPosition`.
+        spec: what `sslkit.backbones.load` reads: a file, a folder, ``hf:ORG/NAME``;
+            ``timm:NAME``: a network of timm with its weights; ``random:`` and a file or folder: its
+            network with fresh weights; ``random:NAME``: a network of `sslkit.backbones.create` with
+            fresh weights; ``floor``: `sslkit.evaluation.floor.ColourAndPosition`.
         seed: of fresh weights.
         floor_patch_size: of the floor, in pixels.
 
     Raises:
-        ValueError: the file is no encoder, or the name is unknown.
+        ValueError: the weights cannot be read, or the name is unknown.
         FileNotFoundError: there is no such file; the message lists what can be named.
 
     >>> open_model("tiny=random:sslkit_vit_micro").name
@@ -65,36 +64,9 @@ def open_model(spec: str, *, seed: int = 0, floor_patch_size: int = 8) -> Model:
         return Model(name or "random", encoder, f"{rest}, seed {seed}, {encoder.settings}")
     if kind == "timm" and colon:
         return Model(name or what, backbones.create(what, pretrained=True), rest)
-    path = Path(rest)
-    if not path.is_file():
+    if not rest.startswith("hf:") and not Path(rest).exists():
         raise FileNotFoundError(f"no weights {rest!r}: give {_KINDS}")
-    return Model(name or path.stem, backbones.load(path), file_digest(path))
-
-
-def load_rasa(path: str | Path) -> RASAProjector:
-    """The projector whose ``state_dict`` a safetensors file holds.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds something else.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no RASA file {str(path)!r}")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    basis = tensors.get("basis")
-    if set(tensors) != {"basis"} or basis is None or basis.ndim != 2 or len(basis) % 2:
-        raise ValueError(
-            f"{path} is not a RASA file: expected one tensor, basis [2 T, D], got "
-            f"{len(tensors)}, such as {sorted(tensors)[0]}. An encoder with RASA folded in needs "
-            "no --rasa: give it as --weights"
-        )
-    rasa = RASAProjector(basis.shape[1], num_iterations=len(basis) // 2)
-    rasa.load_state_dict(tensors)
-    return rasa
+    loaded = backbones.read(rest)
+    identity = " ".join(file_digest(path) for path in loaded.report.paths)
+    own_name = rest if rest.startswith("hf:") else Path(rest).stem
+    return Model(name or own_name, loaded.encoder, identity)

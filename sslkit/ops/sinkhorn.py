@@ -43,7 +43,8 @@ collective reduces as it is.
 
 All that passes over rows return is a sum over the rows, or a maximum and a sum that can be merged.
 So `FactoredLogits` are passed over chunk by chunk of rows, each a product that is formed and
-forgotten: one matrix product a pass in place of one in all.
+forgotten: one matrix product a pass in place of one in all. Past rows, which are balanced with the
+batch but get no assignment, are chunks too: they are never copied into one matrix with it.
 """
 
 import math
@@ -137,6 +138,7 @@ def sinkhorn_bias(
     *,
     num_iterations: int = 3,
     row_mask: Tensor | None = None,
+    past: Logits | None = None,
     bound: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -150,6 +152,7 @@ def sinkhorn_bias(
         temperature: positive; divides the logits.
         num_iterations: at least 1.
         row_mask: bool ``[B]``; rows that are True take no part, whatever they hold.
+        past: ``[Q, K]`` more rows that take part, of any type with the same score type.
         bound: promise that no |logit| of a row that takes part exceeds it, None for no promise.
             Changes the cost, not the result (see `sinkhorn_biases`).
         impl: ``"auto"``, ``"torch"`` or ``"triton"`` (for contiguous logits).
@@ -165,6 +168,7 @@ def sinkhorn_bias(
         [temperature],
         num_iterations=num_iterations,
         row_masks=[row_mask],
+        pasts=[past],
         all_reduce=lambda tensors, _: tensors,
         bound=bound,
         impl=impl,
@@ -180,6 +184,7 @@ def sinkhorn_biases(
     num_iterations: int,
     row_masks: Sequence[Tensor | None],
     all_reduce: AllReduce,
+    pasts: Sequence[Logits | None] | None = None,
     bound: float | None = None,
     impl: str = "auto",
 ) -> list[Tensor]:
@@ -187,7 +192,8 @@ def sinkhorn_biases(
 
     ``all_reduce(tensors, "max" | "sum")`` reduces a list of vectors over the processes; it is
     called once with ``"max"`` and then ``num_iterations`` times with ``"sum"``, however many
-    problems there are. Every process must hold the same problems, with any number of rows.
+    problems there are. Every process must hold the same problems, with any number of rows and of
+    past rows.
 
     ``bound`` promises ``|logits| <= bound`` in all rows that take part. If then
     ``2 * bound / temperature <= 80`` for all problems, ``bound / temperature`` replaces the column
@@ -201,7 +207,8 @@ def sinkhorn_biases(
         raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
     if bound is not None and not (bound >= 0 and math.isfinite(bound)):
         raise ValueError(f"bound must be non-negative and finite, or None, got {bound!r}")
-    problems = _in_groups(logits, temperatures, row_masks)
+    pasts = [None] * len(logits) if pasts is None else pasts
+    problems = _in_groups(logits, temperatures, row_masks, pasts)
 
     if bound is not None and all(2 * bound / t <= _MAX_EXPONENT for t in temperatures):
         shifts = [_constant_columns(p, [bound / t for t in p.temperatures]) for p in problems]
@@ -213,7 +220,7 @@ def sinkhorn_biases(
         local = [_logsumexp_of_chunks(p, impl) for p in problems]
         shifts = [_finite_shift(shift) for shift in all_reduce([own for own, _ in local], "max")]
         sums = [
-            column_sum * torch.exp(_finite_shift(own) - shift)
+            column_sum * torch.exp(own - shift)  # 0 where own is -inf, however low shift
             for (own, column_sum), shift in zip(local, shifts, strict=True)
         ]
     # Unreachable prototypes have sum or mass exactly 0 and keep bias 0.
@@ -245,35 +252,50 @@ class _Problems(NamedTuple):
     logits: list[Logits]
     temperatures: list[float]
     row_masks: list[Tensor | None]
+    pasts: list[Logits] | None
 
     def chunks(self) -> Iterator[tuple[list[Tensor], list[Tensor | None]]]:
-        """Logits and row masks of all rows at once, or of a factored problem in chunks of rows."""
-        first, row_mask = self.logits[0], self.row_masks[0]
-        if not isinstance(first, FactoredLogits):
-            yield cast(list[Tensor], self.logits), self.row_masks
-            return
-        B, K = first.shape
-        for rows in chunks(B, K, first.device) if B > 0 else [slice(0, 0)]:
-            yield [written(first[rows])], [None if row_mask is None else row_mask[rows]]
+        """Logits and row masks of all rows: the batch's, then past ones, if there are any."""
+        yield from _row_chunks(self.logits, self.row_masks)
+        if self.pasts is not None:
+            yield from _row_chunks(self.pasts, [None] * len(self.pasts))
+
+
+def _row_chunks(
+    logits: list[Logits], row_masks: list[Tensor | None]
+) -> Iterator[tuple[list[Tensor], list[Tensor | None]]]:
+    """All rows of several problems at once, or of a factored one in chunks of rows."""
+    first, row_mask = logits[0], row_masks[0]
+    if not isinstance(first, FactoredLogits):
+        yield cast(list[Tensor], logits), row_masks
+        return
+    B, K = first.shape
+    for rows in chunks(B, K, first.device) if B > 0 else [slice(0, 0)]:
+        yield [written(first[rows])], [None if row_mask is None else row_mask[rows]]
 
 
 def _in_groups(
-    logits: Sequence[Logits], temperatures: Sequence[float], row_masks: Sequence[Tensor | None]
+    logits: Sequence[Logits],
+    temperatures: Sequence[float],
+    row_masks: Sequence[Tensor | None],
+    pasts: Sequence[Logits | None],
 ) -> list[_Problems]:
     """Check the problems and group those that are tensors and of one score type.
 
     A packed vector has one type, and factored logits are passed over one problem after the other.
     """
     groups: dict[Any, list[int]] = {}
-    for index, (x, temperature, row_mask) in enumerate(
-        zip(logits, temperatures, row_masks, strict=True)
+    for index, (x, temperature, row_mask, past) in enumerate(
+        zip(logits, temperatures, row_masks, pasts, strict=True)
     ):
         _check(x, temperature, row_mask)
+        _check_past(past, x)
         if x.device != logits[0].device:
             raise ValueError(
                 f"all logits must be on one device, got {logits[0].device} and {x.device}"
             )
-        key = index if isinstance(x, FactoredLogits) else score_dtype(x)
+        factored = isinstance(x, FactoredLogits) or isinstance(past, FactoredLogits)
+        key = index if factored else score_dtype(x)
         groups.setdefault(key, []).append(index)
     return [
         _Problems(
@@ -281,9 +303,20 @@ def _in_groups(
             [logits[i] for i in indices],
             [temperatures[i] for i in indices],
             [row_masks[i] for i in indices],
+            _pasts_of(indices, logits, pasts),
         )
         for indices in groups.values()
     ]
+
+
+def _pasts_of(
+    indices: list[int], logits: Sequence[Logits], pasts: Sequence[Logits | None]
+) -> list[Logits] | None:
+    """Past rows of a group, no rows for a problem without any; None if none has any."""
+    if all(pasts[i] is None for i in indices):
+        return None
+    given = [(logits[i], pasts[i]) for i in indices]
+    return [x[:0] if past is None else past for x, past in given]
 
 
 def _sum_of_chunks(
@@ -311,7 +344,7 @@ def _merge_logsumexp(
     """Of the rows of both, from shift and sum of each."""
     larger = torch.maximum(first[0], second[0])
     shift = _finite_shift(larger)
-    sums = (total * torch.exp(_finite_shift(own) - shift) for own, total in (first, second))
+    sums = (total * torch.exp(own - shift) for own, total in (first, second))
     return larger, sum(sums, torch.zeros_like(shift))
 
 
@@ -567,4 +600,19 @@ def _check(logits: Logits, temperature: float, row_mask: Tensor | None) -> None:
     if row_mask.shape != (logits.shape[0],):
         raise ValueError(
             f"row_mask must have shape [B] = ({logits.shape[0]},), got {tuple(row_mask.shape)}"
+        )
+
+
+def _check_past(past: Logits | None, logits: Logits) -> None:
+    if past is None:
+        return
+    check_logits(past, "past")
+    if past.shape[1] != logits.shape[1] or past.device != logits.device:
+        raise ValueError(
+            f"past must be [Q, K={logits.shape[1]}] on {logits.device}, like logits "
+            f"{tuple(logits.shape)}, got {tuple(past.shape)} on {past.device}"
+        )
+    if score_dtype(past) != score_dtype(logits):
+        raise TypeError(
+            f"past is {past.dtype} and logits are {logits.dtype}: float64 goes with float64 alone"
         )

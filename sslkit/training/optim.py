@@ -5,7 +5,7 @@ The rules are those of the released DINOv2, which the released Franca configurat
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,26 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-_TOKENS = {"cls_token", "mask_token", "reg_token", "register_tokens", "pos_embed"}
+_TOKENS = {
+    "cls_token",
+    "mask_token",
+    "reg_token",
+    "register_tokens",
+    "storage_tokens",
+    "pos_embed",
+}
 _EMBEDDING = {"patch_embed", "norm_pre"} | _TOKENS
 _LAST_LAYERS = {"prototypes", "last_layer"}
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
-_GROUP_KEYS = ("lr_scale", "weight_decay_scale", "is_last_layer")
+_GROUP_KEYS = ("lr_scale", "weight_decay_scale", "is_last_layer", "part")
 
 
 def parameter_groups(
-    model: nn.Module, *, layer_decay: float = 1.0, patch_embed_lr_scale: float = 0.2
+    model: nn.Module,
+    *,
+    layer_decay: float = 1.0,
+    patch_embed_lr_scale: float = 0.2,
+    parts: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Sort the trainable parameters of a student into a few groups for an optimizer.
 
@@ -45,19 +56,23 @@ def parameter_groups(
         model: the student; ``backbone``, ``dino_head``, ``ibot_head`` or any other submodules.
         layer_decay: above 0, at most 1. Franca pretrains with 1.0; fine-tuning uses about 0.75.
         patch_embed_lr_scale: not negative.
+        parts: submodules of ``model``, by name, that :func:`set_hyperparameters` can give a rate of
+            their own: their parameters are in groups apart from the rest.
 
     Returns:
-        Groups with the keys ``params``, ``names`` (of the parameters, in the same order) and the
-        three above, in the order in which their first parameters appear in ``model``.
+        Groups with the keys ``params``, ``names`` (of the parameters, in the same order), the
+        three above and ``part`` (one of ``parts``, or ""), in the order in which their first
+        parameters appear in ``model``.
 
     Raises:
-        ValueError: an argument is out of range; nothing is trainable; ``layer_decay`` is below 1
+        ValueError: an argument is out of range; nothing is trainable, as a whole or in one of
+            ``parts``; ``layer_decay`` is below 1
             and the model has no ``blocks.i``, or several stacks of them, so that a layer's number
             would have no meaning.
 
     >>> model = nn.ModuleDict({"patch_embed": nn.Linear(3, 4), "prototypes": nn.Linear(4, 9)})
     >>> for group in parameter_groups(model):
-    ...     print(*group["names"], *(group[key] for key in list(group)[2:]))
+    ...     print(*group["names"], *(group[key] for key in list(group)[2:5]))
     patch_embed.weight 0.2 1.0 False
     patch_embed.bias 0.2 0.0 False
     prototypes.weight 1.0 1.0 True
@@ -72,13 +87,19 @@ def parameter_groups(
         raise ValueError("model has no parameter with requires_grad=True, so nothing to optimize")
     depth = _depth([name for name, _ in named], layer_decay)
 
-    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    for part in parts:
+        if not any(name.startswith(f"{part}.") for name, _ in named):
+            raise ValueError(f"parts: model has no trainable parameter under {part!r}")
+
+    groups: dict[tuple[float, float, bool, str], dict[str, Any]] = {}
     for name, parameter in named:
-        parts = set(name.split("."))
+        words = set(name.split("."))
         lr_scale = layer_decay ** (depth + 1 - _layer(name, depth))
-        if "patch_embed" in parts:
+        if "patch_embed" in words:
             lr_scale *= patch_embed_lr_scale
-        key = (lr_scale, _weight_decay_scale(name, parameter), bool(parts & _LAST_LAYERS))
+        decay_scale = _weight_decay_scale(name, parameter)
+        part = next((part for part in parts if name.startswith(f"{part}.")), "")
+        key = (lr_scale, decay_scale, bool(words & _LAST_LAYERS), part)
         empty = {"params": [], "names": [], **dict(zip(_GROUP_KEYS, key, strict=True))}
         group = groups.setdefault(key, empty)
         group["params"].append(parameter)
@@ -87,17 +108,24 @@ def parameter_groups(
 
 
 def set_hyperparameters(
-    optimizer: Optimizer, *, lr: float, weight_decay: float, last_layer_lr: float
+    optimizer: Optimizer,
+    *,
+    lr: float,
+    weight_decay: float,
+    last_layer_lr: float,
+    part_lr_scales: Mapping[str, float] | None = None,
 ) -> None:
     """Give each group its learning rate and weight decay for the coming step.
 
     ``lr * lr_scale`` (``last_layer_lr * lr_scale`` where ``is_last_layer``) and
     ``weight_decay * weight_decay_scale``. ``last_layer_lr=0`` freezes the last layers exactly
     (AdamW also multiplies its decay by the rate); their moments go on being averaged, as in DINOv2.
+    The rates of the groups of a part are also multiplied by its ``part_lr_scales``, if it has one.
 
     Raises:
         ValueError: a group does not come from :func:`parameter_groups`; or ``last_layer_lr``
-            differs from ``lr`` and no group is a last layer, so that it would have no effect.
+            differs from ``lr`` and no group is a last layer, or no group is of a part that has a
+            scale, so that it would have no effect.
 
     >>> from torch.optim import AdamW
     >>> model = nn.ModuleDict({"trunk": nn.Linear(2, 2), "prototypes": nn.Linear(2, 9)})
@@ -113,8 +141,16 @@ def set_hyperparameters(
             f"last_layer_lr={last_layer_lr} would have no effect: no group has is_last_layer, "
             f"as no parameter lies under {' or '.join(sorted(_LAST_LAYERS))}; pass last_layer_lr=lr"
         )
+    part_lr_scales = part_lr_scales or {}
+    unknown = set(part_lr_scales) - {group["part"] for group in groups}
+    if unknown:
+        raise ValueError(
+            f"part_lr_scales: no group is of {', '.join(sorted(unknown))}; name it among the parts "
+            "of parameter_groups"
+        )
     for group in groups:
-        group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * group["lr_scale"]
+        rate = (last_layer_lr if group["is_last_layer"] else lr) * group["lr_scale"]
+        group["lr"] = rate * part_lr_scales.get(group["part"], 1.0)
         group["weight_decay"] = weight_decay * group["weight_decay_scale"]
 
 

@@ -6,7 +6,7 @@ gradients are averaged, so that N processes with equal shares of a batch take th
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sslkit.factored_logits import FactoredLogits
@@ -261,6 +261,22 @@ def gradients_synchronised(module: nn.Module, *, last: bool) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def joined(tensors: Mapping[str, Tensor], parallel: Parallel) -> dict[str, Tensor]:
+    """Rows ``[n, ...]`` of each process as one tensor ``[world_size * n, ...]`` sharded over them.
+
+    For a checkpoint of what differs between processes, which any number of them can read. Nothing
+    is copied: filling the result fills ``tensors``. In a single process they are returned as they
+    are.
+
+    >>> joined({"rows": torch.zeros(3, 2)}, start("cpu"))["rows"].shape
+    torch.Size([3, 2])
+    """
+    if parallel.group is None:
+        return dict(tensors)
+    mesh = DeviceMesh.from_group(parallel.group, parallel.device.type)
+    return {name: DTensor.from_local(x, mesh, [Shard(0)]) for name, x in tensors.items()}
 
 
 def whole(module: nn.Module) -> dict[str, Tensor]:

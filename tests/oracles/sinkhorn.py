@@ -44,3 +44,18 @@ def sinkhorn_in_log_domain(logits: Tensor, temperature: float, num_iterations: i
 def _logsumexp(values: list[float]) -> float:
     largest = max(values)
     return largest + math.log(sum(math.exp(x - largest) for x in values))
+
+
+def sinkhorn_with_a_queue(
+    batches: list[Tensor], temperature: float, num_iterations: int, num_rows: int
+) -> list[Tensor]:
+    """SwAV, section 3.1: each batch balanced with the ``num_rows`` rows before it, and cut off."""
+    past: list[list[float]] = []
+    results = []
+    for batch in batches:
+        rows = batch.tolist()
+        everything = torch.tensor(rows + past, dtype=torch.float64)
+        probs = sinkhorn_in_log_domain(everything, temperature, num_iterations) if rows else batch
+        results.append(probs[: len(rows)])
+        past = (past + rows)[-num_rows:]
+    return results

@@ -18,7 +18,7 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """The shapes of one training step: a ViT with LayerScale and a qkv bias, two nested heads."""
+    """The shapes of one training step: a ViT with LayerScale, two nested heads."""
 
     width: int
     depth: int
@@ -26,12 +26,15 @@ class Workload:
     mlp_hidden: int
     """Of one of the two halves, where the MLP is gated."""
     mlp: Literal["swiglu", "gelu"] = "swiglu"
+    qkv_biases: Literal[0, 2, 3] = 3
+    """Of queries, keys and values, how many have a bias; 0 and 2 in DINOv3's networks."""
+    positions: Literal["learned", "rotary"] = "learned"
     patch_size: int = 14
     in_chans: int = 3
     registers: int = 0
-    """With any, the class token has no position embedding (as in timm's ``reg4`` networks)."""
+    """With any, the class token has no learned position (as in timm's ``reg4`` networks)."""
     global_size: int = 224
-    """Pixels a side, also of the grid of the position embedding."""
+    """Pixels a side, also of the grid of the learned positions."""
     local_size: int = 98
     num_local: int = 8
     batch_size: int = 2048
@@ -121,11 +124,14 @@ class Parameters(NamedTuple):
 def parameters(work: Workload) -> Parameters:
     """Count them; equal to the networks' own."""
     D, F = work.width, work.mlp_hidden
-    positions = work.patches(work.global_size) + (0 if work.registers else 1)
+    positions = 0
+    if work.positions == "learned":
+        positions = work.patches(work.global_size) + (0 if work.registers else 1)
     embedding = (work.in_chans * work.patch_size**2 + 1) * D  # the convolution
     embedding += (positions + work.prefix + 1) * D + 2 * D  # one more token: the mask's
     mlp = (D + 1) * 2 * F + (F + 1) * D if work.mlp == "swiglu" else (D + 1) * F + (F + 1) * D
-    block = (D + 1) * 3 * D + (D + 1) * D + mlp + 6 * D  # two norms and two LayerScales
+    attention = 3 * D * D + work.qkv_biases * D + (D + 1) * D
+    block = attention + mlp + 6 * D  # two norms and two LayerScales
     return Parameters(
         embedding=embedding,
         block=block,

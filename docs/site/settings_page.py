@@ -1,0 +1,110 @@
+"""The page "Every setting", made from the recipe's dataclasses whenever the site is built."""
+
+import ast
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+RECIPE = Path(__file__).parents[2] / "examples" / "franca_recipe.py"
+PAGE = "settings.md"
+INTRODUCTION = """# Every setting
+
+Made from the dataclasses of [examples/franca_recipe.py](../examples/franca_recipe.py) when this
+site is built. A setting's flag is its name with dashes: `--model.num-prototypes 4096`. The column
+*default* is `vitb14_in21k`, the paper's ViT-B on ImageNet-21K; behind it stand the presets that
+differ. `--help` prints the values of the preset that is asked for. Shares are of the number of
+steps, so that a shorter run keeps the shape of its schedules.
+"""
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the page to the site (a hook of mkdocs)."""
+    from mkdocs.structure.files import File
+
+    files.append(File.generated(config, PAGE, content=markdown()))
+    return files
+
+
+def markdown() -> str:
+    """The page: a table for each section of the settings."""
+    recipe = load_recipe()
+    presets = {name: preset for name, preset in recipe.PRESETS.items() if name != "vitb14_in21k"}
+    described = descriptions(ast.parse(RECIPE.read_text()))
+    default = recipe.PRESETS["vitb14_in21k"]
+    sections = [("", default)] + [
+        (field.name, getattr(default, field.name))
+        for field in dataclasses.fields(default)
+        if dataclasses.is_dataclass(getattr(default, field.name))
+    ]
+    lines = [INTRODUCTION]
+    for section, values in sections:
+        kind = type(values).__name__
+        lines += [f"## {kind}", "", described[kind][""], ""]
+        lines += ["| flag | default | other presets | |", "| --- | --- | --- | --- |"]
+        for field in dataclasses.fields(values):
+            value = getattr(values, field.name)
+            if dataclasses.is_dataclass(value):
+                continue
+            others = {
+                name: getattr(getattr(preset, section) if section else preset, field.name)
+                for name, preset in presets.items()
+            }
+            flag = f"--{section}{'.' * bool(section)}{field.name}".replace("_", "-")
+            cells = (f"`{flag}`", _code(value), _differing(value, others))
+            text = described[kind].get(field.name, "").replace("|", "\\|")
+            lines.append(f"| {' | '.join(cells)} | {text} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def descriptions(tree: ast.Module) -> dict[str, dict[str, str]]:
+    """Of each class its docstring, under "", and those below its fields, by field."""
+    found: dict[str, dict[str, str]] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            texts = {"": ast.get_docstring(node) or ""}
+            for field, below in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                    for text in _text(below):
+                        texts[field.target.id] = text
+            found[node.name] = texts
+    return found
+
+
+def load_recipe() -> ModuleType:
+    """The recipe as a module."""
+    if "franca_recipe" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("franca_recipe", RECIPE)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["franca_recipe"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["franca_recipe"]
+
+
+def _text(node: ast.stmt) -> Iterator[str]:
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        yield " ".join(str(node.value.value).split())
+
+
+def _differing(value: Any, others: dict[str, Any]) -> str:
+    by_value: dict[str, list[str]] = {}
+    for name, other in others.items():
+        if other != value and name != other:  # not --preset itself
+            by_value.setdefault(_code(other), []).append(name)
+    return "; ".join(f"{code} {', '.join(names)}" for code, names in by_value.items())
+
+
+def _code(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"`{' '.join(_plain(item) for item in value)}`" if value else "none"
+    return f"`{_plain(value)}`"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,279 @@
+"""Weight files as tensors by name: safetensors, or torch's files without their pickled code.
+
+Nothing but tensors and plain data is ever unpickled (``torch.load(weights_only=True)``).
+"""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_OTHER_KINDS = {
+    b"\x1f\x8b": "a gzip archive: unpack it first, and give the file inside",
+    b"version https://git-lfs": "a git-lfs pointer, not the file it points to: run git lfs pull",
+    b"<": "a web page, not weights: download the file itself",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+}
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """What a file or folder of weights holds.
+
+    Attributes:
+        name: what was asked for, for messages.
+        paths: the files that were read.
+        tensors: by dotted name: the keys of nested dicts joined, the names that wrappers add
+            (``module.``, ``_orig_mod.``, FSDP's and checkpointing's) left out.
+        others: dotted names of what is no tensor (numbers, texts, ...).
+        header: the text in a safetensors file's header.
+        config: what a ``config.json`` beside the weights says, of timm or of transformers; else {}.
+    """
+
+    name: str
+    paths: tuple[Path, ...]
+    tensors: dict[str, Tensor]
+    others: tuple[str, ...] = ()
+    header: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def import_safetensors() -> Any:
+    """The package, or an ImportError that names the extra."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "reading and writing encoders needs safetensors: pip install 'sslkit[recipe]'"
+        ) from error
+    return safetensors
+
+
+def open_weights(path_or_name: str | os.PathLike[str]) -> WeightsFile:
+    """Read a file, a folder or a name of a hub.
+
+    Args:
+        path_or_name: a safetensors file or one of ``torch.save``; a folder with a ``config.json``
+            of timm or transformers, whose weights may be in shards; ``hf:ORG/NAME``,
+            ``hf:ORG/NAME@REVISION`` or ``hf:ORG/NAME/FILE``: the Hugging Face Hub; ``timm:NAME``:
+            timm's own weights. The last two download, or use the cache of ``huggingface_hub``.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no weights in the folder.
+        ValueError: the file is damaged, of another kind, or holds pickled code.
+        RuntimeError: the download failed.
+    """
+    name = os.fspath(path_or_name)
+    if name.startswith("timm:"):
+        return _timm_weights(name)
+    path = _download(name) if name.startswith("hf:") else Path(name)
+    if path.is_dir():
+        return _open_folder(name, path)
+    if not path.is_file():
+        hint = f"; is it hf:{name} ?" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
+        raise FileNotFoundError(f"no encoder file at {path}{hint}")
+    config = _read_config(path.parent) if path.name in WHOLE_FILES else {}
+    return _open_files(name, [path], config)
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The text in the header of a safetensors file; its tensors are not read."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no encoder file at {path}")
+    safetensors = import_safetensors()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _open_folder(name: str, folder: Path) -> WeightsFile:
+    config = _read_config(folder)
+    for index in INDEX_FILES:
+        if (folder / index).is_file():
+            return _open_shards(name, folder / index, config)
+    for whole in WHOLE_FILES:
+        if (folder / whole).is_file():
+            return _open_files(name, [folder / whole], config)
+    found = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
+    if len(found) != 1:
+        listed = ", ".join(path.name for path in found) or "none"
+        raise FileNotFoundError(
+            f"the folder {folder} must hold {WHOLE_FILES[0]}, an index of shards or one file of "
+            f"weights ({', '.join(_SUFFIXES)}); found: {listed}. Give the file itself"
+        )
+    return _open_files(name, found, config)
+
+
+def _open_shards(name: str, index: Path, config: Mapping[str, Any]) -> WeightsFile:
+    weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    shards = sorted(set(weight_map.values()))
+    strange = [shard for shard in shards if Path(shard).name != shard]
+    absent = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if strange or absent:
+        raise ValueError(
+            f"{index} names shards that are not beside it: {', '.join(strange or absent)}"
+        )
+    file = _open_files(name, [index.parent / shard for shard in shards], config)
+    lost = sorted(key for key in weight_map if _join(key.split(".")) not in file.tensors)
+    if lost:
+        raise ValueError(f"{index} promises tensors that its shards lack: {', '.join(lost[:10])}")
+    return file
+
+
+def _open_files(name: str, paths: list[Path], config: Mapping[str, Any]) -> WeightsFile:
+    tensors: dict[str, Tensor] = {}
+    others: list[str] = []
+    header: dict[str, str] = {}
+    for path in paths:
+        found, path_header = _read(path)
+        header |= path_header
+        for key, value in _flatten(found, ()):
+            if not isinstance(value, Tensor):
+                others.append(key)
+            elif key in tensors:
+                raise ValueError(f"{path} holds {key} twice, once under a wrapper's name")
+            else:
+                tensors[key] = value
+    if not tensors:
+        raise ValueError(f"{name} holds no tensors")
+    return WeightsFile(name, tuple(paths), tensors, tuple(others), header, config)
+
+
+def _read(path: Path) -> tuple[Any, dict[str, str]]:
+    """Tensors by (nested) key, and the header, by what the first bytes say the file is."""
+    with path.open("rb") as opened:
+        start = opened.read(64)
+    if not start:
+        raise ValueError(f"{path} is empty: was the download or the copy cut short?")
+    if start[8:9] == b"{" and not start.startswith(b"PK"):
+        return _read_safetensors(path)
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return _read_torch(path, zipped=start.startswith(b"PK")), {}
+    for magic, kind in _OTHER_KINDS.items():
+        if start.lstrip().startswith(magic):
+            raise ValueError(f"{path} is {kind}")
+    raise ValueError(
+        f"{path} is neither a safetensors file nor one of torch.save: it starts with {start[:8]!r}"
+    )
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    safetensors = import_safetensors()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file: {error}. Was the download or the copy cut "
+            "short?"
+        ) from error
+
+
+def _read_torch(path: Path, *, zipped: bool) -> Any:
+    if zipped and _is_torchscript(path):
+        raise ValueError(
+            f"{path} is a TorchScript archive, which holds code: load it with torch.jit.load where "
+            "you trust it, and save its state_dict()"
+        )
+    # torch takes files of this name for safetensors, whatever they are.
+    mapped = zipped and path.suffix != ".safetensors"
+    try:
+        # The checkpoints of DINO and iBOT keep their command line: a Namespace of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as opened:
+            source = path if mapped else opened
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"(?:GLOBAL|global|class) ([\w.]+)", str(error))
+        cause = f"it needs {code[1]}" if code else f"{str(error).splitlines()[0]}"
+        raise ValueError(
+            f"{path} holds more than tensors ({cause}), and code from a file is not run. Where "
+            "you trust it, load it in a process of its own with torch.load(..., "
+            "weights_only=False), and save the state dict's tensors alone"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a file of torch.save: {str(error).splitlines()[0]}. Was the "
+            "download or the copy cut short?"
+        ) from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
+def _flatten(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flatten(inner, (*keys, *str(key).split(".")))
+    else:
+        yield _join(keys), value
+
+
+def _join(keys: tuple[str, ...] | list[str]) -> str:
+    return ".".join(key for key in keys if key not in _WRAPPERS)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _timm_weights(name: str) -> WeightsFile:
+    from sslkit.backbones.factory import create
+
+    architecture = name.removeprefix("timm:")
+    vit = create(architecture, pretrained=True).vit
+    return WeightsFile(name, (), dict(vit.state_dict()), config={"architecture": architecture})
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub
+
+    parts = name.removeprefix("hf:").split("/", 2)
+    if len(parts) < 2:
+        raise ValueError(f"{name}: a name on the Hugging Face Hub is hf:ORG/NAME")
+    org, repo, *file = parts
+    repo, _, revision = repo.partition("@")
+    place: dict[str, Any] = {"repo_id": f"{org}/{repo}", "revision": revision or None}
+    try:
+        if file:
+            return Path(huggingface_hub.hf_hub_download(filename=file[0], **place))
+        for patterns in (
+            ["config.json", "*.safetensors", "*.safetensors.index.json"],
+            ["config.json", "*.bin", "*.bin.index.json", "*.pth", "*.pt"],
+        ):
+            folder = Path(huggingface_hub.snapshot_download(allow_patterns=patterns, **place))
+            if any(path.suffix in _SUFFIXES for path in folder.iterdir()):
+                break
+        return folder
+    except Exception as error:
+        raise RuntimeError(
+            f"{name} could not be downloaded ({type(error).__name__}: {error}). Without a network, "
+            "fill the cache of huggingface_hub beforehand (HF_HOME), or give a file"
+        ) from error

@@ -1,0 +1,203 @@
+"""load and read: any released Vision Transformer as a token encoder, strictly."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sslkit.backbones.checkpoint import HEADER_KEY, parse_header
+from sslkit.backbones.encoder import ViTEncoder
+from sslkit.backbones.files import WeightsFile, open_weights
+from sslkit.backbones.fit import build_encoder
+from sslkit.backbones.heads import Head, build_head, describe_projector, read_head
+from sslkit.backbones.layouts import dinov2, dinov3, own, plain_vit, transformers_dinov2
+from sslkit.backbones.layouts.layout import Layout, Stated, in_any_block
+from sslkit.backbones.networks import Network, choose_network
+from sslkit.backbones.positions import PosInterpolation
+from sslkit.backbones.report import LoadReport
+
+Size = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What :func:`read` gives.
+
+    Attributes:
+        encoder: on the CPU, in training mode, in the widest float type of its tensors in the file.
+        heads: by name (``"dino_head"``, ``"ibot_head"``, ...): a `MatryoshkaProjector` where one
+            computes what the code base's head does, otherwise the head's tensors by name. Empty
+            for files without heads.
+        report: what became of every tensor.
+    """
+
+    encoder: ViTEncoder
+    heads: dict[str, Head]
+    report: LoadReport
+
+
+def load(path_or_name: str | os.PathLike[str], **options: Any) -> ViTEncoder:
+    """The encoder that :func:`read` gives, with the same options.
+
+    >>> import tempfile
+    >>> from sslkit.backbones import create, save
+    >>> path = tempfile.mkdtemp() + "/encoder.safetensors"
+    >>> save(create("sslkit_vit_micro"), path)
+    >>> load(path, img_size=(16, 48)).grid_size
+    (4, 12)
+    """
+    return read(path_or_name, **options).encoder
+
+
+def read(
+    path_or_name: str | os.PathLike[str],
+    *,
+    img_size: Size | None = None,
+    in_chans: int | None = None,
+    which: str | None = None,
+    ignore: Sequence[str] = (),
+    num_heads: int | None = None,
+    architecture: str | None = None,
+    file_img_size: Size | None = None,
+    pos_interpolation: PosInterpolation | None = None,
+    drop_path_rate: float | None = None,
+    activation_checkpointing: bool | None = None,
+) -> Loaded:
+    """Read weights of any of the released layouts, every tensor accounted for.
+
+    The layout is recognised from the names of the tensors: sslkit's own; DINOv2's (DINOv2, Franca,
+    blocks flat or in chunks); DINOv3's; timm's, which DINO and iBOT share; those of transformers
+    for DINOv2 and DINOv3. Training checkpoints may hold heads, a student, an optimizer: the
+    teacher's network is taken, its heads are returned, the rest is reported. The network is built
+    from the sizes of the tensors, and from ``config.json`` where there is one. Encoder and file
+    must then match tensor by tensor, or nothing is loaded.
+
+    Args:
+        path_or_name: a file, a folder, ``hf:ORG/NAME`` or ``timm:NAME``; see
+            :func:`sslkit.backbones.files.open_weights`.
+        img_size: resample the position embedding to the grid of this ``(height, width)`` or side,
+            by the rule ``pos_interpolation``; by default the grid stays that of the file. Not
+            needed to encode images of another size, which resamples on the fly.
+        in_chans: channels of the images, by default the file's. Channel j takes the weights of
+            channel ``j mod C``, shared evenly by the channels that take the same ones; with fewer
+            channels than the file's C, channel j takes the sum of channels ``j, j + in_chans, ...``
+            An image whose channels repeat in turn (a grey one as RGB) keeps its tokens.
+        which: of a file with several networks, a part of this one's names: ``"student"``, ... By
+            default ``"teacher"``.
+        ignore: patterns (``fnmatch``) of names, of the file or the encoder, that need not match:
+            tensors of the file are left unused, those of the encoder keep fresh weights.
+        num_heads: attention heads, where neither config nor a released width tells.
+        architecture: a name of timm, for files in its layout whose tensors do not tell the network
+            (other activations, ...). Known from timm's ``config.json``.
+        file_img_size: size of the images that the file's positions were made for, where their grid
+            is not square.
+        pos_interpolation: how positions are resampled, by default as in the code base whose layout
+            it is: see :func:`sslkit.backbones.positions.resample_positions`.
+        drop_path_rate: of the encoder; by default that of the file's settings, or none.
+        activation_checkpointing: of the encoder; by default that of the file's settings, or not.
+
+    Returns:
+        :class:`Loaded`. No random numbers are taken from the caller.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, holds code, another kind of network or several; or tensors
+            are missing, unexpected or of another shape, which are all listed.
+        RuntimeError: a download failed.
+    """
+    file = open_weights(path_or_name)
+    stated = Stated(num_heads, architecture, _pair(file_img_size))
+    described = parse_header(file.name, file.header) if HEADER_KEY in file.header else None
+    if described is None:
+        network = choose_network(file, which)
+        layout = _recognise(file, network, stated)
+        heads = {name: read_head(tensors) for name, tensors in network.heads.items()}
+    else:
+        network = _own_network(file, described)
+        layout = own.describe(described)
+        projectors = {
+            name: build_head(arguments, network.heads[name])
+            for name, arguments in described["heads"].items()
+        }
+        heads = {name: (head, describe_projector(head)) for name, head in projectors.items()}
+    given = {
+        "pos_interpolation": pos_interpolation,
+        "drop_path_rate": drop_path_rate,
+        "activation_checkpointing": activation_checkpointing,
+    }
+    if architecture not in (None, layout.settings["name"]):
+        raise ValueError(
+            f"architecture={architecture!r} is for files with timm's names; {file.name} has "
+            f"{layout.title} and is read as {layout.settings['name']}"
+        )
+    settings = {**layout.settings, **{k: v for k, v in given.items() if v is not None}}
+    encoder, report = build_encoder(
+        file,
+        network,
+        layout,
+        settings,
+        folded_norm=described and described["folded_norm"],
+        in_chans=in_chans,
+        ignore=ignore,
+    )
+    if num_heads not in (None, encoder.num_heads):
+        raise ValueError(f"num_heads={num_heads}, but {file.name} has {encoder.num_heads} heads")
+    resampled = {}
+    if img_size is not None:
+        before = encoder.grid_size
+        encoder.set_img_size_(img_size)
+        if encoder.vit.pos_embed is not None and encoder.grid_size != before:
+            old, new = (" x ".join(map(str, grid)) for grid in (before, encoder.grid_size))
+            resampled["vit.pos_embed"] = f"{old} to {new} patches ({encoder.pos_interpolation})"
+    report = dataclasses.replace(
+        report,
+        network=encoder.settings or {},
+        resampled=resampled,
+        heads={name: what for name, (_, what) in heads.items()},
+    )
+    return Loaded(encoder, {name: head for name, (head, _) in heads.items()}, report)
+
+
+def _recognise(file: WeightsFile, network: Network, stated: Stated) -> Layout:
+    """Whose names a network has. Raises a ValueError if nobody's."""
+    names, config = network.tensors, file.config
+    if "embeddings.patch_embeddings.projection.weight" in names:
+        if in_any_block(names, "layer_scale1.lambda1"):
+            return transformers_dinov2.describe(names, config, stated)
+        raise ValueError(
+            f"{file.name} is a Vision Transformer of transformers, but not DINOv2: its blocks have "
+            "no layer_scale1.lambda1"
+        )
+    if "embeddings.patch_embeddings.weight" in names:
+        return dinov3.describe_transformers(names, config, stated)
+    if "rope_embed.periods" in names or "storage_tokens" in names:
+        return dinov3.describe(names, stated)
+    eva = "pos_embed" not in names and "reg_token" in names and in_any_block(names, "gamma_1")
+    if "dinov3" in str(stated.architecture or config.get("architecture", "")) or eva:
+        return dinov3.describe_timm(names, config, stated)
+    dinov2s = any(name in names for name in ("mask_token", "register_tokens"))
+    if dinov2s or in_any_block(names, "mlp.w12.weight") or _chunked(names):
+        return dinov2.describe(names, stated)
+    wrapped = set(network.prefix.split(".")) & {"teacher", "student", "state_dict"}
+    ibot = bool(wrapped) or "masked_embed" in names or in_any_block(names, "gamma_1")
+    return plain_vit.describe(names, config, stated, ibot=ibot)
+
+
+def _chunked(names: Mapping[str, Tensor]) -> bool:
+    return any(re.match(r"blocks\.\d+\.\d+\.", name) for name in names)
+
+
+def _own_network(file: WeightsFile, described: Mapping[str, Any]) -> Network:
+    tensors, heads = dict(file.tensors), {}
+    for head in described["heads"]:
+        own_names = [name for name in tensors if name.startswith(f"{head}.")]
+        heads[head] = {name.removeprefix(f"{head}."): tensors.pop(name) for name in own_names}
+    return Network("", tensors, heads, {}, ())
+
+
+def _pair(size: Size | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size

@@ -1,0 +1,85 @@
+"""Rotary positions of packed tokens.
+
+Rotary position embedding (RoPE, arXiv 2104.09864) turns pairs of features of queries and keys by
+angles that grow with the token's position, so that their product depends on the difference of two
+positions. Here the positions are rows and columns of the patch grid; prefix tokens have none.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from timm.layers.pos_embed_sincos import (
+    RotaryEmbeddingCat,
+    RotaryEmbeddingDinoV3,
+    make_coords_dinov3,
+)
+from torch import Tensor
+
+Rope = RotaryEmbeddingDinoV3 | RotaryEmbeddingCat
+"""timm's rotary positions that are fixed, and the same in all blocks."""
+
+
+def rotations(
+    rope: Rope, grids: Sequence[tuple[int, int, int]], *, num_prefix_tokens: int
+) -> Tensor:
+    """Sine and cosine of the angle of every feature of a head, for every packed token.
+
+    Args:
+        rope: a network's rotary positions.
+        grids: ``(B, H, W)`` of each batch: B crops of H x W patches.
+        num_prefix_tokens: tokens before the patches of each crop. They are not turned.
+
+    Returns:
+        ``[T, 2 * d]``, the tokens batch after batch and crop after crop: d sines, d cosines.
+    """
+    tables = [
+        with_prefix(_patches(rope, H, W), num_prefix_tokens).repeat(B, 1) for B, H, W in grids
+    ]
+    return tables[0] if len(tables) == 1 else torch.cat(tables)
+
+
+def with_prefix(rope: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Rows of prefix tokens, which turn nothing, before the ``[N, 2 * d]`` of patches.
+
+    >>> with_prefix(torch.tensor([[0.6, 0.8]]), 1)  # sine, cosine
+    tensor([[0.0000, 1.0000],
+            [0.6000, 0.8000]])
+    """
+    sin = rope.new_zeros(num_prefix_tokens, rope.shape[1] // 2)
+    return torch.cat([torch.cat([sin, torch.ones_like(sin)], dim=1), rope])
+
+
+def _patches(rope: Rope, H: int, W: int) -> Tensor:
+    """The ``[H * W, 2 * d]`` of timm's ``rope.get_embed((H, W))``.
+
+    Of DINOv3 it is made here. timm's begins on the host, and the copy waits for the device.
+    """
+    if not isinstance(rope, RotaryEmbeddingDinoV3):
+        return rope.get_embed([H, W])
+    centres = make_coords_dinov3(  # [H * W, 2], in (-1, 1) on both axes
+        H,
+        W,
+        normalize_coords=rope.normalize_coords,
+        grid_indexing=rope.grid_indexing,
+        grid_offset=rope.grid_offset,
+        device=rope.periods.device,
+    )
+    if rope.training:
+        centres = _move(centres, rope)
+    angles = (2 * math.pi * centres[:, :, None] / rope.periods).flatten(1)  # [H * W, d / 2]
+    # The pairs of features that turn together: (f, f + d / 2), or neighbours.
+    angles = angles.tile(2) if rope.rotate_half else angles.repeat_interleave(2, dim=1)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _move(centres: Tensor, rope: RotaryEmbeddingDinoV3) -> Tensor:
+    """Random shift of each axis, scale of each axis, scale of both; each only if it is set."""
+    if rope.shift_coords is not None:
+        shift = centres.new_empty(2).uniform_(-rope.shift_coords, rope.shift_coords)
+        centres = centres + shift
+    for largest, axes in ((rope.jitter_coords, 2), (rope.rescale_coords, 1)):
+        if largest is not None:
+            log = math.log(largest)
+            centres = centres * centres.new_empty(axes).uniform_(-log, log).exp()
+    return centres

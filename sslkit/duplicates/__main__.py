@@ -1,0 +1,201 @@
+"""python -m sslkit.duplicates: near-duplicate images of a folder or of shards.
+
+Groups images by the similarity of their features, and reports of each group which image to keep.
+Nothing is ever deleted; --write-list writes the names of the images to keep and to remove.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from sslkit.data.sources import Source, UnreadableImage, open_source
+from sslkit.duplicates import figures
+from sslkit.duplicates.search import find_duplicates, keep_one, similarity_to_kept
+from sslkit.evaluation.report import format_table, write_report
+from sslkit.extract import Extraction, read_description, read_features, read_names
+from sslkit.extract.processes import extract_with_processes
+from sslkit.training.checkpoint import atomic_write
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which images, how alike, and where the report goes."""
+
+    output: Path
+    """Folder of report.md, figures/ and duplicates.json; features.npy where --weights is given."""
+    features: Path | None = None
+    """A file of sslkit.extract; or an .npy whose row i is image i of --data."""
+    weights: str | None = None
+    """In place of --features: extract them by this model (as of sslkit.evaluation) from --data."""
+    data: str | None = None
+    """The images (sslkit.data.sources.open_source); default: what --features are of."""
+    threshold: float = 0.9
+    """Cosine similarity from which on two images are duplicates; it depends on the model."""
+    keep: Literal["largest", "first"] = "largest"
+    """Of each group: the image of the most pixels, of equal ones the first; or just the first."""
+    write_list: bool = False
+    """Write keep.txt and remove.txt, a name a line."""
+    num_pictures: int = 12
+    """Pairs that the report shows."""
+    nesting: int | None = None
+    """Which array, of features of several nesting sizes."""
+    image_size: tuple[int, ...] = ()
+    """Of --weights: pixels a side, or height and width; default: the model's own."""
+    processes: int = 1
+    """Of --weights: processes that extract."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Of --weights."""
+    num_neighbours: int = 64
+    """Neighbours looked up at first; rows with more duplicates are searched again for all."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    settings = tyro.cli(
+        Settings,
+        args=list(sys.argv[1:] if arguments is None else arguments),
+        prog="python -m sslkit.duplicates",
+        description=__doc__,
+    )
+    try:
+        run(settings)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(settings: Settings) -> None:
+    """Search, report, and write the lists that are asked for."""
+    features, names, source = _open(settings)
+    if settings.write_list and any("\n" in name for _, name in names):
+        raise ValueError("a name has a line break in it: the lists would not say which is which")
+    with tqdm(total=len(features), desc="similar images", unit=" images") as bar:
+        found = find_duplicates(
+            features,
+            settings.threshold,
+            num_neighbours=settings.num_neighbours,
+            progress=lambda done: bar.update(done - bar.n),
+        )
+    sizes = np.bincount(found.groups)
+    in_group = np.flatnonzero(sizes[found.groups] > 1)
+    pixels = np.zeros(len(features), np.int64)
+    if settings.keep == "largest":
+        for row in tqdm(in_group, desc="image sizes", unit=" images"):
+            pixels[row] = _num_pixels(source, names[row][0])
+    keep = keep_one(found.groups, pixels)
+    similarity = similarity_to_kept(features, found.groups, keep)
+    removed = np.flatnonzero(~keep)
+    kept_of = np.zeros(len(sizes), np.int64)
+    kept_of[found.groups[keep]] = np.flatnonzero(keep)
+    chained = int((similarity[removed] < settings.threshold).sum())
+    rows = [
+        ("images", str(len(features))),
+        (f"pairs of similarity {settings.threshold:g} or more", str(found.num_pairs)),
+        ("groups of duplicates", str(int((sizes > 1).sum()))),
+        ("images in the largest group", str(int(sizes.max()))),
+        ("images to keep", str(int(keep.sum()))),
+        ("images to remove", str(len(removed))),
+        ("of these less alike to the kept one than that", str(chained)),
+    ]
+    order = removed[np.argsort(similarity[removed], kind="stable")]
+    shown = order[np.linspace(0, len(order) - 1, min(settings.num_pictures, len(order)), dtype=int)]
+    pictures = {"similarity": figures.similarities(found.nearest, settings.threshold)}
+    if len(shown):
+        pictures["pairs"] = figures.pairs(
+            [source[names[kept_of[found.groups[row]]][0]][0] for row in shown],
+            [source[names[row][0]][0] for row in shown],
+            similarity[shown].tolist(),
+        )
+    page = write_report(
+        settings.output,
+        title=f"Near-duplicates at {settings.threshold:g}",
+        results=rows,
+        columns=("Number of", "Value"),
+        figures=pictures,
+        settings=dataclasses.asdict(settings),
+    )
+    members: dict[int, list[int]] = {}
+    for row in order[::-1].tolist():
+        members.setdefault(int(found.groups[row]), []).append(row)
+    groups = [
+        {
+            "keep": names[kept_of[group]][1],
+            "remove": [
+                {"name": names[row][1], "similarity": round(float(similarity[row]), 6)}
+                for row in members[group]
+            ],
+        }
+        for group in sorted(members)
+    ]
+    summary = {name: int(value) for name, value in rows}
+    with atomic_write(settings.output / "duplicates.json") as file:
+        file.write(json.dumps({**summary, "groups": groups}, indent=2).encode())
+    print(format_table([*rows, ("report", str(page))]))
+    if not settings.write_list:
+        print("nothing else is written: --write-list writes keep.txt and remove.txt")
+        return
+    for name, chosen in (("keep.txt", keep), ("remove.txt", ~keep)):
+        lines = "".join(f"{names[row][1]}\n" for row in np.flatnonzero(chosen))
+        with atomic_write(settings.output / name) as file:
+            file.write(lines.encode("utf-8", "surrogateescape"))
+    print(f"lists: {settings.output / 'keep.txt'}, {settings.output / 'remove.txt'}")
+
+
+def _open(settings: Settings) -> tuple[np.ndarray, list[tuple[int, str]], Source]:
+    """Features [N, D], (index, name) of each row, and the images."""
+    path = settings.features
+    if (path is None) == (settings.weights is None):
+        raise ValueError("give either --features, or --weights and --data")
+    if path is None:
+        if settings.data is None:
+            raise ValueError("--weights needs --data")
+        path = settings.output / "features.npy"
+        extraction = Extraction(
+            weights=str(settings.weights),
+            data=settings.data,
+            image_size=settings.image_size,
+            resize_over_crop=1.0,
+        )
+        extract_with_processes(
+            extraction, path, processes=settings.processes, device=settings.device
+        )
+    features = read_features(path, size=settings.nesting)
+    described = path if path.suffix == ".parquet" else path.with_suffix(".json")
+    if described.exists():
+        of = read_description(path)["settings"]
+        source = open_source(
+            settings.data or of["data"], split=of["split"], test_fraction=0.0, seed=of["seed"]
+        )
+        names = read_names(path)
+        changed = len(source) != of["num_images"]
+    elif settings.data is None:
+        raise ValueError(f"{path} does not say which images it is of ({described}): give --data")
+    else:
+        source = open_source(settings.data, test_fraction=0.0)
+        names = [(i, source.name(i)) for i in range(len(source))]
+        changed = len(source) != len(features)
+    if changed:
+        raise ValueError(
+            f"{path} has {len(features)} rows and is not of the {len(source)} images that are "
+            "there now: extract the features again"
+        )
+    return features, names, source
+
+
+def _num_pixels(source: Source, index: int) -> int:
+    """0 for an image that cannot be read any more."""
+    try:
+        return int(np.prod(source[index][0].shape[1:]))
+    except UnreadableImage:
+        return 0
+
+
+if __name__ == "__main__":
+    main()

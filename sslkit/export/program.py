@@ -1,0 +1,241 @@
+"""The encoder as one graph: `torch.export` programs and ONNX files of any batch, height and width.
+
+An encoder packs crops by lengths that are Python numbers, one for each crop, and resamples
+positions by an operation that graph formats lack or define otherwise; neither can depend on a size
+that is only known later. `ExportableEncoder` runs the same submodules on ``[B, N, D]``, and
+resamples by two matrix products whose weights are a formula of the size.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from sslkit.backbones import ViTEncoder
+from sslkit.backbones.blocks import PackedAttention, PackedBlock, PackedEvaBlock
+from sslkit.backbones.rope import with_prefix
+from sslkit.export.resampling import resampling_matrices
+from sslkit.training.checkpoint import atomic_write
+
+_MAX_BATCH, _MAX_GRID = 1 << 16, 4096  # a dimension needs some upper end
+_MAX_PROTOBUF = 2**31 - 2**24  # bytes of one ONNX file, less some room for the graph
+_INPUT = "images"
+
+
+class ExportableEncoder(nn.Module):
+    """The tokens of an encoder in evaluation mode, in a form that graphs can hold.
+
+    ``forward(images [B, C, h, w])`` gives a dict of ``cls`` [B, D], ``registers`` [B, R, D] where
+    the network has any, and ``patches`` [B, H, W, D]: the encoder's own tokens up to rounding.
+    B, h and w may be symbols; h and w are multiples of the patch size. The submodules are the
+    encoder's, not copies, and this sets them to evaluation.
+    """
+
+    def __init__(self, encoder: ViTEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.eval()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """``[B, C, h, w]`` to tokens by name."""
+        vit: Any = self.encoder.vit
+        x = vit.patch_embed.proj(images)
+        B, _, H, W = x.shape
+        x = vit.patch_embed.norm(x.flatten(2).transpose(1, 2))  # [B, N, D]
+        prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+        if vit.pos_embed is not None:
+            prefix_positions, positions = self._positions(H, W)
+            x = x + positions
+            if prefix and not vit.no_embed_class:
+                prefix = [torch.cat(prefix, dim=1) + prefix_positions]
+        if prefix:
+            x = torch.cat([*(token.expand(B, -1, -1) for token in prefix), x], dim=1)
+        x = vit.norm_pre(x)
+        P = self.encoder.num_prefix_tokens
+        rope = getattr(vit, "rope", None)
+        if rope is not None:
+            rope = with_prefix(_rotations(rope, H, W), P)  # [N, 2 * d]
+        for block in vit.blocks:
+            x = _run(block, x, rope)
+        x = vit.norm(x)
+        num_cls = int(vit.cls_token is not None)
+        cls, registers, patches = x.tensor_split((num_cls, P), dim=1)
+        tokens = {"cls": cls[:, 0] if num_cls else patches.mean(dim=1)}
+        if num_cls < P:
+            tokens["registers"] = registers
+        return {**tokens, "patches": patches.unflatten(1, (H, W))}
+
+    def _positions(self, H: int, W: int) -> tuple[Tensor, Tensor]:
+        """Position embeddings of the prefix and of an H x W grid, ``[1, H * W, D]``."""
+        vit: Any = self.encoder.vit
+        num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        prefix, patches = vit.pos_embed.tensor_split((num_prefix,), dim=1)
+        H0, W0 = self.encoder.grid_size
+        grid = patches[0].float().unflatten(0, (H0, W0))
+        rows, columns = resampling_matrices(
+            (H0, W0), (H, W), self.encoder.pos_interpolation, device=grid.device
+        )
+        lines = (rows @ grid.flatten(1)).unflatten(1, (W0, -1))  # [H, W0, D]
+        grid = columns @ lines  # [H, W, D]
+        return prefix, grid.flatten(0, 1)[None].to(patches.dtype)
+
+
+def _run(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
+    """One block in evaluation, ``[B, N, D] -> [B, N, D]``; ``rope`` is ``[N, 2 * d]``."""
+    if not isinstance(block, PackedBlock | PackedEvaBlock):
+        return block(x)
+    attended = _attend(block.attn, block.norm1(x), rope)
+    if isinstance(block, PackedEvaBlock):
+        x = x + _scaled(attended, block.gamma_1)
+        return x + _scaled(block.mlp(block.norm2(x)), block.gamma_2)
+    x = x + block.ls1(attended)
+    return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+def _attend(attn: PackedAttention, x: Tensor, rope: Tensor | None) -> Tensor:
+    B, N, _ = x.shape
+    per_token = None if rope is None else rope.repeat(B, 1)  # [B * N, 2 * d]
+    qkv = attn.project(x.flatten(0, 1), per_token).unflatten(0, (B, N))  # [B, N, 3, h, d]
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, N, d]
+    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return attn.proj(attn.norm(attended))
+
+
+def _rotations(rope: Any, H: int, W: int) -> Tensor:
+    """Sines and cosines ``[H * W, 2 * d]``: ``rope.get_embed((H, W))`` for symbols H and W.
+
+    timm makes Python floats of the sides of DINOv3's grid, which a symbol cannot become.
+    """
+    if not isinstance(rope, RotaryEmbeddingDinoV3):
+        return rope.get_embed((H, W))
+    periods: Any = rope.periods
+    device = periods.device
+    sizes = torch.stack([torch.full((), n, dtype=torch.float32, device=device) for n in (H, W)])
+    if rope.normalize_coords != "separate":
+        sizes = (sizes.amax() if rope.normalize_coords == "max" else sizes.amin()).expand(2)
+    centre = 0.5 + rope.grid_offset
+    axes = [
+        2 * (torch.arange(n, dtype=torch.float32, device=device) + centre) / size - 1
+        for n, size in zip((H, W), sizes.unbind(), strict=True)
+    ]
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
+    order = (rows, columns) if rope.grid_indexing == "ij" else (columns, rows)
+    coordinates = torch.stack(order, dim=-1).flatten(0, 1)  # [H * W, 2]
+    angles = 2 * torch.pi * coordinates[:, :, None] / periods
+    angles = angles.flatten(1)  # [H * W, d / 2]
+    angles = angles.repeat(1, 2) if rope.rotate_half else angles.repeat_interleave(2, dim=1)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else gamma * x
+
+
+def export_program(encoder: ViTEncoder) -> ExportedProgram:
+    """The encoder as a `torch.export` program.
+
+    ``program.module()(images)`` is what `ExportableEncoder` gives, a dict of tensors by name, for
+    any number of images and any height and width that are multiples of the patch size, at least
+    two patches each; pixels beyond the last whole patch are not seen, where the encoder would
+    raise. RASA is in it if it was folded into the encoder's final norm. The encoder's type and
+    device are the program's.
+
+    Args:
+        encoder: it is in evaluation mode afterwards.
+
+    >>> from sslkit.backbones import create
+    >>> program = export_program(create("sslkit_vit_micro", depth=1))
+    >>> {k: list(v.shape) for k, v in program.module()(torch.zeros(3, 3, 8, 20)).items()}
+    {'cls': [3, 32], 'patches': [3, 2, 5, 32]}
+    """
+    ph, pw = encoder.patch_size
+    rows, columns = (Dim(name, min=2, max=_MAX_GRID) for name in ("rows", "columns"))
+    sizes = {0: Dim("batch", min=1, max=_MAX_BATCH), 2: ph * rows, 3: pw * columns}
+    like = encoder.vit.patch_embed.proj.weight
+    # Unequal sizes, none of them 1 or the stored grid's: an equality would be taken for a rule.
+    H0, W0 = encoder.grid_size
+    images = like.new_zeros(2, encoder.in_chans, ph * (H0 + 1), pw * (W0 + 2))
+    with torch.no_grad():
+        return torch.export.export(
+            ExportableEncoder(encoder), (images,), dynamic_shapes={_INPUT: sizes}
+        )
+
+
+def save_program(encoder: ViTEncoder, path: str | os.PathLike[str]) -> None:
+    """Write `export_program` to a file for ``torch.export.load``, which needs no sslkit.
+
+    Args:
+        encoder: it is in evaluation mode afterwards.
+        path: conventionally ``*.pt2``; its folder is made if missing.
+
+    >>> import tempfile
+    >>> from sslkit.backbones import create
+    >>> path = f"{tempfile.mkdtemp()}/encoder.pt2"
+    >>> save_program(create("sslkit_vit_micro", depth=1), path)
+    >>> sorted(torch.export.load(path).module()(torch.zeros(1, 3, 16, 12)))
+    ['cls', 'patches']
+    """
+    path = Path(path)
+    program = export_program(encoder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        torch.export.save(program, file)
+
+
+def save_onnx(encoder: ViTEncoder, path: str | os.PathLike[str]) -> None:
+    """Write the encoder as ONNX: input ``images``, outputs ``cls``, ``registers``, ``patches``.
+
+    Shapes are those of `export_program`; a network without registers has no output of that name.
+    Weights beyond the 2 GiB of a protobuf file (ViT-g in float32) lie beside it, in ``*.data``.
+
+    Args:
+        encoder: it is in evaluation mode afterwards.
+        path: conventionally ``*.onnx``; its folder is made if missing.
+
+    Raises:
+        ImportError: onnx or onnxscript is missing.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "writing ONNX needs onnx and onnxscript: pip install 'sslkit[export]'"
+        ) from error
+    path = Path(path)
+    program = export_program(encoder)
+    names = ["cls", *(["registers"] if encoder.vit.reg_token is not None else []), "patches"]
+    converted = torch.onnx.export(
+        program, input_names=[_INPUT], output_names=names, external_data=False, verbose=False
+    )
+    assert converted is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = sum(tensor.nbytes for tensor in program.state_dict.values())
+    if size > _MAX_PROTOBUF:
+        converted.save(path, external_data=True)
+        return
+    model = converted.model_proto
+    _name_sizes(model.graph)
+    with atomic_write(path) as file:
+        file.write(model.SerializeToString())
+
+
+def _name_sizes(graph: Any) -> None:
+    """Call the symbols of the input ``[s0, C, 14*s1, 14*s2]`` batch, rows and columns."""
+    batch, _, height, width = graph.input[0].type.tensor_type.shape.dim
+    names = {}
+    for dim, name in ((batch, "batch"), (height, "rows"), (width, "columns")):
+        names[re.findall(r"[a-z]\w*", dim.dim_param)[0]] = name
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                renamed = re.sub(
+                    r"[a-z]\w*", lambda symbol: names.get(symbol[0], symbol[0]), dim.dim_param
+                )
+                dim.dim_param = renamed

@@ -1,0 +1,265 @@
+"""The files of extracted features: NumPy arrays or Parquet, and what they are of.
+
+``features.npy``: float [N, F], a row an image that could be read, in the order of the data. Beside
+it ``features.csv``, with the columns row, index (the place in the data), label (-1: none) and name,
+and ``features.json``, the description. With several nesting sizes the arrays are
+``features_48.npy``, ... in place of ``features.npy``.
+
+``features.parquet``: columns index, label, name and ``feature``, a fixed-size list; with several
+nesting sizes ``feature_48``, ... in its place; the description in the file's metadata.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from sslkit import __version__
+from sslkit.training.checkpoint import atomic_write
+
+_METADATA_KEY = b"sslkit.extract"
+FORMATS = (".npy", ".parquet")
+
+
+class Part(NamedTuple):
+    """Features of some images that could be read.
+
+    Attributes:
+        rows: float [n, P, D]: P tokens an image.
+        labels: int64 [n].
+        indices: int64 [n], in the data.
+        unreadable: errors of the other images.
+    """
+
+    rows: Tensor
+    labels: Tensor
+    indices: Tensor
+    unreadable: list[str]
+
+
+def write_features(
+    output: Path,
+    parts: Callable[[], Iterable[Part]],
+    *,
+    nesting: Sequence[int],
+    name: Callable[[int], str],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write the features of all parts, one part in memory at a time; see the head of this file.
+
+    Every file appears complete or not at all. The description comes last, so that features with a
+    description are complete.
+
+    Args:
+        output: ``*.npy`` or ``*.parquet``.
+        parts: gives the parts in the order of the data, each time it is called.
+        nesting: sizes of the arrays; of a row of P tokens, an array of size m has the first m
+            features of each token, ``[n, P m]``. Empty: all of them.
+        name: of an image by its index.
+        settings: what the features are of.
+
+    Returns:
+        The description: ``settings`` and ``sslkit``, ``shape`` [N, F] by the file's or column's
+        name, ``dtype``, ``unreadable``.
+
+    Raises:
+        ValueError: no image could be read, or the output has another ending.
+        ImportError: Parquet without pyarrow.
+    """
+    require_format(output)
+    num_rows, unreadable, dtype, P, D = 0, [], np.dtype("float32"), 0, 0
+    for part in parts():
+        num_rows += len(part.labels)
+        unreadable += part.unreadable
+        if len(part.labels):
+            dtype = part.rows.numpy().dtype
+            P, D = part.rows.shape[1:]
+    if not num_rows:
+        raise ValueError(f"none of the {len(unreadable)} images can be read; {unreadable[0]}")
+    sizes = {_array_name(output, size, nesting): size for size in nesting or (D,)}
+    description = {
+        "settings": dict(settings),
+        "sslkit": __version__,
+        "shape": {name: [num_rows, P * size] for name, size in sizes.items()},
+        "dtype": str(dtype),
+        "unreadable": unreadable,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".parquet":
+        _write_parquet(output, parts, sizes, name, description, dtype)
+        return description
+    for array, size in sizes.items():
+        with atomic_write(output.with_name(array)) as file:
+            header = {
+                "descr": np.lib.format.dtype_to_descr(dtype),
+                "fortran_order": False,
+                "shape": (num_rows, P * size),
+            }
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts():
+                file.write(_array(part, size).tobytes())
+    with atomic_write(output.with_suffix(".csv")) as file:
+        # Names that are no UTF-8 stay what they are.
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        table = csv.writer(text)
+        table.writerow(["row", "index", "label", "name"])
+        row = 0
+        for part in parts():
+            for index, label in zip(part.indices.tolist(), part.labels.tolist(), strict=True):
+                table.writerow([row, index, label, name(index)])
+                row += 1
+        text.detach()
+    with atomic_write(output.with_suffix(".json")) as file:
+        file.write(json.dumps(description, indent=2).encode())
+    return description
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """What `write_features` returned.
+
+    Raises:
+        FileNotFoundError: there are no features, or none that are complete.
+        ValueError: they are not of this package.
+    """
+    path = Path(path)
+    if path.suffix == ".parquet":
+        metadata = _import_parquet().read_schema(path).metadata or {}
+        if _METADATA_KEY not in metadata:
+            raise ValueError(f"{path} was not written by python -m sslkit.extract")
+        return json.loads(metadata[_METADATA_KEY])
+    return json.loads(path.with_suffix(".json").read_text())
+
+
+def read_features(path: Path, *, size: int | None = None) -> np.ndarray:
+    """Features [N, F] of a file: memory-mapped from ``.npy``, in memory from ``.parquet``.
+
+    Args:
+        path: a file of `write_features`, or any two-dimensional ``.npy``.
+        size: which array, of several nesting sizes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    path = Path(path)
+    require_format(path)
+    if path.suffix == ".parquet":
+        column = "feature" if size is None else f"feature_{size}"
+        table = _import_parquet().read_table(path, columns=[column])
+        lists = table.column(0).combine_chunks()
+        array = lists.flatten().to_numpy(zero_copy_only=False)
+        return array.reshape(len(lists), -1)
+    path = path if size is None else path.with_name(f"{path.stem}_{size}.npy")
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise ValueError(f"{path} must be float [N, F], got {array.dtype} {list(array.shape)}")
+    return array
+
+
+def read_names(path: Path) -> list[tuple[int, str]]:
+    """(index in the data, name) of each row of a file of `write_features`."""
+    path = Path(path)
+    if path.suffix == ".parquet":
+        table = _import_parquet().read_table(path, columns=["index", "name"])
+        return list(zip(table["index"].to_pylist(), table["name"].to_pylist(), strict=True))
+    with path.with_suffix(".csv").open(
+        encoding="utf-8", errors="surrogateescape", newline=""
+    ) as file:
+        return [(int(row["index"]), row["name"]) for row in csv.DictReader(file)]
+
+
+def output_is_complete(output: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether the features are there already; a ValueError if they are of something else."""
+    require_format(output)
+    described = output if output.suffix == ".parquet" else output.with_suffix(".json")
+    if not described.exists():
+        if output.exists():
+            raise ValueError(f"{output} is there, but nothing says what it is of: remove it")
+        return False
+    require_same(read_description(output)["settings"], settings, str(output))
+    return True
+
+
+def require_same(there: Mapping[str, Any], asked: Mapping[str, Any], what: str) -> None:
+    """A ValueError that names the differences."""
+    different = [
+        f"{name}: {there.get(name)!r} there, {asked.get(name)!r} asked for"
+        for name in sorted(there.keys() | asked.keys())
+        if there.get(name) != asked.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"{what} is of something else: {'; '.join(different)}. Remove it, or choose another "
+            "output"
+        )
+
+
+def require_format(path: Path) -> None:
+    """A ValueError for other endings than these."""
+    if path.suffix not in FORMATS:
+        raise ValueError(f"features are {' or '.join(FORMATS)} files, got {str(path)!r}")
+    if path.suffix == ".parquet":
+        _import_parquet()
+
+
+def _write_parquet(
+    output: Path,
+    parts: Callable[[], Iterable[Part]],
+    sizes: Mapping[str, int],
+    name: Callable[[int], str],
+    description: Mapping[str, Any],
+    dtype: np.dtype,
+) -> None:
+    """A row group a part."""
+    parquet = _import_parquet()
+    import pyarrow as pa
+
+    shapes = description["shape"]
+    schema = pa.schema(
+        [
+            ("index", pa.int64()),
+            ("label", pa.int64()),
+            ("name", pa.string()),
+            *((c, pa.list_(pa.from_numpy_dtype(dtype), shapes[c][1])) for c in sizes),
+        ],
+        metadata={_METADATA_KEY: json.dumps(description)},
+    )
+    with atomic_write(output) as file, parquet.ParquetWriter(file, schema) as writer:
+        for part in parts():
+            if not len(part.labels):
+                continue
+            names = [name(i).encode("utf-8", "backslashreplace").decode() for i in part.indices]
+            features = [
+                pa.FixedSizeListArray.from_arrays(_array(part, size).ravel(), shapes[column][1])
+                for column, size in sizes.items()
+            ]
+            columns = [part.indices.numpy(), part.labels.numpy(), names, *features]
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def _array(part: Part, size: int) -> np.ndarray:
+    """[n, P m]."""
+    return part.rows[..., :size].flatten(1).numpy()
+
+
+def _array_name(output: Path, size: int, nesting: Sequence[int]) -> str:
+    """The file's name, or the column's."""
+    several = len(nesting) > 1
+    if output.suffix == ".parquet":
+        return f"feature_{size}" if several else "feature"
+    return f"{output.stem}_{size}.npy" if several else output.name
+
+
+def _import_parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            "Parquet files need pyarrow: pip install 'sslkit[extract]', or write .npy"
+        ) from error
+    return pyarrow.parquet

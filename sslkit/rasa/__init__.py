@@ -1,0 +1,17 @@
+"""Removal of absolute spatial attributes (RASA), from any ViT's patch features.
+
+Franca, arXiv 2507.14137, section 3.3. ``python -m sslkit.rasa fit`` and ``fold`` are the commands.
+"""
+
+from sslkit.rasa.files import load_rasa, read_planes, save_rasa
+from sslkit.rasa.patches import patch_positions
+from sslkit.rasa.projector import RASAProjector, removals_in_turn
+
+__all__ = [
+    "RASAProjector",
+    "load_rasa",
+    "patch_positions",
+    "read_planes",
+    "removals_in_turn",
+    "save_rasa",
+]

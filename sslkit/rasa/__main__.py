@@ -1,0 +1,287 @@
+"""python -m sslkit.rasa fit|fold: remove position from the patch tokens of any ViT."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from sslkit import backbones
+from sslkit.data.crops import MultiCrop
+from sslkit.data.sources import Source, Split, open_source
+from sslkit.evaluation import figures
+from sslkit.evaluation.features import (
+    Features,
+    encoded_batches,
+    evenly_spaced,
+    joined,
+    report_unreadable,
+)
+from sslkit.evaluation.figures.style import styled
+from sslkit.evaluation.models import Model, open_model
+from sslkit.evaluation.pca import pca_maps
+from sslkit.evaluation.position import position_probe
+from sslkit.evaluation.report import format_table, write_report
+from sslkit.evaluation.views import EvalTransform
+from sslkit.rasa import RASAProjector, load_rasa, patch_positions, save_rasa
+
+_FIT_BATCH = 128  # images whose patches the solver takes at once
+_NUM_PICTURES = 4
+_SPLITS: tuple[Split, Split] = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Find what encodes position in a model's patch tokens, measure it, and write the projector."""
+
+    weights: str
+    """The model, as of sslkit.evaluation: a file, timm:NAME, random:NAME, ..."""
+    data: str
+    """Images: a folder, shards, an array file, ... (sslkit.data.sources.open_source)."""
+    output: Path
+    """The projector's file, *.safetensors: for --rasa of sslkit.evaluation and sslkit.extract."""
+    num_iterations: int = 9
+    """Planes at most; fewer where position cannot be predicted any more."""
+    num_images: int = 1000
+    """Training images to fit on, a random crop of each; the probe of position learns from them."""
+    num_test: int = 200
+    """Held-out images on which position is measured before and after."""
+    image_size: tuple[int, ...] = ()
+    """Pixels a side, or height and width, of the crops; default: the model's own size."""
+    crop_scale: tuple[float, float] = (0.32, 1.0)
+    """Range of a crop's area as a share of the image."""
+    solver: Literal["auto", "adamw"] = "auto"
+    """`adamw` is the paper's schedule, which needs many images."""
+    ridge: float = 0.1
+    """Of the `auto` solver: larger removes more at once, and more of the content."""
+    tolerance: float = 0.01
+    """Stop when linear regression explains less than this share of the positions."""
+    fold: Path | None = None
+    """Also write the model with the projection folded in, an encoder file like any other."""
+    figures: Path | None = None
+    """Also write a page with pictures to this folder."""
+    test_fraction: float = 0.2
+    """Share of images held out, of data without a test split of its own."""
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch_size: int = 64
+    """Images that the model sees at once."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Write a model with a projector folded in: an encoder file like any other."""
+
+    weights: str
+    """A file of sslkit.backbones.save, or another model of sslkit.evaluation that is a ViT."""
+    rasa: Path
+    """The projector: of `fit`, of the recipe, or a released RASA head (.pth)."""
+    output: Path
+    """The encoder's file, *.safetensors."""
+    seed: int = 0
+    """Of the weights of random:NAME."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    chosen: Fit | Fold = tyro.cli(
+        cast(Any, Fit | Fold), args=words, prog="python -m sslkit.rasa", description=__doc__
+    )
+    try:
+        if isinstance(chosen, Fit):
+            fit(chosen)
+        else:
+            fold(chosen)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+def fit(run: Fit) -> None:
+    """Fit, measure and write, as the command line says."""
+    model = open_model(run.weights, seed=run.seed)
+    size = _size(run, model)
+    if run.fold is not None:
+        _require_foldable(model)
+    train, test = (
+        open_source(run.data, split=split, seed=run.seed, test_fraction=run.test_fraction)
+        for split in _SPLITS
+    )
+    view, random_crop = EvalTransform(size), _random_crop(size, run)
+    encode = _Encode(model, run)
+    fitted = encode(train, random_crop, run.num_images, "crops to fit on").patches
+    rasa = RASAProjector(fitted.shape[-1], num_iterations=run.num_iterations)
+    chance = patch_positions(*fitted.shape[1:3]).flatten(0, 1).var(0, correction=0).mean().item()
+    with tqdm(total=run.num_iterations, desc="iterations", unit="") as bar:
+
+        def told(iteration: int, error: float) -> None:
+            tqdm.write(f"iteration {iteration}: position error {error:.5f} (chance {chance:.5f})")
+            bar.update()
+
+        errors = rasa.fit(
+            fitted.split(_FIT_BATCH),
+            solver=run.solver,
+            ridge=run.ridge,
+            tolerance=run.tolerance,
+            generator=torch.Generator().manual_seed(run.seed),
+            progress=told,
+        )
+    del fitted
+    seen = encode(train, view, run.num_images, "training images to measure on").patches
+    held_out = encode(test, view, run.num_test, "held-out images to measure on")
+    patches = {"before": held_out.patches, "after": _removed(rasa, held_out.patches)}
+    before = position_probe(seen, patches["before"]).r2
+    after = position_probe(_removed(rasa, seen), patches["after"]).r2
+    removed = int((rasa.basis.norm(dim=1) > 0).sum())
+    rows = [
+        ("directions removed", f"{removed} of {rasa.dim}, in {-(-removed // 2)} planes"),
+        (f"position R² on {len(held_out)} held-out images", f"{before:.3f} -> {after:.3f}"),
+    ]
+    found = {
+        "weights": model.identity,
+        "data": run.data,
+        "position_errors": json.dumps(errors),
+        "position_r2": json.dumps([before, after]),
+    }
+    save_rasa(rasa, run.output, found)
+    rows.append(("projector", str(run.output)))
+    if run.fold is not None:
+        _write_folded(model, rasa, run.fold)
+        rows.append(("encoder with it folded in", str(run.fold)))
+    if run.figures is not None:
+        images = [view(test[i][0]) for i in held_out.indices[:_NUM_PICTURES].tolist()]
+        r2 = {"linear": (before, after)}
+        page = write_report(
+            run.figures,
+            title=f"RASA: {model.name} on {run.data}",
+            results=rows,
+            figures={
+                "position": figures.position_error(errors, r2=r2, chance=chance),
+                "pca": _pca_before_and_after(torch.stack(images), patches),
+            },
+            settings=dataclasses.asdict(run),
+        )
+        rows.append(("pictures", str(page)))
+    print(format_table(rows))
+
+
+def fold(run: Fold) -> None:
+    """Fold and write, as the command line says."""
+    model = open_model(run.weights, seed=run.seed)
+    _require_foldable(model)
+    _write_folded(model, load_rasa(run.rasa), run.output)
+    print(f"{run.output}: {model.name} with {run.rasa} folded in")
+
+
+class _Encode:
+    """Patch tokens of views of a source, in memory, in float16."""
+
+    def __init__(self, model: Model, run: Fit) -> None:
+        device = run.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.encoder = model.encoder.to(device)
+        self.device = device
+        self.batch_size = run.batch_size
+
+    def __call__(
+        self, source: Source, transform: Callable[[Tensor], Tensor], count: int, title: str
+    ) -> Features:
+        indices = evenly_spaced(len(source), count)
+        batches, unreadable = [], []
+        with tqdm(total=len(indices), desc=title, unit=" images") as bar:
+            for encoded, errors in encoded_batches(
+                self.encoder,
+                source,
+                transform=transform,
+                indices=indices,
+                want=("patches",),
+                batch_size=self.batch_size,
+                device=self.device,
+                dtype=torch.float16,
+            ):
+                batches += encoded
+                unreadable += errors
+                bar.update(len(errors) + sum(len(batch.labels) for batch in encoded))
+        report_unreadable(unreadable, len(indices), all_of_them=not batches)
+        return joined(batches)
+
+
+def _size(run: Fit, model: Model) -> tuple[int, int]:
+    """Height and width of the views; numbers of the command line checked before images are read."""
+    for name in ("num_images", "num_test", "batch_size"):
+        if getattr(run, name) < 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be at least 1, got {getattr(run, name)}"
+            )
+    given = run.image_size or getattr(model.encoder, "img_size", (224, 224))
+    if len(given) > 2:
+        raise ValueError(f"--image-size takes a side, or height and width, got {given}")
+    height, width = given[0], given[-1]
+    patch = getattr(model.encoder, "patch_size", (1, 1))
+    if min(height, width) < 1 or height % patch[0] or width % patch[1]:
+        raise ValueError(
+            f"--image-size {height} {width} must be positive multiples of {patch[0]} and "
+            f"{patch[1]}, the patch size of {model.name}"
+        )
+    return height, width
+
+
+def _random_crop(size: tuple[int, int], run: Fit) -> Callable[[Tensor], Tensor]:
+    """A random part of an image, mirrored or not, in its own colours."""
+    crop = MultiCrop(
+        global_size=size,
+        global_scale=run.crop_scale,
+        num_global=1,
+        num_local=0,
+        jitter_probability=0.0,
+        grey_probability=0.0,
+        blur_probability=(0.0, 0.0, 0.0),
+    )
+    generator = torch.Generator().manual_seed(run.seed)
+    return lambda image: crop(image, generator=generator).globals_[0]
+
+
+def _removed(rasa: RASAProjector, patches: Tensor) -> Tensor:
+    return torch.cat([rasa(x.float()).to(x.dtype) for x in patches.split(_FIT_BATCH)])
+
+
+@styled
+def _pca_before_and_after(images: Tensor, patches: Mapping[str, Tensor]) -> Figure:
+    """Each image twice: beside its patches' colours before RASA, and after."""
+    maps = [pca_maps(x[: len(images)].float(), threshold=None).rgb for x in patches.values()]
+    figure = figures.pca_maps(
+        images.repeat_interleave(2, 0), torch.stack(maps, dim=1).flatten(0, 1), pairs_per_row=2
+    )
+    for axes, stage in zip(figure.axes[1:4:2], patches, strict=True):
+        axes.set_title(f"PCA {stage} RASA")
+    return figure
+
+
+def _require_foldable(model: Model) -> None:
+    encoder = model.encoder
+    if not isinstance(encoder, backbones.ViTEncoder) or encoder.settings is None:
+        raise ValueError(
+            f"RASA cannot be folded into {model.name}, a {type(encoder).__name__}: an encoder file "
+            "needs a network of sslkit.backbones.create. Leave out --fold and give the projector "
+            "to sslkit.evaluation or sslkit.extract as --rasa, or apply it to the patch tokens"
+        )
+
+
+def _write_folded(model: Model, rasa: RASAProjector, path: Path) -> None:
+    encoder = model.encoder.cpu()
+    assert isinstance(encoder, backbones.ViTEncoder)
+    encoder.vit = rasa.fold_into_vit(encoder.vit)
+    backbones.save(encoder, path, {"rasa_folded_into": model.identity})
+
+
+if __name__ == "__main__":
+    main()

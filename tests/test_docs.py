@@ -1,0 +1,275 @@
+"""The guide holds: its Python runs, its commands parse, its links lead somewhere."""
+
+import argparse
+import ast
+import contextlib
+import doctest
+import importlib
+import io
+import re
+import runpy
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+import tyro
+
+from docs.gallery.run import run as run_script
+from docs.site import source_pages
+from docs.site.docstrings import as_markdown
+from docs.site.settings_page import descriptions, load_recipe, markdown
+from sslkit import backbones
+from tests.pages import ROOT, Block, anchors, blocks, commands, name_of, pages, prose
+
+PAGES = pages()
+WITH_PYTHON = [
+    page
+    for page in PAGES
+    if {block.language for block in blocks(page.read_text())} & {"python", "pycon"}
+]
+LANGUAGES = {"python", "pycon", "bash", "text", "yaml", "json", "toml"}
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+# Commands that the repository does not define.
+FOREIGN = {"pip", "cd", "export", "git", "srun", "scontrol", "curl", "tar", "apt", "docker", "ls"}
+
+
+@pytest.fixture
+def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to be in, without a network, with default threads and random numbers."""
+
+    def refused(*args: object) -> None:
+        raise OSError(f"a page of the guide needs no network, but asks for {args[1]}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    matplotlib.use("agg")
+    torch.manual_seed(0)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
+def test_python_of_a_page_runs_from_top_to_bottom(page: Path, stranger: Path) -> None:
+    namespace: dict[str, object] = {"__name__": "page"}
+    for block in blocks(page.read_text()):
+        where = f"{name_of(page)}:{block.line}"
+        if block.language == "python":
+            printed = run(block, namespace, where)
+            if block.output is not None:
+                same = doctest.OutputChecker().check_output(block.output, printed, FLAGS)
+                assert same, f"{where} prints\n{printed}\nand the page says\n{block.output}"
+        elif block.language == "pycon":
+            example = doctest.DocTestParser().get_doctest(block.text, namespace, where, where, 0)
+            runner, report = doctest.DocTestRunner(optionflags=FLAGS), io.StringIO()
+            runner.run(example, out=report.write, clear_globs=False)
+            assert not runner.failures, f"{where}\n{report.getvalue()}"
+            namespace.update(example.globs)
+
+
+def run(block: Block, namespace: dict[str, object], where: str) -> str:
+    """What a block prints; an error shows the page's own line."""
+    padding = "\n" * (block.line - 1)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(padding + block.text, where, "exec"), namespace)
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_blocks_have_a_language_that_is_checked(page: Path) -> None:
+    for block in blocks(page.read_text()):
+        assert block.language in LANGUAGES, f"{name_of(page)}:{block.line}"
+
+
+class Parsed(BaseException):
+    """The command line is understood; the command itself is not run."""
+
+
+@pytest.fixture
+def only_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever parses a command line gets no further."""
+
+    def stopped_after(parse: Callable[..., object]) -> Callable[..., None]:
+        def parse_and_stop(*args: object, **kwargs: object) -> None:
+            parse(*args, **kwargs)
+            raise Parsed
+
+        return parse_and_stop
+
+    for owner, name in (
+        (tyro, "cli"),
+        (tyro.extras, "subcommand_cli_from_dict"),
+        (argparse.ArgumentParser, "parse_args"),
+    ):
+        monkeypatch.setattr(owner, name, stopped_after(getattr(owner, name)))
+
+
+SHELL = [
+    pytest.param(words, id=f"{name_of(page)}:{block.line} {' '.join(words)[:60]}")
+    for page in PAGES
+    for block in blocks(page.read_text())
+    if block.language == "bash"
+    for words in commands(block.text)
+]
+
+
+@pytest.mark.parametrize("words", SHELL)
+def test_commands_of_the_pages_are_understood(
+    words: list[str], stranger: Path, only_parsing: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    if words[0] == "make":
+        assert {word for word in words[1:] if "=" not in word} <= targets
+    elif words[:2] == ["pip", "install"]:
+        extras = re.findall(r"^([\w-]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+        for asked in re.findall(r"\[([\w,]+)\]", " ".join(words)):
+            assert set(asked.split(",")) <= set(extras)
+    elif words[0] in {"python", "torchrun"} or "torchrun" in words:
+        script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+        start = script if script is not None else words.index("-m") if "-m" in words else None
+        if start is None:  # a here-document or -c
+            return
+        target, arguments = words[start], words[start + 1 :]
+        if target == "-m":
+            target, *arguments = arguments
+        monkeypatch.setattr(sys, "argv", [target, *arguments])
+        monkeypatch.syspath_prepend(str(ROOT))
+        for weights in (word for word in words if re.fullmatch(r"[\w/]+\.safetensors", word)):
+            backbones.save(backbones.create("sslkit_vit_micro"), stranger / weights)
+        with contextlib.suppress(Parsed):
+            understood(target)
+    else:
+        assert words[0] in FOREIGN
+
+
+def understood(target: str) -> None:
+    """Run a script or module up to the point where it has read its command line."""
+    try:
+        if target.endswith(".py"):
+            assert (ROOT / target).is_file(), f"{target} is not in the repository"
+            if "parse_args" in (text := (ROOT / target).read_text()) or "tyro" in text:
+                runpy.run_path(str(ROOT / target), run_name="__main__")
+        else:
+            runpy.run_module(target, run_name="__main__")
+    except SystemExit as exit_:
+        if exit_.code:
+            pytest.fail(f"{target}: {exit_.code}")
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=name_of)
+def test_links_of_pages_outside_of_the_site(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page.read_text())):
+        path, _, anchor = link.partition("#")
+        if re.match(r"\w+:", path):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), f"{link} leads nowhere"
+        if anchor:
+            assert anchor in anchors(target.read_text()), f"{link}: no such heading"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    written = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert written <= listed
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    shown = set()
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE):
+            module, _, last = name.rpartition(".")
+            found = getattr(importlib.import_module(module), last, None)
+            if found is None or isinstance(found, type(sys)):  # a module: what it defines
+                source = importlib.import_module(name)
+                shown |= {f"{name}.{n}" for n in vars(source) if not n.startswith("_")}
+            else:
+                shown.add(f"{getattr(found, '__module__', module)}.{last}")
+                shown.add(name)
+    parts = ["backbones", "data", "duplicates", "export", "extract", "ops", "rasa", "training"]
+    for package in ("sslkit", *(f"sslkit.{part}" for part in parts)):
+        module = importlib.import_module(package)
+        for name in module.__all__:
+            home = getattr(getattr(module, name), "__module__", package)
+            assert {f"{home}.{name}", f"{package}.{name}"} & shown, f"{package}.{name}"
+
+
+def test_settings_page_has_every_setting_with_the_value_of_each_preset() -> None:
+    page, recipe = markdown(), load_recipe()
+    for flag in ("--seed", "--model.num-prototypes", "--masks.shift", "--evaluation.online-every"):
+        assert f"| `{flag}` |" in page
+    row = next(line for line in page.splitlines() if line.startswith("| `--crops.global-size`"))
+    demo = recipe.PRESETS["demo"].crops.global_size
+    assert "`224`" in row
+    assert f"`{demo}` demo" in row
+    assert page.count("| `--") == sum(count_leaves(v) for v in [recipe.PRESETS["vitb14_in21k"]])
+
+
+def count_leaves(settings: object) -> int:
+    values = vars(settings).values()
+    return sum(count_leaves(v) if hasattr(v, "__dataclass_fields__") else 1 for v in values)
+
+
+def test_descriptions_are_the_strings_below_the_fields() -> None:
+    source = 'class A:\n    """Doc."""\n    x: int = 1\n    """What\n    x is."""\n    y: int = 2\n'
+    assert descriptions(ast.parse(source)) == {"A": {"": "Doc.", "x": "What x is."}}
+
+
+def test_doctests_of_docstrings_become_code_blocks() -> None:
+    text = "Adds.\n\nExample:\n    >>> 1 + 1\n    2\n\nSee :func:`~sslkit.ops.x`::\n\n    y"
+    assert as_markdown(text).splitlines() == [
+        *("Adds.", "", "Example:", "    ```pycon", "    >>> 1 + 1", "    2", "    ```", ""),
+        *("See `x`:", "", "    y"),
+    ]
+
+
+SCRIPT = """# %% [markdown]
+# # A title
+# and text.
+
+# %%
+from matplotlib.figure import Figure
+
+x = 6 * 7
+print(x)
+
+# %%
+figure = Figure(figsize=(1, 1))
+figure.set_label("a picture")
+figure
+"""
+
+
+def test_gallery_script_becomes_a_page(tmp_path: Path) -> None:
+    script = tmp_path / "9_example.py"
+    script.write_text(SCRIPT)
+    page = run_script(script, tmp_path).read_text()
+    assert page.startswith("# A title\nand text.\n\n```python\nfrom matplotlib")
+    assert "```text\n42\n```" in page
+    assert page.endswith("```\n\n![a picture](9_example_2.png)\n")
+    assert (tmp_path / "9_example_2.png").stat().st_size > 0
+
+
+def test_gallery_script_that_fails_names_its_line(tmp_path: Path) -> None:
+    script = tmp_path / "9_example.py"
+    script.write_text(SCRIPT.replace("6 * 7", "6 / 0"))
+    with pytest.raises(ZeroDivisionError) as caught:
+        run_script(script, tmp_path)
+    assert caught.traceback[-1].lineno == 7
+
+
+@pytest.mark.parametrize(
+    ("page", "target", "path"),
+    [
+        ("index.md", "../examples/sinkhorn_in_swav.py", "examples/sinkhorn_in_swav.py"),
+        ("reference/masking.md", "../../sslkit/masking.py", "sslkit/masking.py"),
+        ("reference/masking.md", "../evaluation.md", None),
+        ("index.md", "../../elsewhere.md", None),
+    ],
+)
+def test_links_to_files_of_the_repository(page: str, target: str, path: str | None) -> None:
+    assert source_pages.in_repository(page, target) == path

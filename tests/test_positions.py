@@ -1,0 +1,63 @@
+"""Position embeddings on another grid, against matrices of the kernel in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers.pos_embed import resample_abs_pos_embed_nhwc
+
+from sslkit.backbones import create
+from sslkit.backbones.positions import resample_positions
+from tests.oracles.vit import resample
+
+RULES = ["antialias", "bicubic", "dinov2"]
+SIDES = st.integers(1, 40)
+
+
+@given(SIDES, SIDES, SIDES, SIDES, st.integers(2, 4), st.sampled_from(RULES))
+@settings(max_examples=60, deadline=None)
+def test_equals_the_oracle(H0, W0, H, W, D, rule):
+    grid = torch.randn(1, H0, W0, D, generator=torch.Generator().manual_seed(H0 * W0))
+    expected = resample(grid[0].double(), (H, W), rule)
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.float32, 2e-5)):
+        found = resample_positions(grid.to(dtype), (H, W), rule)
+        assert found.shape == (1, H, W, D)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found[0].double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (37, 37), (5, 50)])
+def test_antialias_is_timms(size):
+    grid = torch.randn(1, 37, 37, 8)
+    expected = resample_abs_pos_embed_nhwc(grid, list(size))
+    assert torch.equal(resample_positions(grid, size, "antialias"), expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_grid_of_the_same_size_is_untouched_and_16_bits_are_computed_in_32(rule):
+    grid = torch.randn(1, 4, 6, 2).bfloat16()
+    assert resample_positions(grid, (4, 6), rule) is grid
+    found = resample_positions(grid, (3, 9), rule)
+    assert torch.equal(found, resample_positions(grid.float(), (3, 9), rule).bfloat16())
+
+
+def test_the_rules_differ():
+    grid = torch.randn(1, 37, 37, 3)
+    results = [resample_positions(grid, (16, 16), rule) for rule in RULES]
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        assert (results[a] - results[b]).abs().max() > 0.05
+
+
+def test_the_rule_is_a_setting_of_the_encoder():
+    encoder = create("sslkit_vit_micro", pos_interpolation="dinov2")
+    assert encoder.settings["pos_interpolation"] == "dinov2"
+    with pytest.raises(
+        ValueError, match=r"pos_interpolation must be one of \('antialias', 'bicubi"
+    ):
+        create("sslkit_vit_micro", pos_interpolation="bilinear")
+    with pytest.raises(
+        ValueError, match=r"rope_periods must be 'float32' or 'bfloat16', got 'half'"
+    ):
+        create("sslkit_vit_micro", rope_periods="half")
+    with pytest.raises(ValueError, match="rope_periods is for DINOv3's rotary positions"):
+        create("sslkit_vit_micro", rope_periods="bfloat16")
