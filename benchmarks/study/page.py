@@ -94,8 +94,8 @@ TEXTS: dict[str, Text] = {
         (("rasa", WHOLE, "position_r2", -1), ("rasa", WHOLE, "in_context", 1)),
         "Clusters of a network this young stand for colours rather than for places, so that their "
         "entropy is near its limit from the start, and RASA closes a part of a small gap. Objects "
-        "here are pasted at random places: "
-        "position says little of a class that its removal could mend.",
+        "here are pasted at random places: position says little of a class that its removal could "
+        "mend.",
     ),
     "masks": Text(
         "Nested heads throughout; half of the global crops are masked, in the same shares "
