@@ -198,7 +198,7 @@ def test_queries_and_keys_are_rotated_as_in_the_paper(name, grid):
         for image in range(2):
             for head in range(2):
                 expected = rotated(plain[image, head].detach(), grid, num_prefix=5)
-                # largest error measured over 20 draws: 1.1e-6
+                # largest error measured over 20 draws of the images: 8.5e-7
                 torch.testing.assert_close(
                     actual[image, head].detach().double(), expected, rtol=0, atol=5e-6
                 )
