@@ -64,7 +64,7 @@ from sslkit.data import (
     train_test_split,
 )
 from sslkit.data.annotated import Segmented
-from sslkit.data.crops import normalisation
+from sslkit.data.crops import normalisation, random_crop
 from sslkit.data.throughput import DataWatch
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.attention import cls_attention
@@ -594,12 +594,11 @@ class TeacherTargets(nn.Module):
         queue_columns: list[int],
     ) -> None:
         super().__init__()
-        self.parallel, group = parallel, parallel.group
+        self.parallel = parallel
         self.iterations = targets.sinkhorn_iterations
         self.bound = bound
-        self.group = group
         self.centers = nn.ModuleList(
-            EMACentering(k, momentum=targets.centering_momentum, group=group)
+            EMACentering(k, momentum=targets.centering_momentum, group=parallel.group)
             for k in num_prototypes * (targets.kind == "centering")
         )
         self.queues = nn.ModuleList(
@@ -618,7 +617,7 @@ class TeacherTargets(nn.Module):
                 temperature,
                 num_iterations=self.iterations,
                 pasts=pasts or None,
-                group=self.group,
+                group=self.parallel.group,
                 bound=self.bound,
             )
             for queue, x in zip(queues, logits, strict=bool(queues)):
@@ -1410,22 +1409,12 @@ def remove_position(settings: Settings, parallel: Parallel) -> None:
     """Fit the planes of position on random crops; write the encoder that carries them."""
     plan = final_plan(settings)
     encoder = load_encoder(plan.name, settings)
-    random_crop = MultiCrop(
-        global_size=plan.global_size,
-        global_scale=settings.rasa.crop_scale,
-        num_global=1,
-        local_size=plan.local_size,
-        num_local=0,
-        jitter_probability=0.0,
-        grey_probability=0.0,
-        blur_probability=(0.0, 0.0, 0.0),
-    )
     generator = torch.Generator().manual_seed(settings.seed)
     train = open_data(settings).train
     features = extract(
         encoder.to(parallel.device),
         train,
-        transform=lambda image: random_crop(image, generator=generator).globals_[0],
+        transform=random_crop(plan.global_size, settings.rasa.crop_scale, generator=generator),
         indices=evenly_spaced(len(train), settings.rasa.num_images),
         batch_size=settings.evaluation.batch_size,
         want=("patches",),

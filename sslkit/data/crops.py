@@ -7,7 +7,7 @@ and done afterwards (:meth:`MultiCrop.render`), so that a view can be inspected 
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -240,6 +240,35 @@ class MultiCrop:
             return self.blur_kernel_size
         tenth = side // 10
         return min(max(tenth - (tenth + 1) % 2, 3), 9)
+
+
+def random_crop(
+    size: Size, scale: tuple[float, float], *, generator: torch.Generator
+) -> Callable[[Tensor], Tensor]:
+    """A random part of an image, mirrored or not, in its own colours: a `MultiCrop` of one view.
+
+    Args:
+        size: of the view in pixels, a side or (height, width).
+        scale: range of the crop's area as a share of the image.
+        generator: drawn from at each call.
+
+    Returns:
+        uint8 [C, h, w] -> float32 [C, *size], normalised.
+
+    >>> crop = random_crop((8, 12), (0.5, 1.0), generator=torch.Generator().manual_seed(0))
+    >>> crop(torch.zeros(3, 20, 20, dtype=torch.uint8)).shape
+    torch.Size([3, 8, 12])
+    """
+    crops = MultiCrop(
+        global_size=size,
+        global_scale=scale,
+        num_global=1,
+        num_local=0,
+        jitter_probability=0.0,
+        grey_probability=0.0,
+        blur_probability=(0.0, 0.0, 0.0),
+    )
+    return lambda image: crops(image, generator=generator).globals_[0]
 
 
 def check_image(image: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sslkit import backbones
-from sslkit.data.crops import MultiCrop
+from sslkit.data.crops import random_crop
 from sslkit.data.sources import Source, Split, open_source
 from sslkit.evaluation import figures
 from sslkit.evaluation.features import (
@@ -115,9 +115,11 @@ def fit(run: Fit) -> None:
         open_source(run.data, split=split, seed=run.seed, test_fraction=run.test_fraction)
         for split in _SPLITS
     )
-    view, random_crop = EvalTransform(size), _random_crop(size, run)
+    view = EvalTransform(size)
+    generator = torch.Generator().manual_seed(run.seed)
+    crop = random_crop(size, run.crop_scale, generator=generator)
     encode = _Encode(model, run)
-    fitted = encode(train, random_crop, run.num_images, "crops to fit on").patches
+    fitted = encode(train, crop, run.num_images, "crops to fit on").patches
     rasa = RASAProjector(fitted.shape[-1], num_iterations=run.num_iterations)
     chance = patch_positions(*fitted.shape[1:3]).flatten(0, 1).var(0, correction=0).mean().item()
     with tqdm(total=run.num_iterations, desc="iterations", unit="") as bar:
@@ -233,21 +235,6 @@ def _size(run: Fit, model: Model) -> tuple[int, int]:
             f"{patch[1]}, the patch size of {model.name}"
         )
     return height, width
-
-
-def _random_crop(size: tuple[int, int], run: Fit) -> Callable[[Tensor], Tensor]:
-    """A random part of an image, mirrored or not, in its own colours."""
-    crop = MultiCrop(
-        global_size=size,
-        global_scale=run.crop_scale,
-        num_global=1,
-        num_local=0,
-        jitter_probability=0.0,
-        grey_probability=0.0,
-        blur_probability=(0.0, 0.0, 0.0),
-    )
-    generator = torch.Generator().manual_seed(run.seed)
-    return lambda image: crop(image, generator=generator).globals_[0]
 
 
 def _removed(rasa: RASAProjector, patches: Tensor) -> Tensor:
