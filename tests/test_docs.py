@@ -17,9 +17,10 @@ import matplotlib
 import pytest
 import torch
 import tyro
+from markdown import Markdown
 
 from docs.gallery.run import run as run_script
-from docs.site import source_pages
+from docs.site import maths, source_pages
 from docs.site.docstrings import as_markdown
 from docs.site.settings_page import descriptions, load_recipe, markdown
 from sslkit import backbones
@@ -225,6 +226,20 @@ def test_doctests_of_docstrings_become_code_blocks() -> None:
         *("Adds.", "", "Example:", "    ```pycon", "    >>> 1 + 1", "    2", "    ```", ""),
         *("See `x`:", "", "    y"),
     ]
+
+
+def test_equations_become_mathml() -> None:
+    extensions = ["pymdownx.arithmatex"]
+    generic = {"pymdownx.arithmatex": {"generic": True}}
+    text = "For $a < b$ and `$c$`:\n\n$$\n\\sum_k q_k\n$$\n"
+    page = maths.on_page_content(
+        Markdown(extensions=extensions, extension_configs=generic).convert(text)
+    )
+    assert page.count("<math") == page.count("</math>") == 2
+    assert page.count('display="block"') == 1
+    assert "<code>$c$</code>" in page
+    assert "arithmatex" not in page
+    assert "<mo>&#x0003C;</mo>" in page
 
 
 SCRIPT = """# %% [markdown]
