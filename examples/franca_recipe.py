@@ -79,6 +79,7 @@ from sslkit.evaluation.report import format_table, write_report
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import EvalTransform
 from sslkit.factored_logits import Logits
+from sslkit.files import atomic_write, file_digest
 from sslkit.rasa import patch_positions, save_rasa
 from sslkit.schedules import (
     cosine,
@@ -92,9 +93,7 @@ from sslkit.schedules import (
 from sslkit.training.checkpoint import (
     CheckpointError,
     Checkpoints,
-    atomic_write,
     checkpoint_group,
-    file_digest,
     step_of,
 )
 from sslkit.training.metrics import MetricsWriter, read_metrics

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sslkit.training import checkpoint
-from sslkit.training.checkpoint import CheckpointError, Checkpoints, atomic_write, step_of
+from sslkit.training.checkpoint import CheckpointError, Checkpoints, step_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -236,16 +236,6 @@ def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"could not write .*choose another directory"):
         save(Checkpoints(tmp_path / "file" / "run"), 1)
-
-
-def test_atomic_write_keeps_the_old_file_on_any_error(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:  # noqa: PT012
-        file.write(b"new, half wri")
-        file.flush()
-        raise KeyboardInterrupt
-    assert (path.read_bytes(), names(tmp_path)) == (b"old", ["file"])
 
 
 KILLED = """

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from sslkit import backbones
-from sslkit.training.checkpoint import Checkpoints, file_digest
+from sslkit.files import file_digest
+from sslkit.training.checkpoint import Checkpoints
 from sslkit.training.metrics import read_metrics
 from tests.recipe import ALONE, batches, recipe, saved_tensors, smoke, tiny, trainer
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sslkit.backbones.encoder import ViTEncoder
 from sslkit.backbones.files import import_safetensors, read_header
 from sslkit.backbones.heads import describe_head
+from sslkit.files import atomic_path
 
 HEADER_KEY = "sslkit.encoder"
 VERSIONS = (1, 2)
@@ -65,17 +66,10 @@ def save(
             tensors[f"{head}.{name}"] = tensor.detach().contiguous()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
+    with atomic_path(path) as temporary:
         mode = temporary.stat().st_mode  # by the umask; safetensors makes files for the owner alone
         import_safetensors().torch.save_file(tensors, temporary, metadata=header)
         temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

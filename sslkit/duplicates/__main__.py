@@ -22,7 +22,7 @@ from sslkit.duplicates.search import find_duplicates, keep_one, similarity_to_ke
 from sslkit.evaluation.report import format_table, write_report
 from sslkit.extract import Extraction, read_description, read_features, read_names
 from sslkit.extract.processes import extract_with_processes
-from sslkit.training.checkpoint import atomic_write
+from sslkit.files import atomic_write
 
 
 @dataclass(frozen=True)

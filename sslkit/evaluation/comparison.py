@@ -11,7 +11,7 @@ from sslkit.evaluation.protocols import PROTOCOLS
 from sslkit.evaluation.report import write_report
 from sslkit.evaluation.scores import Interval, Outcome, Score, bootstrap
 from sslkit.evaluation.subject import Subject
-from sslkit.training.checkpoint import atomic_write
+from sslkit.files import atomic_write
 
 _BOOTSTRAP = 9  # sets the resamples' generator apart from those of the protocols
 

@@ -30,7 +30,7 @@ from sslkit.evaluation.features import (
     encoded_batches,
     report_unreadable,
 )
-from sslkit.training.checkpoint import atomic_write
+from sslkit.files import atomic_write
 
 _VERSION = 1
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from sslkit import backbones
 from sslkit.evaluation.floor import ColourAndPosition
-from sslkit.training.checkpoint import file_digest
+from sslkit.files import file_digest
 
 _KINDS = (
     "a file or folder that sslkit.backbones.load reads (the recipe's exports, weights of Franca, "

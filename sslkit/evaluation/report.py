@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from sslkit import __version__
-from sslkit.training.checkpoint import atomic_write
+from sslkit.files import atomic_write
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

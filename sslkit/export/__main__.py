@@ -19,8 +19,8 @@ from sslkit.export import HubEncoder, save_for_timm, save_onnx, save_program
 from sslkit.export.card import Card, read_scores, write_card
 from sslkit.export.hub import projectors
 from sslkit.export.timm_weights import FORMAT as TIMM_FORMAT
+from sslkit.files import atomic_write, file_digest
 from sslkit.rasa import load_rasa
-from sslkit.training.checkpoint import atomic_write, file_digest
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from sslkit import backbones
 from sslkit.backbones import ViTEncoder
 from sslkit.backbones.heads import Head
 from sslkit.export.card import Card, Format, write_card
+from sslkit.files import file_digest
 from sslkit.matryoshka import MatryoshkaProjector
-from sslkit.training.checkpoint import file_digest
 
 _FORMAT = Format(
     library="sslkit",

@@ -21,7 +21,7 @@ from sslkit.backbones import ViTEncoder
 from sslkit.backbones.blocks import PackedAttention, PackedBlock, PackedEvaBlock
 from sslkit.backbones.rope import with_prefix
 from sslkit.export.resampling import resampling_matrices
-from sslkit.training.checkpoint import atomic_write
+from sslkit.files import atomic_write
 
 _MAX_BATCH, _MAX_GRID = 1 << 16, 4096  # a dimension needs some upper end
 _MAX_PROTOBUF = 2**31 - 2**24  # bytes of one ONNX file, less some room for the graph

@@ -23,7 +23,7 @@ from sslkit.backbones.franca import VIT_SIZES
 from sslkit.backbones.swiglu import FusedSwiGLU
 from sslkit.data.crops import normalisation
 from sslkit.export.card import Format
-from sslkit.training.checkpoint import atomic_write
+from sslkit.files import atomic_write
 
 FORMAT = Format(
     library="timm",

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from sslkit import __version__
-from sslkit.training.checkpoint import atomic_write
+from sslkit.files import atomic_write
 
 _METADATA_KEY = b"sslkit.extract"
 FORMATS = (".npy", ".parquet")

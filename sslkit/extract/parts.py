@@ -33,8 +33,8 @@ from sslkit.extract.files import (
     require_same,
     write_features,
 )
+from sslkit.files import atomic_write, file_digest
 from sslkit.rasa import RASAProjector, load_rasa
-from sslkit.training.checkpoint import atomic_write, file_digest
 from sslkit.training.parallel import Parallel
 
 Token = Literal["cls", "mean_patch", "cls_and_mean_patch", "layer_cls"]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sslkit.files import atomic_write
 from sslkit.rasa.projector import RASAProjector
 
 _TORCH_MAGIC = (b"PK", b"\x80")  # a zip archive, and PyTorch's format before 1.6
@@ -46,16 +47,9 @@ def save_rasa(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {name: tensor.contiguous() for name, tensor in rasa.state_dict().items()}
-    try:
-        with temporary.open("wb") as file:
-            file.write(_import_safetensors().torch.save(tensors, dict(metadata or {})))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(_import_safetensors().torch.save(tensors, dict(metadata or {})))
 
 
 def load_rasa(path: str | os.PathLike[str]) -> RASAProjector:

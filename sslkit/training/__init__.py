@@ -1,6 +1,7 @@
 """What a training loop needs around the method: optimizer, checkpoints, metrics, progress."""
 
-from sslkit.training.checkpoint import CheckpointError, Checkpoints, atomic_write
+from sslkit.files import atomic_write
+from sslkit.training.checkpoint import CheckpointError, Checkpoints
 from sslkit.training.metrics import MetricsWriter, read_metrics
 from sslkit.training.monitor import CollapseMonitor, NonFiniteLoss, feature_std, require_finite
 from sslkit.training.optim import (

@@ -1,6 +1,5 @@
 """Checkpoints of a run: sharded, written in the background, complete or not there at all."""
 
-import hashlib
 import inspect
 import json
 import os
@@ -9,9 +8,8 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,10 +23,11 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from sslkit.files import atomic_write, file_digest, flush_directory
+
 _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".tmp"
 _MANIFEST = "manifest.json"
-_CHUNK = 1 << 24  # bytes read at a time
 
 # A process without others says so, also beside others; torch 2.6 has no such argument, and takes
 # the group of all if there is one. Each save and load then warns of what is meant.
@@ -243,7 +242,7 @@ class Checkpoints:
         with atomic_write(temporary / _MANIFEST) as file:
             file.write(json.dumps(files, indent=1).encode())
         os.replace(temporary, path)
-        _flush_directory(self.directory)
+        flush_directory(self.directory)
 
     def _prune(self) -> None:
         """Delete what need not be kept, and what writers left that were killed."""
@@ -311,57 +310,12 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-@contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file to write to that replaces ``path`` when the block ends without an error.
-
-    Readers see the old content or the new one, never a part, whenever the process or the machine
-    stops. The content is first in ``.{name}.tmp`` in the same directory; an error removes that.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "a.txt"
-    >>> with atomic_write(path) as file:
-    ...     _ = file.write(b"complete")
-    >>> path.read_bytes(), [other.name for other in path.parent.iterdir()]
-    (b'complete', ['a.txt'])
-    """
-    temporary = path.with_name(f".{path.name}{_TEMPORARY}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _flush_directory(path.parent)
-
-
-def _flush_directory(directory: Path) -> None:
-    if os.name == "posix":  # elsewhere a directory cannot be opened, and renames need no flush
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _checksums(folder: Path, rank: int) -> dict[str, str]:
     """Of the files that process ``rank`` wrote; the first one writes the metadata as well."""
     own = list(folder.glob(f"__{rank}_*"))
     if rank == 0:
         own.append(folder / ".metadata")
     return {path.name: file_digest(path) for path in own}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _flat(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkit.training.checkpoint import atomic_write
+from sslkit.files import atomic_write
 
 Number = float | int | Tensor
 
