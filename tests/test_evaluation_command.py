@@ -199,3 +199,10 @@ def test_errors_end_in_one_line(tmp_path, words, message):
     output = [] if words == ["knm"] else ["--output", str(tmp_path)]
     with pytest.raises(SystemExit, match=f"^error: (?s:.*){message}"):
         main([*words, *output])
+
+
+def test_a_gpu_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    words = ["knn", "--weights", "floor", *SCENES, "--output", str(tmp_path), "--device", "cuda"]
+    with pytest.raises(SystemExit, match="error: device 'cuda' needs GPU 0"):
+        main(words)

@@ -11,7 +11,7 @@ import torch
 
 from sslkit.training.checkpoint import Checkpoints, step_of
 from sslkit.training.metrics import read_metrics
-from sslkit.training.parallel import Parallel, choose, lost_contact, restarted, start
+from sslkit.training.parallel import Parallel, choose, local_device, lost_contact, restarted, start
 from tests.recipe import last_step, recipe, saved_tensors, smoke, start_process
 
 TRAINING = "--stages pretrain --steps 24 --checkpoint-every 4 --optim.lr-warmup 0"
@@ -185,6 +185,25 @@ def test_restarted(variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv(variable, "0")
     with pytest.raises(SystemExit, match="holds a run already"):
         recipe.main(words)
+
+
+def test_each_process_has_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert local_device("cpu").type == "cpu"
+    assert [local_device("auto"), local_device("cuda")] == [torch.device("cuda:0")] * 2
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert local_device("auto") == torch.device("cuda:3")
+    assert current == [0, 0, 3]
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ValueError, match="needs GPU 4 for this process, and PyTorch sees 4; start"):
+        local_device("auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert local_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device must be auto, cpu or cuda, got 'mps'"):
+        local_device("mps")
 
 
 def test_small_networks_are_replicated_and_large_ones_sharded(

@@ -86,6 +86,13 @@ def test_mistakes_take_one_line(tmp_path, weights, words, message):
     assert not (tmp_path / "r").exists()
 
 
+def test_a_gpu_that_is_not_there(tmp_path, weights, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    words = ["--output", str(tmp_path / "r"), "--device", "cuda"]
+    with pytest.raises(SystemExit, match="error: device 'cuda' needs GPU 0"):
+        main(["fit", "--weights", weights, *SCENES, *words])
+
+
 def test_fold_says_what_does_not_fit(tmp_path, weights):
     save_rasa(RASAProjector(50, num_iterations=2), tmp_path / "rasa")
     words = ["--rasa", str(tmp_path / "rasa"), "--output", str(tmp_path / "out")]

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from sslkit.data.annotated.open import open_annotated
@@ -22,6 +21,7 @@ from sslkit.evaluation.protocols import PROTOCOLS
 from sslkit.evaluation.report import format_table
 from sslkit.evaluation.subject import Subject
 from sslkit.rasa import load_rasa
+from sslkit.training.parallel import local_device
 
 _NEED_MORE = ("robustness", "ood", "matryoshka", "feat2gs")  # than the data alone: not in `all`
 _GLOBAL_SIZE, _DENSE_OVER_GLOBAL = 224, 2
@@ -83,9 +83,7 @@ def subjects(run: Run) -> list[Subject]:
         raise ValueError(
             f"--rasa names {len(run.rasa)} files for {len(models)} models: give one, or one each"
         )
-    device = run.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(local_device(run.device))
     trained_size = getattr(models[0].encoder, "img_size", (_GLOBAL_SIZE, _GLOBAL_SIZE))
     global_size = run.global_size or min(trained_size)
     dense_size = run.dense_size or _DENSE_OVER_GLOBAL * global_size

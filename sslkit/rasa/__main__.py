@@ -32,6 +32,7 @@ from sslkit.evaluation.position import position_probe
 from sslkit.evaluation.report import format_table, write_report
 from sslkit.evaluation.views import EvalTransform
 from sslkit.rasa import RASAProjector, load_rasa, patch_positions, save_rasa
+from sslkit.training.parallel import local_device
 
 _FIT_BATCH = 128  # images whose patches the solver takes at once
 _NUM_PICTURES = 4
@@ -187,11 +188,8 @@ class _Encode:
     """Patch tokens of views of a source, in memory, in float16."""
 
     def __init__(self, model: Model, run: Fit) -> None:
-        device = run.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.encoder = model.encoder.to(device)
-        self.device = device
+        self.device = local_device(run.device)
+        self.encoder = model.encoder.to(self.device)
         self.batch_size = run.batch_size
 
     def __call__(

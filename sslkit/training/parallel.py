@@ -76,18 +76,18 @@ class Parallel:
         return bool(self.gather(torch.tensor(flag)).any())  # a CPU tensor: over gloo
 
 
-def start(device: str = "auto") -> Parallel:
-    """Join the processes that `torchrun` started, or be the only one.
+def local_device(device: str = "auto") -> torch.device:
+    """Where this process computes, which becomes the current GPU if it is one.
 
     Args:
         device: ``"cpu"``, ``"cuda"`` (the GPU of this process's ``LOCAL_RANK``), or ``"auto"``: a
-            GPU where there is one. Tensors on GPUs travel over NCCL, those on CPUs over gloo.
+            GPU where there is one.
 
     Raises:
         ValueError: the device is unknown, or there is no GPU for it.
 
-    >>> start("cpu")
-    Parallel(rank=0, world_size=1, device=device(type='cpu'), group=None)
+    >>> local_device("cpu")
+    device(type='cpu')
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
@@ -101,9 +101,26 @@ def start(device: str = "auto") -> Parallel:
                 f"{torch.cuda.device_count()}; start fewer processes or use device 'cpu'"
             )
         torch.cuda.set_device(index)
-        device = f"cuda:{index}"
+        return torch.device("cuda", index)
+    return torch.device("cpu")
+
+
+def start(device: str = "auto") -> Parallel:
+    """Join the processes that `torchrun` started, or be the only one.
+
+    Args:
+        device: as of :func:`local_device`. Tensors on GPUs travel over NCCL, those on CPUs over
+            gloo.
+
+    Raises:
+        ValueError: as of :func:`local_device`.
+
+    >>> start("cpu")
+    Parallel(rank=0, world_size=1, device=device(type='cpu'), group=None)
+    """
+    own = local_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Parallel(0, 1, torch.device(device), None)
+        return Parallel(0, 1, own, None)
     # Rendezvous of one attempt do not see the addresses that an earlier one left in torchrun's
     # store (pytorch#135712). Nodes count attempts for themselves, so only those of one node do.
     store, rank, world_size = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
@@ -119,14 +136,13 @@ def start(device: str = "auto") -> Parallel:
             stacklevel=2,
         )
     dist.init_process_group(
-        "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+        "gloo" if own.type == "cpu" else "cpu:gloo,cuda:nccl",
         store=store,
         rank=rank,
         world_size=world_size,
         timeout=_TIMEOUT,
     )
-    group = dist.group.WORLD
-    return Parallel(dist.get_rank(), dist.get_world_size(), torch.device(device), group)
+    return Parallel(dist.get_rank(), dist.get_world_size(), own, dist.group.WORLD)
 
 
 def stop(parallel: Parallel) -> Parallel:
