@@ -140,9 +140,11 @@ class Model:
     backbone_settings: str = "{}"
     """More arguments of sslkit.backbones.create, as JSON, such as '{"reg_tokens": 4}'."""
     in_chans: int = 3
+    """Channels of the images."""
     drop_path: float = 0.1
-    """Stochastic depth of the student (paper section 4)."""
+    """Share of the student's residual branches left out; large networks need more (section 4)."""
     activation_checkpointing: bool = False
+    """Compute each block again in the backward pass: less memory, a third more time."""
     num_prototypes: int = 131072
     """Of the finest level; a level of m of D features has int(K * m / D)."""
     nesting_dims: tuple[int, ...] = ()
@@ -150,9 +152,13 @@ class Model:
     nesting: Literal["slice", "slice_linear", "linear"] = "slice"
     """The paper slices; the two released versions are `linear` and `slice_linear`."""
     head_hidden_dim: int = 2048
+    """Width of the MLP of each level of both heads."""
     head_layers: int = 3
+    """Linear layers of that MLP, up to the bottleneck."""
     dino_bottleneck: int = 384
+    """Features of a class token that prototypes are compared with, at each level."""
     ibot_bottleneck: int = 256
+    """The same of a patch."""
     normalize: bool = True
     """Bounded scores as in DINO; False: the released head, with unbounded ones."""
     factored_scores: bool = False
@@ -164,12 +170,17 @@ class Crops:
     """Multi-crop (DINOv2 and the released configuration)."""
 
     global_size: int = 224
+    """Pixels a side of the two views that student and teacher see."""
     global_scale: tuple[float, float] = (0.32, 1.0)
+    """Share of an image's area that such a view covers, from and to."""
     local_size: int = 98
+    """Pixels a side of the small views, which the student alone sees."""
     local_scale: tuple[float, float] = (0.05, 0.32)
+    """Share of an image's area that these cover; the smaller, the harder to tell what it is."""
     num_local: int = 8
+    """Small views of an image; each adds a comparison with the teacher, and time."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """In pixels of the view, so that small views lose more of their detail."""
+    """Of the blur, in pixels of the view, so that small views lose more of their detail."""
 
 
 @dataclass(frozen=True)
@@ -177,9 +188,13 @@ class Masks:
     """CyclicMask (paper section 3.2)."""
 
     kind: Literal["inverse_block", "block", "random"] = "inverse_block"
+    """inverse_block: one block stays visible; block: one is masked; random: single patches are."""
     shift: bool = True
+    """Roll each mask on both axes, so that every patch is masked equally often."""
     ratio: tuple[float, float] = (0.1, 0.65)
+    """Share of its patches that a mask hides, from and to; the more, the harder to guess them."""
     probability: float = 0.5
+    """Share of the global crops that have a mask."""
 
 
 @dataclass(frozen=True)
@@ -187,15 +202,21 @@ class Targets:
     """What the teacher hands to the losses."""
 
     kind: Literal["sinkhorn", "centering"] = "sinkhorn"
+    """sinkhorn: the batch uses all prototypes equally; centering: their mean score is taken off."""
     sinkhorn_iterations: int = 3
+    """Of the balancing; the more, the more equally prototypes are used."""
     queue: int = 0
     """Past rows, of all processes, that each level is balanced with; for small batches."""
     centering_momentum: float = 0.9
+    """Of the mean score; nearer to 1 it follows the teacher more slowly."""
     start_temperature: float = 0.04
+    """Of the teacher at the first step; the lower, the sharper its targets."""
     temperature: float = 0.07
+    """Of the teacher after its warm-up."""
     temperature_warmup: float = 30 / 500
     """Share of the steps over which the teacher temperature rises linearly."""
     student_temperature: float = 0.1
+    """Of the student at every step."""
 
 
 @dataclass(frozen=True)
@@ -203,8 +224,11 @@ class Losses:
     """Weights of the three terms; DINO and iBOT are sums over the nesting levels."""
 
     dino: float = 1.0
+    """Of class tokens, which should get the teacher's targets of other views of the image."""
     ibot: float = 1.0
+    """Of masked patches, which should get the teacher's targets at their places."""
     koleo: float = 0.1
+    """Of nearness of the class tokens of different images, which it drives apart."""
 
 
 @dataclass(frozen=True)
@@ -212,18 +236,25 @@ class Optim:
     """AdamW and the teacher's average. Shares are of the number of steps."""
 
     base_lr: float = 7.01e-4
-    """At batch 1024; scaled by sqrt(batch / 1024)."""
+    """Highest learning rate, at batch 1024; scaled by sqrt(batch / 1024)."""
     final_lr: float = 1e-6
+    """What it falls to along a cosine."""
     lr_warmup: float = 80 / 500
+    """Share of the steps over which it first rises linearly from 0."""
     weight_decay: tuple[float, float] = (0.04, 0.2)
+    """At the first and last step, a cosine between; biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Momentum of AdamW's averages of the gradient and of its square."""
     layer_decay: float = 1.0
+    """Learning rate of a block over that of the next; below 1 early blocks keep what they know."""
     patch_embed_lr_scale: float = 0.2
+    """Of the learning rate, for the patch embedding; below 1 it changes more slowly."""
     clip: float = 3.0
     """Largest gradient norm of each of backbone, DINO head, iBOT head."""
     freeze_prototypes: float = 1 / 500
     """Share of the steps during which the last layers keep their initial value."""
     momentum: tuple[float, float] = (0.994, 1.0)
+    """Of the teacher, at the first and last step, a cosine between; nearer to 1 it is slower."""
     momentum_batch: int = 0
     """Batch that `momentum` is stated at, momentum ** (batch / this) at others; 0: at any batch."""
 
@@ -245,11 +276,15 @@ class HighRes:
     """High-resolution adaptation (paper section 4): the same training, schedules compressed."""
 
     steps: int = 20_000
+    """Optimizer steps."""
     global_size: int = 518
+    """Pixels a side of the views that student and teacher see."""
     local_size: int = 98
+    """Pixels a side of the small views."""
     batch_size: int = 2048
+    """Images an optimizer step, over all processes and micro-batches."""
     lr_scale: float = 0.1
-    """Of the pretraining base_lr (REFERENCE: about a tenth)."""
+    """Of the pretraining's base_lr; about a tenth in the released code."""
     temperature_warmup: float = 0.5
     """The teacher's warm-up: 10 K of 20 K iterations."""
 
@@ -259,9 +294,11 @@ class Rasa:
     """Removal of absolute spatial attributes (paper section 3.3)."""
 
     num_iterations: int = 9
+    """Planes that are removed, two directions of the features each."""
     num_images: int = 1000
     """Random crops that the planes are fitted on; the paper says a small set."""
     crop_scale: tuple[float, float] = (0.32, 1.0)
+    """Share of an image's area that such a crop covers, from and to."""
     solver: Literal["auto", "adamw"] = "auto"
     """`adamw` is the paper's schedule; the default converges whatever the number of images."""
 
@@ -273,9 +310,11 @@ class Evaluation:
     num_train: int = 100_000
     """Images of the training split that k-NN looks its neighbours up in."""
     num_test: int = 10_000
+    """Held-out images that it classifies."""
     num_dense: int = 200
     """Images of each split whose patches enter the dense scores."""
     batch_size: int = 64
+    """Images a forward pass."""
     knn: int = 20
     """Neighbours that vote."""
     resize_over_crop: float = 256 / 224
@@ -283,7 +322,9 @@ class Evaluation:
     online_every: int = 12_500
     """Steps between two k-NN scores of the teacher during training; 0: none."""
     online_train: int = 20_000
+    """Images that these look neighbours up in."""
     online_test: int = 2_000
+    """Held-out images that these classify."""
 
 
 @dataclass(frozen=True)
@@ -305,6 +346,7 @@ class Settings:
     accept_changes: bool = False
     """Let --resume continue with other settings than the run was made with."""
     seed: int = 0
+    """Of all random numbers: initial weights, order of the images, crops, masks."""
     steps: int = 625_000
     """Optimizer steps of the pretraining."""
     batch_size: int = 2048
@@ -316,6 +358,7 @@ class Settings:
     augment_on: Literal["workers", "device"] = "workers"
     """Where views are rendered; `device` for a GPU that waits for its workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where networks compute; auto: a GPU where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the encoder; auto: bfloat16 autocast on a GPU, float32 on a CPU."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
@@ -327,13 +370,17 @@ class Settings:
     scene_size: int = 256
     """Pixels a side of an image of `--data scenes`."""
     num_scenes: int = 100_000
+    """Images of each split of `--data scenes`."""
     test_fraction: float = 0.1
     """Share of the images held out for evaluation where --data has no test split of its own."""
     max_unreadable: float = 0.05
     """Share of unreadable images above which the run stops."""
     log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int = 1250
+    """Steps between two checkpoints, from which --resume continues."""
     keep_last: int = 2
+    """Latest checkpoints that are kept; with 2 a damaged one costs little."""
     keep_every: int = 62_500
     """Checkpoints of every so many steps are kept for good (Franca publishes them); 0: none."""
     model: Model = field(default_factory=Model)

@@ -207,7 +207,12 @@ def test_settings_page_has_every_setting_with_the_value_of_each_preset() -> None
     demo = recipe.PRESETS["demo"].crops.global_size
     assert "`224`" in row
     assert f"`{demo}` demo" in row
-    assert page.count("| `--") == sum(count_leaves(v) for v in [recipe.PRESETS["vitb14_in21k"]])
+    assert page.count("| `--") == count_leaves(recipe.PRESETS["vitb14_in21k"])
+    # A setting has its description in the last column, of a line in --help.
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `--")]
+    texts = {row[0]: row[-1].removesuffix("|").strip() for row in rows}
+    assert not [flag for flag, text in texts.items() if not text.endswith(".")]
+    assert max(map(len, texts.values())) <= 90
 
 
 def count_leaves(settings: object) -> int:
