@@ -18,12 +18,11 @@ import errno
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -38,7 +37,6 @@ from sslkit import (
     DINOLoss,
     EMACentering,
     EMATeacher,
-    FactoredLogits,
     KoLeoLoss,
     MatryoshkaProjector,
     RASAProjector,
@@ -48,6 +46,7 @@ from sslkit import (
     sinkhorn_many,
 )
 from sslkit.backbones import Loaded, ViTEncoder
+from sslkit.backbones.heads import misfit
 from sslkit.data import (
     Batch,
     MultiCrop,
@@ -64,12 +63,13 @@ from sslkit.data import (
     train_test_split,
 )
 from sslkit.data.annotated import Segmented
-from sslkit.data.crops import normalisation, random_crop
+from sslkit.data.crops import random_crop
 from sslkit.data.throughput import DataWatch
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.attention import cls_attention
 from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
 from sslkit.evaluation.features import evenly_spaced, extract
+from sslkit.evaluation.floor import Pixels
 from sslkit.evaluation.in_context import in_context_segmentation
 from sslkit.evaluation.knn import knn_accuracy
 from sslkit.evaluation.matryoshka import matryoshka_curve
@@ -78,7 +78,7 @@ from sslkit.evaluation.position import position_probe
 from sslkit.evaluation.report import format_table, write_report
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import EvalTransform
-from sslkit.factored_logits import Logits
+from sslkit.factored_logits import Logits, concatenated
 from sslkit.files import atomic_write, file_digest
 from sslkit.rasa import patch_positions, save_rasa
 from sslkit.schedules import (
@@ -96,8 +96,9 @@ from sslkit.training.checkpoint import (
     checkpoint_group,
     step_of,
 )
+from sslkit.training.finite import NonFiniteLoss, by_rank, nan_unless_finite, require_finite
 from sslkit.training.metrics import MetricsWriter, read_metrics
-from sslkit.training.monitor import CollapseMonitor, NonFiniteLoss, feature_std, require_finite
+from sslkit.training.monitor import CollapseMonitor, feature_std
 from sslkit.training.optim import (
     clip_gradients,
     moments,
@@ -118,6 +119,7 @@ from sslkit.training.parallel import (
     whole,
 )
 from sslkit.training.progress import TrainingProgress
+from sslkit.training.settings import as_json, differences, from_json
 from sslkit.training.signals import stop_request
 
 SUBMODULES = ("backbone", "dino_head", "ibot_head")  # gradients are clipped in each by itself
@@ -952,10 +954,11 @@ class Trainer:
         scores = [s.dino + s.ibot for s in teacher]
         rows = [[len(level) for level in levels] for levels in scores]
         watched = {
-            "images": nan_if_bad(images for crops, _ in micro for images in crops),
-            "teacher's features": nan_if_bad(s.cls for s in teacher),
+            "images": nan_unless_finite(images for crops, _ in micro for images in crops),
+            "teacher's features": nan_unless_finite(s.cls for s in teacher),
             "masked images": all_masks.flatten(2).any(2).float().mean().to(self.parallel.device),
         }
+        own_terms: dict[str, Tensor] = {}  # means over this process's micro-batches
         logits = [concatenated(parts) for parts in zip(*scores, strict=True)]
         del teacher, scores  # a copy of the logits, where there are several micro-batches
         targets = self.targets(logits, now.teacher_temperature)
@@ -972,12 +975,13 @@ class Trainer:
                 share = 1 / len(micro)
                 terms, cls = self.backward(crops, masks, own, share=share, frozen=frozen)
             for name, term in terms.items():
-                watched[name] = watched.get(name, 0) + term / len(micro)
+                own_terms[name] = own_terms.get(name, 0) + term / len(micro)
             first = ends
 
+        watched |= own_terms
         everywhere = self.parallel.gather(torch.stack(list(watched.values())))  # [processes, names]
         means = dict(zip(watched, everywhere.mean(0), strict=True))
-        sums = {name: means[name] for name in terms}
+        terms = {name: means[name] for name in own_terms}
         parts = {name: getattr(self.student, name) for name in SUBMODULES}
         norms = clip_gradients(parts, self.settings.optim.clip)
         gradients = {f"gradient of {name}": n for name, n in norms.items()}
@@ -985,8 +989,8 @@ class Trainer:
         self.optimizer.step()
         self.teacher.update(self.student, now.momentum)
         return Seen(
-            terms=sums,
-            loss=weighted_sum(sums, self.settings.losses),
+            terms=terms,
+            loss=weighted_sum(terms, self.settings.losses),
             schedule=now,
             gradient_norms=norms,
             targets=dict(zip(self.num_prototypes, targets, strict=True)),
@@ -1065,38 +1069,6 @@ def queue_columns(network: FrancaNetwork) -> list[int]:
     ]
 
 
-def nan_if_bad(tensors: Iterable[Tensor]) -> Tensor:
-    """A 0-dimensional 0, or NaN if a number in the tensors is not finite."""
-    finite = torch.stack([torch.isfinite(x).all() for x in tensors]).all()
-    return torch.where(finite, 0.0, torch.nan)
-
-
-def by_rank(names: Iterable[str], values: Tensor) -> dict[str, Tensor]:
-    """Columns of values [processes, names]; of one that differs among processes, every entry.
-
-    A NaN that began in one process is everywhere after the first collective, but what that process
-    had before is its own.
-    """
-    found: dict[str, Tensor] = {}
-    for name, column in zip(names, values.T, strict=True):
-        bad = ~torch.isfinite(column)
-        if bad.any() and not bad.all():
-            found |= {f"{name} of rank {rank}": x for rank, x in enumerate(column)}
-        else:
-            found[name] = column
-    return found
-
-
-def concatenated(parts: Sequence[Logits]) -> Logits:
-    """Rows of scores of the same prototypes."""
-    if len(parts) == 1:
-        return parts[0]
-    if isinstance(parts[0], Tensor):
-        return torch.cat(cast(list[Tensor], parts))
-    features = [part.features for part in cast(list[FactoredLogits], parts)]
-    return FactoredLogits(torch.cat(features), parts[0].prototypes)
-
-
 def mask_generator(grid_size: tuple[int, int], masks: Masks) -> CyclicMaskGenerator:
     """CyclicMask on the grid of the global crops."""
     return CyclicMaskGenerator(
@@ -1172,7 +1144,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
             unreadable.update(batch.indices, batch.unreadable)
             seen = trainer.step(step, batch)
             done = step + 1
-            k, accuracy = settings.evaluation.knn, None
+            accuracy = None
             if due(done, settings.evaluation.online_every, plan.steps) and sources.labelled:
                 weights = whole(trainer.teacher.module.backbone)
                 if parallel.is_main:
@@ -1188,7 +1160,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
                     for warning in filter(None, (*warnings, data.warning())):
                         progress.message(f"warning: {warning}")
                 if accuracy is not None:
-                    record[f"knn/{k}"] = accuracy
+                    record[f"knn/{settings.evaluation.knn}"] = accuracy
                     progress.message(f"step {done}: k-NN accuracy {100 * accuracy:.1f} %")
                 if record:
                     metrics.log(done, record)
@@ -1345,29 +1317,14 @@ def agreeing(settings: Settings, default: Settings, loaded: Loaded) -> Settings:
             network = FrancaNetwork(settings.model, settings.crops.global_size)
     except ValueError as error:
         raise SettingsError(f"--model: {error}") from error
-    heads_of_file = ((name, head, loaded.heads.get(name)) for name, head in network.heads.items())
-    problems = [problem for args in heads_of_file if (problem := misfit(*args))]
+    problems = [misfit(name, loaded.heads.get(name), head) for name, head in network.heads.items()]
+    problems = [problem for problem in problems if problem]
     if problems and settings.init.heads == "file":
         raise SettingsError(f"--init.heads file: {problems[0]}; leave it out for fresh heads")
     if settings.init.heads == "auto":
         heads: Literal["fresh", "file"] = "fresh" if problems else "file"
         settings = replace(settings, init=replace(settings.init, heads=heads))
     return settings
-
-
-def misfit(name: str, head: MatryoshkaProjector, found: nn.Module | dict | None) -> str:
-    """Why a head of a file cannot be that of a network; "" if it can."""
-    if not isinstance(found, MatryoshkaProjector):
-        return f"the file has no {name} that fits"
-
-    def form(projector: MatryoshkaProjector) -> str:
-        mlp = cast(nn.Sequential, projector.heads[-1])
-        widths = [layer.out_features for layer in mlp if isinstance(layer, nn.Linear)]
-        return f"{projector.extra_repr()}, widths={widths}"
-
-    if form(found) == form(head):
-        return ""
-    return f"the file's {name} has {form(found)}, the settings ask for {form(head)}"
 
 
 def fill_(network: FrancaNetwork, loaded: Loaded, settings: Settings) -> None:
@@ -1602,20 +1559,6 @@ def subject(
     )
 
 
-class Pixels(nn.Module):
-    """Images in place of class tokens, as they are standardised for encoders or in 0..1."""
-
-    def __init__(self, *, standardised: bool = True) -> None:
-        super().__init__()
-        self.standardised = standardised
-
-    def forward(self, images: Tensor) -> SimpleNamespace:
-        if not self.standardised:
-            mean, std = normalisation(images.shape[1], None, None)
-            images = images * std + mean
-        return SimpleNamespace(cls=images.flatten(1))
-
-
 # -------------------------------------------------------------------------------------- report
 
 
@@ -1766,10 +1709,9 @@ def cluster_entropy_picture(settings: Settings, plan: Plan) -> Figure:
     At the finest level that has, on average, a patch for each cluster and position.
     """
     test, view = open_data(settings).test, eval_view(plan.global_size, settings)
-    network = FrancaNetwork(settings.model, plan.global_size).eval()
-    checkpoints, path = last_checkpoint(plan.name, settings)
-    checkpoints.load_(path, {"teacher": network.state_dict()}, partial=True)
-    counts = network.ibot_head.num_prototypes_per_level
+    heads = backbones.read(settings.output / f"{plan.name}.safetensors").heads
+    head = cast(MatryoshkaProjector, heads["ibot_head"])
+    counts = head.num_prototypes_per_level
     images = evenly_spaced(len(test), settings.evaluation.num_dense)
     level = max((level for level, k in enumerate(counts) if k <= len(images)), default=0)
     ids = []
@@ -1783,7 +1725,7 @@ def cluster_entropy_picture(settings: Settings, plan: Plan) -> Figure:
             want=("patches",),
         ).patches
         with torch.no_grad():
-            nearest = [network.ibot_head(x)[level].argmax(-1) for x in patches.split(8)]
+            nearest = [head(x)[level].argmax(-1) for x in patches.split(8)]
         ids.append(torch.cat(nearest))  # [B, H, W]
     generator = torch.Generator().manual_seed(settings.seed)
     entropies = [
@@ -1987,21 +1929,6 @@ def refused_by_parts(settings: Settings) -> list[str]:
     return problems
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every field, by its dotted name, whose value differs between two settings."""
-    for f in dataclasses.fields(old):
-        a, b = getattr(old, f.name), getattr(new, f.name)
-        if dataclasses.is_dataclass(a):
-            yield from differences(a, b, f"{prefix}{f.name}.")
-        elif a != b:
-            yield f"{prefix}{f.name}", a, b
-
-
-def as_json(settings: Settings) -> str:
-    """Settings as text."""
-    return json.dumps(dataclasses.asdict(settings), indent=2, default=str)
-
-
 def write_settings(settings: Settings) -> None:
     """The first thing that goes into the output folder."""
     try:
@@ -2016,26 +1943,12 @@ def read_settings(output: Path) -> Settings | None:
     """The settings that a run in `output` was started with."""
     path = output / "settings.json"
     try:
-        return _restore(Settings(), json.loads(path.read_text())) if path.exists() else None
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return from_json(path.read_text(), Settings()) if path.exists() else None
+    except (OSError, ValueError) as error:
         raise SettingsError(
             f"{path} cannot be read ({error}): it is damaged, or another version of this recipe "
             "wrote it. Restore it, or choose another --output"
         ) from error
-
-
-def _restore(default: Any, values: dict[str, Any]) -> Any:
-    """`default` with the values of a JSON object in place of its own."""
-    restored = {}
-    for name, value in values.items():
-        own = getattr(default, name)
-        if dataclasses.is_dataclass(own):
-            restored[name] = _restore(own, value)
-        elif isinstance(own, tuple):
-            restored[name] = tuple(value)
-        else:
-            restored[name] = type(own)(value)
-    return replace(default, **restored)
 
 
 def parse(arguments: Sequence[str]) -> Settings:

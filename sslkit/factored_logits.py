@@ -5,9 +5,9 @@ the memory of a training step, though D is 256. `FactoredLogits` stands for it w
 taken: whoever reads them forms the part that he needs, uses it and forgets it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -113,6 +113,20 @@ Logits = Tensor | FactoredLogits
 def written(logits: Logits) -> Tensor:
     """Logits as a tensor, for a part of them that is small enough."""
     return logits if isinstance(logits, Tensor) else logits.written()
+
+
+def concatenated(parts: Sequence[Logits]) -> Logits:
+    """Rows of logits of the same prototypes, all tensors or all factored; one part as it is.
+
+    >>> concatenated([torch.zeros(2, 3), torch.zeros(4, 3)]).shape
+    torch.Size([6, 3])
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(cast(list[Tensor], parts))
+    features = [part.features for part in cast(list[FactoredLogits], parts)]
+    return FactoredLogits(torch.cat(features), parts[0].prototypes)
 
 
 def chunks(length: int, other: int, device: torch.device) -> Iterator[slice]:

@@ -304,3 +304,13 @@ def test_autocast_changes_nothing():
 def test_bad_arguments(call, error, match):
     with pytest.raises(error, match=match):
         call(normal(0, 4, 3), normal(1, 5, 3))
+
+
+@given(seeds, sizes, sizes, sizes)
+def test_concatenated_rows(seed: int, B: int, D: int, K: int) -> None:
+    whole = factored(seed, B + 3, D, K)
+    parts = [whole[:B], whole[B:]]
+    assert torch.equal(factored_logits.concatenated(parts).written(), whole.written())
+    written = [part.written() for part in parts]
+    assert torch.equal(factored_logits.concatenated(written), torch.cat(written))
+    assert factored_logits.concatenated(parts[:1]) is parts[0]

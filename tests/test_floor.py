@@ -1,11 +1,12 @@
-"""The floor: colour and place of patches, as an encoder."""
+"""The floor: pixels, and colour and place of patches, as encoders."""
 
 import pytest
 import torch
 
 from sslkit.evaluation.features import encode
-from sslkit.evaluation.floor import ColourAndPosition, colour_position_patches
+from sslkit.evaluation.floor import ColourAndPosition, Pixels, colour_position_patches
 from sslkit.evaluation.position import position_probe
+from sslkit.evaluation.views import EvalTransform
 
 
 def images(*shape):
@@ -41,3 +42,11 @@ def test_refused():
         ValueError, match="30 by 32 pixels, which patch_size=8 by 8 does not divide"
     ):
         ColourAndPosition(8)(images(1, 3, 30, 32))
+
+
+def test_pixels_are_those_of_the_view():
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    view = EvalTransform(32)(image)[None]
+    assert torch.equal(Pixels()(view).cls, view.flatten(1))
+    raw = Pixels(standardised=False)(view).cls
+    torch.testing.assert_close(raw, image.flatten()[None] / 255, atol=1e-5, rtol=0)

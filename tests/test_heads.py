@@ -11,7 +11,7 @@ from torch import nn
 
 from sslkit.backbones import create, load, read, read_metadata, save
 from sslkit.backbones.checkpoint import HEADER_KEY
-from sslkit.backbones.heads import read_head
+from sslkit.backbones.heads import misfit, read_head
 from sslkit.matryoshka import MatryoshkaProjector
 from tests import released
 from tests.released import with_prefix
@@ -209,3 +209,35 @@ def test_dinos_head_beside_its_backbone(tmp_path):
     head = with_prefix(DINOHead(192, 9).state_dict(), "head.")
     torch.save({"teacher": with_prefix(state, "backbone.") | head}, tmp_path / "w.pth")
     assert isinstance(read(tmp_path / "w.pth").heads["head"], MatryoshkaProjector)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("in_dim", 16, "in_dim=32 in place of 16"),
+        ("num_prototypes", 12, "num_prototypes=24 in place of 12"),
+        ("nesting_dims", (8, 32), "nesting_dims=[16, 32] in place of [8, 32]"),
+        ("nesting", "linear", "nesting=slice in place of linear"),
+        ("hidden_dim", 6, "hidden_dim=7 in place of 6"),
+        ("bottleneck_dim", 6, "bottleneck_dim=5 in place of 6"),
+        ("num_layers", 2, "num_layers=3 in place of 2"),
+        ("normalize", False, "normalize=True in place of False"),
+    ],
+)
+def test_what_keeps_a_head_of_a_file_from_being_used(name, value, shown):
+    sizes = {"in_dim": 32, "num_prototypes": 24, "nesting_dims": (16, 32), "nesting": "slice"}
+    sizes |= {"hidden_dim": 7, "bottleneck_dim": 5, "num_layers": 3, "normalize": True}
+    if name == "in_dim":
+        sizes["nesting_dims"] = (8, 16)
+    head = MatryoshkaProjector(**sizes)
+    with torch.device("meta"):
+        same, other = MatryoshkaProjector(**sizes), MatryoshkaProjector(**{**sizes, name: value})
+    assert misfit("dino_head", head, same) == ""
+    assert misfit("dino_head", head, other) == f"the file's dino_head has {shown}"
+
+
+def test_what_is_no_head():
+    wanted = MatryoshkaProjector(8, 4)
+    assert misfit("ibot_head", None, wanted) == "the file has no ibot_head"
+    tensors = {"mlp.weight": torch.zeros(3, 2)}
+    assert misfit("ibot_head", tensors, wanted).startswith("the file's ibot_head is none that")

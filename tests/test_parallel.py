@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from sslkit.data import Batch
 from sslkit.training.checkpoint import CheckpointError, Checkpoints, checkpoint_group, step_of
-from sslkit.training.monitor import NonFiniteLoss
+from sslkit.training.finite import NonFiniteLoss
 from sslkit.training.parallel import Parallel
 from tests.recipe import ALONE, batch, recipe, saved_tensors, tiny
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from sslkit import backbones
 from sslkit.evaluation.__main__ import main as evaluation
+from sslkit.evaluation.floor import Pixels
 from sslkit.rasa import load_rasa
 from sslkit.training.checkpoint import Checkpoints
 from sslkit.training.metrics import read_metrics
@@ -230,14 +231,6 @@ def test_broken_images_do_not_stop_the_scores_of_pixels(tmp_path: Path) -> None:
     words = ("--data", str(tmp_path), "--test-fraction", "0.4", "--evaluation.knn", "3")
     settings = recipe.parse(smoke(tmp_path, *words))
     plan, sources = recipe.pretraining(settings), recipe.open_data(settings)
-    for pixels in (recipe.Pixels(), recipe.Pixels(standardised=False)):
+    for pixels in (Pixels(), Pixels(standardised=False)):
         with pytest.warns(UserWarning, match="could not be read"):
             assert 0 <= recipe.online_knn(pixels, plan, settings, sources) <= 1
-
-
-def test_pixels_are_those_of_the_view() -> None:
-    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
-    view = recipe.eval_view(32, recipe.PRESETS["demo"])(image)[None]
-    assert torch.equal(recipe.Pixels()(view).cls, view.flatten(1))
-    raw = recipe.Pixels(standardised=False)(view).cls
-    torch.testing.assert_close(raw, image.flatten()[None] / 255, atol=1e-5, rtol=0)

@@ -103,6 +103,27 @@ def describe_projector(head: MatryoshkaProjector) -> str:
     return f"MatryoshkaProjector, prototypes {', '.join(map(str, head.num_prototypes_per_level))}"
 
 
+def misfit(name: str, found: Head | None, wanted: MatryoshkaProjector) -> str:
+    """Why a head of a file cannot take the place of ``wanted``, in words; "" if it can.
+
+    Args:
+        name: of the head, such as ``"dino_head"``.
+        found: what :func:`sslkit.backbones.read` gives of that name, None if nothing.
+        wanted: may be on the meta device.
+
+    >>> head = MatryoshkaProjector(8, 6, nesting_dims=(4, 8), hidden_dim=5)
+    >>> misfit("dino_head", head, MatryoshkaProjector(8, 9, nesting_dims=(4, 8), hidden_dim=5))
+    "the file's dino_head has num_prototypes=6 in place of 9"
+    """
+    if found is None:
+        return f"the file has no {name}"
+    if not isinstance(found, MatryoshkaProjector):
+        return f"the file's {name} is none that a MatryoshkaProjector computes"
+    own, asked = describe_head(name, found), describe_head(name, wanted)
+    differing = [f"{k}={own[k]} in place of {asked[k]}" for k in own if own[k] != asked[k]]
+    return f"the file's {name} has {', '.join(differing)}" if differing else ""
+
+
 def _franca(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     levels = len({name.split(".")[1] for name in tensors if name.startswith("last_layers.")})
     renamed: dict[str, Tensor] = {}

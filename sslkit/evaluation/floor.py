@@ -1,4 +1,4 @@
-"""The floor: what colour and position alone score, which a learned feature has to beat."""
+"""The floor: what pixels, colour and position alone score, which a learned feature has to beat."""
 
 from types import SimpleNamespace
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sslkit.data.crops import normalisation
 from sslkit.rasa import patch_positions
 
 
@@ -65,3 +66,25 @@ def colour_position_patches(images: Tensor, patch_size: int | tuple[int, int]) -
     H, W = colours.shape[1:3]
     positions = 2 * patch_positions(H, W, dtype=images.dtype, device=images.device) - 1
     return torch.cat([colours, positions.expand(B, H, W, 2)], dim=-1)
+
+
+class Pixels(nn.Module):
+    """An encoder whose class token is the image: as encoders get it, or in 0..1.
+
+    Args:
+        standardised: leave images as they are; False: undo `sslkit.data.crops.normalisation`.
+
+    >>> Pixels()(torch.rand(2, 3, 4, 4)).cls.shape
+    torch.Size([2, 48])
+    """
+
+    def __init__(self, *, standardised: bool = True) -> None:
+        super().__init__()
+        self.standardised = standardised
+
+    def forward(self, images: Tensor) -> SimpleNamespace:
+        """``.cls`` [B, C · h · w] of images [B, C, h, w]."""
+        if not self.standardised:
+            mean, std = normalisation(images.shape[1], None, None)
+            images = images * std.to(images) + mean.to(images)
+        return SimpleNamespace(cls=images.flatten(1))

@@ -2,8 +2,9 @@
 
 from sslkit.files import atomic_write
 from sslkit.training.checkpoint import CheckpointError, Checkpoints
+from sslkit.training.finite import NonFiniteLoss, require_finite
 from sslkit.training.metrics import MetricsWriter, read_metrics
-from sslkit.training.monitor import CollapseMonitor, NonFiniteLoss, feature_std, require_finite
+from sslkit.training.monitor import CollapseMonitor, feature_std
 from sslkit.training.optim import (
     clip_gradients,
     moments,

@@ -21,7 +21,7 @@ class MetricsWriter:
 
     A line is ``{"step": 120, "loss": 5.25, "dino/level0": null, ...}``. JSON has no NaN and no
     infinity: a value that is not finite is written as null (TensorBoard gets the value itself);
-    stopping the run is the business of :func:`~sslkit.training.monitor.require_finite`. Each line
+    stopping the run is the business of :func:`~sslkit.training.finite.require_finite`. Each line
     is handed to the operating system when it is logged, so that a killed process loses none, at
     most the end of the one being written.
 

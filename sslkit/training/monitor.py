@@ -1,4 +1,4 @@
-"""Is the run still learning? Non-finite losses stop it, signs of collapse are put in words."""
+"""Is the run still learning? Signs of a collapse are put in words."""
 
 import math
 from collections.abc import Mapping
@@ -31,55 +31,6 @@ _MEANING = {
     ),
 }
 """For each sign: what was seen, and what it means and what to try."""
-
-
-class NonFiniteLoss(FloatingPointError):
-    """A loss term, or another watched value, is NaN or infinite.
-
-    Attributes:
-        step: the step it happened in.
-        names: the terms that are not finite.
-    """
-
-    def __init__(self, step: int, names: tuple[str, ...]) -> None:
-        self.step = step
-        self.names = names
-        super().__init__(step, names)
-
-    def __str__(self) -> str:
-        return (
-            f"step {self.step}: not finite: {', '.join(self.names)}. The step was not taken and "
-            "the last checkpoint is good. Resume from it with a lower learning rate or a longer "
-            "warm-up; with bfloat16, try float32; if it happens again at the same step, look at "
-            "the images of that batch"
-        )
-
-
-def require_finite(terms: Mapping[str, Tensor | float], step: int) -> None:
-    """Raise :class:`NonFiniteLoss` naming every term that holds a NaN or an infinity.
-
-    Call it between the backward pass and the optimizer's step, with gradient norms among the terms,
-    so that the weights stay good. All terms together cost one copy to the host.
-
-    Args:
-        terms: by name; tensors may have any shape, float type and device.
-        step: for the message.
-
-    >>> require_finite({"dino": torch.tensor(1.0), "koleo": math.inf}, step=7)
-    Traceback (most recent call last):
-        ...
-    sslkit.training.monitor.NonFiniteLoss: step 7: not finite: koleo. The step was not taken ...
-    """
-    tensors = {name: term for name, term in terms.items() if isinstance(term, Tensor)}
-    finite = {name: math.isfinite(t) for name, t in terms.items() if not isinstance(t, Tensor)}
-    if tensors:
-        devices = {tensor.device for tensor in tensors.values()}
-        device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
-        flags = [torch.isfinite(t.detach()).all().to(device) for t in tensors.values()]
-        finite.update(zip(tensors, torch.stack(flags).tolist(), strict=True))
-    names = tuple(name for name in terms if not finite[name])
-    if names:
-        raise NonFiniteLoss(step, names)
 
 
 def feature_std(features: Tensor) -> Tensor:

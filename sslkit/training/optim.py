@@ -194,7 +194,7 @@ def clip_gradients(modules: Mapping[str, nn.Module], max_norm: float) -> dict[st
 
     ``grad *= min(1, max_norm / (norm + 1e-6))`` with one norm per module. Nothing is copied to the
     host. A non-finite norm makes the gradients of its module NaN or zero: give the norms to
-    :func:`~sslkit.training.monitor.require_finite` before the optimizer's step.
+    :func:`~sslkit.training.finite.require_finite` before the optimizer's step.
 
     Args:
         modules: by name; modules that share parameters would clip them twice.
