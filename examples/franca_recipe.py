@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -1304,7 +1305,7 @@ def agreeing(settings: Settings, default: Settings, loaded: Loaded) -> Settings:
         asked, own = getattr(settings.model, name), getattr(default.model, name)
         if asked != own:
             raise SettingsError(
-                f"--model.{name.replace('_', '-')} {asked}: the network of --init-from "
+                f"{flag(f'model.{name}')} {asked}: the network of --init-from "
                 f"{settings.init_from} has {own}, and cannot be another; leave it out"
             )
     if settings.init.sha256 != default.init.sha256:
@@ -1785,37 +1786,12 @@ def check(settings: Settings, world_size: int, *, again: bool = False) -> None:
 
     `again`: the same command has run before, and a cluster repeats it.
     """
-    problems = []
-    positive = ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_last")
-    problems += [f"--{name} must be at least 1" for name in positive if getattr(settings, name) < 1]
-    if not settings.stages:
-        problems.append(f"--stages is empty; choose from {', '.join(STAGES)}")
-    batches = {"--batch-size": settings.batch_size}
-    if "highres" in settings.stages:
-        batches["--highres.batch-size"] = settings.highres.batch_size
-        if settings.highres.steps < 1:
-            problems.append("--stages has highres, but --highres.steps is below 1")
-    share = world_size * max(settings.accumulation, 1)
-    problems += [
-        f"{name} {size} does not divide into {world_size} processes of "
-        f"{settings.accumulation} micro-batches"
-        for name, size in batches.items()
-        if size % share
+    problems = [
+        *refused_numbers(settings, world_size),
+        *refused_beginnings(settings),
+        *refused_parallelism(settings, world_size),
+        *refused_by_parts(settings),
     ]
-    for name in ("workers", "keep_every"):
-        if getattr(settings, name) < 0:
-            problems.append(f"--{name} must not be negative, got {getattr(settings, name)}")
-    if not 0 <= settings.max_unreadable <= 1:
-        problems.append(f"--max-unreadable is a share, got {settings.max_unreadable}")
-    if settings.optim.clip <= 0:
-        problems.append(f"--optim.clip must be positive, got {settings.optim.clip}")
-    if all(weight == 0 for weight in dataclasses.astuple(settings.losses)):
-        problems.append("--losses.* are all 0: there is nothing to learn from")
-    if settings.targets.kind == "sinkhorn" and settings.targets.sinkhorn_iterations < 1:
-        problems.append("--targets.sinkhorn-iterations must be at least 1")
-    problems += refused_beginnings(settings)
-    problems += refused_parallelism(settings, world_size)
-    problems += refused_by_parts(settings)
     if problems:
         raise SettingsError("; ".join(problems))
 
@@ -1850,6 +1826,45 @@ def check(settings: Settings, world_size: int, *, again: bool = False) -> None:
         )
 
 
+def flag(name: str) -> str:
+    """A setting as it is called on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def refused_numbers(settings: Settings, world_size: int) -> list[str]:
+    """What is out of its range, for so many processes."""
+    positive = ["steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_last"]
+    batches = ["batch_size"]
+    if settings.targets.kind == "sinkhorn":
+        positive.append("targets.sinkhorn_iterations")
+    if "highres" in settings.stages:
+        positive.append("highres.steps")
+        batches.append("highres.batch_size")
+    lowest = dict.fromkeys(positive, 1) | dict.fromkeys(("workers", "keep_every"), 0)
+    values = {name: attrgetter(name)(settings) for name in (*lowest, *batches)}
+    problems = [
+        f"{flag(name)} must be at least {least}, got {values[name]}"
+        for name, least in lowest.items()
+        if values[name] < least
+    ]
+    problems += [
+        f"{flag(name)} {values[name]} does not divide into {world_size} processes of "
+        f"{settings.accumulation} micro-batches"
+        for name in batches
+        if values[name] % (world_size * max(settings.accumulation, 1))
+    ]
+    for name in ("max_unreadable", "init.head_warmup"):
+        if not 0 <= (share := attrgetter(name)(settings)) <= 1:
+            problems.append(f"{flag(name)} is a share, got {share}")
+    if settings.optim.clip <= 0:
+        problems.append(f"--optim.clip must be positive, got {settings.optim.clip}")
+    if all(weight == 0 for weight in dataclasses.astuple(settings.losses)):
+        problems.append("--losses.* are all 0: there is nothing to learn from")
+    if not settings.stages:
+        problems.append(f"--stages is empty; choose from {', '.join(STAGES)}")
+    return problems
+
+
 def refused_beginnings(settings: Settings) -> list[str]:
     """What is wrong with the weights to begin with."""
     problems = []
@@ -1857,8 +1872,6 @@ def refused_beginnings(settings: Settings) -> list[str]:
         problems.append("--preset adapt continues from weights: name them with --init-from")
     if (settings.init.heads == "auto") != (settings.init_from == ""):
         problems.append("--init.heads says whether the heads of --init-from are taken: give both")
-    if not 0 <= settings.init.head_warmup <= 1:
-        problems.append(f"--init.head-warmup is a share, got {settings.init.head_warmup}")
     if pretraining(settings).frozen_steps and settings.losses.dino == settings.losses.ibot == 0:
         problems.append("--init.head-warmup: --losses.koleo alone teaches a head nothing")
     return problems
