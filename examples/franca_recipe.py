@@ -1254,7 +1254,15 @@ def watch(
 def read_weights(settings: Settings) -> Loaded:
     """What --init-from names, for the channels and global crops of these settings."""
     options = {"in_chans": settings.model.in_chans, "img_size": settings.crops.global_size}
-    return read_init(settings.init_from, **options)
+    loaded = read_init(settings.init_from, **options)
+    digest = digest_of(settings.init_from)
+    if settings.init.sha256 not in ("", digest):
+        raise SettingsError(
+            f"--init-from {settings.init_from} has another content than when the run was made: "
+            f"init.sha256 was {settings.init.sha256}, is {digest}. Bring that file back, or choose "
+            "another --output"
+        )
+    return loaded
 
 
 def read_init(init_from: str, **options: Any) -> Loaded:

@@ -223,6 +223,16 @@ def test_another_file_under_the_same_name_is_refused(file: Path, tmp_path: Path)
         begin(tmp_path / "run", file, "--resume")
 
 
+def test_a_file_that_changes_before_the_first_checkpoint_is_refused(
+    file: Path, tmp_path: Path
+) -> None:
+    words = smoke(tmp_path / "run", *TRAINING.split(), "--init-from", str(file))
+    recipe.write_settings(recipe.parse(words))
+    backbones.save(backbones.create("sslkit_vit_micro"), file)
+    with pytest.raises(SystemExit, match=r"init.sha256 was [0-9a-f]{64}, is [0-9a-f]{64}. Bring"):
+        recipe.main(["--output", str(tmp_path / "run"), "--resume"])
+
+
 # --------------------------------------------------------------------------------------- preset
 
 
