@@ -851,14 +851,10 @@ class Trainer:
             fill_(self.student, initial, settings)
         self.student.to(parallel.device)
         self.teacher = EMATeacher(self.student)
-        levels = {
-            "dino": self.student.dino_head.num_prototypes_per_level,
-            "ibot": self.student.ibot_head.num_prototypes_per_level,
-        }
         self.num_prototypes = {
             f"{kind}/level_{level}": k
-            for kind, counts in levels.items()
-            for level, k in enumerate(counts)
+            for kind, head in (("dino", self.student.dino_head), ("ibot", self.student.ibot_head))
+            for level, k in enumerate(head.num_prototypes_per_level)
         }
         self.targets = TeacherTargets(
             settings.targets,

@@ -1,5 +1,6 @@
 """A run of the recipe that is killed, resumed, poisoned or watched ends where it should."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -102,7 +103,7 @@ def test_online_knn_does_not_disturb_the_training(uninterrupted: Path, tmp_path:
     rows = read_metrics(path)
     assert [row["step"] for row in rows if "knn/5" in row] == [3, 6, 9, 12]
     lines = [{k: v for k, v in row.items() if k != "knn/5"} for row in rows]
-    path.write_text("".join(f"{recipe.json.dumps(line)}\n" for line in lines))
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     assert_same_run(output, uninterrupted, stages={"pretrain": 12})
 
 

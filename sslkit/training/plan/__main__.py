@@ -61,8 +61,9 @@ def report(work: Workload, strategy: Strategy, hardware: Hardware) -> str:
         "  kernels of sslkit.ops run",
     ]
     if fullest.total > limit:
-        lines += ["", f"does not fit: {fullest.total / GIB:.1f} GiB of {limit / GIB:.1f} GiB; "]
-        lines[-1] += _what_would_help(work, strategy, hardware)
+        remedy = _what_would_help(work, strategy, hardware)
+        lack = f"{fullest.total / GIB:.1f} GiB of {limit / GIB:.1f} GiB"
+        lines += ["", f"does not fit: {lack}; {remedy}"]
     return "\n".join(lines)
 
 

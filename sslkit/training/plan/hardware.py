@@ -6,9 +6,7 @@ from typing import Literal
 from sslkit.training.plan.workload import Workload
 
 GIB = 1 << 30
-
-
-BANDWIDTHS = ("bandwidth", "intra_bandwidth", "inter_bandwidth")
+BANDWIDTHS = ("bandwidth", "intra_bandwidth", "inter_bandwidth")  # fields of Hardware
 
 
 @dataclass(frozen=True)
