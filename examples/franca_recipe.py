@@ -147,7 +147,7 @@ class Model:
     drop_path: float = 0.1
     """Share of the student's residual branches left out; large networks need more (section 4)."""
     activation_checkpointing: bool = False
-    """Compute each block again in the backward pass: less memory, a third more time."""
+    """Compute each block again in the backward pass: less memory, a second forward pass."""
     num_prototypes: int = 131072
     """Of the finest level; a level of m of D features has int(K * m / D)."""
     nesting_dims: tuple[int, ...] = ()
@@ -1124,6 +1124,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     if len(set(counts)) > 1:
         raise SettingsError(f"--data {settings.data} has {counts} images for ranks 0, 1, ...")
     unreadable = UnreadableLog(num_images, threshold=settings.max_unreadable)
+    # Somewhat past the warm-up: an untrained network shows the signs of a collapsed one.
     grace_steps = plan.frozen_steps + round(1.25 * settings.optim.lr_warmup * plan.steps)
     monitor = CollapseMonitor(trainer.num_prototypes, grace_steps=grace_steps)
     if settings.accumulation > 1 and settings.losses.koleo > 0:
@@ -1248,7 +1249,11 @@ def watch(
 
 
 def read_weights(settings: Settings) -> Loaded:
-    """What --init-from names, for the channels and global crops of these settings."""
+    """What --init-from names, for the channels and global crops of these settings.
+
+    The first reading, which the command line is parsed over, knew neither; to keep it until here
+    would be a third network in every process.
+    """
     options = {"in_chans": settings.model.in_chans, "img_size": settings.crops.global_size}
     loaded = read_init(settings.init_from, **options)
     digest = digest_of(settings.init_from)
@@ -1296,7 +1301,7 @@ def following(default: Settings, init_from: str, encoder: ViTEncoder) -> Setting
     if default.preset == "adapt":
         patch = max(encoder.patch_size)
         side = min(*encoder.img_size, crops.global_size) // patch * patch
-        local = max(1, round(side * 98 / 224 / patch)) * patch
+        local = max(1, round(side * 98 / 224 / patch)) * patch  # Franca's local and global crops
         crops = replace(crops, global_size=side, local_size=local)
         highres = replace(highres, global_size=2 * side, local_size=local)
     init = replace(default.init, heads="auto", sha256=digest_of(init_from))
@@ -1430,7 +1435,8 @@ def remove_position(settings: Settings, parallel: Parallel) -> None:
         dtype=torch.float16,
     )
     rasa = RASAProjector(encoder.embed_dim, num_iterations=settings.rasa.num_iterations)
-    errors = rasa.fit(features.patches.split(128), solver=settings.rasa.solver)
+    batches = features.patches.split(128)  # images, as in the released code
+    errors = rasa.fit(batches, solver=settings.rasa.solver)
     for iteration, error in enumerate(errors, start=1):
         print(f"rasa: iteration {iteration}, position error {error:.5f}")
     encoder = encoder.cpu()
