@@ -46,7 +46,7 @@ def test_refused():
 
 def test_pixels_are_those_of_the_view():
     image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
-    view = EvalTransform(32)(image)[None]
+    view = EvalTransform(32, resize=32)(image)[None]
     assert torch.equal(Pixels()(view).cls, view.flatten(1))
     raw = Pixels(standardised=False)(view).cls
     torch.testing.assert_close(raw, image.flatten()[None] / 255, atol=1e-5, rtol=0)

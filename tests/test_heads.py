@@ -237,7 +237,7 @@ def test_what_keeps_a_head_of_a_file_from_being_used(name, value, shown):
 
 
 def test_what_is_no_head():
-    wanted = MatryoshkaProjector(8, 4)
+    wanted = MatryoshkaProjector(8, 4, nesting_dims=(8,))
     assert misfit("ibot_head", None, wanted) == "the file has no ibot_head"
     tensors = {"mlp.weight": torch.zeros(3, 2)}
     assert misfit("ibot_head", tensors, wanted).startswith("the file's ibot_head is none that")
