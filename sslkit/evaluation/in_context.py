@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslkit.evaluation.confusion import iou, mean_iou
+from sslkit.evaluation.confusion import confusion_matrices, iou, mean_iou
 from sslkit.evaluation.knn import cosine_neighbours
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.segmentation import (
     Segmentation,
     classes_of_clusters,
-    confusions_by_image,
     draw_segmentation,
     masked_patches,
     merge_clusters,
@@ -263,7 +262,7 @@ def in_context_segmentation(
     predictions = segment(
         memory, test_patches, size, num_neighbours=num_neighbours, temperature=temperature
     )
-    confusions = confusions_by_image(
+    confusions = confusion_matrices(
         test_masks.to(predictions.device), predictions, num_classes, ignore_index=ignore_index
     )
     if reference_quirks:

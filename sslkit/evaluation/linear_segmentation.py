@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslkit.evaluation.confusion import iou, mean_iou
+from sslkit.evaluation.confusion import confusion_matrices, iou, mean_iou
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.segmentation import (
     Segmentation,
-    confusions_by_image,
     draw_segmentation,
     masked_patches,
     predicted_masks,
@@ -189,7 +188,7 @@ def linear_segmentation(
             for some in test_patches.split(_IMAGES_AT_ONCE)
         ]
     )
-    confusions = confusions_by_image(
+    confusions = confusion_matrices(
         test_masks.to(predictions.device), predictions, num_classes, ignore_index=ignore_index
     )
     confusion = confusions.sum(0)

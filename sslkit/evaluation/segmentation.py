@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslkit.evaluation.confusion import confusion_matrix
 from sslkit.evaluation.features import Features, evenly_spaced
 from sslkit.evaluation.subject import Subject
 
@@ -70,30 +69,6 @@ def resize_masks(masks: Tensor, size: tuple[int, int], *, mode: str = "nearest-e
         for full, short in zip(masks.shape[1:], size, strict=True)
     )
     return masks[:, rows[:, None], columns]
-
-
-def confusions_by_image(
-    truth: Tensor, predictions: Tensor, num_classes: int, *, ignore_index: int = 255
-) -> Tensor:
-    """The `confusion_matrix` of each image, int64 [Q, C, C], from masks [Q, h, w].
-
-    >>> confusions_by_image(torch.tensor([[[0, 1]], [[1, 255]]]), torch.zeros(2, 1, 2).long(), 2)
-    tensor([[[1, 0],
-             [1, 0]],
-    <BLANKLINE>
-            [[0, 0],
-             [1, 0]]])
-    """
-    if truth.shape != predictions.shape:
-        raise ValueError(
-            f"truth and predictions differ in shape: {list(truth.shape)}, {list(predictions.shape)}"
-        )
-    return torch.stack(
-        [
-            confusion_matrix(t, p, num_classes, ignore_index=ignore_index)
-            for t, p in zip(truth, predictions, strict=True)
-        ]
-    )
 
 
 def classes_of_clusters(counts: Tensor) -> Tensor:
