@@ -184,6 +184,7 @@ def drawn(count):
         ({"masks": torch.zeros(3, 4, 6).long()}, "2 images of patches but 3 masks to train on"),
         ({"epochs": 0}, "batch_size and epochs must be at least 1, got 60, 0"),
         ({"masks": torch.full((2, 4, 6), 7)}, "masks hold class 7, but num_classes=2"),
+        ({"masks": torch.full((2, 4, 6), -1)}, "masks hold class -1, but num_classes=2"),
         ({"masks": torch.full((2, 4, 6), 255)}, "masks hold 255 only"),
     ],
 )

@@ -18,6 +18,7 @@ from sslkit.evaluation.segmentation import (
     Segmentation,
     classes_of_clusters,
     draw_segmentation,
+    known_pixels,
     masked_patches,
     merge_clusters,
     predicted_masks,
@@ -70,13 +71,7 @@ def patch_class_frequencies(
             f"masks are {h} by {w} pixels, which the patch grid {H} by {W} does not divide: "
             "crop images and masks to a multiple of the patch size"
         )
-    known = masks != ignore_index
-    wrong = masks[known & ((masks < 0) | (masks >= num_classes))]
-    if len(wrong):
-        raise ValueError(
-            f"masks hold class {int(wrong[0])}, but num_classes={num_classes} and "
-            f"ignore_index={ignore_index}"
-        )
+    known = known_pixels(masks, num_classes, ignore_index=ignore_index)
     patch = torch.arange(B * H * W, device=masks.device).view(B, H, W)
     patch = patch.repeat_interleave(h // H, dim=1).repeat_interleave(w // W, dim=2)  # [B, h, w]
     cells = (patch * num_classes + masks.long())[known]

@@ -71,6 +71,30 @@ def resize_masks(masks: Tensor, size: tuple[int, int], *, mode: str = "nearest-e
     return masks[:, rows[:, None], columns]
 
 
+def known_pixels(masks: Tensor, num_classes: int, *, ignore_index: int = 255) -> Tensor:
+    """Which pixels belong to a class, bool of the masks' shape.
+
+    Args:
+        masks: integer classes of any shape, in 0..C-1, or ``ignore_index``.
+        num_classes: C.
+        ignore_index: the label of pixels that belong to no class.
+
+    Raises:
+        ValueError: a pixel is neither of a class nor to be ignored.
+
+    >>> known_pixels(torch.tensor([[0, 255, 2]]), 3)
+    tensor([[ True, False,  True]])
+    """
+    known = masks != ignore_index
+    wrong = masks[known & ((masks < 0) | (masks >= num_classes))]
+    if len(wrong):
+        raise ValueError(
+            f"masks hold class {int(wrong[0])}, but num_classes={num_classes} and "
+            f"ignore_index={ignore_index}"
+        )
+    return known
+
+
 def classes_of_clusters(counts: Tensor) -> Tensor:
     """The class that each of K clusters stands for, int64 [K], from counts [C, K].
 
