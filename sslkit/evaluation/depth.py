@@ -18,7 +18,6 @@ from sslkit.evaluation.depth_errors import depth_errors, gradient_loss, scale_in
 from sslkit.evaluation.features import Features, evenly_spaced
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
-from sslkit.evaluation.views import EvalTransform
 
 _UPSAMPLING = 4  # of the grid, before depth is read off the bins
 _IMAGES_AT_ONCE = 32
@@ -261,8 +260,5 @@ def _layers(subject: Subject, source: str, num_layers: int) -> tuple[Features, T
 
 def _depths(subject: Subject, source: str, features: Features, max_depth: float) -> Tensor:
     """True depths [B, h, w] under the dense views, 0 where unknown or beyond ``max_depth``."""
-    images = subject.annotated(source, "depth")
-    view = subject.view("dense")
-    assert isinstance(view, EvalTransform)
-    depths = torch.stack([view.mask(images.depth(i)) for i in features.indices.tolist()])
+    depths = subject.depths(source, features)
     return depths * (depths <= max_depth)

@@ -1,6 +1,6 @@
 """PCA maps: what patch features distinguish, as colours (the Franca paper's Figure 9)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
     """The figure; ``details`` say how much of the variance the colours show."""
     from sslkit.evaluation import figures as draw
 
-    few = replace(subject, limits={**(subject.limits or {}), "test": options.num_images})
+    few = subject.limited("test", options.num_images)
     features = few.features("test", "patches", view="dense")
     maps = pca_maps(features.patches, threshold=options.threshold, clip=options.clip)
     images = torch.stack(few.images("test", features.indices.tolist()))

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -77,7 +77,7 @@ class Subject:
     nesting: int | None = None
     rasa: RASAProjector | None = None
     cache: Path | None = None
-    limits: Mapping[str, int] | None = None
+    limits: Mapping[str, int] = field(default_factory=dict)
     batch_size: int = 64
     device: str = "cpu"
     num_workers: int = 0
@@ -127,6 +127,16 @@ class Subject:
         """The same with one more source."""
         return replace(self, sources={**self.sources, name: source})
 
+    def limited(self, source: str, count: int) -> "Subject":
+        """The same with at most ``count`` images of a source."""
+        return replace(self, limits={**self.limits, source: min(count, len(self.indices(source)))})
+
+    def indices(self, source: str) -> Sequence[int]:
+        """Which images of a source are used: as many as its limit says, evenly spaced."""
+        total = len(self.source(source))
+        limit = self.limits.get(source, total)
+        return evenly_spaced(total, limit) if limit < total else range(total)
+
     def generator(self, *words: int) -> Generator:
         """A CPU generator that depends on the seed and on ``words``."""
         return torch.Generator().manual_seed(sample_seed(self.seed, *words))
@@ -168,12 +178,7 @@ class Subject:
                 encoder gives them.
             view: see the class.
         """
-        images = self.source(source)
-        limit = (self.limits or {}).get(source, len(images))
-        count = min(limit, len(images))
-        indices: Sequence[int] = range(len(images))
-        if count < len(images):
-            indices = evenly_spaced(len(images), count)
+        images, indices = self.source(source), self.indices(source)
         shared: dict[str, Any] = {
             "transform": self.view(view),
             "want": want,
@@ -188,7 +193,7 @@ class Subject:
             features = extract(self.encoder, images, **shared)
         else:
             identity = {**self.identity, "source": source, "view": repr(shared["transform"])}
-            words = json.dumps([identity, count, want, block, num_layers], default=str)
+            words = json.dumps([identity, len(indices), want, block, num_layers], default=str)
             digest = hashlib.sha256(words.encode()).hexdigest()[:12]
             features = cached_features(
                 self.cache / f"{self.name}-{source}-{digest}".replace("/", "_"),
@@ -213,10 +218,11 @@ class Subject:
 
     def masks(self, source: str, features: Features) -> Tensor:
         """True classes under the ``"dense"`` views that features are of, int64 [B, h, w]."""
-        masked = self.annotated(source, "mask")
-        view = self.view("dense")
-        assert isinstance(view, EvalTransform)
-        return torch.stack([view.mask(masked.mask(i)).long() for i in features.indices.tolist()])
+        return self._maps(source, "mask", features).long()
+
+    def depths(self, source: str, features: Features) -> Tensor:
+        """True depths under the ``"dense"`` views that features are of, [B, h, w]; 0: unknown."""
+        return self._maps(source, "depth", features)
 
     def annotated(self, source: str, annotation: str) -> Any:
         """A source that has a method of that name (``mask``, ``boxes``, ``depth``, ``pair``).
@@ -231,6 +237,11 @@ class Subject:
                 f"protocol needs: choose other --data, such as {_DATA_WITH[annotation]}"
             )
         return images
+
+    def _maps(self, source: str, annotation: str, features: Features) -> Tensor:
+        read = getattr(self.annotated(source, annotation), annotation)
+        view = cast(EvalTransform, self.view("dense"))
+        return torch.stack([view.mask(read(i)) for i in features.indices.tolist()])
 
     def _projected(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """RASA, then the first features, of the final tokens."""
