@@ -152,10 +152,25 @@ def test_depth(subject, floor):
     assert whole.scores["RMSE, scale and shift aligned (m)"].value > 0.2
     assert not whole.scores["RMSE (m)"].higher_is_better
     assert depth.evaluate(replace(subject, nesting=8), options).details["layers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "annotation"),
+    [
+        (depth, "depth"),
+        (in_context, "mask"),
+        (linear_segmentation, "mask"),
+        (overclustering, "mask"),
+    ],
+)
+def test_what_lacks_annotations_is_refused_before_any_extraction(module, annotation, tmp_path):
     pictures = [(torch.zeros(3, 16, 16, dtype=torch.uint8), 0)]
-    unknown = replace(floor, sources={"train": pictures, "test": pictures})
-    with pytest.raises(Unsuitable, match=r"train data \(list\) has no depth"):
-        depth.evaluate(unknown, options)
+    subject = Subject(
+        "none", torch.nn.Identity(), {"train": pictures, "test": pictures}, {}, cache=tmp_path
+    )
+    with pytest.raises(Unsuitable, match=rf"data \(list\) has no {annotation}"):
+        module.evaluate(subject, module.Options())
+    assert not list(tmp_path.iterdir())
 
 
 def test_position_before_and_after_rasa(floor, monkeypatch):

@@ -213,6 +213,8 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
     """Errors of the test images' depths: RMSE up to scale and shift first."""
     from sslkit.evaluation import figures
 
+    for source in ("train", "test"):
+        subject.annotated(source, "depth")  # complains before anything is extracted
     train, train_patches, train_cls = _layers(subject, "train", options.num_layers)
     test, test_patches, test_cls = _layers(subject, "test", options.num_layers)
     head = fit_depth_head(

@@ -136,10 +136,9 @@ def merge_clusters(counts: Tensor, classes: Tensor) -> Tensor:
 
 def masked_patches(subject: Subject, source: str) -> tuple[Features, Tensor, tuple[str, ...]]:
     """Patches of a source's dense views, the masks [B, h, w] under them, and the classes' names."""
+    class_names = subject.annotated(source, "mask").mask_class_names  # before the extraction
     features = subject.features(source, "patches", view="dense")
-    masks = subject.masks(source, features)
-    images: Any = subject.source(source)
-    return features, masks, tuple(images.mask_class_names)
+    return features, subject.masks(source, features), tuple(class_names)
 
 
 def draw_segmentation(
