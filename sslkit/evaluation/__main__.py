@@ -21,6 +21,7 @@ from sslkit.evaluation.models import Model, open_model
 from sslkit.evaluation.protocols import PROTOCOLS
 from sslkit.evaluation.report import format_table
 from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.views import RESIZE_OVER_CROP
 from sslkit.rasa import load_rasa
 
 _NEED_MORE = ("robustness", "ood", "matryoshka", "feat2gs")  # than the data alone: not in `all`
@@ -47,7 +48,7 @@ class Run:
     """Pixels a side of the centre crop for class tokens; default: the first encoder's size."""
     dense_size: int | None = None
     """Pixels a side of the crop for patch tokens; default: twice that."""
-    resize_over_crop: float = 256 / 224
+    resize_over_crop: float = RESIZE_OVER_CROP
     """Images are resized to this multiple of --global-size before the crop."""
     num_train: int | None = None
     """At most so many training images, evenly spaced."""
@@ -94,7 +95,6 @@ def subjects(run: Run) -> list[Subject]:
         raise ValueError("; ".join(problems))
     found = []
     for i, model in enumerate(models):
-        projectors = [load_rasa(run.rasa[i % len(run.rasa)])] if run.rasa else [None]
         subject = Subject(
             model.name + (" + RASA" if run.rasa else ""),
             model.encoder.to(device),
@@ -103,7 +103,7 @@ def subjects(run: Run) -> list[Subject]:
             global_size=global_size,
             dense_size=dense_size,
             resize_over_crop=run.resize_over_crop,
-            rasa=projectors[0],
+            rasa=load_rasa(run.rasa[i % len(run.rasa)]) if run.rasa else None,
             cache=run.cache or run.output / "features",
             limits={split: limit for split, limit in limits.items() if limit is not None},
             batch_size=run.encode_batch_size,

@@ -23,7 +23,7 @@ from sslkit.evaluation.features import (
     extract,
     frozen,
 )
-from sslkit.evaluation.views import EvalTransform, PaddedView
+from sslkit.evaluation.views import RESIZE_OVER_CROP, EvalTransform, PaddedView
 from sslkit.rasa import RASAProjector
 
 View = Literal["global", "dense", "padded"]
@@ -73,7 +73,7 @@ class Subject:
     identity: Mapping[str, str]
     global_size: int | tuple[int, int] = 224
     dense_size: int | tuple[int, int] = 448
-    resize_over_crop: float = 256 / 224
+    resize_over_crop: float = RESIZE_OVER_CROP
     nesting: int | None = None
     rasa: RASAProjector | None = None
     cache: Path | None = None
