@@ -15,6 +15,7 @@ from sslkit.evaluation.figures.style import (
     TRAINED,
     WIDTH,
     as_picture,
+    as_rgb,
     new_figure,
     show,
     styled,
@@ -57,7 +58,7 @@ def discovery_boxes(
     for axes in grid[len(images) :]:
         axes.set_axis_off()
     for axes, image, box, boxes in zip(grid, images, predicted, truth, strict=False):
-        show(axes, _pixels(image))
+        show(axes, as_rgb(image))
         for true in boxes:
             _rectangle(axes, true, REFERENCE, "--")
         _rectangle(axes, box, TRAINED, "-")
@@ -134,11 +135,6 @@ def correspondences(
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=3.4)
     return figure
-
-
-def _pixels(image: Tensor) -> np.ndarray:
-    pixels = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-    return pixels.permute(1, 2, 0).cpu().numpy()
 
 
 def _rectangle(axes: Axes, box: Tensor, colour: str, style: str) -> None:
