@@ -16,10 +16,10 @@ from sslkit.evaluation import (
     position,
 )
 from sslkit.evaluation.encoders import as_encoder
-from sslkit.evaluation.features import Unsuitable
 from sslkit.evaluation.floor import ColourAndPosition
 from sslkit.evaluation.scores import bootstrap
 from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.tokens import Unsuitable
 
 
 class AnnotatedScenes(Scenes):

@@ -9,8 +9,8 @@ from sslkit import RASAProjector, backbones
 from sslkit.data.scenes import Scenes
 from sslkit.evaluation import knn
 from sslkit.evaluation.encoders import as_encoder
-from sslkit.evaluation.features import Unsuitable
 from sslkit.evaluation.subject import Subject, require_labels
+from sslkit.evaluation.tokens import Unsuitable
 
 
 @pytest.fixture(scope="module")

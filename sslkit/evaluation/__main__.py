@@ -16,11 +16,11 @@ import tyro
 
 from sslkit.data.annotated.open import open_annotated
 from sslkit.evaluation.comparison import compare, table, write
-from sslkit.evaluation.features import Unsuitable
 from sslkit.evaluation.models import Model, open_model
 from sslkit.evaluation.protocols import PROTOCOLS
 from sslkit.evaluation.report import format_table
 from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.tokens import Unsuitable
 from sslkit.evaluation.views import RESIZE_OVER_CROP
 from sslkit.rasa import load_rasa
 

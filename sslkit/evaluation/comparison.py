@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sslkit.evaluation.features import Unsuitable
 from sslkit.evaluation.protocols import PROTOCOLS
 from sslkit.evaluation.report import write_report
 from sslkit.evaluation.scores import Interval, Outcome, Score, bootstrap
 from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.tokens import Unsuitable
 from sslkit.training.checkpoint import atomic_write
 
 _BOOTSTRAP = 9  # sets the resamples' generator apart from those of the protocols

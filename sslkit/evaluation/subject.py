@@ -15,14 +15,8 @@ from tqdm import tqdm
 from sslkit.data.seeds import sample_seed
 from sslkit.data.sources import Source
 from sslkit.evaluation.feature_cache import cached_features
-from sslkit.evaluation.features import (
-    Features,
-    Unsuitable,
-    encode,
-    evenly_spaced,
-    extract,
-    frozen,
-)
+from sslkit.evaluation.features import Features, evenly_spaced, extract
+from sslkit.evaluation.tokens import Unsuitable, encode, frozen
 from sslkit.evaluation.views import RESIZE_OVER_CROP, EvalTransform, PaddedView
 from sslkit.rasa import RASAProjector
 
@@ -31,7 +25,7 @@ View = Literal["global", "dense", "padded"]
 _DATA_WITH = {
     "mask": "a folder of images and masks, voc:PATH, ade20k:PATH, coco-stuff:PATH or scenes",
     "boxes": "a folder of images and masks, voc-boxes:PATH or scenes",
-    "depth": "nyu:PATH",
+    "depth": "nyu:PATH or scenes",
     "pair": "spair:PATH",
 }
 
@@ -173,7 +167,7 @@ class Subject:
 
         Args:
             source: ``"train"``, ``"test"``, ...
-            want, block, num_layers: see `sslkit.evaluation.features.encode`. Class tokens, patches
+            want, block, num_layers: see `sslkit.evaluation.tokens.encode`. Class tokens, patches
                 and their mean have gone through ``rasa`` and ``nesting``; other tokens are as the
                 encoder gives them.
             view: see the class.
