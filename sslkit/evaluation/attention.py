@@ -75,7 +75,7 @@ def evaluate(subject: "Subject", options: Options) -> Outcome:
     features = few.features("test", "attention", view="dense", block=options.block)
     maps = features["attention"].float().movedim(-1, 1)  # [I, heads, H, W]
     images = torch.stack(few.images("test", features.indices.tolist()))
-    figure = draw.attention_maps(images, maps, max_heads=options.max_heads)
+    figure = draw.attention_maps(images, maps, block=options.block, max_heads=options.max_heads)
     share = maps.sum((2, 3)).mean(0)
     details = {"attention on patches, by head": [round(x, 4) for x in share.tolist()]}
     return Outcome({}, {"attention_maps": figure}, details)

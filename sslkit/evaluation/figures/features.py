@@ -64,6 +64,7 @@ def attention_maps(
     images: Tensor,
     maps: Tensor,
     *,
+    block: int = -1,
     max_heads: int = 6,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -73,6 +74,7 @@ def attention_maps(
     Args:
         images: normalised [I, C, h, w].
         maps: [I, heads, H, W], from `cls_attention`.
+        block: whose attention it is, for the title; -1: the last one's.
         max_heads: heads drawn.
         mean, std: of the normalisation; see `sslkit.data.crops.normalisation`.
     """
@@ -80,7 +82,7 @@ def attention_maps(
     columns = 2 + shown
     aspect = images.shape[-2] / images.shape[-1]
     figure = new_figure(
-        "Attention of the class token, last block",
+        "Attention of the class token, " + ("last block" if block == -1 else f"block {block}"),
         "Bright patches should lie on objects, and heads should pick different parts. Each map "
         "is stretched from its lowest value (dark) to its highest (bright).",
         height=aspect * WIDTH / columns * len(images) + 0.3,
