@@ -68,9 +68,11 @@ class Run:
     workers: int = 0
     """Processes that read images."""
     seed: int = 0
+    """Of fresh weights, of scenes, and of all that protocols and resamples draw."""
     level: float = 0.95
     """Share of the bootstrap resamples inside an interval."""
     num_resamples: int = 1000
+    """Resamples of the test images that an interval is taken from."""
 
 
 def subjects(run: Run) -> list[Subject]:
