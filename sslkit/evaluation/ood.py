@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sslkit.data.annotated.open import open_annotated
+from sslkit.data.annotated.openood import NEAR_FAR as NEAR_FAR
 from sslkit.data.sources import Source, Subset
 from sslkit.evaluation.confidences import Mahalanobis as Mahalanobis
 from sslkit.evaluation.confidences import ViM as ViM
@@ -23,14 +24,6 @@ from sslkit.evaluation.confidences import ood_confidences
 from sslkit.evaluation.linear_probe import linear_probe
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject, require_labels
-
-NEAR_FAR: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "cifar10": (("cifar100", "tin"), ("mnist", "svhn", "texture", "places365")),
-    "cifar100": (("cifar10", "tin"), ("mnist", "svhn", "texture", "places365")),
-    "imagenet": (("ssb_hard", "ninco"), ("inaturalist", "textures", "openimage_o")),
-    "imagenet200": (("ssb_hard", "ninco"), ("inaturalist", "textures", "openimage_o")),
-}
-"""OpenOOD v1.5's near and far OOD sets, by ID set and under OpenOOD's names."""
 
 
 def auroc(
@@ -113,7 +106,7 @@ def near_far_means(
 
     Args:
         values: the metric by OOD set.
-        near, far: names of sets; see `NEAR_FAR`.
+        near, far: names of sets; see `sslkit.data.annotated.openood.NEAR_FAR`.
 
     >>> near_far_means({"ninco": 0.5, "ssb_hard": 0.7, "textures": 0.9}, *NEAR_FAR["imagenet"])
     Traceback (most recent call last):
