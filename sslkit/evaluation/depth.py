@@ -169,7 +169,13 @@ def fit_depth_head(
 def predict_depth(
     head: DepthHead, layer_patches: Tensor, layer_cls: Tensor, size: tuple[int, int]
 ) -> Tensor:
-    """Depth of every pixel, metres [Q, h, w], resized bilinearly from the head's."""
+    """Depth of every pixel, metres [Q, h, w], resized bilinearly from the head's.
+
+    Args:
+        head: from `fit_depth_head`.
+        layer_patches, layer_cls: [Q, H, W, n, D] and [Q, n, D'], as it was fitted to.
+        size: ``(h, w)``.
+    """
     with torch.no_grad():
         return torch.cat(
             [

@@ -199,10 +199,10 @@ class Subject:
             )
         return replace(features, tokens=self._projected(features.tokens))
 
-    def encode(self, images: Tensor, *want: str, block: int = -1) -> dict[str, Tensor]:
+    def encode(self, images: Tensor, *want: str) -> dict[str, Tensor]:
         """Tokens of normalised images [B, C, h, w] that are in no source, float32, on the CPU."""
         with frozen(self.encoder):
-            tokens = encode(self.encoder, images.to(self.device), want=want, block=block)
+            tokens = encode(self.encoder, images.to(self.device), want=want)
         return self._projected({name: x.float().cpu() for name, x in tokens.items()})
 
     def images(self, source: str, indices: Sequence[int], view: View = "dense") -> list[Tensor]:
