@@ -22,15 +22,8 @@ from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.tokens import Unsuitable
 
 
-class AnnotatedScenes(Scenes):
-    """Scenes with a mask, a depth and a name for each image."""
-
-    @property
-    def mask_class_names(self):
-        return ("background", *self.class_names)
-
-    def mask(self, index):
-        return self.scene(index).mask
+class TwoDepths(Scenes):
+    """Scenes of known depths, named by files."""
 
     def depth(self, index):
         """Objects at 1 m before a wall at 3 m; the first row is unknown."""
@@ -45,8 +38,8 @@ class AnnotatedScenes(Scenes):
 @pytest.fixture(scope="module")
 def subject():
     sources = {
-        "train": AnnotatedScenes(24, size=(20, 32)),
-        "test": AnnotatedScenes(9, size=(20, 32), seed=1),
+        "train": TwoDepths(24, size=(20, 32)),
+        "test": TwoDepths(9, size=(20, 32), seed=1),
     }
     encoder = backbones.create("sslkit_vit_micro", img_size=16)
     return Subject("micro", encoder, sources, {}, dense_size=(16, 24), batch_size=8)
