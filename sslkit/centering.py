@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sslkit.assignments import Assignments, check_logits, row_blocks
+from sslkit.assignments import Assignments, check_logits
+from sslkit.blocks import row_blocks
 from sslkit.factored_logits import Logits, written
 from sslkit.ops.collectives import all_reduce_packed
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sslkit.assignments import block_elements, row_blocks, score_dtype
+from sslkit.assignments import score_dtype
+from sslkit.blocks import block_elements, row_blocks
 from sslkit.ops.exponentials import exp_, is_harmless, is_low
 
 if TYPE_CHECKING:

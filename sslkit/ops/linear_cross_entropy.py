@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from sslkit.assignments import score_dtype
-from sslkit.factored_logits import FactoredLogits, Logits, chunks
+from sslkit.blocks import chunks
+from sslkit.factored_logits import FactoredLogits, Logits
 from sslkit.ops.cross_entropy import (
     Columns,
     RowStatistics,

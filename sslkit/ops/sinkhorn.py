@@ -58,10 +58,10 @@ from torch import Tensor
 from sslkit.assignments import (
     check_logits,
     check_temperature,
-    row_blocks,
     score_dtype,
 )
-from sslkit.factored_logits import FactoredLogits, Logits, chunks, written
+from sslkit.blocks import chunks, row_blocks
+from sslkit.factored_logits import FactoredLogits, Logits, written
 from sslkit.ops.collectives import Reduction
 from sslkit.ops.dispatch import Body, resolve
 from sslkit.ops.exponentials import CUT_OFF, SMALLEST_EXPONENT, exp_, is_harmless, is_low
