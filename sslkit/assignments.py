@@ -194,3 +194,15 @@ def check_logits(logits: Logits, name: str = "logits") -> None:
             f"{name} must have shape [rows, prototypes] with at least one prototype, got "
             f"{tuple(logits.shape)}; flatten the leading axes first"
         )
+
+
+def check_row_mask(row_mask: Tensor | None, num_rows: int) -> None:
+    """Raise unless ``row_mask`` is None or says of each row whether it is left out."""
+    if row_mask is None:
+        return
+    if row_mask.dtype != torch.bool:
+        raise TypeError(f"row_mask must be bool, True for rows left out, got {row_mask.dtype}")
+    if row_mask.shape != (num_rows,):
+        raise ValueError(
+            f"row_mask must have shape [B] = ({num_rows},), got {tuple(row_mask.shape)}"
+        )

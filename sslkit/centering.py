@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sslkit.assignments import Assignments, check_logits
+from sslkit.assignments import Assignments, check_logits, check_row_mask
 from sslkit.blocks import row_blocks
 from sslkit.factored_logits import Logits, written
 from sslkit.ops.collectives import all_reduce_packed
@@ -75,11 +75,7 @@ class EMACentering(nn.Module):
         """
         self._check(logits)
         B, K = logits.shape
-        if row_mask is not None and (row_mask.dtype != torch.bool or row_mask.shape != (B,)):
-            raise ValueError(
-                f"row_mask must be bool of shape [B] = ({B},), True for rows left out, got "
-                f"{row_mask.dtype} of shape {tuple(row_mask.shape)}"
-            )
+        check_row_mask(row_mask, B)
         total = torch.zeros_like(self.center)
         for rows in row_blocks(B, K, logits.device):
             block = written(logits[rows])

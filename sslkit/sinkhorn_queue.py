@@ -18,7 +18,7 @@ What that mends, for batches of 16 of 4096 rows in 32 planted clusters, 256 prot
 import torch
 from torch import Tensor, nn
 
-from sslkit.assignments import check_logits
+from sslkit.assignments import check_logits, check_row_mask
 from sslkit.factored_logits import FactoredLogits, Logits
 
 
@@ -115,12 +115,8 @@ class SinkhornQueue(nn.Module):
         Rows where ``row_mask`` (bool ``[B]``) is True are left out, as they are by Sinkhorn.
         """
         new = self._stored_part(logits).detach()
+        check_row_mask(row_mask, len(new))
         if row_mask is not None:
-            if row_mask.dtype != torch.bool or row_mask.shape != (len(new),):
-                raise ValueError(
-                    f"row_mask must be bool of shape [B] = ({len(new)},), True for rows left out, "
-                    f"got {row_mask.dtype} of shape {tuple(row_mask.shape)}"
-                )
             new = new[~row_mask]
         new = new[-len(self.rows) :]
         oldest = self.stamps.argsort(stable=True)[: len(new)]
