@@ -34,6 +34,10 @@ class EMACentering(nn.Module):
     Attributes:
         center: buffer ``[K]``, float32, saved in the state dict.
 
+    Raises:
+        ValueError: a setting, the temperature, the shape of logits or of a row mask is not as said.
+        TypeError: logits are not floating point, or a row mask is not bool.
+
     Example:
         >>> centering = EMACentering(num_prototypes=2, momentum=0.5)
         >>> teacher_logits = torch.tensor([[2.0, 0.0], [4.0, 0.0]])

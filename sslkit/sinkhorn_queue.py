@@ -62,6 +62,11 @@ class SinkhornQueue(nn.Module):
 
     Both are in the state dict, so that a resumed run continues with the same rows.
 
+    Raises:
+        ValueError: a size is below 1; logits have other columns or are on another device than the
+            queue; a row mask has another shape than ``[B]``.
+        TypeError: ``dtype`` or logits are not floating point, or a row mask is not bool.
+
     Example:
         A batch of two, both nearest to prototype 0; earlier batches went to 1 and 2. Balanced by
         itself, the batch is torn apart.
