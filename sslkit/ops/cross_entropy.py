@@ -243,7 +243,7 @@ def _gradient(op: str, arguments: tuple[Any, ...], *, overwrite_logits: bool) ->
 )
 def _loss_over_logits_(*arguments: Any) -> Tensor:
     *fields, row_weights, impl = arguments
-    columns = Columns(*fields, None)
+    columns = Columns(*[*fields, None])  # row m is paired with target m
     choose_passes(impl, "soft_cross_entropy_over_logits_", columns)  # refuses and records
     return cross_entropy_torch.loss_over_logits(columns, row_weights)
 
