@@ -77,9 +77,21 @@ def test_triton_missing(name, monkeypatch):
 )
 @pytest.mark.usefixtures("fresh_triton_problem")
 def test_triton_too_old(version, problem, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", version)
     assert triton_problem() == problem
+
+
+@pytest.mark.usefixtures("fresh_triton_problem")
+def test_triton_in_a_package_of_another_name(monkeypatch):
+    """As on Windows and for AMD: no metadata is found under its own name."""
+    pytest.importorskip("triton")
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert triton_problem() is None
 
 
 def test_resolve():
