@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslkit.blocks import row_blocks
 from sslkit.factored_logits import Logits, written
+from sslkit.slices import row_blocks
 
 
 class Usage(NamedTuple):

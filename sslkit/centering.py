@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from sslkit.assignments import Assignments, check_logits, check_row_mask
-from sslkit.blocks import row_blocks
 from sslkit.factored_logits import Logits, written
 from sslkit.ops.collectives import all_reduce_packed
+from sslkit.slices import row_blocks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from sslkit.assignments import score_dtype
-from sslkit.blocks import block_elements, row_blocks
 from sslkit.ops.cross_entropy_passes import Columns, RowStatistics
 from sslkit.ops.exponentials import exp_, is_harmless, is_low
+from sslkit.slices import block_elements, row_blocks
 
 # Fewest columns of a block of columns: shorter pieces of rows are slow to read.
 _MIN_COLUMNS = 512

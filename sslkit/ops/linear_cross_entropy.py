@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from sslkit.assignments import score_dtype
-from sslkit.blocks import chunks
 from sslkit.factored_logits import FactoredLogits, Logits
 from sslkit.ops.cross_entropy_passes import (
     Columns,
@@ -29,6 +28,7 @@ from sslkit.ops.cross_entropy_passes import (
     new_partials,
     new_results,
 )
+from sslkit.slices import chunks
 
 
 def linear_soft_cross_entropy(

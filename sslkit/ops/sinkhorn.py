@@ -51,7 +51,6 @@ import torch
 from torch import Tensor
 
 from sslkit.assignments import check_logits, score_dtype
-from sslkit.blocks import chunks
 from sslkit.factored_logits import FactoredLogits, Logits, written
 from sslkit.ops.collectives import Reduction
 from sslkit.ops.sinkhorn_passes import (
@@ -60,6 +59,7 @@ from sslkit.ops.sinkhorn_passes import (
     packed_column_logsumexp,
     packed_column_mass,
 )
+from sslkit.slices import chunks
 
 AllReduce = Callable[[list[Tensor], Reduction], list[Tensor]]
 

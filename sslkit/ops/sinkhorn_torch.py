@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sslkit.assignments import score_dtype
-from sslkit.blocks import row_blocks
 from sslkit.ops.exponentials import CUT_OFF, SMALLEST_EXPONENT, exp_, is_harmless, is_low
+from sslkit.slices import row_blocks
 
 
 def column_logsumexp(

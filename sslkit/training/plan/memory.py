@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from sslkit.blocks import block_elements, chunks
 from sslkit.ops.attention import HEAD_SIZES_TRITON, MAX_TOKENS_TRITON
+from sslkit.slices import block_elements, chunks
 from sslkit.training.plan.hardware import Strategy
 from sslkit.training.plan.workload import FLOAT, NUM_GLOBAL, Workload, parameters
 
