@@ -92,6 +92,16 @@ def sinkhorn_bias(
             Changes the cost, not the result (see `sinkhorn_biases`).
         impl: ``"auto"``, ``"torch"`` or ``"triton"`` (for contiguous logits).
 
+    Returns:
+        ``[K]``, float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: a shape, a device, the temperature, ``num_iterations`` or ``bound`` is not as
+            above.
+        TypeError: logits or past rows are not floating point, one of them alone is float64, or the
+            mask is not bool.
+        RuntimeError: ``impl="triton"``, which cannot run here; the message says why.
+
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [1.0, 0.0]])  # both samples prefer prototype 0
         >>> bias = sinkhorn_bias(logits, 1.0, num_iterations=50)

@@ -40,6 +40,12 @@ def column_logsumexp(
     Returns:
         ``shift [K]`` and ``column_sum [K]``, float32 (float64 for float64 logits).
 
+    Raises:
+        ValueError: logits are not ``[B, K]`` with K >= 1, the temperature is not positive and
+            finite, or the mask has another shape than ``[B]``.
+        TypeError: logits are not floating point, or the mask is not bool.
+        RuntimeError: ``impl="triton"``, which cannot run here; the message says why.
+
     Example:
         >>> shift, column_sum = column_logsumexp(torch.tensor([[0.0, 2.0], [0.0, 4.0]]), 2.0)
         >>> shift + column_sum.log()
@@ -60,7 +66,7 @@ def column_mass(
     """Mass each prototype receives: ``sum_b softmax_k(logits[b] / temperature + bias)[k]``.
 
     The softmax is over k, the sum over the rows that take part (see `column_logsumexp` for
-    ``row_mask``, ``impl`` and the types). The masses add up to the number of those rows.
+    ``row_mask``, ``impl``, the types and errors). The masses add up to the number of those rows.
 
     Returns:
         ``[K]``, float32 (float64 for float64 logits).
