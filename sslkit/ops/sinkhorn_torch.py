@@ -1,12 +1,12 @@
-r"""PyTorch body of `sslkit.ops.sinkhorn`, whose docstring has the derivation.
+"""PyTorch body of `sslkit.ops.sinkhorn`, whose docstring has the derivation.
 
 It works on blocks of rows that, on a CPU, stay in the cache from the first to the last of the
 operations on them, and writes nothing of size ``[B, K]``.
 
-Passes over memory: one for a sum or a mass. The log-sum-exp is one pass too if one constant will do
-for all columns: the maximum of the first block of rows, where that lies within 60 of its minimum,
-unless a sum then leaves the middle of float32's range. If so, or otherwise from the start, the
-scores are read twice more, for the column maxima and the sums.
+Passes over memory: one for a sum or a mass. On a CPU the log-sum-exp is tried in one pass too, with
+one shift for all columns: the maximum of the first block of rows, if that lies within 60 of its
+minimum. Should a sum then leave the middle of float32's range, or otherwise from the start, it
+takes two passes, for the column maxima and the sums.
 """
 
 from collections.abc import Iterator, Sequence
