@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks.harness import ROOT
+from benchmarks.machine import ROOT
 from benchmarks.study import runs, training
 from benchmarks.study.settings import GROUPS, SCALES, groups_of
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from benchmarks.harness import describe_machine
+from benchmarks.machine import describe_machine
 from benchmarks.study import scoring, training
 from benchmarks.study.settings import ARMS, GROUPS, Arm, Scale
 from benchmarks.study.training import Data, RunFailed
