@@ -1,7 +1,7 @@
 """What the study compares: arms, the questions they answer, and sizes that a machine can afford."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Value = str | int | float | bool | tuple[float, ...]
@@ -241,16 +241,25 @@ class Scale:
         }
 
 
-SCALES: dict[str, Scale] = {
-    # One CPU core, a minute or two a run.
-    "laptop": Scale(
+# One CPU core, pieces of an hour over a night or two: 2.7 passes over the images.
+_OVERNIGHT = Scale(
+    name="overnight",
+    preset="cifar10",
+    backbone="sslkit_vit_tiny",
+    embed_dim=128,
+    base_lr=6e-3,
+    global_size=24,
+    dense_size=32,
+    steps=1_000,
+    batch_size=48,
+    changes={"crops.num_local": 2, "workers": 1, "log_every": 20},
+    linear_steps=1_000,
+)
+_SCALES = (
+    # The same network for a minute or two a run.
+    replace(
+        _OVERNIGHT,
         name="laptop",
-        preset="cifar10",
-        backbone="sslkit_vit_tiny",
-        embed_dim=128,
-        base_lr=6e-3,
-        global_size=24,
-        dense_size=32,
         steps=225,
         batch_size=32,
         changes={
@@ -263,23 +272,11 @@ SCALES: dict[str, Scale] = {
         num_heldout=500,
         num_memory=250,
         num_dense=400,
+        linear_steps=500,
     ),
-    # The same with five times the images: pieces of an hour, over a night or two.
-    "overnight": Scale(
-        name="overnight",
-        preset="cifar10",
-        backbone="sslkit_vit_tiny",
-        embed_dim=128,
-        base_lr=6e-3,
-        global_size=24,
-        dense_size=32,
-        steps=1_000,
-        batch_size=48,
-        changes={"crops.num_local": 2, "workers": 1, "log_every": 20},
-        linear_steps=1_000,
-    ),
+    _OVERNIGHT,
     # One large GPU, hours a run; give --data a folder of classes.
-    "gpu": Scale(
+    Scale(
         name="gpu",
         preset="vitb14_in21k",
         backbone="franca_vits14",
@@ -303,4 +300,5 @@ SCALES: dict[str, Scale] = {
         num_dense=1_000,
         linear_steps=5_000,
     ),
-}
+)
+SCALES = {scale.name: scale for scale in _SCALES}
