@@ -93,8 +93,8 @@ class Group:
     """None: each arm with the one before it."""
     split: Literal["test", "validation"] = "test"
     """What arms are scored on; validation: held-out training images, to choose settings by."""
-    except_for: Mapping[str, str] = field(default_factory=dict)
-    """Arms that are compared with another one than that."""
+    except_for: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Arms that are compared with others than that."""
     only_scale: str | None = None
     """The one scale that the arms' settings are for."""
     titles: Mapping[str, str] = field(default_factory=dict)
@@ -103,15 +103,15 @@ class Group:
     """Columns of the tables; see `benchmarks.study.summary.SCORES`."""
 
     def title(self, arm: str) -> str:
-        """What an arm is called here."""
-        return self.titles.get(arm, ARMS[arm].title)
+        """What an arm is called here; ``9 planes`` and their like are called that."""
+        return self.titles.get(arm) or (ARMS[arm].title if arm in ARMS else arm)
 
     def pairs(self) -> list[tuple[str, str]]:
         """(arm, what it is compared with)."""
         if self.reference is None:
             return list(zip(self.arms[1:], self.arms, strict=False))
-        reference = dict.fromkeys(self.arms, self.reference) | dict(self.except_for)
-        return [(arm, reference[arm]) for arm in self.arms if arm != self.reference]
+        references = dict.fromkeys(self.arms, (self.reference,)) | dict(self.except_for)
+        return [(arm, x) for arm in self.arms if arm != self.reference for x in references[arm]]
 
 
 GROUPS: dict[str, Group] = {
@@ -132,7 +132,8 @@ GROUPS: dict[str, Group] = {
     "floor": Group(
         "What is scored without training?",
         ("fresh", "pixels", WHOLE),
-        reference=None,
+        "fresh",
+        except_for={WHOLE: ("fresh", "pixels")},
         titles={WHOLE: "trained, all pieces but RASA"},
     ),
     "pieces": Group(
@@ -164,7 +165,7 @@ GROUPS: dict[str, Group] = {
         "Is the bottleneck's norm needed?",
         (WHOLE, "unbounded", "shallow", "shallow_unbounded"),
         WHOLE,
-        except_for={"shallow_unbounded": "shallow"},
+        except_for={"shallow_unbounded": ("shallow",)},
         titles={WHOLE: "norm", "unbounded": "no norm"},
     ),
     "nesting": Group(
