@@ -16,7 +16,7 @@ which the CPU can run ahead: GPU time, without the gaps that launching leaves wh
 Calls that launch for longer than `_LONGEST_PAUSE` (whole training steps) keep theirs.
 
 The bound that a time is compared with is what the *plan* of the operation has to move and compute
-(`Work`; the traffic of shared/KERNELS.md) at rates measured in the same process: a large copy, a
+(`Work`, derived in the file of each race) at rates measured in the same process: a large copy, a
 large matrix product and, on a CPU, `exp` in the cache.
 """
 
