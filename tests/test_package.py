@@ -134,7 +134,7 @@ def test_no_cycle_between_parts():
 )
 def test_third_party_imports_of_components_and_ops(path):
     allowed = {"sslkit", "torch", *sys.stdlib_module_names}
-    allowed |= {"triton"} if part_of(path) == "ops" else {"einops", "numpy"}
+    allowed |= {"triton"} if part_of(path) == "ops" else {"numpy"}
     assert {name.split(".")[0] for name in top_level_imports(path)} <= allowed
 
 
