@@ -5,20 +5,12 @@ the memory of a training step, though D is 256. `FactoredLogits` stands for it w
 taken: whoever reads them forms the part that he needs, uses it and forgets it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-
-# Elements of the part of the product that is formed at a time: so many that the matrix product
-# runs at full speed (16 MiB of float32 on a CPU, 128 MiB of 16-bit scores on an accelerator).
-_CHUNK_ELEMENTS_CPU = 1 << 22
-_CHUNK_ELEMENTS_DEVICE = 1 << 26
-
-# Rows or columns of a chunk come in multiples of this, or are all that there are.
-_CHUNK_MULTIPLE = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,16 +119,3 @@ def concatenated(parts: Sequence[Logits]) -> Logits:
         return torch.cat(cast(list[Tensor], parts))
     features = [part.features for part in cast(list[FactoredLogits], parts)]
     return FactoredLogits(torch.cat(features), parts[0].prototypes)
-
-
-def chunks(length: int, other: int, device: torch.device) -> Iterator[slice]:
-    """Cut one axis of a product into slices that are formed at a time, ``other`` long the other.
-
-    >>> list(chunks(300, 1 << 15, torch.device("cpu")))
-    [slice(0, 128, None), slice(128, 256, None), slice(256, 300, None)]
-    """
-    elements = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS_DEVICE
-    fitting = elements // max(1, other)
-    step = max(1, fitting // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
