@@ -19,6 +19,7 @@ from sslkit import (
     iBOTLoss,
     slices,
 )
+from sslkit.factored_logits import concatenated
 from sslkit.ops import soft_cross_entropy
 from sslkit.ops.dispatch import interpreting, record_bodies
 from tests.oracles.losses import assignment_probs, cross_entropy
@@ -310,7 +311,7 @@ def test_bad_arguments(call, error, match):
 def test_concatenated_rows(seed: int, B: int, D: int, K: int) -> None:
     whole = factored(seed, B + 3, D, K)
     parts = [whole[:B], whole[B:]]
-    assert torch.equal(factored_logits.concatenated(parts).written(), whole.written())
+    assert torch.equal(concatenated(parts).written(), whole.written())
     written = [part.written() for part in parts]
-    assert torch.equal(factored_logits.concatenated(written), torch.cat(written))
-    assert factored_logits.concatenated(parts[:1]) is parts[0]
+    assert torch.equal(concatenated(written), torch.cat(written))
+    assert concatenated(parts[:1]) is parts[0]
