@@ -8,6 +8,8 @@ from sslkit.data.crops import (
 )
 from sslkit.data.decode import UnreadableImage, decode_image, read_image
 from sslkit.data.hugging_face import HuggingFaceImages, HuggingFaceStream, open_stream
+from sslkit.data.image_array import ImageArray
+from sslkit.data.image_folder import ImageFolder
 from sslkit.data.loader import (
     Batch,
     MultiCropDataset,
@@ -17,19 +19,13 @@ from sslkit.data.loader import (
     collate,
     make_loader,
 )
+from sslkit.data.protocols import Source, StreamSource
 from sslkit.data.scenes import Scene, Scenes
 from sslkit.data.seeds import sample_seed
 from sslkit.data.shards import TarShards, make_shards
-from sslkit.data.sources import (
-    ImageArray,
-    ImageFolder,
-    Source,
-    StreamSource,
-    Subset,
-    TorchvisionImages,
-    open_source,
-    train_test_split,
-)
+from sslkit.data.sources import open_source
+from sslkit.data.splits import Subset, train_test_split
+from sslkit.data.torchvision_images import TorchvisionImages
 
 __all__ = [
     "IMAGENET_MEAN",

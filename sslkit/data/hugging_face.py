@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sslkit.data.decode import MAX_SIDE, UnreadableImage, decode_image, read_image
+from sslkit.data.protocols import MAX_REPLACEMENTS, StreamItem
 from sslkit.data.seeds import sample_seed
-from sslkit.data.sources import MAX_REPLACEMENTS, TEST_FOLDERS, Split, StreamItem
+from sslkit.data.splits import Split, own_test_split
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -325,8 +326,7 @@ def _split_names(splits: Any, spec: str) -> tuple[str, str | None]:
     if "train" not in names and len(names) != 1:
         raise ValueError(f"{spec!r} has no split 'train'; it has {names}")
     train = "train" if "train" in names else names[0]
-    test = next((name for name in TEST_FOLDERS if name in names and name != train), None)
-    return train, test
+    return train, own_test_split(names)
 
 
 def _endless(

@@ -29,8 +29,8 @@ from torch.utils.data import (
 from sslkit.data.crops import Crops, MultiCrop, View, check_image
 from sslkit.data.decode import UnreadableImage
 from sslkit.data.device_crops import PackedViews, pack_views, render_batch
+from sslkit.data.protocols import MAX_REPLACEMENTS, Source, StreamReader, StreamSource
 from sslkit.data.seeds import sample_seed
-from sslkit.data.sources import MAX_REPLACEMENTS, Source, StreamReader, StreamSource
 
 _PERMUTATION, _VIEWS, _REPLACEMENT = range(3)  # keep the random streams of one seed apart
 
@@ -445,7 +445,7 @@ def make_loader(
     Args:
         dataset: the views; its seed also orders the images, by the ``epoch_order`` of its source
             where that has one (:class:`~sslkit.data.shards.TarShards` does). Its source may be a
-            :class:`~sslkit.data.sources.StreamSource`; a batch's indices are then numbers of
+            :class:`~sslkit.data.protocols.StreamSource`; a batch's indices are then numbers of
             samples in the stream.
         batch_size: samples a batch over all ranks; this rank's :class:`Batch` holds
             ``batch_size // world_size`` of them. See :class:`SampleStream`.
@@ -459,7 +459,7 @@ def make_loader(
             renders them in the workers, up to rounding (:mod:`sslkit.data.device_crops`). Meant for
             a GPU whose loader is too slow; a CPU renders slower this way.
 
-    >>> from sslkit.data.sources import ImageArray
+    >>> from sslkit.data.image_array import ImageArray
     >>> images = ImageArray(torch.zeros(10, 16, 16, 3, dtype=torch.uint8).numpy())
     >>> crops = MultiCrop(global_size=16, local_size=8, num_local=3)
     >>> batch = next(iter(make_loader(MultiCropDataset(images, crops), batch_size=4)))

@@ -31,7 +31,7 @@ from sslkit.data.annotated.files import (
     read_class_map,
 )
 from sslkit.data.decode import MAX_SIDE, UnreadableImage
-from sslkit.data.sources import StringTable
+from sslkit.data.string_table import StringTable
 
 _STUFF_TREE = """\
   FOLDER/

@@ -10,7 +10,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from sslkit.data.decode import MAX_SIDE, UnreadableImage, read_image
-from sslkit.data.sources import StringTable
+from sslkit.data.string_table import StringTable
 
 SHOWN = 8
 """How many names of what was found a message lists."""

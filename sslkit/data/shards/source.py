@@ -18,10 +18,12 @@ import numpy as np
 from torch import Tensor
 
 from sslkit.data.decode import MAX_SIDE, UnreadableImage, decode_image
+from sslkit.data.image_folder import IMAGE_EXTENSIONS
 from sslkit.data.shards.cache import ShardCache, is_remote, open_url
 from sslkit.data.shards.members import BAD_LABEL, Members, read_members
 from sslkit.data.shards.order import LaneOrder
-from sslkit.data.sources import IMAGE_EXTENSIONS, StringTable
+from sslkit.data.splits import num_held_out
+from sslkit.data.string_table import StringTable
 
 INDEX_NAME = "shards.json"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -213,16 +215,10 @@ class TarShards:
     def split(self, test_fraction: float) -> tuple["TarShards", "TarShards"]:
         """Divide into ``(train, test)`` by whole shards: the last ones are held out.
 
-        ``round(test_fraction * number of shards)`` of them are, at least one and at most all but
-        one.
+        How many is :func:`sslkit.data.splits.num_held_out` of their number.
         """
         shards, sizes = self.shards, self._sizes.tolist()
-        if not 0 < test_fraction < 1 or len(shards) < 2:
-            raise ValueError(
-                f"test_fraction must lie between 0 and 1 and there must be at least 2 shards, got "
-                f"{test_fraction} and {len(shards)}"
-            )
-        cut = -min(max(round(len(shards) * test_fraction), 1), len(shards) - 1)
+        cut = -num_held_out(len(shards), test_fraction, of="shards")
         train, test = copy(self), copy(self)
         train._set_shards(shards[:cut], sizes[:cut])
         test._set_shards(shards[cut:], sizes[cut:])
