@@ -15,8 +15,8 @@ from sslkit.data.device_crops import (
     render_views,
     resize_boxes,
 )
+from sslkit.data.image_array import ImageArray
 from sslkit.data.loader import MultiCropDataset, make_loader
-from sslkit.data.sources import ImageArray
 
 CROPS = MultiCrop(global_size=(24, 40), local_size=(16, 10), num_local=3)
 SHAPES = ((50, 70), (90, 31), (24, 40), (130, 130), (3, 55))

@@ -14,14 +14,11 @@ from PIL import Image
 
 from sslkit.data.crops import MultiCrop
 from sslkit.data.decode import UnreadableImage
-from sslkit.data.loader import (
-    MultiCropDataset,
-    SampleStream,
-    Unreadable,
-    UnreadableLog,
-    make_loader,
-)
-from sslkit.data.sources import ImageArray, ImageFolder
+from sslkit.data.image_array import ImageArray
+from sslkit.data.image_folder import ImageFolder
+from sslkit.data.loader import MultiCropDataset, make_loader
+from sslkit.data.sample_stream import SampleStream
+from sslkit.data.unreadable import Unreadable, UnreadableLog
 
 CROPS = MultiCrop(global_size=(12, 16), local_size=8, num_local=3)
 

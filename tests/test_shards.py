@@ -29,12 +29,16 @@ from PIL import Image
 
 from sslkit.data.crops import MultiCrop
 from sslkit.data.decode import UnreadableImage
-from sslkit.data.loader import MultiCropDataset, SampleStream, UnreadableLog, make_loader
+from sslkit.data.image_folder import ImageFolder
+from sslkit.data.loader import MultiCropDataset, make_loader
+from sslkit.data.sample_stream import SampleStream
 from sslkit.data.shards import TarShards, expand_shards, make_shards, source
 from sslkit.data.shards.__main__ import main
 from sslkit.data.shards.cache import ShardCache
 from sslkit.data.shards.order import LaneOrder
-from sslkit.data.sources import ImageFolder, Subset, open_source
+from sslkit.data.sources import open_source
+from sslkit.data.splits import Subset
+from sslkit.data.unreadable import UnreadableLog
 
 REAL_IMAGES = Path(__file__).parents[2] / "shared" / "data" / "cutouts" / "images"
 CLASSES = ("cat", "dog", "emu")
