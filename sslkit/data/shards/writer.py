@@ -19,7 +19,7 @@ import torch
 from sslkit.data.decode import UnreadableImage, decode_image
 from sslkit.data.image_folder import ImageFolder
 from sslkit.data.seeds import sample_seed
-from sslkit.data.shards.source import INDEX_NAME, read_index
+from sslkit.data.shards.index import INDEX_NAME, read_index
 from sslkit.data.splits import own_test_split
 
 _PROBE_SIDE = 256  # every byte of an image is decoded as a check, JPEGs to a small size
