@@ -161,7 +161,7 @@ def _open_folder(folder: Path, split: Split, max_side: int) -> tuple[Source, boo
     from sslkit.data.annotated.image_masks import ImagesAndMasks, is_images_and_masks
 
     if is_images_and_masks(folder):
-        return ImagesAndMasks(folder, split=split), True
+        return ImagesAndMasks(folder, split=split, max_side=max_side), True
     children = {child.name for child in folder.iterdir() if child.is_dir()}
     test_folder = own_test_split(children)
     if test_folder is None:
