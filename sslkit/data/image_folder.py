@@ -4,11 +4,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-from torch import Tensor
-
-from sslkit.data.decode import MAX_SIDE, read_image
-from sslkit.data.string_table import StringTable
+from sslkit.data.decode import MAX_SIDE
+from sslkit.data.image_files import ImageFiles
 
 IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp"),
@@ -16,7 +13,7 @@ IMAGE_EXTENSIONS = (
 )
 
 
-class ImageFolder:
+class ImageFolder(ImageFiles):
     """Every image file below ``folder``, in natural order (``2.png`` before ``10.png``).
 
     Files count by their extension (``IMAGE_EXTENSIONS``, any case); names that start with a dot
@@ -40,44 +37,27 @@ class ImageFolder:
         class_names: tuple[str, ...] | None = None,
         max_side: int = MAX_SIDE,
     ):
-        self.folder = os.fspath(folder)
-        self.max_side = max_side
-        files = list(_walk_images(self.folder))
+        files = list(_walk_images(os.fspath(folder)))
         if not files:
             raise FileNotFoundError(
-                f"no image in the folder {os.path.abspath(self.folder)!r} or below it; looked for "
+                f"no image in the folder {os.path.abspath(folder)!r} or below it; looked for "
                 f"files ending in {' '.join(IMAGE_EXTENSIONS)}"
             )
         top_folders = [file.partition(os.sep)[0] if os.sep in file else "" for file in files]
         found = tuple(dict.fromkeys(top_folders))
-        has_classes = "" not in found and len(found) >= 2
-        self.class_names: tuple[str, ...] | None = None
-        self._labels: np.ndarray | None = None
-        if has_classes:
-            self.class_names = found if class_names is None else class_names
-            if unknown := sorted(set(found) - set(self.class_names)):
+        labels = None
+        if "" in found or len(found) < 2:
+            class_names = None
+        else:
+            class_names = found if class_names is None else class_names
+            if unknown := sorted(set(found) - set(class_names)):
                 raise ValueError(
-                    f"the class folders {unknown} of {self.folder!r} do not exist among the "
-                    f"training classes {_shorten(self.class_names)}"
+                    f"the class folders {unknown} of {os.fspath(folder)!r} do not exist among the "
+                    f"training classes {_shorten(class_names)}"
                 )
-            number = {name: i for i, name in enumerate(self.class_names)}
-            self._labels = np.array([number[top] for top in top_folders], dtype=np.int32)
-        self.num_classes = len(self.class_names or ())
-        self._files = StringTable(files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return read_image(self.name(index), max_side=self.max_side), self.label(index)
-
-    def label(self, index: int) -> int:
-        """The class of the image, which is not read; -1 where there are no classes."""
-        return -1 if self._labels is None else int(self._labels[index])
-
-    def name(self, index: int) -> str:
-        """The path of the file."""
-        return os.path.join(self.folder, self._files[index])
+            number = {name: i for i, name in enumerate(class_names)}
+            labels = [number[top] for top in top_folders]
+        super().__init__(folder, files, labels=labels, class_names=class_names, max_side=max_side)
 
 
 def _walk_images(folder: str) -> Iterator[str]:

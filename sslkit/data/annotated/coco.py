@@ -23,7 +23,7 @@ from sslkit.data.annotated.coco_classes import (
 )
 from sslkit.data.annotated.coco_regions import region_mask
 from sslkit.data.annotated.files import (
-    ImageFiles,
+    AnnotatedFiles,
     check_files,
     check_layout,
     find_folder,
@@ -43,7 +43,7 @@ _THINGS_TREE = """\
     annotations/instances_{train,val}2017.json"""
 
 
-class COCOStuff(ImageFiles):
+class COCOStuff(AnnotatedFiles):
     """COCO with the pixel maps of COCO-Stuff. Images have no labels.
 
     All images that have a map are in the set. (The published evaluations of the 27 classes use a
@@ -100,7 +100,7 @@ class COCOStuff(ImageFiles):
         return self.fit_mask(self._class_of_value[values], index, str(path))
 
 
-class COCOThings(ImageFiles):
+class COCOThings(AnnotatedFiles):
     """COCO with the instances of things: masks of their classes, and their boxes.
 
     Pixels of no instance are 255, to be ignored. Where instances overlap, the smaller one (by

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkit.data.annotated.files import ImageFiles, read_class_map
+from sslkit.data.annotated.files import AnnotatedFiles, read_class_map
 from sslkit.data.decode import MAX_SIDE
 from sslkit.data.splits import Split
 
@@ -37,7 +37,7 @@ def is_images_and_masks(folder: str | os.PathLike[str]) -> bool:
     )
 
 
-class ImagesAndMasks(ImageFiles):
+class ImagesAndMasks(AnnotatedFiles):
     """A split of a folder of images and masks, as a labelled and segmented source with boxes.
 
     Labels, as those of every source, start at 0: class c of ``classes`` is label c - 1.

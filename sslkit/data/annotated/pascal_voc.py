@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sslkit.data.annotated.files import (
-    ImageFiles,
+    AnnotatedFiles,
     check_files,
     check_layout,
     describe_layout,
@@ -41,7 +41,7 @@ _TREE = """\
     Annotations/NAME.xml"""
 
 
-class VOCSegmentation(ImageFiles):
+class VOCSegmentation(AnnotatedFiles):
     """Pascal VOC with masks of 21 classes, the background included. Images have no labels.
 
     Args:
@@ -85,7 +85,7 @@ class _Object(NamedTuple):
     label: int
 
 
-class VOCBoxes(ImageFiles):
+class VOCBoxes(AnnotatedFiles):
     """Pascal VOC with the boxes of its 20 classes, for object discovery.
 
     An image's label is the class of its objects if they are all of one class, otherwise -1.
