@@ -32,7 +32,7 @@ JITTER = (
     pixels.shift_hue_,
 )
 """What the numbers in ``View.jitter_order`` stand for."""
-_DRAWS_PER_VIEW = 2 * _CROP_ATTEMPTS + 13
+_DRAWS_PER_VIEW = 13 + 2 * _CROP_ATTEMPTS  # as MultiCrop._draw_one unpacks them
 
 
 class View(NamedTuple):

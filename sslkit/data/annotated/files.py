@@ -12,8 +12,7 @@ from torch import Tensor
 from sslkit.data.decode import UnreadableImage, read_image
 from sslkit.data.image_files import ImageFiles
 
-SHOWN = 8
-"""How many names of what was found a message lists."""
+_SHOWN = 8  # names of what was found, in a message
 
 
 class AnnotatedFiles(ImageFiles):
@@ -106,8 +105,8 @@ def describe_layout(folder: Path, missing: Sequence[str], tree: str) -> str:
     if not folder.is_dir():
         return f"{folder} is a file; expected a folder of the layout\n{tree}"
     found = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
-    shown = ", ".join(found[:SHOWN]) or "nothing"
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    shown = ", ".join(found[:_SHOWN]) or "nothing"
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return (
         f"{folder} lacks {', '.join(missing)}; expected the layout\n{tree}\nfound in it: "
         f"{shown}{more}"
