@@ -1,6 +1,7 @@
 """``python -m sslkit.extract``: by hand, in any number of processes, killed and continued."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -202,6 +203,25 @@ def test_processes_of_the_command(tmp_path, given, monkeypatch):
     extract_to_file(given, tmp_path / "one.npy", parallel=ALONE)
     processes.extract_with_processes(given, tmp_path / "two.npy", processes=2, device="cpu")
     np.testing.assert_allclose(np.load(tmp_path / "two.npy"), np.load(tmp_path / "one.npy"), 1e-5)
+
+
+def test_processes_of_torchrun(tmp_path, given):
+    words = ["--weights", given.weights, "--data", given.data, "--part-size", "4"]
+    words += ["--batch-size", "3", "--device", "cpu", "--output", str(tmp_path / "two.npy")]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "sslkit.extract", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("two.npy: float32 [13, 32]") == 1
+    extract_to_file(given, tmp_path / "one.npy", parallel=ALONE)
+    for ending in ("npy", "csv"):
+        one, two = (tmp_path / f"{name}.{ending}" for name in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
 
 
 def test_a_process_hands_its_mistake_on(tmp_path, given, monkeypatch):
