@@ -10,12 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from sslkit.data.crops import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    MultiCrop,
-    View,
-)
+from sslkit.data.crops import MultiCrop, View
+from sslkit.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 PLAIN = View((0, 0, 1, 1), False, None, (0, 1, 2, 3), False, None, False)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sslkit import backbones
-from sslkit.data.crops import IMAGENET_MEAN, IMAGENET_STD
+from sslkit.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from sslkit.data.sources import UnreadableImage
 from sslkit.evaluation.encoders import as_encoder
 from sslkit.evaluation.features import Features, Unsuitable, encode, extract, frozen

@@ -111,17 +111,12 @@ def members_of(path):
 def test_shards_hold_the_folder(tmp_path, shards):
     images = TarShards(shards / "train-*.tar")
     folder = ImageFolder(tmp_path / "images")
-    assert [Path(shard).name for shard in images.shards] == [
-        f"train-00000{i}.tar" for i in range(5)
-    ]
+    assert [Path(shard).name for shard in images.shards] == NAMES
     assert contents(images) == contents(folder)
     assert images.class_names == folder.class_names == CLASSES
     assert images.num_classes == 3
     assert images.name(8) == f"{shards}/train-000001.tar:000000008.png"
-    assert sorted(path.name for path in shards.iterdir()) == [
-        "shards.json",
-        *(f"train-00000{i}.tar" for i in range(5)),
-    ]
+    assert sorted(path.name for path in shards.iterdir()) == ["shards.json", *NAMES]
     first_labels = [images[i][1] for i in range(15)]
     assert first_labels != sorted(first_labels)  # shuffled
     with pytest.raises(IndexError, match="index 30 is out of range for 30 images"):

@@ -1,11 +1,12 @@
 """Images for training and evaluation: sources, multi-crop views, a resumable loader."""
 
-from sslkit.data.crops import IMAGENET_MEAN, IMAGENET_STD, Crops, MultiCrop
+from sslkit.data.crops import Crops, MultiCrop
 from sslkit.data.decode import UnreadableImage, decode_image, read_image
 from sslkit.data.hugging_face import HuggingFaceImages, HuggingFaceStream, open_stream
 from sslkit.data.image_array import ImageArray
 from sslkit.data.image_folder import ImageFolder
 from sslkit.data.loader import MultiCropDataset, make_loader
+from sslkit.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from sslkit.data.protocols import Source, StreamSource
 from sslkit.data.sample_stream import SampleStream
 from sslkit.data.samples import Batch, collate

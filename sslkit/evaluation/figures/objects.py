@@ -94,7 +94,7 @@ def correspondences(
         correct: bool [n].
         titles: of the pairs; the number of correct points is added.
         pairs_per_row: pairs beside one another.
-        mean, std: of the normalisation; see `sslkit.data.crops.normalisation`.
+        mean, std: of the normalisation; see `sslkit.data.normalisation.normalisation`.
     """
     columns = min(pairs_per_row, len(sources))
     rows = -(-len(sources) // columns)

@@ -138,7 +138,7 @@ def crops_and_masks(
         locals_: one normalised batch [I, C, l, l] a local view.
         masks: one bool batch [I, H, W] a global view, True = masked.
         max_locals: local views drawn.
-        mean, std: of the normalisation; see `sslkit.data.crops.normalisation`.
+        mean, std: of the normalisation; see `sslkit.data.normalisation.normalisation`.
     """
     if len(masks) != len(globals_):
         raise ValueError(f"there are {len(globals_)} global views but {len(masks)} masks")
