@@ -4,6 +4,7 @@ Groups images by the similarity of their features, and reports of each group whi
 Nothing is ever deleted; --write-list writes the names of the images to keep and to remove.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -14,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 import tyro
+from torch import Tensor
 from tqdm import tqdm
 
 from sslkit.data.sources import Source, UnreadableImage, open_source
@@ -112,14 +114,14 @@ def run(settings: Settings) -> None:
         ),
     ]
     pictures = {"similarity": figures.similarities(found.nearest, settings.threshold)}
-    if len(removed) and settings.num_pictures:
-        num_shown = min(settings.num_pictures, len(removed))
-        shown = removed[np.linspace(0, len(removed) - 1, num_shown, dtype=int)]
-        pictures["pairs"] = figures.pairs(
-            [source[names[kept[row]][0]][0] for row in shown],
-            [source[names[row][0]][0] for row in shown],
-            similarity[shown].tolist(),
-        )
+    num_shown = min(settings.num_pictures, len(removed))
+    pairs: list[tuple[Tensor, Tensor, float]] = []
+    for row in removed[np.linspace(0, len(removed) - 1, num_shown, dtype=int)].tolist():
+        with contextlib.suppress(UnreadableImage):  # since the features were extracted
+            one, other = source[names[kept[row]][0]][0], source[names[row][0]][0]
+            pairs.append((one, other, float(similarity[row])))
+    if pairs:
+        pictures["pairs"] = figures.pairs(pairs)
     table = [(name, str(value)) for name, value in results]
     page = write_report(
         settings.output,
