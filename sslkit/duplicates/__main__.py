@@ -28,6 +28,7 @@ from sslkit.duplicates.search import (
 )
 from sslkit.evaluation.report import format_table, write_report
 from sslkit.extract import Extraction, read_description, read_features, read_names
+from sslkit.extract.files import description_path
 from sslkit.extract.processes import extract_with_processes
 from sslkit.training.checkpoint import atomic_write
 
@@ -159,15 +160,14 @@ def run(settings: Settings) -> None:
 
 def _open(settings: Settings) -> tuple[np.ndarray, list[tuple[int, str]], Source]:
     """Features [N, D], (index, name) of each row, and the images."""
-    path = settings.features
-    if (path is None) == (settings.weights is None):
+    if (settings.features is None) == (settings.weights is None):
         raise ValueError("give either --features, or --weights and --data")
-    if path is None:
+    path = settings.features or settings.output / "features.npy"
+    if settings.weights is not None:
         if settings.data is None:
             raise ValueError("--weights needs --data")
-        path = settings.output / "features.npy"
         extraction = Extraction(
-            weights=str(settings.weights),
+            weights=settings.weights,
             data=settings.data,
             image_size=settings.image_size,
             resize_over_crop=1.0,
@@ -176,7 +176,7 @@ def _open(settings: Settings) -> tuple[np.ndarray, list[tuple[int, str]], Source
             extraction, path, processes=settings.processes, device=settings.device
         )
     features = read_features(path, size=settings.nesting)
-    described = path if path.suffix == ".parquet" else path.with_suffix(".json")
+    described = description_path(path)
     if described.exists():
         of = read_description(path)["settings"]
         source = open_source(

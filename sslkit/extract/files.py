@@ -96,6 +96,11 @@ def write_features(
     return description
 
 
+def description_path(path: Path) -> Path:
+    """The file that says what features are of: a Parquet file itself, the one beside an array."""
+    return path if path.suffix == ".parquet" else path.with_suffix(".json")
+
+
 def read_description(path: Path) -> dict[str, Any]:
     """What `write_features` returned.
 
@@ -109,7 +114,7 @@ def read_description(path: Path) -> dict[str, Any]:
         if _METADATA_KEY not in metadata:
             raise ValueError(f"{path} was not written by python -m sslkit.extract")
         return json.loads(metadata[_METADATA_KEY])
-    return json.loads(path.with_suffix(".json").read_text())
+    return json.loads(description_path(path).read_text())
 
 
 def read_features(path: Path, *, size: int | None = None) -> np.ndarray:
@@ -153,8 +158,7 @@ def read_names(path: Path) -> list[tuple[int, str]]:
 def output_is_complete(output: Path, settings: Mapping[str, Any]) -> bool:
     """Whether the features are there already; a ValueError if they are of something else."""
     require_format(output)
-    described = output if output.suffix == ".parquet" else output.with_suffix(".json")
-    if not described.exists():
+    if not description_path(output).exists():
         if output.exists():
             raise ValueError(f"{output} is there, but nothing says what it is of: remove it")
         return False
@@ -212,7 +216,7 @@ def _write_arrays(
             for index, label in zip(part.indices.tolist(), part.labels.tolist(), strict=True):
                 table.writerow([next(rows), index, label, name(index)])
         text.detach()
-    with atomic_write(output.with_suffix(".json")) as file:
+    with atomic_write(description_path(output)) as file:
         file.write(json.dumps(description, indent=2).encode())
 
 
