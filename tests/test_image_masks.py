@@ -100,6 +100,11 @@ def test_bad_contents_are_named(tmp_path):
     (tmp_path / "annotations.json").write_text('{"classes": ["background"], "images": {}}')
     with pytest.raises(ValueError, match=r"names 1 class"):
         ImagesAndMasks(tmp_path)
+    classes = '"classes": ["background", "cat"]'
+    for images in ('["a"]', '{"a": 1}', '{"a": {"label": null}}'):
+        (tmp_path / "annotations.json").write_text(f'{{{classes}, "images": {images}}}')
+        with pytest.raises(ValueError, match=r"annotations.json is not \{"):
+            ImagesAndMasks(tmp_path)
     (tmp_path / "annotations.json").write_text("[]")
     with pytest.raises(ValueError, match=r"annotations.json is not \{"):
         ImagesAndMasks(tmp_path)

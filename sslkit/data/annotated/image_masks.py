@@ -14,7 +14,6 @@ class 0 is the background, which no image is labelled with.
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,13 +75,13 @@ class ImagesAndMasks(AnnotatedFiles):
         if not names or (absent := [name for name in names if name not in endings]):
             what = f"names {absent[0]}, which images/ does not have" if names else "is empty"
             raise FileNotFoundError(f"{found} {what}")
-        self.mask_class_names, entries = _read_annotations(annotations)
-        self._entries = [entries.get(name, {}) for name in names]
+        self.mask_class_names, labels, boxes = _read_annotations(annotations)
+        self._boxes = [boxes.get(name, []) for name in names]
         self._masks = root / "masks"
         super().__init__(
             root / "images",
             [f"{name}{endings[name]}" for name in names],
-            labels=[entry.get("label", 0) - 1 for entry in self._entries],
+            labels=[labels.get(name, -1) for name in names],
             class_names=self.mask_class_names[1:],
             max_side=max_side,
         )
@@ -94,25 +93,27 @@ class ImagesAndMasks(AnnotatedFiles):
 
     def boxes(self, index: int) -> Tensor:
         """Boxes (x0, y0, x1, y1) in pixels, half open, float32 [n, 4]."""
-        return self.fit_boxes([box[1:] for box in self._boxes(index)], index)
+        return self.fit_boxes([box[1:] for box in self._boxes[index]], index)
 
     def box_classes(self, index: int) -> Tensor:
         """The class of each box, as in masks, int64 [n]."""
-        return torch.tensor([box[0] for box in self._boxes(index)], dtype=torch.int64)
-
-    def _boxes(self, index: int) -> list[list[int]]:
-        return self._entries[index].get("boxes", [])
+        return torch.tensor([box[0] for box in self._boxes[index]], dtype=torch.int64)
 
 
-def _read_annotations(path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
+def _read_annotations(
+    path: Path,
+) -> tuple[tuple[str, ...], dict[str, int], dict[str, list[list[float]]]]:
+    """The classes, and by the images' names their labels and their boxes (c, x0, y0, x1, y1)."""
     try:
         annotations = json.loads(path.read_text())
         classes, images = tuple(map(str, annotations["classes"])), dict(annotations["images"])
-    except (ValueError, KeyError, TypeError) as error:
+        labels = {name: int(each.get("label", 0)) - 1 for name, each in images.items()}
+        boxes = {name: each.get("boxes", []) for name, each in images.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f'{path} is not {{"classes": [...], "images": {{NAME: {{"label": c, "boxes": [...]}}'
             f"}}}}: {type(error).__name__}: {error}"
         ) from error
     if len(classes) < 2:
         raise ValueError(f"{path} names {len(classes)} class(es): the background and at least one")
-    return classes, images
+    return classes, labels, boxes
