@@ -68,7 +68,7 @@ class Pixels(nn.Module):
     """An encoder whose class token is the image: as encoders get it, or in 0..1.
 
     Args:
-        standardised: leave images as they are; False: undo `sslkit.data.normalisation.normalisation`.
+        standardised: leave images as they are; False: undo `sslkit.data.normalisation`.
 
     >>> Pixels()(torch.rand(2, 3, 4, 4)).cls.shape
     torch.Size([2, 48])
