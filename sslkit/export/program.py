@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from sslkit.backbones import ViTEncoder
 from sslkit.backbones.blocks import PackedAttention, PackedBlock, PackedEvaBlock
-from sslkit.backbones.rope import with_prefix
+from sslkit.backbones.rope import patch_rotations, with_prefix
 from sslkit.export.resampling import resampling_matrices
 from sslkit.training.checkpoint import atomic_write
 
@@ -60,7 +59,7 @@ class ExportableEncoder(nn.Module):
         P = self.encoder.num_prefix_tokens
         rope = getattr(vit, "rope", None)
         if rope is not None:
-            rope = with_prefix(_rotations(rope, H, W), P)  # [N, 2 * d]
+            rope = with_prefix(patch_rotations(rope, H, W), P)  # [N, 2 * d]
         for block in vit.blocks:
             x = _run(block, x, rope)
         x = vit.norm(x)
@@ -105,32 +104,6 @@ def _attend(attn: PackedAttention, x: Tensor, rope: Tensor | None) -> Tensor:
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, N, d]
     attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     return attn.proj(attn.norm(attended))
-
-
-def _rotations(rope: Any, H: int, W: int) -> Tensor:
-    """Sines and cosines ``[H * W, 2 * d]``: ``rope.get_embed((H, W))`` for symbols H and W.
-
-    timm makes Python floats of the sides of DINOv3's grid, which a symbol cannot become.
-    """
-    if not isinstance(rope, RotaryEmbeddingDinoV3):
-        return rope.get_embed((H, W))
-    periods: Any = rope.periods
-    device = periods.device
-    sizes = torch.stack([torch.full((), n, dtype=torch.float32, device=device) for n in (H, W)])
-    if rope.normalize_coords != "separate":
-        sizes = (sizes.amax() if rope.normalize_coords == "max" else sizes.amin()).expand(2)
-    centre = 0.5 + rope.grid_offset
-    axes = [
-        2 * (torch.arange(n, dtype=torch.float32, device=device) + centre) / size - 1
-        for n, size in zip((H, W), sizes.unbind(), strict=True)
-    ]
-    rows, columns = torch.meshgrid(*axes, indexing="ij")
-    order = (rows, columns) if rope.grid_indexing == "ij" else (columns, rows)
-    coordinates = torch.stack(order, dim=-1).flatten(0, 1)  # [H * W, 2]
-    angles = 2 * torch.pi * coordinates[:, :, None] / periods
-    angles = angles.flatten(1)  # [H * W, d / 2]
-    angles = angles.repeat(1, 2) if rope.rotate_half else angles.repeat_interleave(2, dim=1)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
