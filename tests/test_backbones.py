@@ -16,7 +16,9 @@ from torch import nn
 
 from sslkit.backbones import ViTEncoder, checkpoint, create, load, read_metadata, save
 from sslkit.backbones.blocks import CropDropPath, drop_path
+from sslkit.backbones.embedding import embed
 from sslkit.backbones.franca import VIT_SIZES, build_franca_vit
+from sslkit.backbones.positions import resample_positions
 from tests.oracles.attention import bicubic_antialias
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0, "dynamic_img_size": True}
@@ -317,7 +319,7 @@ def test_in_training_each_crop_keeps_or_loses_each_branch():
     tokens = encoder.forward_many(images)
     seen = set()
     for batch, out in zip(images, tokens, strict=True):
-        x = encoder._embed(batch, None, (2, batch.shape[3] // 4))
+        x = embed(encoder.vit, batch, (2, batch.shape[3] // 4), resample_positions)
         B, N, _ = x.shape
         attended = block.attn(block.norm1(x).flatten(0, 1), (N,) * B).view_as(x)
         distance = {}

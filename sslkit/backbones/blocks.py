@@ -211,11 +211,12 @@ class PackedEvaBlock(nn.Module):
                 rope = with_prefix(rope, N - len(rope)).repeat(B, 1)
             return self.forward(x.flatten(0, 1), (N,) * B, rope).unflatten(0, (B, N))
         attended = self.attn(self.norm1(x), lengths, rope)
-        x = x + self.drop_path1(_scale(attended, self.gamma_1), lengths)
-        return x + self.drop_path2(_scale(self.mlp(self.norm2(x)), self.gamma_2), lengths)
+        x = x + self.drop_path1(layer_scale(attended, self.gamma_1), lengths)
+        return x + self.drop_path2(layer_scale(self.mlp(self.norm2(x)), self.gamma_2), lengths)
 
 
-def _scale(x: Tensor, gamma: Tensor | None) -> Tensor:
+def layer_scale(x: Tensor, gamma: Tensor | None) -> Tensor:
+    """LayerScale (arXiv 2103.17239), ``[..., D]`` times gamma [D], where there is one."""
     return x if gamma is None else gamma * x
 
 
