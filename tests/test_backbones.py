@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import pickle
-import sys
 from itertools import product
 
 import pytest
@@ -655,12 +654,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         save(micro(), path, {"step": "2"})
     assert os.listdir(tmp_path) == [path.name]
     assert read_metadata(path) == {"step": "1"}
-
-
-def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ImportError, match=r"pip install 'sslkit\[recipe\]'"):
-        save(micro(), tmp_path / "e.safetensors")
 
 
 def test_an_encoder_can_be_copied_and_moved_to_another_type():

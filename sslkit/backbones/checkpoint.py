@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from torch import Tensor, nn
 
 from sslkit.backbones.encoder import ViTEncoder
-from sslkit.backbones.files import import_safetensors, read_header
+from sslkit.backbones.files import read_header
 from sslkit.backbones.heads import describe_head
 
 HEADER_KEY = "sslkit.encoder"
@@ -69,7 +70,7 @@ def save(
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # by the umask; safetensors makes files for the owner alone
-        import_safetensors().torch.save_file(tensors, temporary, metadata=header)
+        safetensors.torch.save_file(tensors, temporary, metadata=header)
         temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())

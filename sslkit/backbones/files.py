@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor
 
@@ -52,17 +53,6 @@ class WeightsFile:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def import_safetensors() -> Any:
-    """The package, or an ImportError that names the extra."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "reading and writing encoders needs safetensors: pip install 'sslkit[recipe]'"
-        ) from error
-    return safetensors
-
-
 def open_weights(path_or_name: str | os.PathLike[str]) -> WeightsFile:
     """Read a file, a folder or a name of a hub.
 
@@ -94,7 +84,6 @@ def read_header(path: Path) -> dict[str, str]:
     """The text in the header of a safetensors file; its tensors are not read."""
     if not path.is_file():
         raise FileNotFoundError(f"no encoder file at {path}")
-    safetensors = import_safetensors()
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -174,7 +163,6 @@ def _read(path: Path) -> tuple[Any, dict[str, str]]:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    safetensors = import_safetensors()
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -117,8 +118,6 @@ def save_for_timm(
         },
     }
     text = json.dumps(config, indent=2)
-    import safetensors.torch  # timm needs it
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "model.safetensors") as file:

@@ -12,6 +12,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -20,16 +21,6 @@ from sslkit.rasa.projector import RASAProjector
 _TORCH_MAGIC = (b"PK", b"\x80")  # a zip archive, and PyTorch's format before 1.6
 _LAYER = re.compile(r"(?:.*\.)?(?:pre_pos_layers\.(\d+)|pos_pred)\.weight")
 _CONTAINERS = ("teacher", "state_dict")
-
-
-def _import_safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "reading and writing RASA files needs safetensors: pip install 'sslkit[evaluation]'"
-        ) from error
-    return safetensors
 
 
 def save_rasa(
@@ -50,7 +41,7 @@ def save_rasa(
     tensors = {name: tensor.contiguous() for name, tensor in rasa.state_dict().items()}
     try:
         with temporary.open("wb") as file:
-            file.write(_import_safetensors().torch.save(tensors, dict(metadata or {})))
+            file.write(safetensors.torch.save(tensors, dict(metadata or {})))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -79,7 +70,6 @@ def load_rasa(path: str | os.PathLike[str]) -> RASAProjector:
     path = _existing(path)
     if _is_torch_file(path):
         return RASAProjector.from_planes(read_planes(path))
-    safetensors = _import_safetensors()
     try:
         tensors = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
