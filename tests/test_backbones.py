@@ -35,8 +35,7 @@ TIMM_NETWORKS = {
         {"qk_norm": True, "scale_attn_norm": True},
         True,
     ),
-    # with a class token, timm 1.0.20 loses it when there are no positions
-    "no positions": ("vit_base_patch16_siglip_224", {"pos_embed": "none"}, True),
+    "no positions": ("vit_tiny_patch16_224", {"pos_embed": "none"}, True),
     "fused SwiGLU": ("vit_giant_patch14_dinov2", {}, True),
     "parallel blocks": ("vit_small_patch16_18x2_224", {}, False),
     "post-norm blocks": ("vit_tiny_patch16_224", {"block_fn": ResPostBlock}, False),

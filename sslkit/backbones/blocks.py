@@ -83,7 +83,7 @@ class PackedAttention(nn.Module):
     def __init__(self, attn: Any) -> None:
         super().__init__()
         self.num_heads = attn.num_heads
-        self.head_dim = attn.proj.in_features // attn.num_heads  # timm 1.0.20 does not say it
+        self.head_dim = attn.head_dim
         self.qkv = attn.qkv
         self.q_norm = attn.q_norm
         self.k_norm = attn.k_norm
@@ -234,7 +234,7 @@ def can_pack(block: nn.Module, token_wise_mlps: tuple[type[nn.Module], ...] = ()
     attn: Any = block.attn
     return (
         type(attn) in attentions[type(block)]
-        and getattr(attn, "gate", None) is None  # newer than timm 1.0.20
+        and attn.gate is None
         and getattr(attn, "num_kv_heads", attn.num_heads) == attn.num_heads
         and attn.attn_drop.p == 0.0
         and type(block.mlp) in (Mlp, GluMlp, SwiGLU, *token_wise_mlps)
