@@ -39,8 +39,8 @@ class WeightsFile:
         name: what was asked for, for messages.
         paths: the files that were read.
         tensors: by dotted name: the keys of nested dicts joined, the names that wrappers add
-            (``module.``, ``_orig_mod.``, FSDP's and checkpointing's) left out.
-        others: dotted names of what is no tensor (numbers, texts, ...).
+            (``module.``, ``_orig_mod.``, FSDP's and checkpointing's) left out. What is no tensor
+            (numbers, texts, ...) is not kept.
         header: the text in a safetensors file's header.
         config: what a ``config.json`` beside the weights says, of timm or of transformers; else {}.
     """
@@ -48,7 +48,6 @@ class WeightsFile:
     name: str
     paths: tuple[Path, ...]
     tensors: dict[str, Tensor]
-    others: tuple[str, ...] = ()
     header: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -127,21 +126,19 @@ def _open_shards(name: str, index: Path, config: Mapping[str, Any]) -> WeightsFi
 
 def _open_files(name: str, paths: list[Path], config: Mapping[str, Any]) -> WeightsFile:
     tensors: dict[str, Tensor] = {}
-    others: list[str] = []
     header: dict[str, str] = {}
     for path in paths:
         found, path_header = _read(path)
         header |= path_header
         for key, value in _flatten(found, ()):
             if not isinstance(value, Tensor):
-                others.append(key)
-            elif key in tensors:
+                continue
+            if key in tensors:
                 raise ValueError(f"{path} holds {key} twice, once under a wrapper's name")
-            else:
-                tensors[key] = value
+            tensors[key] = value
     if not tensors:
         raise ValueError(f"{name} holds no tensors")
-    return WeightsFile(name, tuple(paths), tensors, tuple(others), header, config)
+    return WeightsFile(name, tuple(paths), tensors, header, config)
 
 
 def _read(path: Path) -> tuple[Any, dict[str, str]]:
