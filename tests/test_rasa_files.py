@@ -150,8 +150,12 @@ class Malicious:
             {**released(), **{f"student.{name}": w for name, w in released().items()}},
             "several RASA heads",
         ),
-        ([torch.ones(2, D), torch.ones(2, D + 1)], r"planes \[2, D\] of one D"),
+        (
+            [torch.ones(2, D), torch.ones(2, D + 1)],
+            r"rasa\.pth is no RASA head: planes must be tensors \[2, D\] of one D",
+        ),
         ([torch.ones(1, D)], r"got \[\[1, 30\]\]"),
+        ([torch.full((2, D), torch.inf)], r"rasa\.pth is no RASA head: planes hold NaN or inf"),
         ([], r"got \[\]"),
         (torch.ones(2, D), "got Tensor"),
         ([1, 2], "got list"),

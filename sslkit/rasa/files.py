@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from sslkit.rasa.planes import check_planes
 from sslkit.rasa.projector import RASAProjector
 
 _TORCH_MAGIC = (b"PK", b"\x80")  # a zip archive, and PyTorch's format before 1.6
@@ -95,7 +96,8 @@ def read_planes(path: str | os.PathLike[str]) -> list[Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no such head, or more than tensors, which are not unpickled.
+        ValueError: it holds no such head, numbers that are not finite, or more than tensors,
+            which are not unpickled.
     """
     path = _existing(path)
     try:
@@ -117,9 +119,10 @@ def read_planes(path: str | os.PathLike[str]) -> list[Tensor]:
             f"{path} is no RASA head: expected a list of planes [2, D], or a state dict, got "
             f"{type(content).__name__}"
         )
-    shapes = [list(plane.shape) for plane in planes]
-    if not shapes or any(shape != [2, shapes[0][-1]] for shape in shapes):
-        raise ValueError(f"{path} is no RASA head: expected planes [2, D] of one D, got {shapes}")
+    try:
+        check_planes(planes)
+    except ValueError as error:
+        raise ValueError(f"{path} is no RASA head: {error}") from error
     return list(planes)
 
 
