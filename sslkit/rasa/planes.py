@@ -57,7 +57,7 @@ def removals_in_turn(planes: Sequence[Tensor]) -> Tensor:
 def check_planes(planes: Sequence[Tensor]) -> None:
     """Raise a ValueError unless there are planes, all of them finite and [2, D] with one D."""
     shapes = [list(plane.shape) for plane in planes]
-    if not shapes or any(shape != [2, shapes[0][-1]] for shape in shapes):
+    if not shapes or any(len(s) != 2 or s != [2, shapes[0][1]] for s in shapes):
         raise ValueError(f"planes must be tensors [2, D] of one D, got {shapes}")
     if not all(plane.isfinite().all() for plane in planes):
         raise ValueError("planes hold NaN or infinite values")
