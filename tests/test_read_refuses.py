@@ -315,3 +315,5 @@ def test_the_command_prints_the_report(tmp_path, capsys):
     assert "3 to 1, repeated in turn" in text
     assert command.main([str(tmp_path / "no.pth")]) == 1
     assert "error: no encoder file at" in capsys.readouterr().err
+    assert command.main([path, "--num-heads", "2", "--img-size", "56", "42", "28"]) == 1
+    assert "img_size must be one number or (height, width)" in capsys.readouterr().err
