@@ -296,7 +296,8 @@ def test_in_training_each_crop_keeps_or_loses_each_branch():
     tokens = encoder.forward_many(images)
     seen = set()
     for batch, out in zip(images, tokens, strict=True):
-        x = embed(encoder.vit, batch, (2, batch.shape[3] // 4), resample_positions)
+        grid = (2, batch.shape[3] // 4)
+        x = embed(encoder.vit, batch, grid, resample_positions, mask_token=encoder.mask_token)
         B, N, _ = x.shape
         attended = block.attn(block.norm1(x).flatten(0, 1), (N,) * B).view_as(x)
         distance = {}

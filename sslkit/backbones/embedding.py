@@ -21,8 +21,8 @@ def embed(
     grid: Grid,
     resample: Resample,
     *,
+    mask_token: Tensor,
     masks: Tensor | None = None,
-    mask_token: Tensor | None = None,
 ) -> Tensor:
     """Images to the input of the first block, ``[B, P + N, D]``, P prefix tokens.
 
@@ -31,8 +31,8 @@ def embed(
         images: ``[B, C, h, w]`` of ``grid`` patches.
         grid: ``(H, W)``, N = H * W; may be symbols of `torch.export`.
         resample: of its learned positions.
-        masks: bool ``[B, H, W]``, True where ``mask_token`` [D] replaces the patch.
-        mask_token: needed with ``masks``.
+        mask_token: [D].
+        masks: bool ``[B, H, W]``, True where the mask token replaces the patch; None for none.
     """
     x = vit.patch_embed.proj(images).flatten(2).transpose(1, 2)  # [B, D, H, W] -> [B, N, D]
     x = vit.patch_embed.norm(x)
@@ -40,7 +40,7 @@ def embed(
         x = torch.where(masks.flatten(1)[:, :, None], mask_token, x)
     prefix: list[Tensor] = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
     if vit.pos_embed is not None:
-        prefix_positions, positions = positions_of(vit, grid, resample)
+        prefix_positions, positions = positions_of(vit, vit.pos_embed, grid, resample)
         x = x + positions
         if prefix and not vit.no_embed_class:
             prefix = [torch.cat(prefix, dim=1) + prefix_positions]
@@ -49,10 +49,12 @@ def embed(
     return vit.norm_pre(vit.pos_drop(x))
 
 
-def positions_of(vit: Vit, grid: Grid, resample: Resample) -> tuple[Tensor, Tensor]:
+def positions_of(
+    vit: Vit, pos_embed: Tensor, grid: Grid, resample: Resample
+) -> tuple[Tensor, Tensor]:
     """Learned positions ``[1, P, D]`` (``[1, 0, D]`` with ``no_embed_class``) and ``[1, N, D]``."""
     num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-    prefix, patches = vit.pos_embed.tensor_split((num_prefix,), dim=1)
+    prefix, patches = pos_embed.tensor_split((num_prefix,), dim=1)
     stored = patches.unflatten(1, vit.patch_embed.grid_size)  # [1, H_0, W_0, D]
     return prefix, resample(stored, grid).flatten(1, 2)
 

@@ -275,7 +275,7 @@ class ViTEncoder(nn.Module):
         H, W = self._grid(h, w, "img_size")
         vit = self.vit
         if vit.pos_embed is not None:
-            prefix, patches = positions_of(vit, (H, W), self._resample)
+            prefix, patches = positions_of(vit, vit.pos_embed, (H, W), self._resample)
             resampled = torch.cat([prefix, patches], dim=1).detach().clone()
             vit.pos_embed = nn.Parameter(resampled, requires_grad=vit.pos_embed.requires_grad)
         vit.patch_embed.set_input_size(img_size=(h, w))
@@ -327,7 +327,7 @@ class ViTEncoder(nn.Module):
         lengths: Lengths = ()
         for i, (batch, mask) in enumerate(zip(images, masks, strict=True)):
             grid = self._check(batch, mask, "images" if len(images) == 1 else f"images[{i}]")
-            x = embed(self.vit, batch, grid, self._resample, masks=mask, mask_token=self.mask_token)
+            x = embed(self.vit, batch, grid, self._resample, mask_token=self.mask_token, masks=mask)
             B, length, _ = x.shape
             packed.append(x.flatten(0, 1))
             lengths += (length,) * B

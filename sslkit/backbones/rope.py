@@ -7,6 +7,7 @@ positions. Here the positions are rows and columns of the patch grid; prefix tok
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
@@ -55,14 +56,15 @@ def patch_rotations(rope: Rope, H: int, W: int) -> Tensor:
     """
     if not isinstance(rope, RotaryEmbeddingDinoV3):
         return rope.get_embed([H, W])
-    device = rope.periods.device
+    periods: Any = rope.periods
     sides = {
         "separate": (H, W),
         "max": (torch.sym_max(H, W),) * 2,
         "min": (torch.sym_min(H, W),) * 2,
     }[rope.normalize_coords]
-    axes = [
-        (torch.arange(n, dtype=torch.float32, device=device) + 0.5 + rope.grid_offset) / side
+    axes: list[Any] = [
+        (torch.arange(n, dtype=torch.float32, device=periods.device) + 0.5 + rope.grid_offset)
+        / side
         for n, side in zip((H, W), sides, strict=True)
     ]
     rows, columns = torch.meshgrid(*axes, indexing="ij")
@@ -70,7 +72,7 @@ def patch_rotations(rope: Rope, H: int, W: int) -> Tensor:
     centres = 2 * torch.stack(order, dim=-1).flatten(0, 1) - 1  # [H * W, 2], in (-1, 1)
     if rope.training:
         centres = _move(centres, rope)
-    angles = (2 * math.pi * centres[:, :, None] / rope.periods).flatten(1)  # [H * W, d / 2]
+    angles = (2 * math.pi * centres[:, :, None] / periods).flatten(1)  # [H * W, d / 2]
     # The pairs of features that turn together: (f, f + d / 2), or neighbours.
     angles = angles.tile(2) if rope.rotate_half else angles.repeat_interleave(2, dim=1)
     return torch.cat([angles.sin(), angles.cos()], dim=1)

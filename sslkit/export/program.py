@@ -48,7 +48,7 @@ class ExportableEncoder(nn.Module):
         vit: Any = encoder.vit
         (ph, pw), (_, _, h, w) = encoder.patch_size, images.shape
         H, W = h // ph, w // pw
-        x = embed(vit, images, (H, W), self._resample)
+        x = embed(vit, images, (H, W), self._resample, mask_token=encoder.mask_token)
         rope = getattr(vit, "rope", None)
         if rope is not None:  # [P + N, 2 * d]
             rope = with_prefix(patch_rotations(rope, H, W), encoder.num_prefix_tokens)
