@@ -12,7 +12,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -36,6 +35,8 @@ def save_rasa(
         path: conventionally ``*.safetensors``; its folder is made if missing.
         metadata: text for the header.
     """
+    import safetensors.torch
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -68,6 +69,8 @@ def load_rasa(path: str | os.PathLike[str]) -> RASAProjector:
     >>> load_rasa(path)(torch.ones(4))
     tensor([0., 1., 1., 1.])
     """
+    import safetensors.torch
+
     path = _existing(path)
     if _is_torch_file(path):
         return RASAProjector.from_planes(read_planes(path))
