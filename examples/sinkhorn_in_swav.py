@@ -1,9 +1,11 @@
-"""Sinkhorn-Knopp in a SwAV-style loop (Caron et al. 2020): swapped prediction of two views.
+"""Sinkhorn-Knopp in a SwAV-style loop (Caron et al., arXiv 2006.09882): swapped prediction.
+
+    python examples/sinkhorn_in_swav.py
 
 Everything but `SinkhornKnopp` is plain PyTorch, as in a code base that had its own. The data are
 made here: a vector is its class's content plus a style that changes from view to view and is much
 larger, so that clusters of raw vectors are clusters of styles. Agreeing on the prototype of two
-views means finding the content. Run: ``python examples/sinkhorn_in_swav.py`` (seconds on a CPU).
+views means finding the content.
 """
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from sslkit import SinkhornKnopp
 
-NUM_CLASSES, NUM_PROTOTYPES, DIM = 10, 30, 64
+BATCH, STEPS, NUM_CLASSES, NUM_PROTOTYPES, DIM = 256, 100, 10, 30, 64
 STUDENT_TEMPERATURE, TARGET_TEMPERATURE = 0.1, 0.05
 
 
@@ -38,10 +40,10 @@ def purity(clusters: Tensor, labels: Tensor) -> float:
     return counts.max(dim=1).values.sum().item() / len(labels)
 
 
-def main(steps: int = 100, batch_size: int = 256, seed: int = 0) -> float:
-    """Train, print the loss and the purity of the clusters, and return the last purity."""
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
+def main() -> float:
+    """Train; purity of the clusters after the last step."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     data = SyntheticViews(generator)
     encoder = nn.Sequential(nn.Linear(DIM, 128), nn.ReLU(), nn.Linear(128, 32))
     prototypes = nn.Linear(32, NUM_PROTOTYPES, bias=False)
@@ -54,8 +56,8 @@ def main(steps: int = 100, batch_size: int = 256, seed: int = 0) -> float:
 
     test_labels = torch.arange(1000) % NUM_CLASSES
     test_views = data.views(test_labels)
-    for step in range(steps + 1):
-        labels = torch.randint(NUM_CLASSES, (batch_size,), generator=generator)
+    for step in range(STEPS + 1):
+        labels = torch.randint(NUM_CLASSES, (BATCH,), generator=generator)
         first, second = scores(data.views(labels)), scores(data.views(labels))
 
         loss = torch.zeros(())

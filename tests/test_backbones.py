@@ -1,25 +1,23 @@
-"""ViTEncoder against plain timm, its masks, packing and settings; create, save and load."""
+"""ViTEncoder against plain timm: its tokens, masks, positions, packing and drop path."""
 
 import copy
-import json
-import os
-import pickle
-import sys
 from itertools import product
 
 import pytest
 import timm
 import torch
-from timm.layers import DropPath
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
-from sslkit.backbones import ViTEncoder, checkpoint, create, load, read_metadata, save
-from sslkit.backbones.blocks import CropDropPath, drop_path
-from sslkit.backbones.franca import VIT_SIZES, build_franca_vit
-from tests.oracles.positions import bicubic_antialias
+from sslkit.backbones import ViTEncoder, create
+from sslkit.backbones.blocks import drop_path
+from sslkit.backbones.embedding import embed
+from sslkit.backbones.positions import resample_positions
+from tests.networks import flat, micro, randomize
+from tests.oracles.vit import resample
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0, "dynamic_img_size": True}
+
 
 # name: timm's network, changed arguments, whether its blocks can be packed
 TIMM_NETWORKS = {
@@ -34,8 +32,7 @@ TIMM_NETWORKS = {
         {"qk_norm": True, "scale_attn_norm": True},
         True,
     ),
-    # with a class token, timm 1.0.20 loses it when there are no positions
-    "no positions": ("vit_base_patch16_siglip_224", {"pos_embed": "none"}, True),
+    "no positions": ("vit_tiny_patch16_224", {"pos_embed": "none"}, True),
     "fused SwiGLU": ("vit_giant_patch14_dinov2", {}, True),
     "parallel blocks": ("vit_small_patch16_18x2_224", {}, False),
     "post-norm blocks": ("vit_tiny_patch16_224", {"block_fn": ResPostBlock}, False),
@@ -48,29 +45,11 @@ def _seed():
     torch.manual_seed(0)
 
 
-def randomize(module, seed=0):
-    """No parameter stays at zero or one, where it would do nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return module
-
-
 def timm_pair(case):
     """A plain timm network and an encoder around a copy of it, in evaluation mode."""
     name, changes, packed = TIMM_NETWORKS[case]
     vit = randomize(timm.create_model(name, **{**SMALL, **changes})).eval()
     return vit, ViTEncoder(copy.deepcopy(vit)).eval(), packed
-
-
-def micro(**kwargs):
-    return randomize(create("sslkit_vit_micro", **kwargs))
-
-
-def flat(tokens):
-    """All tokens of a batch, [B, 1 + R + N, D]."""
-    return torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches.flatten(1, 2)], dim=1)
 
 
 def embedding_only(img_size, patch_size, **kwargs):
@@ -208,7 +187,7 @@ def test_positions_are_resampled_to_the_grid(size, no_embed_class):
     nn.init.normal_(vit.pos_embed)
     prefix = vit.pos_embed[0, :-24]
     stored = vit.pos_embed[0, -24:].view(4, 6, 4)
-    expected = stored.double() if size == (4, 6) else bicubic_antialias(stored, size)
+    expected = resample(stored.double(), size, "antialias")
 
     def check():
         tokens = encoder(torch.randn(1, 3, *size))
@@ -317,7 +296,8 @@ def test_in_training_each_crop_keeps_or_loses_each_branch():
     tokens = encoder.forward_many(images)
     seen = set()
     for batch, out in zip(images, tokens, strict=True):
-        x = encoder._embed(batch, None, (2, batch.shape[3] // 4))
+        grid = (2, batch.shape[3] // 4)
+        x = embed(encoder.vit, batch, grid, resample_positions, mask_token=encoder.mask_token)
         B, N, _ = x.shape
         attended = block.attn(block.norm1(x).flatten(0, 1), (N,) * B).view_as(x)
         distance = {}
@@ -329,17 +309,6 @@ def test_in_training_each_crop_keeps_or_loses_each_branch():
         assert nearest.values.max() < 1e-4
         seen |= set(nearest.indices.tolist())
     assert seen == {0, 1, 2, 3}
-
-
-@pytest.mark.parametrize(
-    ("name", "rates"),
-    [("sslkit_vit_micro", [0.3, 0.3, 0.3]), ("vit_tiny_patch16_224", [0.0, 0.15, 0.3])],
-)
-def test_drop_path_is_uniform_for_our_networks_and_a_ramp_for_timms(name, rates):
-    encoder = create(name, drop_path_rate=0.3, depth=3, embed_dim=12, num_heads=1)
-    layers = [m for m in encoder.modules() if isinstance(m, CropDropPath)]
-    assert not any(isinstance(m, DropPath) for m in encoder.modules())
-    assert [m.drop_prob for m in layers] == pytest.approx([r for r in rates for _ in range(2)])
 
 
 @pytest.mark.parametrize("case", ["class token", "parallel blocks"])
@@ -414,251 +383,6 @@ def test_queries_and_keys_errors():
     _, encoder, _ = timm_pair("parallel blocks")
     with pytest.raises(TypeError, match="block -1 is a ParallelThingsBlock"):
         encoder.queries_keys_values(images)
-
-
-# 86.6 M is ViT-B with the positions of 518-pixel images, as DINOv2 and Franca count it.
-@pytest.mark.parametrize(("img_size", "millions"), [(224, 85.7), (518, 86.6)])
-def test_franca_vitb14(img_size, millions):
-    vit = build_franca_vit("franca_vitb14", img_size=img_size)
-    assert round(sum(p.numel() for p in vit.parameters()) / 1e6, 1) == millions
-    assert vit.pos_embed.shape == (1, 1 + (img_size // 14) ** 2, 768)
-    assert vit.num_reg_tokens == 0
-    block = vit.blocks[0]
-    assert block.mlp.w12.weight.shape == (4096, 768)
-    assert block.attn.qkv.bias.shape == (3 * 768,)
-
-
-@pytest.mark.parametrize(
-    ("name", "width", "depth", "heads", "hidden"),
-    [
-        ("franca_vits14", 384, 12, 6, 1024),
-        ("franca_vitb14", 768, 12, 12, 2048),
-        ("franca_vitl14", 1024, 24, 16, 2736),
-        ("franca_vitg14", 1536, 40, 24, 4096),
-    ],
-)
-def test_franca_sizes(name, width, depth, heads, hidden):
-    assert VIT_SIZES[name].depth == depth
-    vit = build_franca_vit(name, depth=1)
-    assert (vit.embed_dim, vit.blocks[0].attn.num_heads) == (width, heads)
-    assert vit.blocks[-1].mlp.w3.weight.shape == (width, hidden)
-    assert vit.patch_embed.patch_size == (14, 14)
-    assert vit.patch_embed.grid_size == (16, 16)
-
-
-def test_franca_initialisation():
-    encoder = create("franca_vits14", depth=1)
-    block = encoder.vit.blocks[0]
-    for linear in (block.attn.qkv, block.attn.proj, block.mlp.w12, block.mlp.w3):
-        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.02)
-        assert (linear.bias == 0).all()
-    assert encoder.vit.pos_embed.std().item() == pytest.approx(0.02, rel=0.02)
-    assert (block.ls1.gamma == 1e-5).all()
-    assert (block.ls2.gamma == 1e-5).all()
-    assert (encoder.mask_token == 0).all()
-    assert block.norm1.eps == 1e-6
-
-
-def test_fused_swiglu_is_the_gated_product():
-    mlp = micro().vit.blocks[0].mlp
-    x = torch.randn(5, 32)
-    (gate, value), (gate_bias, value_bias) = mlp.w12.weight.chunk(2), mlp.w12.bias.chunk(2)
-    gated = nn.functional.silu(x @ gate.T + gate_bias) * (x @ value.T + value_bias)
-    torch.testing.assert_close(mlp(x), gated @ mlp.w3.weight.T + mlp.w3.bias)
-
-
-def test_settings_rebuild_the_encoder():
-    encoder = create(
-        "vit_tiny_patch16_224",
-        img_size=[16, 24],
-        patch_size=(4, 8),
-        in_chans=2,
-        drop_path_rate=0.2,
-        activation_checkpointing=True,
-        depth=1,
-        embed_dim=24,
-        num_heads=2,
-        reg_tokens=3,
-    )
-    assert (encoder.embed_dim, encoder.depth, encoder.num_heads, encoder.in_chans) == (24, 1, 2, 2)
-    assert (encoder.patch_size, encoder.grid_size) == ((4, 8), (4, 3))
-    assert encoder.num_prefix_tokens == 4
-    again = create(**json.loads(json.dumps(encoder.settings)))
-    assert again.settings == encoder.settings
-    assert {n: p.shape for n, p in again.named_parameters()} == {
-        n: p.shape for n, p in encoder.named_parameters()
-    }
-    encoder.set_img_size_((32, 32))
-    assert encoder.settings["img_size"] == (32, 32)
-
-
-@pytest.mark.parametrize(
-    ("name", "kwargs", "error", "message"),
-    [
-        ("franca_vit14b", {}, ValueError, "close matches: .*franca_vitb14"),
-        ("vit_tiny_patch16", {}, ValueError, "close matches: .*vit_tiny_patch16_224"),
-        ("§", {}, ValueError, "sslkit has franca_vits14, .*timm.list_models"),
-        ("franca_vits14", {"pretrained": True}, ValueError, "no weights to download"),
-        ("sslkit_vit_micro", {"img_size": (8, 8, 8)}, ValueError, r"img_size must be one number"),
-        ("sslkit_vit_micro", {"scale_mlp_norm": True}, ValueError, "FusedSwiGLU has no inner"),
-        ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, ValueError, "patch_drop_rate > 0"),
-        ("resnet18", {}, TypeError, "timm cannot build 'resnet18' .*Vision Transformers"),
-        ("swin_tiny_patch4_window7_224", {}, TypeError, "[Vv]ision_?[Tt]ransformer"),
-        ("deit_tiny_distilled_patch16_224", {"depth": 1}, TypeError, "has its own _pos_embed"),
-        ("vit_tiny_r_s16_p8_224", {"depth": 1}, TypeError, "with a HybridEmbed"),
-    ],
-)
-def test_create_refuses(name, kwargs, error, message):
-    with pytest.raises(error, match=message):
-        create(name, **kwargs)
-
-
-def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch):
-    def offline(*_args, **_kwargs):
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(RuntimeError, match=r"service not known.*pretrained=False") as caught:
-        create("vit_tiny_patch16_224", pretrained=True)
-    assert isinstance(caught.value.__cause__, OSError)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["sslkit_vit_micro", "vit_little_patch16_reg4_gap_256"])
-def test_save_and_load_round_trip(name, dtype, tmp_path):
-    encoder = create(name, img_size=(32, 48), depth=1, in_chans=1, drop_path_rate=0.1)
-    randomize(encoder).to(dtype)
-    path = tmp_path / "new folder" / "encoder.safetensors"
-    save(encoder, path, {"step": "12"})
-    random_state = torch.get_rng_state()
-    loaded = load(path)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert loaded.settings == encoder.settings
-    assert read_metadata(path) == {"step": "12"}
-    torch.testing.assert_close(
-        dict(loaded.state_dict()), dict(encoder.state_dict()), rtol=0, atol=0
-    )
-    assert all(p.requires_grad for p in loaded.parameters())
-    assert os.listdir(path.parent) == [path.name]
-
-
-def test_load_resamples_positions_to_another_image_size(tmp_path):
-    encoder = micro().eval()
-    save(encoder, tmp_path / "e.safetensors")
-    loaded = load(tmp_path / "e.safetensors", img_size=(16, 40)).eval()
-    assert (loaded.img_size, loaded.grid_size) == ((16, 40), (4, 10))
-    assert loaded.vit.pos_embed.shape == (1, 1 + 4 * 10, 32)
-    images = torch.randn(1, 3, 16, 40)
-    torch.testing.assert_close(flat(loaded(images)), flat(encoder(images)))
-    save(loaded, tmp_path / "f.safetensors")
-    assert load(tmp_path / "f.safetensors").grid_size == (4, 10)
-    with pytest.raises(ValueError, match=r"img_size: .* got 30 x 30"):
-        load(tmp_path / "e.safetensors", img_size=30)
-
-
-def test_a_folded_final_norm_is_kept(tmp_path):
-    """The form that RASAProjector.fold_into_vit gives a network."""
-    encoder = micro().eval()
-    encoder.vit.norm = nn.Sequential(
-        nn.LayerNorm(32, eps=1e-3, elementwise_affine=False), nn.Linear(32, 32)
-    )
-    save(encoder, tmp_path / "e.safetensors")
-    images = torch.randn(2, 3, 12, 8)
-    loaded = load(tmp_path / "e.safetensors").eval()
-    torch.testing.assert_close(flat(loaded(images)), flat(encoder(images)), rtol=0, atol=0)
-
-
-def test_load_lists_every_tensor_that_does_not_fit(tmp_path):
-    encoder = micro()
-    encoder.vit.norm.register_parameter("extra", nn.Parameter(torch.zeros(1)))
-    encoder.mask_token = nn.Parameter(torch.zeros(7))
-    del encoder.vit.cls_token
-    save(encoder, tmp_path / "e.safetensors")
-    with pytest.raises(ValueError, match=r"do not fit its settings .* nothing is loaded") as caught:
-        load(tmp_path / "e.safetensors")
-    assert str(caught.value).splitlines()[1:] == [
-        "  missing: vit.cls_token",
-        "  unexpected: vit.norm.extra",
-        "  mismatched: mask_token is [7], the network has [32]",
-    ]
-
-
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
-def test_load_refuses_other_files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no encoder file at .*nothing.safetensors"):
-        load("nothing.safetensors")
-    (tmp_path / "pickle.safetensors").write_bytes(pickle.dumps(Bomb()))
-    torch.save({"weights": Bomb()}, "torch.safetensors")
-    for path in ("pickle.safetensors", "torch.safetensors"):
-        with pytest.raises(ValueError, match="holds more than tensors"):
-            load(path)
-    assert not (tmp_path / "exploded").exists()
-
-    from safetensors.torch import save_file
-
-    save_file({"x": torch.zeros(1)}, "foreign.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="holds no Vision Transformer"):
-        load("foreign.safetensors")
-    with pytest.raises(ValueError, match=r"not written by sslkit.*has \['format'\]"):
-        read_metadata("foreign.safetensors")
-    described = json.dumps({"version": 99})
-    save_file({"x": torch.zeros(1)}, "newer.safetensors", {checkpoint.HEADER_KEY: described})
-    with pytest.raises(ValueError, match=r"has version 99 .* reads versions 1 and 2"):
-        load("newer.safetensors")
-
-
-def with_unknown_norm():
-    encoder = micro()
-    encoder.vit.norm = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32))
-    return encoder
-
-
-def test_a_saved_file_is_as_readable_as_any_other(tmp_path):
-    (tmp_path / "other").touch()
-    save(create("sslkit_vit_micro"), tmp_path / "encoder.safetensors")
-    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
-    assert len(modes) == 1
-
-
-@pytest.mark.parametrize(
-    ("make", "metadata", "error", "message"),
-    [
-        (lambda: ViTEncoder(micro().vit), {}, ValueError, "no settings .* sslkit.backbones.create"),
-        (lambda: micro(act_layer=nn.ReLU), {}, TypeError, "setting act_layer=.*'silu'"),
-        (with_unknown_norm, {}, ValueError, "the final norm is a Sequential other than"),
-        (micro, {"step": 3}, TypeError, "map str to str, got 'step': 3"),
-        (micro, {checkpoint.HEADER_KEY: ""}, ValueError, "reserved"),
-    ],
-)
-def test_save_refuses(make, metadata, error, message, tmp_path):
-    with pytest.raises(error, match=message):
-        save(make(), tmp_path / "e.safetensors", metadata)
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "e.safetensors"
-    save(micro(), path, {"step": "1"})
-
-    def fail(*_args):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save(micro(), path, {"step": "2"})
-    assert os.listdir(tmp_path) == [path.name]
-    assert read_metadata(path) == {"step": "1"}
-
-
-def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ImportError, match=r"pip install 'sslkit\[recipe\]'"):
-        save(micro(), tmp_path / "e.safetensors")
 
 
 def test_an_encoder_can_be_copied_and_moved_to_another_type():

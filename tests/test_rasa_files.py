@@ -78,6 +78,8 @@ def test_rows_that_say_nothing_new_leave_zeros():
     [
         ([], r"planes must be tensors \[2, D\] of one D, got \[\]"),
         ([torch.ones(3, D)], r"got \[\[3, 30\]\]"),
+        ([torch.ones(2)], r"got \[\[2\]\]"),
+        ([torch.tensor(1.0)], r"got \[\[\]\]"),
         ([torch.ones(2, D), torch.ones(2, 9)], "of one D"),
         ([torch.full((2, D), torch.nan)], "NaN or infinite"),
         ([torch.rand(2, 4)] * 2, r"dim must exceed 2 \* num_iterations = 4"),
@@ -150,8 +152,12 @@ class Malicious:
             {**released(), **{f"student.{name}": w for name, w in released().items()}},
             "several RASA heads",
         ),
-        ([torch.ones(2, D), torch.ones(2, D + 1)], r"planes \[2, D\] of one D"),
+        (
+            [torch.ones(2, D), torch.ones(2, D + 1)],
+            r"rasa\.pth is no RASA head: planes must be tensors \[2, D\] of one D",
+        ),
         ([torch.ones(1, D)], r"got \[\[1, 30\]\]"),
+        ([torch.full((2, D), torch.inf)], r"rasa\.pth is no RASA head: planes hold NaN or inf"),
         ([], r"got \[\]"),
         (torch.ones(2, D), "got Tensor"),
         ([1, 2], "got list"),

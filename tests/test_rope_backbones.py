@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from sslkit.backbones import ViTEncoder, create, load, save
 from sslkit.backbones.blocks import CropDropPath
 from sslkit.backbones.rope import rotations
-from tests.oracles.rope import rotated
+from tests.networks import flat, randomize
+from tests.oracles.vit import angles, rotate
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 DINOV3 = [name for name in timm.list_models("vit_*") if "dinov3" in name or "lingbot" in name]
@@ -37,15 +38,6 @@ def _seed():
     torch.manual_seed(0)
 
 
-def randomize(module):
-    """No parameter stays at zero or one, where it would do nothing."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return module
-
-
 def timm_pair(name, **changes):
     """A plain timm network and an encoder around a copy of it, in evaluation mode."""
     settings = {**SMALL, "num_classes": 0, "dynamic_img_size": True, **changes}
@@ -55,11 +47,6 @@ def timm_pair(name, **changes):
 
 def dinov3(name=NAME, **changes):
     return randomize(create(name, **{**SMALL, **changes}))
-
-
-def flat(tokens):
-    """All tokens of a batch, [B, 1 + R + N, D]."""
-    return torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches.flatten(1, 2)], dim=1)
 
 
 def test_every_family_of_dinov3_is_tried():
@@ -191,17 +178,15 @@ def test_queries_and_keys_are_rotated_as_in_the_paper(name, grid):
         return x.unflatten(-1, (2, 16)).transpose(1, 2)
 
     torch.testing.assert_close(v, heads(seen["x"] @ weight_v.T + bias_v))
+    turns = angles(grid, 100.0 ** (torch.arange(4, dtype=torch.float64) / 4))
     for actual, plain in (
         (q, heads(seen["x"] @ weight_q.T + bias_q)),
         (k, heads(seen["x"] @ weight_k.T)),
     ):
-        for image in range(2):
-            for head in range(2):
-                expected = rotated(plain[image, head].detach(), grid, num_prefix=5)
-                # largest error measured over 20 draws of the images: 8.5e-7
-                torch.testing.assert_close(
-                    actual[image, head].detach().double(), expected, rtol=0, atol=5e-6
-                )
+        prefix, patches = plain.detach().double().split((5, grid[0] * grid[1]), dim=2)
+        expected = torch.cat([prefix, rotate(patches, turns)], dim=2)
+        # largest error measured over 20 draws of the images: 8.5e-7
+        torch.testing.assert_close(actual.detach().double(), expected, rtol=0, atol=5e-6)
     mixed = (q @ k.mT * 16**-0.5).softmax(-1) @ v
     torch.testing.assert_close(mixed.transpose(1, 2).flatten(2), seen["mixed"])
 

@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     size = options.pop("img_size")
     try:
-        loaded = read(options.pop("weights"), img_size=size and (size[0], size[-1]), **options)
+        img_size = size[0] if size and len(size) == 1 else size
+        loaded = read(options.pop("weights"), img_size=img_size, **options)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

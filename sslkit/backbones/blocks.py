@@ -83,7 +83,7 @@ class PackedAttention(nn.Module):
     def __init__(self, attn: Any) -> None:
         super().__init__()
         self.num_heads = attn.num_heads
-        self.head_dim = attn.proj.in_features // attn.num_heads  # timm 1.0.20 does not say it
+        self.head_dim = attn.head_dim
         self.qkv = attn.qkv
         self.q_norm = attn.q_norm
         self.k_norm = attn.k_norm
@@ -211,11 +211,12 @@ class PackedEvaBlock(nn.Module):
                 rope = with_prefix(rope, N - len(rope)).repeat(B, 1)
             return self.forward(x.flatten(0, 1), (N,) * B, rope).unflatten(0, (B, N))
         attended = self.attn(self.norm1(x), lengths, rope)
-        x = x + self.drop_path1(_scale(attended, self.gamma_1), lengths)
-        return x + self.drop_path2(_scale(self.mlp(self.norm2(x)), self.gamma_2), lengths)
+        x = x + self.drop_path1(layer_scale(attended, self.gamma_1), lengths)
+        return x + self.drop_path2(layer_scale(self.mlp(self.norm2(x)), self.gamma_2), lengths)
 
 
-def _scale(x: Tensor, gamma: Tensor | None) -> Tensor:
+def layer_scale(x: Tensor, gamma: Tensor | None) -> Tensor:
+    """LayerScale (arXiv 2103.17239), ``[..., D]`` times gamma [D], where there is one."""
     return x if gamma is None else gamma * x
 
 
@@ -233,7 +234,7 @@ def can_pack(block: nn.Module, token_wise_mlps: tuple[type[nn.Module], ...] = ()
     attn: Any = block.attn
     return (
         type(attn) in attentions[type(block)]
-        and getattr(attn, "gate", None) is None  # newer than timm 1.0.20
+        and attn.gate is None
         and getattr(attn, "num_kv_heads", attn.num_heads) == attn.num_heads
         and attn.attn_drop.p == 0.0
         and type(block.mlp) in (Mlp, GluMlp, SwiGLU, *token_wise_mlps)

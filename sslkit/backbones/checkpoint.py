@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from torch import Tensor, nn
 
 from sslkit.backbones.encoder import ViTEncoder
-from sslkit.backbones.files import import_safetensors, read_header
+from sslkit.backbones.files import read_header
 from sslkit.backbones.heads import describe_head
 from sslkit.files import atomic_path
 
@@ -68,7 +69,7 @@ def save(
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         mode = temporary.stat().st_mode  # by the umask; safetensors makes files for the owner alone
-        import_safetensors().torch.save_file(tensors, temporary, metadata=header)
+        safetensors.torch.save_file(tensors, temporary, metadata=header)
         temporary.chmod(mode)
 
 
@@ -79,13 +80,18 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     return {key: value for key, value in header.items() if key != HEADER_KEY}
 
 
-def _describe(encoder: ViTEncoder, heads: Mapping[str, nn.Module]) -> str:
-    settings = encoder.settings
-    if settings is None:
+def require_settings(encoder: ViTEncoder) -> dict[str, Any]:
+    """The encoder's ``settings``. Raises a ValueError if it has none."""
+    if encoder.settings is None:
         raise ValueError(
             "the encoder has no settings to rebuild it from: build it with "
             "sslkit.backbones.create(...), not with ViTEncoder(vit)"
         )
+    return encoder.settings
+
+
+def require_json(settings: Mapping[str, Any]) -> None:
+    """Raise a TypeError that names the setting which JSON cannot hold."""
     for key, value in settings.items():
         try:
             json.dumps(value)
@@ -94,6 +100,11 @@ def _describe(encoder: ViTEncoder, heads: Mapping[str, nn.Module]) -> str:
                 f"the setting {key}={value!r} cannot be written as JSON ({error}); give create() a "
                 "name that timm knows, such as act_layer='silu', in place of an object"
             ) from error
+
+
+def _describe(encoder: ViTEncoder, heads: Mapping[str, nn.Module]) -> str:
+    settings = require_settings(encoder)
+    require_json(settings)
     folded_norm = _describe_folded_norm(encoder.vit.norm)
     described = {name: describe_head(name, head) for name, head in heads.items()}
     return json.dumps(

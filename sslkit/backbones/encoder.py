@@ -17,6 +17,7 @@ from sslkit.backbones.blocks import (
     pack,
     run_block,
 )
+from sslkit.backbones.embedding import embed, positions_of, split
 from sslkit.backbones.positions import (
     PosInterpolation,
     check_pos_interpolation,
@@ -274,7 +275,7 @@ class ViTEncoder(nn.Module):
         H, W = self._grid(h, w, "img_size")
         vit = self.vit
         if vit.pos_embed is not None:
-            prefix, patches = self._positions(vit.pos_embed, H, W)
+            prefix, patches = positions_of(vit, vit.pos_embed, (H, W), self._resample)
             resampled = torch.cat([prefix, patches], dim=1).detach().clone()
             vit.pos_embed = nn.Parameter(resampled, requires_grad=vit.pos_embed.requires_grad)
         vit.patch_embed.set_input_size(img_size=(h, w))
@@ -289,13 +290,8 @@ class ViTEncoder(nn.Module):
             )
         return h // ph, w // pw
 
-    def _positions(self, positions: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
-        """``vit.pos_embed`` as that of the prefix tokens (perhaps none) and of an H x W grid."""
-        vit = self.vit
-        num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        prefix, patches = positions.tensor_split((num_prefix,), dim=1)
-        grid = patches.unflatten(1, self.grid_size)  # [1, N, D] -> [1, H0, W0, D]
-        return prefix, resample_positions(grid, (H, W), self.pos_interpolation).flatten(1, 2)
+    def _resample(self, positions: Tensor, grid: tuple[int, int]) -> Tensor:
+        return resample_positions(positions, grid, self.pos_interpolation)
 
     def _check(self, images: Tensor, masks: Tensor | None, name: str) -> tuple[int, int]:
         if images.ndim != 4 or images.shape[1] != self.in_chans:
@@ -315,25 +311,6 @@ class ViTEncoder(nn.Module):
                 )
         return H, W
 
-    def _embed(self, images: Tensor, masks: Tensor | None, grid: tuple[int, int]) -> Tensor:
-        """Images to the input of the first block, ``[B, P + N, D]``, P prefix tokens."""
-        vit = self.vit
-        x = vit.patch_embed.proj(images).flatten(2).transpose(1, 2)  # [B, D, H, W] -> [B, N, D]
-        x = vit.patch_embed.norm(x)
-        if masks is not None:
-            x = torch.where(masks.flatten(1)[:, :, None], self.mask_token, x)
-        prefix: list[Tensor] = [
-            token for token in (vit.cls_token, vit.reg_token) if token is not None
-        ]
-        if vit.pos_embed is not None:
-            prefix_positions, positions = self._positions(vit.pos_embed, *grid)
-            x = x + positions
-            if prefix and not vit.no_embed_class:
-                prefix = [torch.cat(prefix, dim=1) + prefix_positions]
-        if prefix:
-            x = torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), x], dim=1)
-        return vit.norm_pre(vit.pos_drop(x))
-
     def _pack(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None
     ) -> tuple[Tensor, Lengths, list[tuple[int, int, int]]]:
@@ -350,7 +327,7 @@ class ViTEncoder(nn.Module):
         lengths: Lengths = ()
         for i, (batch, mask) in enumerate(zip(images, masks, strict=True)):
             grid = self._check(batch, mask, "images" if len(images) == 1 else f"images[{i}]")
-            x = self._embed(batch, mask, grid)
+            x = embed(self.vit, batch, grid, self._resample, mask_token=self.mask_token, masks=mask)
             B, length, _ = x.shape
             packed.append(x.flatten(0, 1))
             lengths += (length,) * B
@@ -387,18 +364,8 @@ class ViTEncoder(nn.Module):
         """Final norm, then the packed ``[T, D]`` tokens as one :class:`Tokens` for each batch."""
         x = self.vit.norm(x)
         P = self.num_prefix_tokens
-        num_cls = int(self.vit.cls_token is not None)
-        tokens = []
-        for part, (B, H, W) in zip(
-            x.split([B * (P + H * W) for B, H, W in grids]), grids, strict=True
-        ):
-            part = part.unflatten(0, (B, P + H * W))  # [B, P + N, D]
-            cls, registers, patches = part.tensor_split((num_cls, P), dim=1)
-            tokens.append(
-                Tokens(
-                    cls[:, 0] if num_cls else patches.mean(dim=1),
-                    registers,
-                    patches.unflatten(1, (H, W)),
-                )
-            )
-        return tokens
+        parts = x.split([B * (P + H * W) for B, H, W in grids])
+        return [
+            split(self.vit, part.unflatten(0, (B, P + H * W)), (H, W))
+            for part, (B, H, W) in zip(parts, grids, strict=True)
+        ]

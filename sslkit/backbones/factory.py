@@ -63,8 +63,8 @@ def create(
     torch.Size([1, 4, 6, 32])
     """
     shape: dict[str, Any] = {
-        "img_size": _pair("img_size", img_size),
-        "patch_size": _pair("patch_size", patch_size),
+        "img_size": as_pair("img_size", img_size),
+        "patch_size": as_pair("patch_size", patch_size),
     }
     common: dict[str, Any] = {"in_chans": in_chans, "drop_path_rate": drop_path_rate, **timm_kwargs}
     if name in VIT_SIZES:
@@ -111,7 +111,8 @@ def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
         ) from error
 
 
-def _pair(name: str, size: Size | None) -> tuple[int, int] | None:
+def as_pair(name: str, size: Size | None) -> tuple[int, int] | None:
+    """``(height, width)``; a ValueError calls ``size`` by ``name`` if it is something else."""
     if size is None:
         return None
     if isinstance(size, int):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor
 
@@ -38,8 +39,8 @@ class WeightsFile:
         name: what was asked for, for messages.
         paths: the files that were read.
         tensors: by dotted name: the keys of nested dicts joined, the names that wrappers add
-            (``module.``, ``_orig_mod.``, FSDP's and checkpointing's) left out.
-        others: dotted names of what is no tensor (numbers, texts, ...).
+            (``module.``, ``_orig_mod.``, FSDP's and checkpointing's) left out. What is no tensor
+            (numbers, texts, ...) is not kept.
         header: the text in a safetensors file's header.
         config: what a ``config.json`` beside the weights says, of timm or of transformers; else {}.
     """
@@ -47,20 +48,8 @@ class WeightsFile:
     name: str
     paths: tuple[Path, ...]
     tensors: dict[str, Tensor]
-    others: tuple[str, ...] = ()
     header: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
-
-
-def import_safetensors() -> Any:
-    """The package, or an ImportError that names the extra."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "reading and writing encoders needs safetensors: pip install 'sslkit[recipe]'"
-        ) from error
-    return safetensors
 
 
 def open_weights(path_or_name: str | os.PathLike[str]) -> WeightsFile:
@@ -94,7 +83,6 @@ def read_header(path: Path) -> dict[str, str]:
     """The text in the header of a safetensors file; its tensors are not read."""
     if not path.is_file():
         raise FileNotFoundError(f"no encoder file at {path}")
-    safetensors = import_safetensors()
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -138,21 +126,19 @@ def _open_shards(name: str, index: Path, config: Mapping[str, Any]) -> WeightsFi
 
 def _open_files(name: str, paths: list[Path], config: Mapping[str, Any]) -> WeightsFile:
     tensors: dict[str, Tensor] = {}
-    others: list[str] = []
     header: dict[str, str] = {}
     for path in paths:
         found, path_header = _read(path)
         header |= path_header
         for key, value in _flatten(found, ()):
             if not isinstance(value, Tensor):
-                others.append(key)
-            elif key in tensors:
+                continue
+            if key in tensors:
                 raise ValueError(f"{path} holds {key} twice, once under a wrapper's name")
-            else:
-                tensors[key] = value
+            tensors[key] = value
     if not tensors:
         raise ValueError(f"{name} holds no tensors")
-    return WeightsFile(name, tuple(paths), tensors, tuple(others), header, config)
+    return WeightsFile(name, tuple(paths), tensors, header, config)
 
 
 def _read(path: Path) -> tuple[Any, dict[str, str]]:
@@ -174,7 +160,6 @@ def _read(path: Path) -> tuple[Any, dict[str, str]]:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    safetensors = import_safetensors()
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sslkit.backbones.checkpoint import HEADER_KEY, parse_header
 from sslkit.backbones.encoder import ViTEncoder
+from sslkit.backbones.factory import Size, as_pair
 from sslkit.backbones.files import WeightsFile, open_weights
 from sslkit.backbones.fit import build_encoder
 from sslkit.backbones.heads import Head, build_head, describe_projector, read_head
@@ -19,8 +20,6 @@ from sslkit.backbones.layouts.layout import Layout, Stated, in_any_block
 from sslkit.backbones.networks import Network, choose_network
 from sslkit.backbones.positions import PosInterpolation
 from sslkit.backbones.report import LoadReport
-
-Size = int | tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def read(
         RuntimeError: a download failed.
     """
     file = open_weights(path_or_name)
-    stated = Stated(num_heads, architecture, _pair(file_img_size))
+    stated = Stated(num_heads, architecture, as_pair("file_img_size", file_img_size))
     described = parse_header(file.name, file.header) if HEADER_KEY in file.header else None
     if described is None:
         network = choose_network(file, which)
@@ -147,9 +146,9 @@ def read(
     if num_heads not in (None, encoder.num_heads):
         raise ValueError(f"num_heads={num_heads}, but {file.name} has {encoder.num_heads} heads")
     resampled = {}
-    if img_size is not None:
+    if (size := as_pair("img_size", img_size)) is not None:
         before = encoder.grid_size
-        encoder.set_img_size_(img_size)
+        encoder.set_img_size_(size)
         if encoder.vit.pos_embed is not None and encoder.grid_size != before:
             old, new = (" x ".join(map(str, grid)) for grid in (before, encoder.grid_size))
             resampled["vit.pos_embed"] = f"{old} to {new} patches ({encoder.pos_interpolation})"
@@ -197,7 +196,3 @@ def _own_network(file: WeightsFile, described: Mapping[str, Any]) -> Network:
         own_names = [name for name in tensors if name.startswith(f"{head}.")]
         heads[head] = {name.removeprefix(f"{head}."): tensors.pop(name) for name in own_names}
     return Network("", tensors, heads, {}, ())
-
-
-def _pair(size: Size | None) -> tuple[int, int] | None:
-    return (size, size) if isinstance(size, int) else size

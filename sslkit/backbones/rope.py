@@ -7,13 +7,10 @@ positions. Here the positions are rows and columns of the patch grid; prefix tok
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from timm.layers.pos_embed_sincos import (
-    RotaryEmbeddingCat,
-    RotaryEmbeddingDinoV3,
-    make_coords_dinov3,
-)
+from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
 from torch import Tensor
 
 Rope = RotaryEmbeddingDinoV3 | RotaryEmbeddingCat
@@ -34,7 +31,8 @@ def rotations(
         ``[T, 2 * d]``, the tokens batch after batch and crop after crop: d sines, d cosines.
     """
     tables = [
-        with_prefix(_patches(rope, H, W), num_prefix_tokens).repeat(B, 1) for B, H, W in grids
+        with_prefix(patch_rotations(rope, H, W), num_prefix_tokens).repeat(B, 1)
+        for B, H, W in grids
     ]
     return tables[0] if len(tables) == 1 else torch.cat(tables)
 
@@ -50,24 +48,31 @@ def with_prefix(rope: Tensor, num_prefix_tokens: int) -> Tensor:
     return torch.cat([torch.cat([sin, torch.ones_like(sin)], dim=1), rope])
 
 
-def _patches(rope: Rope, H: int, W: int) -> Tensor:
-    """The ``[H * W, 2 * d]`` of timm's ``rope.get_embed((H, W))``.
+def patch_rotations(rope: Rope, H: int, W: int) -> Tensor:
+    """The ``[H * W, 2 * d]`` of timm's ``rope.get_embed((H, W))``, also for symbols H and W.
 
-    Of DINOv3 it is made here. timm's begins on the host, and the copy waits for the device.
+    Of DINOv3 it is made here: timm makes Python floats of the sides, which a symbol of
+    `torch.export` cannot become, and begins on the host, so that its copy waits for the device.
     """
     if not isinstance(rope, RotaryEmbeddingDinoV3):
         return rope.get_embed([H, W])
-    centres = make_coords_dinov3(  # [H * W, 2], in (-1, 1) on both axes
-        H,
-        W,
-        normalize_coords=rope.normalize_coords,
-        grid_indexing=rope.grid_indexing,
-        grid_offset=rope.grid_offset,
-        device=rope.periods.device,
-    )
+    periods: Any = rope.periods
+    sides = {
+        "separate": (H, W),
+        "max": (torch.sym_max(H, W),) * 2,
+        "min": (torch.sym_min(H, W),) * 2,
+    }[rope.normalize_coords]
+    axes: list[Any] = [
+        (torch.arange(n, dtype=torch.float32, device=periods.device) + 0.5 + rope.grid_offset)
+        / side
+        for n, side in zip((H, W), sides, strict=True)
+    ]
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
+    order = (rows, columns) if rope.grid_indexing == "ij" else (columns, rows)
+    centres = 2 * torch.stack(order, dim=-1).flatten(0, 1) - 1  # [H * W, 2], in (-1, 1)
     if rope.training:
         centres = _move(centres, rope)
-    angles = (2 * math.pi * centres[:, :, None] / rope.periods).flatten(1)  # [H * W, d / 2]
+    angles = (2 * math.pi * centres[:, :, None] / periods).flatten(1)  # [H * W, d / 2]
     # The pairs of features that turn together: (f, f + d / 2), or neighbours.
     angles = angles.tile(2) if rope.rotate_half else angles.repeat_interleave(2, dim=1)
     return torch.cat([angles.sin(), angles.cos()], dim=1)

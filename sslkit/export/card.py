@@ -3,7 +3,7 @@
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any
@@ -20,7 +20,13 @@ _TAGS = ("self-supervised-learning", "vision-transformer", "sslkit")
 
 @dataclass(frozen=True)
 class Score:
-    """One number of a results file, a fraction where the score is a share."""
+    """One number of a results file, a fraction where the score is a share.
+
+    Attributes:
+        name: with its protocol, for people.
+        value: as in the file.
+        interval: both ends of the 95 % interval, where the file has one.
+    """
 
     name: str
     value: float
@@ -57,12 +63,13 @@ class Format:
         library: the Hub's ``library_name``.
         usage: Python, with ``{name}`` in place of the model's.
         notes: what the folder does and does not hold.
+        tags: of the Hub, beside those that every card has.
     """
 
     library: str
     usage: str
     notes: str
-    tags: tuple[str, ...] = field(default=())
+    tags: tuple[str, ...] = ()
 
 
 def read_scores(path: str | Path, model: str) -> tuple[tuple[Score, ...], str | None]:

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants, hf_hub_d
 
 from sslkit import backbones
 from sslkit.backbones import ViTEncoder
+from sslkit.backbones.checkpoint import require_settings
 from sslkit.backbones.heads import Head
 from sslkit.export.card import Card, Format, write_card
 from sslkit.files import file_digest
@@ -70,18 +71,12 @@ class HubEncoder(ViTEncoder, PyTorchModelHubMixin):
         metadata: Mapping[str, str] | None = None,
         card: Card | None = None,
     ) -> None:
-        settings = encoder.settings
-        if settings is None:
-            raise ValueError(
-                "the encoder has no settings to rebuild it from: build it with "
-                "sslkit.backbones.create(...), not with ViTEncoder(vit)"
-            )
         super().__init__(
             encoder.vit,
             activation_checkpointing=encoder.activation_checkpointing,
             pos_interpolation=encoder.pos_interpolation,
             rope_periods=encoder.rope_periods,
-            settings=settings,
+            settings=require_settings(encoder),
         )
         self.mask_token = encoder.mask_token
         self.heads = dict(heads or {})

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from sslkit.backbones import ViTEncoder
-from sslkit.backbones.blocks import PackedAttention, PackedBlock, PackedEvaBlock
-from sslkit.backbones.rope import with_prefix
-from sslkit.export.resampling import resampling_matrices
+from sslkit.backbones.blocks import PackedAttention, PackedBlock, PackedEvaBlock, layer_scale
+from sslkit.backbones.embedding import embed, split
+from sslkit.backbones.rope import patch_rotations, with_prefix
+from sslkit.export.resampling import resample_by_matrices
 from sslkit.files import atomic_write
 
 _MAX_BATCH, _MAX_GRID = 1 << 16, 4096  # a dimension needs some upper end
@@ -44,97 +44,42 @@ class ExportableEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """``[B, C, h, w]`` to tokens by name."""
-        vit: Any = self.encoder.vit
-        x = vit.patch_embed.proj(images)
-        B, _, H, W = x.shape
-        x = vit.patch_embed.norm(x.flatten(2).transpose(1, 2))  # [B, N, D]
-        prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
-        if vit.pos_embed is not None:
-            prefix_positions, positions = self._positions(H, W)
-            x = x + positions
-            if prefix and not vit.no_embed_class:
-                prefix = [torch.cat(prefix, dim=1) + prefix_positions]
-        if prefix:
-            x = torch.cat([*(token.expand(B, -1, -1) for token in prefix), x], dim=1)
-        x = vit.norm_pre(x)
-        P = self.encoder.num_prefix_tokens
+        encoder = self.encoder
+        vit: Any = encoder.vit
+        (ph, pw), (_, _, h, w) = encoder.patch_size, images.shape
+        H, W = h // ph, w // pw
+        x = embed(vit, images, (H, W), self._resample, mask_token=encoder.mask_token)
         rope = getattr(vit, "rope", None)
-        if rope is not None:
-            rope = with_prefix(_rotations(rope, H, W), P)  # [N, 2 * d]
+        if rope is not None:  # [P + N, 2 * d]
+            rope = with_prefix(patch_rotations(rope, H, W), encoder.num_prefix_tokens)
         for block in vit.blocks:
             x = _run(block, x, rope)
-        x = vit.norm(x)
-        num_cls = int(vit.cls_token is not None)
-        cls, registers, patches = x.tensor_split((num_cls, P), dim=1)
-        tokens = {"cls": cls[:, 0] if num_cls else patches.mean(dim=1)}
-        if num_cls < P:
-            tokens["registers"] = registers
-        return {**tokens, "patches": patches.unflatten(1, (H, W))}
+        tokens = split(vit, vit.norm(x), (H, W))._asdict()
+        return {k: v for k, v in tokens.items() if k != "registers" or vit.reg_token is not None}
 
-    def _positions(self, H: int, W: int) -> tuple[Tensor, Tensor]:
-        """Position embeddings of the prefix and of an H x W grid, ``[1, H * W, D]``."""
-        vit: Any = self.encoder.vit
-        num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        prefix, patches = vit.pos_embed.tensor_split((num_prefix,), dim=1)
-        H0, W0 = self.encoder.grid_size
-        grid = patches[0].float().unflatten(0, (H0, W0))
-        rows, columns = resampling_matrices(
-            (H0, W0), (H, W), self.encoder.pos_interpolation, device=grid.device
-        )
-        lines = (rows @ grid.flatten(1)).unflatten(1, (W0, -1))  # [H, W0, D]
-        grid = columns @ lines  # [H, W, D]
-        return prefix, grid.flatten(0, 1)[None].to(patches.dtype)
+    def _resample(self, positions: Tensor, grid: tuple[int, int]) -> Tensor:
+        return resample_by_matrices(positions, grid, self.encoder.pos_interpolation)
 
 
 def _run(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
-    """One block in evaluation, ``[B, N, D] -> [B, N, D]``; ``rope`` is ``[N, 2 * d]``."""
+    """One block in evaluation, ``[B, T, D] -> [B, T, D]``; ``rope`` is ``[T, 2 * d]``."""
     if not isinstance(block, PackedBlock | PackedEvaBlock):
         return block(x)
     attended = _attend(block.attn, block.norm1(x), rope)
     if isinstance(block, PackedEvaBlock):
-        x = x + _scaled(attended, block.gamma_1)
-        return x + _scaled(block.mlp(block.norm2(x)), block.gamma_2)
+        x = x + layer_scale(attended, block.gamma_1)
+        return x + layer_scale(block.mlp(block.norm2(x)), block.gamma_2)
     x = x + block.ls1(attended)
     return x + block.ls2(block.mlp(block.norm2(x)))
 
 
 def _attend(attn: PackedAttention, x: Tensor, rope: Tensor | None) -> Tensor:
-    B, N, _ = x.shape
-    per_token = None if rope is None else rope.repeat(B, 1)  # [B * N, 2 * d]
-    qkv = attn.project(x.flatten(0, 1), per_token).unflatten(0, (B, N))  # [B, N, 3, h, d]
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, N, d]
+    B, T, _ = x.shape
+    per_token = None if rope is None else rope.repeat(B, 1)  # [B * T, 2 * d]
+    qkv = attn.project(x.flatten(0, 1), per_token).unflatten(0, (B, T))  # [B, T, 3, h, d]
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, T, d]
     attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     return attn.proj(attn.norm(attended))
-
-
-def _rotations(rope: Any, H: int, W: int) -> Tensor:
-    """Sines and cosines ``[H * W, 2 * d]``: ``rope.get_embed((H, W))`` for symbols H and W.
-
-    timm makes Python floats of the sides of DINOv3's grid, which a symbol cannot become.
-    """
-    if not isinstance(rope, RotaryEmbeddingDinoV3):
-        return rope.get_embed((H, W))
-    periods: Any = rope.periods
-    device = periods.device
-    sizes = torch.stack([torch.full((), n, dtype=torch.float32, device=device) for n in (H, W)])
-    if rope.normalize_coords != "separate":
-        sizes = (sizes.amax() if rope.normalize_coords == "max" else sizes.amin()).expand(2)
-    centre = 0.5 + rope.grid_offset
-    axes = [
-        2 * (torch.arange(n, dtype=torch.float32, device=device) + centre) / size - 1
-        for n, size in zip((H, W), sizes.unbind(), strict=True)
-    ]
-    rows, columns = torch.meshgrid(*axes, indexing="ij")
-    order = (rows, columns) if rope.grid_indexing == "ij" else (columns, rows)
-    coordinates = torch.stack(order, dim=-1).flatten(0, 1)  # [H * W, 2]
-    angles = 2 * torch.pi * coordinates[:, :, None] / periods
-    angles = angles.flatten(1)  # [H * W, d / 2]
-    angles = angles.repeat(1, 2) if rope.rotate_half else angles.repeat_interleave(2, dim=1)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
-    return x if gamma is None else gamma * x
 
 
 def export_program(encoder: ViTEncoder) -> ExportedProgram:

@@ -14,6 +14,19 @@ from sslkit.backbones.positions import PosInterpolation
 Grid = tuple[int, int]
 
 
+def resample_by_matrices(
+    positions: Tensor, size: Grid, method: PosInterpolation = "antialias"
+) -> Tensor:
+    """`sslkit.backbones.positions.resample_positions`, up to rounding, for a ``size`` of symbols.
+
+    ``[1, H_0, W_0, D]`` to ``[1, H, W, D]``, computed in float32, in the type of ``positions``.
+    """
+    _, H0, W0, _ = positions.shape
+    rows, columns = resampling_matrices((H0, W0), size, method, device=positions.device)
+    lines = (rows @ positions[0].float().flatten(1)).unflatten(1, (W0, -1))  # [H, W_0, D]
+    return (columns @ lines)[None].to(positions.dtype)
+
+
 def resampling_matrices(
     old: Grid,
     new: Grid,

@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sslkit.backbones import ViTEncoder
+from sslkit.backbones.checkpoint import require_json, require_settings
 from sslkit.backbones.franca import VIT_SIZES
 from sslkit.backbones.swiglu import FusedSwiGLU
 from sslkit.data.normalisation import normalisation
@@ -117,8 +119,6 @@ def save_for_timm(
         },
     }
     text = json.dumps(config, indent=2)
-    import safetensors.torch  # timm needs it
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "model.safetensors") as file:
@@ -138,12 +138,7 @@ def describe_for_timm(encoder: ViTEncoder) -> tuple[str, dict[str, Any]]:
     >>> describe_for_timm(create("franca_vits14", depth=1))[0]
     'vit_giant_patch14_dinov2'
     """
-    settings = encoder.settings
-    if settings is None:
-        raise ValueError(
-            "the encoder has no settings to rebuild it from: build it with "
-            "sslkit.backbones.create(...), not with ViTEncoder(vit)"
-        )
+    settings = require_settings(encoder)
     if isinstance(encoder.vit.norm, nn.Sequential):
         raise ValueError(
             "RASA is folded into the encoder's final norm, and timm's Vision Transformers have no "
@@ -165,14 +160,7 @@ def describe_for_timm(encoder: ViTEncoder) -> tuple[str, dict[str, Any]]:
         "global_pool": "token" if encoder.vit.cls_token is not None else "avg",
         **_norm_before_pooling(encoder.vit),
     }
-    for key, value in arguments.items():
-        try:
-            json.dumps(value)
-        except TypeError as error:
-            raise TypeError(
-                f"the setting {key}={value!r} cannot be written as JSON ({error}); give create() a "
-                "name that timm knows, such as act_layer='silu', in place of an object"
-            ) from error
+    require_json(arguments)
     return name, arguments
 
 

@@ -5,7 +5,8 @@ Franca, arXiv 2507.14137, section 3.3. ``python -m sslkit.rasa fit`` and ``fold`
 
 from sslkit.rasa.files import load_rasa, read_planes, save_rasa
 from sslkit.rasa.patches import patch_positions
-from sslkit.rasa.projector import RASAProjector, removals_in_turn
+from sslkit.rasa.planes import removals_in_turn
+from sslkit.rasa.projector import RASAProjector
 
 __all__ = [
     "RASAProjector",

@@ -16,21 +16,12 @@ import torch
 from torch import Tensor
 
 from sslkit.files import atomic_write
+from sslkit.rasa.planes import check_planes
 from sslkit.rasa.projector import RASAProjector
 
 _TORCH_MAGIC = (b"PK", b"\x80")  # a zip archive, and PyTorch's format before 1.6
 _LAYER = re.compile(r"(?:.*\.)?(?:pre_pos_layers\.(\d+)|pos_pred)\.weight")
 _CONTAINERS = ("teacher", "state_dict")
-
-
-def _import_safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "reading and writing RASA files needs safetensors: pip install 'sslkit[evaluation]'"
-        ) from error
-    return safetensors
 
 
 def save_rasa(
@@ -45,11 +36,13 @@ def save_rasa(
         path: conventionally ``*.safetensors``; its folder is made if missing.
         metadata: text for the header.
     """
+    import safetensors.torch
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in rasa.state_dict().items()}
     with atomic_write(path) as file:
-        file.write(_import_safetensors().torch.save(tensors, dict(metadata or {})))
+        file.write(safetensors.torch.save(tensors, dict(metadata or {})))
 
 
 def load_rasa(path: str | os.PathLike[str]) -> RASAProjector:
@@ -70,10 +63,11 @@ def load_rasa(path: str | os.PathLike[str]) -> RASAProjector:
     >>> load_rasa(path)(torch.ones(4))
     tensor([0., 1., 1., 1.])
     """
+    import safetensors.torch
+
     path = _existing(path)
     if _is_torch_file(path):
         return RASAProjector.from_planes(read_planes(path))
-    safetensors = _import_safetensors()
     try:
         tensors = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
@@ -99,7 +93,8 @@ def read_planes(path: str | os.PathLike[str]) -> list[Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no such head, or more than tensors, which are not unpickled.
+        ValueError: it holds no such head, numbers that are not finite, or more than tensors,
+            which are not unpickled.
     """
     path = _existing(path)
     try:
@@ -121,9 +116,10 @@ def read_planes(path: str | os.PathLike[str]) -> list[Tensor]:
             f"{path} is no RASA head: expected a list of planes [2, D], or a state dict, got "
             f"{type(content).__name__}"
         )
-    shapes = [list(plane.shape) for plane in planes]
-    if not shapes or any(shape != [2, shapes[0][-1]] for shape in shapes):
-        raise ValueError(f"{path} is no RASA head: expected planes [2, D] of one D, got {shapes}")
+    try:
+        check_planes(planes)
+    except ValueError as error:
+        raise ValueError(f"{path} is no RASA head: {error}") from error
     return list(planes)
 
 

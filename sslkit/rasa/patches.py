@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sslkit.rasa.planes import removal
+
 # Directions whose variance is this small a share of the largest feature variance are constant.
 LEAST_EIGENVALUE = 1e-12
 
@@ -132,9 +134,3 @@ def linear_r2(moments: Moments, basis: Tensor) -> float:
         return 1.0
     unexplained = 1 - explained.sum().item() / total.item()
     return max(0.0, 1 - unexplained * (moments.count - 1) / free)
-
-
-def removal(basis: Tensor) -> Tensor:
-    """I - basis^T basis, [D, D]."""
-    D = basis.shape[1]
-    return torch.eye(D, dtype=basis.dtype, device=basis.device) - basis.T @ basis

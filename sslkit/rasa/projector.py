@@ -12,12 +12,12 @@ from torch import Generator, Tensor, nn
 
 from sslkit.rasa import folding
 from sslkit.rasa.patches import Patches, linear_r2, moments_of
+from sslkit.rasa.planes import check_planes, gram_schmidt, removal
 from sslkit.rasa.solvers import (
     ADAMW_EPOCHS,
     fit_head,
     fit_head_adamw,
     fit_last_head,
-    gram_schmidt,
     orthonormal_rows,
 )
 
@@ -97,7 +97,7 @@ class RASAProjector(nn.Module):
         >>> rasa(torch.ones(8))
         tensor([0., 0., 0., 1., 1., 1., 1., 1.])
         """
-        _check_planes(planes)
+        check_planes(planes)
         rasa = cls(planes[0].shape[1], num_iterations=len(planes))
         basis = torch.zeros(0, rasa.dim, dtype=torch.float64)
         for t, plane in enumerate(planes):
@@ -132,15 +132,7 @@ class RASAProjector(nn.Module):
         Iterations end early when position is no longer predictable: when linear regression on
         what is left of these patches has an R^2 (corrected for the degrees of freedom) below
         ``tolerance``. Going on would remove content; 0 never ends them early and raises no ridge.
-
-        Measured on a ViT that the recipe trained for 510 steps on CIFAR-10 (D = 128, 8 x 8
-        patches, 500 random crops to fit; linear R^2 on held-out whole images 0.84 before)::
-
-            tolerance                 0      0      0      0     0.005  0.01   0.02   0.01
-            ridge                     0      0.01   0.1    1     0.1    0.1    0.1    1e4
-            planes removed            9      9      9      9     9      5      4      1
-            held-out linear R^2       0.48   0.04   0.02   0.01  0.02   0.02   0.03   0.01
-            content variance kept     1.00   0.98   0.78   0.22  0.78   0.95   0.97   0.79
+        Figures for both: docs/log.md, *RASA's ridge*.
 
         The ``"adamw"`` solver is the paper's: each head from a uniform initialisation of
         +-1/sqrt(D), AdamW 2e-4 without weight decay on one batch a step, 5 epochs, cosine to 0.
@@ -216,7 +208,7 @@ class RASAProjector(nn.Module):
 
     def matrix(self) -> Tensor:
         """P = I - basis^T basis, [D, D]: symmetric, idempotent, ``forward(x) = x @ P``."""
-        return self._projection().to(self.basis.dtype)
+        return removal(self.basis.double()).to(self.basis.dtype)
 
     def fold(
         self, linear: nn.Linear, *, side: Literal["output", "input"] | None = None
@@ -237,7 +229,7 @@ class RASAProjector(nn.Module):
         Raises:
             ValueError: that side does not have D features.
         """
-        return folding.fold_linear(linear, self._projection(), side=side)
+        return folding.fold_linear(linear, removal(self.basis.double()), side=side)
 
     def fold_into_vit(self, vit: Vit) -> Vit:
         """A copy of a timm ViT whose final norm carries the projection.
@@ -249,46 +241,8 @@ class RASAProjector(nn.Module):
         Raises:
             ValueError: ``vit`` has no LayerNorm over D features called ``norm``.
         """
-        return folding.fold_into_vit(vit, self._projection())
-
-    def _projection(self) -> Tensor:
-        basis = self.basis.double()
-        return torch.eye(self.dim, dtype=basis.dtype, device=basis.device) - basis.T @ basis
+        return folding.fold_into_vit(vit, removal(self.basis.double()))
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
         return f"dim={self.dim}, num_iterations={self.num_iterations}"
-
-
-def removals_in_turn(planes: Sequence[Tensor]) -> Tensor:
-    """The removals of T planes, each two rows [2, D], one after the other, as a matrix M [D, D]::
-
-        M = (I - V_T^T V_T) ... (I - V_1^T V_1),    V_t [2, D] orthonormal rows of plane t
-
-    in float64: ``x @ M.T`` is what the released RASA head makes of patch features x. It is no
-    projection unless the planes are orthogonal to one another: a later removal brings back a part
-    of what an earlier one took. With P of `RASAProjector.from_planes`, ``P M = M P = P``; M leaves
-    alone what is orthogonal to all planes, as P does, and keeps a rest within their span.
-
-    Raises:
-        ValueError: as of `RASAProjector.from_planes`.
-
-    >>> planes = [torch.eye(5)[:2], torch.eye(5)[1:3] + torch.eye(5)[:2]]
-    >>> M = removals_in_turn(planes)
-    >>> bool((M @ M - M).abs().max() > 0.1)
-    True
-    """
-    _check_planes(planes)
-    matrix = torch.eye(planes[0].shape[1], dtype=torch.float64)
-    for plane in planes:
-        rows = gram_schmidt(plane.detach().cpu().double(), matrix[:0])
-        matrix = matrix - rows.T @ (rows @ matrix)
-    return matrix
-
-
-def _check_planes(planes: Sequence[Tensor]) -> None:
-    shapes = [list(plane.shape) for plane in planes]
-    if not shapes or any(shape != [2, shapes[0][-1]] for shape in shapes):
-        raise ValueError(f"planes must be tensors [2, D] of one D, got {shapes}")
-    if not all(plane.isfinite().all() for plane in planes):
-        raise ValueError("planes hold NaN or infinite values")

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from sslkit.rasa.patches import LEAST_EIGENVALUE, Moments, Patches, linear_r2, removal
+from sslkit.rasa.patches import LEAST_EIGENVALUE, Moments, Patches, linear_r2
+from sslkit.rasa.planes import gram_schmidt, removal
 
 # The paper's schedule (section 4, "Training"): AdamW, no weight decay, cosine to 0.
 _ADAMW_LEARNING_RATE = 2e-4
@@ -125,22 +126,6 @@ def orthonormal_rows(weight: Tensor, basis: Tensor, covariance: Tensor) -> Tenso
     """
     variance = ((weight @ covariance) * weight).sum(1)
     return gram_schmidt(weight[variance.clamp_min(0).sqrt() >= _LEAST_LOGIT_STD], basis)
-
-
-def gram_schmidt(rows: Tensor, basis: Tensor) -> Tensor:
-    """Orthonormal rows [n, D] with the span of the given ones, orthogonal to ``basis`` [m, D].
-
-    Rows that the basis and the earlier ones span are dropped.
-    """
-    found = rows.new_zeros(0, rows.shape[1])
-    for row in rows:
-        rest = row
-        for _ in range(2):  # the second time removes the rounding of the first
-            earlier = torch.cat([basis, found])
-            rest = rest - (earlier @ rest) @ earlier
-        if rest.norm() > 1e-6 * row.norm():
-            found = torch.cat([found, rest.unsqueeze(0) / rest.norm()])
-    return found
 
 
 def _squared_error(

@@ -13,8 +13,9 @@ from sslkit.backbones.layouts.layout import (
     Layout,
     Source,
     Stated,
+    as_vector,
     count_blocks,
-    first_row,
+    count_tokens,
     in_any_block,
     merge_class_position,
     network_settings,
@@ -42,7 +43,7 @@ def describe(tensors: Mapping[str, Tensor], stated: Stated) -> Layout:
     first = place.get(0, "blocks.0")
     gated = in_any_block(tensors, "mlp.w12.weight")
     width = shape_of(tensors, "patch_embed.proj.weight")[0]
-    registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
+    registers = count_tokens(tensors, "register_tokens")
     last_linear = f"{first}.mlp.w3.weight" if gated else f"{first}.mlp.fc2.weight"
     settings = network_settings(
         names=GATED_NAMES if gated else NAMES,
@@ -62,7 +63,7 @@ def describe(tensors: Mapping[str, Tensor], stated: Stated) -> Layout:
 
     def source(name: str) -> Source:
         if name == "mask_token":
-            return Source(("mask_token",), first_row)
+            return Source(("mask_token",), as_vector)
         name = name.removeprefix("vit.")
         if registers and name == "cls_token":
             return Source(("cls_token", "pos_embed"), merge_class_position)

@@ -16,8 +16,9 @@ from sslkit.backbones.layouts.layout import (
     Layout,
     Source,
     Stated,
+    as_vector,
     count_blocks,
-    first_row,
+    count_tokens,
     in_any_block,
     num_heads,
     ratio,
@@ -43,7 +44,6 @@ _RELEASED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 20, 4096: 32}
 
 def describe(tensors: Mapping[str, Tensor], stated: Stated) -> Layout:
     """The layout of a file of DINOv3's own code base."""
-    block = "blocks.0"
     gated = in_any_block(tensors, "mlp.w1.weight")
     biased = in_any_block(tensors, "attn.qkv.bias")
     masked = in_any_block(tensors, "attn.qkv.bias_mask")
@@ -54,8 +54,8 @@ def describe(tensors: Mapping[str, Tensor], stated: Stated) -> Layout:
         patch_weight=patch_weight,
         depth=count_blocks(tensors, r"blocks\.(\d+)\."),
         heads=heads,
-        registers=_tokens(tensors, "storage_tokens"),
-        hidden=shape_of(tensors, f"{block}.mlp.{'w3' if gated else 'fc2'}.weight")[1],
+        registers=count_tokens(tensors, "storage_tokens"),
+        hidden=shape_of(tensors, f"blocks.0.mlp.{'w3' if gated else 'fc2'}.weight")[1],
         gated=gated,
         qkv_bias=biased,
     )
@@ -65,7 +65,7 @@ def describe(tensors: Mapping[str, Tensor], stated: Stated) -> Layout:
 
     def source(name: str) -> Source:
         if name == "mask_token":
-            return Source(("mask_token",), first_row)
+            return Source(("mask_token",), as_vector)
         name = name.removeprefix("vit.")
         if name == "reg_token":
             return Source(("storage_tokens",))
@@ -95,15 +95,14 @@ def describe_timm(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], stated: Stated
 ) -> Layout:
     """The layout of a file of timm's DINOv3 networks."""
-    block = "blocks.0"
     gated = in_any_block(tensors, "mlp.fc1_g.weight")
     patch_weight = tensors["patch_embed.proj.weight"]
     settings = _settings(
         patch_weight=patch_weight,
         depth=count_blocks(tensors, r"blocks\.(\d+)\."),
         heads=_heads(len(patch_weight), config.get("model_args") or {}, stated),
-        registers=_tokens(tensors, "reg_token"),
-        hidden=shape_of(tensors, f"{block}.mlp.fc2.weight")[1],
+        registers=count_tokens(tensors, "reg_token"),
+        hidden=shape_of(tensors, "blocks.0.mlp.fc2.weight")[1],
         gated=gated,
         qkv_bias=in_any_block(tensors, "attn.q_bias"),
     )
@@ -133,7 +132,7 @@ def describe_transformers(
         patch_weight=patch_weight,
         depth=int(config.get("num_hidden_layers", counted)),
         heads=_heads(len(patch_weight), {"num_heads": config.get("num_attention_heads")}, stated),
-        registers=_tokens(tensors, "embeddings.register_tokens"),
+        registers=count_tokens(tensors, "embeddings.register_tokens"),
         hidden=shape_of(tensors, f"{start}.0.mlp.down_proj.weight")[1],
         gated=gated,
         qkv_bias=biased,
@@ -161,7 +160,7 @@ def describe_transformers(
 
     def source(name: str) -> Source:
         if name == "mask_token":
-            return Source(("embeddings.mask_token",), first_row)
+            return Source(("embeddings.mask_token",), as_vector)
         name = name.removeprefix("vit.")
         if not name.startswith("blocks."):
             return Source((others.get(name, name),))
@@ -238,10 +237,6 @@ def _rope(tensors: Mapping[str, Tensor], width: int, stated: Stated) -> tuple[in
         f"rope_embed.periods {periods.tolist()} are no powers of one base; sslkit builds rotary "
         "positions of periods base ** (i / n) only"
     )
-
-
-def _tokens(tensors: Mapping[str, Tensor], name: str) -> int:
-    return tensors[name].shape[1] if name in tensors else 0
 
 
 def _query_bias(bias: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -171,6 +171,11 @@ def shape_of(tensors: Mapping[str, Tensor], *names: str) -> torch.Size:
     )
 
 
+def count_tokens(tensors: Mapping[str, Tensor], name: str) -> int:
+    """R of the register tokens ``[1, R, D]`` of this name; 0 if they are not there."""
+    return tensors[name].shape[1] if name in tensors else 0
+
+
 def require_config(config: Mapping[str, Any], key: str, value: object) -> None:
     """Raise a ValueError if ``config.json`` asks for something that the network has not."""
     if config.get(key, value) != value:
@@ -180,7 +185,7 @@ def require_config(config: Mapping[str, Any], key: str, value: object) -> None:
         )
 
 
-def first_row(token: Tensor) -> Tensor:
+def as_vector(token: Tensor) -> Tensor:
     """A mask token of shape [1, D] or [1, 1, D] as [D]."""
     return token.flatten()
 

@@ -16,8 +16,9 @@ from sslkit.backbones.layouts.layout import (
     Layout,
     Source,
     Stated,
+    as_vector,
     count_blocks,
-    first_row,
+    count_tokens,
     grid_size,
     in_any_block,
     network_settings,
@@ -55,7 +56,7 @@ def describe(
 
     def source(name: str) -> Source:
         if name == "mask_token":
-            return Source(("masked_embed",), first_row)
+            return Source(("masked_embed",), as_vector)
         first, _, rest = name.removeprefix("vit.").partition(".")
         if first == "norm":
             return Source((f"{norm}.{rest}",))
@@ -114,7 +115,7 @@ def _derived(tensors: Mapping[str, Tensor], stated: Stated, *, ibot: bool) -> di
         positions=positions,
         depth=count_blocks(tensors, r"blocks\.(\d+)\."),
         heads=num_heads(len(patch_weight), stated),
-        registers=_registers(tensors),
+        registers=count_tokens(tensors, "reg_token"),
         no_embed_class=no_embed_class,
         hidden=shape_of(tensors, "blocks.0.mlp.fc2.weight")[1],
         gated=gated,
@@ -132,7 +133,7 @@ def _patch_positions(tensors: Mapping[str, Tensor], stated: Stated) -> tuple[int
     that a grid is square: two squares differ by 1 + R for the smallest grids only.
     """
     count = shape_of(tensors, "pos_embed")[1]
-    prefix = int("cls_token" in tensors) + _registers(tensors)
+    prefix = int("cls_token" in tensors) + count_tokens(tensors, "reg_token")
     if stated.file_img_size is not None:
         ph, pw = shape_of(tensors, "patch_embed.proj.weight")[2:]
         H, W = stated.file_img_size[0] // ph, stated.file_img_size[1] // pw
@@ -140,10 +141,6 @@ def _patch_positions(tensors: Mapping[str, Tensor], stated: Stated) -> tuple[int
     else:
         patches_only = prefix == 0 or math.isqrt(count) ** 2 == count
     return (count, True) if patches_only else (count - prefix, False)
-
-
-def _registers(tensors: Mapping[str, Tensor]) -> int:
-    return tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
 
 
 def _gated(tensors: Mapping[str, Tensor]) -> bool:

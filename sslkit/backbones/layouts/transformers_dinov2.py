@@ -14,8 +14,9 @@ from sslkit.backbones.layouts.layout import (
     Layout,
     Source,
     Stated,
+    as_vector,
     count_blocks,
-    first_row,
+    count_tokens,
     in_any_block,
     merge_class_position,
     network_settings,
@@ -41,7 +42,7 @@ def describe(tensors: Mapping[str, Tensor], config: Mapping[str, Any], stated: S
     unfused = in_any_block(tensors, "mlp.gate_proj.weight")
     gated = unfused or in_any_block(tensors, "mlp.weights_in.weight")
     last_linear = ("down_proj" if unfused else "weights_out") if gated else "fc2"
-    registers = shape_of(tensors, "embeddings.register_tokens")[1] if _has(tensors) else 0
+    registers = count_tokens(tensors, "embeddings.register_tokens")
     require_config(config, "hidden_act", "gelu")
     require_config(config, "layer_norm_eps", 1e-6)
     patch_weight = tensors["embeddings.patch_embeddings.projection.weight"]
@@ -81,7 +82,7 @@ def describe(tensors: Mapping[str, Tensor], config: Mapping[str, Any], stated: S
 
     def source(name: str) -> Source:
         if name == "mask_token":
-            return Source(("embeddings.mask_token",), first_row)
+            return Source(("embeddings.mask_token",), as_vector)
         name = name.removeprefix("vit.")
         if name in embeddings:
             return embeddings[name]
@@ -108,10 +109,6 @@ def describe(tensors: Mapping[str, Tensor], config: Mapping[str, Any], stated: S
         source,
         absent={} if mask else {"mask_token": "zeros: the file has none"},
     )
-
-
-def _has(tensors: Mapping[str, Tensor]) -> bool:
-    return "embeddings.register_tokens" in tensors
 
 
 def _depth(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:

@@ -1,0 +1,68 @@
+"""Images to the input of the first block, and tokens from the output of the last one."""
+
+from collections.abc import Callable
+
+import torch
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from sslkit.backbones.tokens import Tokens
+
+Vit = VisionTransformer | Eva
+Grid = tuple[int, int]
+Resample = Callable[[Tensor, Grid], Tensor]
+"""``[1, H_0, W_0, D]`` and ``(H, W)`` to ``[1, H, W, D]``; equal grids are left alone."""
+
+
+def embed(
+    vit: Vit,
+    images: Tensor,
+    grid: Grid,
+    resample: Resample,
+    *,
+    mask_token: Tensor,
+    masks: Tensor | None = None,
+) -> Tensor:
+    """Images to the input of the first block, ``[B, P + N, D]``, P prefix tokens.
+
+    Args:
+        vit: the network.
+        images: ``[B, C, h, w]`` of ``grid`` patches.
+        grid: ``(H, W)``, N = H * W; may be symbols of `torch.export`.
+        resample: of its learned positions.
+        mask_token: [D].
+        masks: bool ``[B, H, W]``, True where the mask token replaces the patch; None for none.
+    """
+    x = vit.patch_embed.proj(images).flatten(2).transpose(1, 2)  # [B, D, H, W] -> [B, N, D]
+    x = vit.patch_embed.norm(x)
+    if masks is not None:
+        x = torch.where(masks.flatten(1)[:, :, None], mask_token, x)
+    prefix: list[Tensor] = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+    if vit.pos_embed is not None:
+        prefix_positions, positions = positions_of(vit, vit.pos_embed, grid, resample)
+        x = x + positions
+        if prefix and not vit.no_embed_class:
+            prefix = [torch.cat(prefix, dim=1) + prefix_positions]
+    if prefix:
+        x = torch.cat([*(token.expand(x.shape[0], -1, -1) for token in prefix), x], dim=1)
+    return vit.norm_pre(vit.pos_drop(x))
+
+
+def positions_of(
+    vit: Vit, pos_embed: Tensor, grid: Grid, resample: Resample
+) -> tuple[Tensor, Tensor]:
+    """Learned positions ``[1, P, D]`` (``[1, 0, D]`` with ``no_embed_class``) and ``[1, N, D]``."""
+    num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    prefix, patches = pos_embed.tensor_split((num_prefix,), dim=1)
+    stored = patches.unflatten(1, vit.patch_embed.grid_size)  # [1, H_0, W_0, D]
+    return prefix, resample(stored, grid).flatten(1, 2)
+
+
+def split(vit: Vit, x: Tensor, grid: Grid) -> Tokens:
+    """The normed ``[B, P + N, D]`` as tokens of ``grid`` (H, W)."""
+    num_cls = int(vit.cls_token is not None)
+    cls, registers, patches = x.tensor_split((num_cls, vit.num_prefix_tokens), dim=1)
+    return Tokens(
+        cls[:, 0] if num_cls else patches.mean(dim=1), registers, patches.unflatten(1, grid)
+    )

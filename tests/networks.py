@@ -1,0 +1,29 @@
+"""What tests of encoders share: parameters that all matter, and all tokens in one tensor."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslkit.backbones import Tokens, ViTEncoder, create
+
+
+def randomize(module: nn.Module) -> nn.Module:
+    """No parameter stays at zero or one, where it would do nothing."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def micro(**settings: Any) -> ViTEncoder:
+    """The smallest network of this library."""
+    encoder = create("sslkit_vit_micro", **settings)
+    randomize(encoder)
+    return encoder
+
+
+def flat(tokens: Tokens) -> Tensor:
+    """All tokens of a batch, [B, 1 + R + N, D]."""
+    return torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches.flatten(1, 2)], dim=1)
