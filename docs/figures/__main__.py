@@ -45,7 +45,7 @@ def main() -> None:
     if unknown := set(names) - set(FIGURES):
         parser.error(f"no figure is called {sorted(unknown)}; there are {list(FIGURES)}")
     for name in names:
-        FIGURES[name]().savefig(FOLDER / f"{name}.png")
+        FIGURES[name]().savefig(FOLDER / f"{name}.png", dpi=200)
         print(FOLDER / f"{name}.png", flush=True)
 
 

@@ -141,7 +141,7 @@ def matryoshka_projector(steps: int = 800, pixels: int = 240) -> Figure:
 def koleo_loss(B: int = 32, steps: int = 200) -> Figure:
     """Points of the circle before and after, with the push on each, and distances by step."""
     figure = phone_figure(
-        "KoLeo pushes each feature away from its nearest neighbour",
+        "KoLeo pushes nearest neighbours apart",
         f"{B} features of two numbers, at unit length. Arrows: the push on each, longest where "
         "neighbours are closest. Below: distances to the nearest neighbour, step by step.",
         height=4.9,
@@ -181,9 +181,9 @@ def _circle(axes: Axes, x: Tensor, push: Tensor) -> None:
     turn = torch.linspace(0, 2 * torch.pi, 200)
     axes.plot(turn.cos(), turn.sin(), color="#D5D8DB", lw=1)
     lengths = push.norm(dim=1, keepdim=True)
-    arrows = push / lengths.clamp(min=1e-9) * (0.08 * lengths).clamp(max=0.45)
+    arrows = push / lengths.clamp(min=1e-9) * (0.25 * lengths).clamp(max=0.6)
     axes.quiver(
-        *z.T, *arrows.T, angles="xy", scale_units="xy", scale=1, color=REFERENCE, width=0.009
+        *z.T, *arrows.T, angles="xy", scale_units="xy", scale=1, color=REFERENCE, width=0.012
     )
     axes.plot(*z.T, "o", color=TRAINED, ms=4)
     axes.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal", xticks=[], yticks=[])

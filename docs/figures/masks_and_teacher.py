@@ -74,7 +74,7 @@ def followed(path: Tensor, momentum: float, dtype: torch.dtype = torch.float32) 
 def ema_teacher(steps: int = 600) -> Figure:
     """A noisy student and its teachers; the weight of past steps; bfloat16 that stands still."""
     figure = phone_figure(
-        "A teacher of momentum m averages the last 1 / (1 - m) steps",
+        "A teacher remembers about 1 / (1 - m) steps",
         "Top: the longer the memory, the steadier and the later. Middle: what each past step "
         "counts. Bottom: in bfloat16 the teacher does not move at all.",
         height=6.6,
@@ -100,8 +100,8 @@ def ema_teacher(steps: int = 600) -> Figure:
     past.set(
         title="share of a past step; dots: 1 / (1 - m) steps ago", xlabel="steps ago", yscale="log"
     )
-    past.set_ylim(1e-5, 0.2)
-    past.legend(ncols=3, loc="lower right")
+    past.set_ylim(1e-5, 2)
+    past.legend(ncols=3, loc="upper right")
 
     jump = torch.full((steps,), 1.1)
     jump[0] = 1.0
@@ -110,5 +110,5 @@ def ema_teacher(steps: int = 600) -> Figure:
     stuck.plot(followed(jump, 0.996, torch.bfloat16), color=REFERENCE, ls="--", label="bfloat16")
     stuck.set(title="the student jumps from 1.0 to 1.1, m = 0.996", xlabel="step")
     stuck.set_ylim(0.99, 1.12)
-    stuck.legend(ncols=3, loc="center right")
+    stuck.legend(ncols=3, loc="center right", bbox_to_anchor=(1, 0.25))
     return figure
