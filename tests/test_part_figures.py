@@ -3,10 +3,10 @@
 import re
 
 import pytest
-import sslkit
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+import sslkit
 from docs.figures.__main__ import FIGURES, FOLDER
 from docs.figures.losses import pair_weights, patch_weights
 from docs.figures.targets import textbook
