@@ -138,7 +138,7 @@ def matryoshka_projector(steps: int = 800, pixels: int = 240) -> Figure:
 
 
 @styled
-def koleo_loss(B: int = 32, steps: int = 200) -> Figure:
+def koleo_loss(B: int = 24, steps: int = 200) -> Figure:
     """Points of the circle before and after, with the push on each, and distances by step."""
     figure = phone_figure(
         "KoLeo pushes nearest neighbours apart",
@@ -149,7 +149,7 @@ def koleo_loss(B: int = 32, steps: int = 200) -> Figure:
     generator = torch.Generator().manual_seed(0)
     angles = 0.9 * torch.randn(B, generator=generator) + 0.8
     x = nn.Parameter(torch.stack([angles.cos(), angles.sin()], dim=1))
-    koleo, optimizer = KoLeoLoss(), torch.optim.SGD([x], lr=0.1)
+    koleo, optimizer = KoLeoLoss(), torch.optim.SGD([x], lr=0.05)
     panels = figure.subplot_mosaic(
         [["before", "after"], ["distances", "distances"]], height_ratios=(1.25, 1)
     )
@@ -186,7 +186,7 @@ def _circle(axes: Axes, x: Tensor, push: Tensor) -> None:
         *z.T, *arrows.T, angles="xy", scale_units="xy", scale=1, color=REFERENCE, width=0.012
     )
     axes.plot(*z.T, "o", color=TRAINED, ms=4)
-    axes.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal", xticks=[], yticks=[])
+    axes.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), aspect="equal", xticks=[], yticks=[])
     axes.grid(False)
     axes.spines[:].set_visible(False)
 

@@ -64,7 +64,7 @@ def dino_loss(num_global: int = 2, num_local: int = 8, B: int = 64, K: int = 256
     )
     pairs, curves = figure.subplots(2, 1, height_ratios=(1, 2.1))
     weights = pair_weights(V_s, num_global)
-    show(pairs, weights.T.numpy(), cmap="Blues", vmin=0, vmax=1.6 * weights.max())
+    show(pairs, weights.T.numpy(), cmap="Blues", vmin=0, vmax=3 * weights.max())
     for s in range(V_s):
         for t in range(num_global):
             weight = weights[s, t].item()

@@ -64,7 +64,7 @@ styled = matplotlib.rc_context(_STYLE)
 
 def new_figure(title: str, look_for: str, *, height: float, width: float = WIDTH) -> Figure:
     """Empty figure with a title and, under it, what to look for; by default of the page's width."""
-    lines = textwrap.wrap(look_for, int(14 * width))
+    lines = textwrap.wrap(look_for, int(14.5 * width - 4))
     band = 0.36 + 0.17 * len(lines)  # inches
     total = height + band
     layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - band / total), w_pad=0.06, h_pad=0.05)
