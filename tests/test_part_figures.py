@@ -10,6 +10,7 @@ import sslkit
 from docs.figures.__main__ import FIGURES, FOLDER
 from docs.figures.losses import pair_weights, patch_weights
 from docs.figures.targets import textbook
+from sslkit import backbones
 from tests.pages import ROOT, anchors
 
 PAGES = {name: FOLDER / f"{name}.md" for name in FIGURES} | {
@@ -24,15 +25,19 @@ SMALL = {
     "ibot_loss": {"grid": 6},
     "koleo_loss": {"B": 6, "steps": 3},
     "matryoshka_projector": {"steps": 1, "pixels": 8},
-    "rasa_projector": {"num_images": 10, "size": 16},
+    "rasa_projector": {"num_images": 30, "size": 32},
     "sinkhorn_knopp": {"B": 8, "K": 4},
     "sinkhorn_queue": {"N": 64, "clusters": 2, "per_cluster": 2, "batch_sizes": (2, 8)},
 }
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_figure_is_drawn_and_its_title_fits(name):
-    figure = FIGURES[name](**SMALL[name])
+def test_figure_is_drawn_and_its_title_fits(name, tmp_path):
+    given = dict(SMALL[name])
+    if name == "rasa_projector":
+        given["weights"] = tmp_path / "weights.safetensors"
+        backbones.save(backbones.create("sslkit_vit_micro", img_size=32), given["weights"])
+    figure = FIGURES[name](**given)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     for text in figure.texts:

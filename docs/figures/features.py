@@ -1,6 +1,7 @@
 """What heads, KoLeo and RASA do to features."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,9 @@ def matryoshka_projector(steps: int = 800, pixels: int = 240) -> Figure:
         ]
     )
     panels = figure.subplots(2, 2).ravel()
-    panels[0].imshow(reads, cmap="Blues", vmin=0, vmax=1.4, aspect="auto", interpolation="nearest")
+    panels[0].imshow(
+        reads.numpy(), cmap="Blues", vmin=0, vmax=1.4, aspect="auto", interpolation="nearest"
+    )
     panels[0].grid(False)
     panels[0].set(title="features that a level reads", xlabel="feature", ylabel="level")
     panels[0].set_yticks(range(len(reads)), [str(level + 1) for level in range(len(reads))])
@@ -120,14 +123,18 @@ def matryoshka_projector(steps: int = 800, pixels: int = 240) -> Figure:
         m, K = head.nesting_dims[level], head.num_prototypes_per_level[level]
         order = torch.randperm(K, generator=generator)
         axes.imshow(
-            order[clusters], cmap="viridis", origin="lower", extent=2 * (-3.5, 3.5), alpha=0.75
+            order[clusters].numpy(),
+            cmap="viridis",
+            origin="lower",
+            extent=2 * (-3.5, 3.5),
+            alpha=0.75,
         )
         edges = torch.zeros(pixels, pixels)
         edges[1:] = (clusters[1:] != clusters[:-1]).float()
         edges[:, 1:] = torch.maximum(edges[:, 1:], (clusters[:, 1:] != clusters[:, :-1]).float())
         white = torch.cat([torch.ones(pixels, pixels, 3), edges[..., None]], dim=-1)
-        axes.imshow(white, origin="lower", extent=2 * (-3.5, 3.5))
-        axes.plot(*points.T, ".", color="black", ms=1.5)
+        axes.imshow(white.numpy(), origin="lower", extent=2 * (-3.5, 3.5))
+        axes.plot(*points.T.numpy(), ".", color="black", ms=1.5)
         axes.grid(False)
         axes.set(xticks=[], yticks=[])
         axes.set_title(f"level {level + 1}: {m} features, {K} clusters")
@@ -183,9 +190,15 @@ def _circle(axes: Axes, x: Tensor, push: Tensor) -> None:
     lengths = push.norm(dim=1, keepdim=True)
     arrows = push / lengths.clamp(min=1e-9) * (0.25 * lengths).clamp(max=0.6)
     axes.quiver(
-        *z.T, *arrows.T, angles="xy", scale_units="xy", scale=1, color=REFERENCE, width=0.012
+        *z.T.numpy(),
+        *arrows.T.numpy(),
+        angles="xy",
+        scale_units="xy",
+        scale=1,
+        color=REFERENCE,
+        width=0.012,
     )
-    axes.plot(*z.T, "o", color=TRAINED, ms=4)
+    axes.plot(*z.T.numpy(), "o", color=TRAINED, ms=4)
     axes.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), aspect="equal", xticks=[], yticks=[])
     axes.grid(False)
     axes.spines[:].set_visible(False)
@@ -195,18 +208,18 @@ def _circle(axes: Axes, x: Tensor, push: Tensor) -> None:
 
 
 @styled
-def rasa_projector(num_images: int = 200, size: int = 48) -> Figure:
+def rasa_projector(
+    weights: Path = Path("runs/demo/pretrain.safetensors"), num_images: int = 200, size: int = 48
+) -> Figure:
     """Where linear regression believes patches to be, after each plane; what is left."""
     figure = phone_figure(
         "Patches forget where they are",
-        "A ViT with random weights, rendered scenes. Top: place of each patch of held-out images "
-        "as linear regression reads it from the features, mean over images; the frame is the "
-        "image. Bottom: R² of that regression, and the variance of the features that is left.",
+        "The network of `make demo` on scenes of 12 x 12 patches. Top: the place of each patch "
+        "that linear regression reads from its features, mean over held-out images; the frame is "
+        "the image. Bottom: R² of that regression, and the variance of features that is left.",
         height=4.6,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        encoder = backbones.create("sslkit_vit_tiny", img_size=size).eval()
+    encoder = backbones.load(weights).eval()
     fitted, held_out = (
         extract(
             encoder,
@@ -228,20 +241,17 @@ def rasa_projector(num_images: int = 200, size: int = 48) -> Figure:
         kept.append((asked.var((0, 1, 2)).sum() / held_out.var((0, 1, 2)).sum()).item())
         places.append(read_places(known, asked).mean(0))
 
-    shown = list(counts)[:3]
-    panels = figure.subplot_mosaic(
-        [[f"lattice {t}" for t in range(3)], ["left"] * 3], height_ratios=(1.2, 1)
-    )
-    for t in range(3):
-        axes = panels[f"lattice {t}"]
+    shown = dict.fromkeys([0, min(1, len(planes)), len(planes)])
+    panels = figure.subplot_mosaic([list(shown), ["left"] * len(shown)], height_ratios=(1.2, 1))
+    for t in shown:
+        axes = panels[t]
         axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", xticks=[], yticks=[])
         axes.grid(False)
         axes.spines[:].set_visible(True)
-        if t in shown:
-            lattice = places[t].flip(-1)  # (x, y)
-            lines = [*lattice, *lattice.transpose(0, 1)]
-            axes.add_collection(LineCollection(lines, colors=TRAINED, linewidths=0.9))
-            axes.set_title(f"{t} planes removed" if t != 1 else "1 plane removed")
+        lattice = places[t].flip(-1)  # (x, y)
+        lines = [*lattice, *lattice.transpose(0, 1)]
+        axes.add_collection(LineCollection(lines, colors=TRAINED, linewidths=0.9))
+        axes.set_title(f"{t} planes removed" if t != 1 else "1 plane removed")
     left = panels["left"]
     left.plot(counts, kept, "s--", color=BASELINE, label="variance left")
     left.plot(counts, r2, "o-", color=TRAINED, label="position R²")
