@@ -27,6 +27,7 @@ from sslkit.evaluation.figures.style import (
     INK,
     REFERENCE,
     TRAINED,
+    show,
     styled,
     whole_numbers,
 )
@@ -108,10 +109,8 @@ def matryoshka_projector(steps: int = 800, pixels: int = 240) -> Figure:
         ]
     )
     panels = figure.subplots(2, 2).ravel()
-    panels[0].imshow(
-        reads.numpy(), cmap="Blues", vmin=0, vmax=1.4, aspect="auto", interpolation="nearest"
-    )
-    panels[0].grid(False)
+    show(panels[0], reads.numpy(), cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
+    panels[0].set_xticks([m - 1 for m in head.nesting_dims], head.nesting_dims)
     panels[0].set(title="features that a level reads", xlabel="feature", ylabel="level")
     panels[0].set_yticks(range(len(reads)), [str(level + 1) for level in range(len(reads))])
 
@@ -122,21 +121,14 @@ def matryoshka_projector(steps: int = 800, pixels: int = 240) -> Figure:
     for level, (axes, clusters) in enumerate(zip(panels[1:], maps, strict=True)):
         m, K = head.nesting_dims[level], head.num_prototypes_per_level[level]
         order = torch.randperm(K, generator=generator)
-        axes.imshow(
-            order[clusters].numpy(),
-            cmap="viridis",
-            origin="lower",
-            extent=2 * (-3.5, 3.5),
-            alpha=0.75,
-        )
+        place = {"origin": "lower", "extent": 2 * (-3.5, 3.5)}
+        show(axes, order[clusters].numpy(), cmap="viridis", alpha=0.75, **place)
         edges = torch.zeros(pixels, pixels)
         edges[1:] = (clusters[1:] != clusters[:-1]).float()
         edges[:, 1:] = torch.maximum(edges[:, 1:], (clusters[:, 1:] != clusters[:, :-1]).float())
         white = torch.cat([torch.ones(pixels, pixels, 3), edges[..., None]], dim=-1)
-        axes.imshow(white.numpy(), origin="lower", extent=2 * (-3.5, 3.5))
+        show(axes, white.numpy(), **place)
         axes.plot(*points.T.numpy(), ".", color="black", ms=1.5)
-        axes.grid(False)
-        axes.set(xticks=[], yticks=[])
         axes.set_title(f"level {level + 1}: {m} features, {K} clusters")
     return figure
 
@@ -189,15 +181,8 @@ def _circle(axes: Axes, x: Tensor, push: Tensor) -> None:
     axes.plot(turn.cos(), turn.sin(), color="#D5D8DB", lw=1)
     lengths = push.norm(dim=1, keepdim=True)
     arrows = push / lengths.clamp(min=1e-9) * (0.25 * lengths).clamp(max=0.6)
-    axes.quiver(
-        *z.T.numpy(),
-        *arrows.T.numpy(),
-        angles="xy",
-        scale_units="xy",
-        scale=1,
-        color=REFERENCE,
-        width=0.012,
-    )
+    ends = (*z.T.numpy(), *arrows.T.numpy())
+    axes.quiver(*ends, angles="xy", scale_units="xy", scale=1, color=REFERENCE, width=0.012)
     axes.plot(*z.T.numpy(), "o", color=TRAINED, ms=4)
     axes.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), aspect="equal", xticks=[], yticks=[])
     axes.grid(False)
