@@ -4,8 +4,8 @@
 
 A figure is a function of one of the modules beside this file. It has the name of its page and of
 its picture, ``docs/parts/NAME.png``. Without a name all are drawn. Nothing is drawn at random:
-every number comes from a seeded generator. That of RASA needs the weights that ``make demo`` leaves
-in ``runs/demo``.
+every number comes from a seeded generator. That of RASA needs the weights
+``runs/cifar10/pretrain.safetensors`` of docs/cifar10.md.
 """
 
 import argparse

@@ -194,15 +194,15 @@ def _circle(axes: Axes, x: Tensor, push: Tensor) -> None:
 
 @styled
 def rasa_projector(
-    weights: Path = Path("runs/demo/pretrain.safetensors"), num_images: int = 200, size: int = 48
+    weights: Path = Path("runs/cifar10/pretrain.safetensors"), num_images: int = 200, size: int = 32
 ) -> Figure:
     """Where linear regression believes patches to be, after each plane; what is left."""
     figure = phone_figure(
         "Patches forget where they are",
-        "The network of `make demo` on scenes of 12 x 12 patches. Top: the place of each patch "
+        "A ViT trained on CIFAR-10, rendered scenes of 8 x 8 patches. Top: the place of each patch "
         "that linear regression reads from its features, mean over held-out images; the frame is "
         "the image. Bottom: R² of that regression, and the variance of features that is left.",
-        height=4.6,
+        height=4.1,
     )
     encoder = backbones.load(weights).eval()
     fitted, held_out = (
@@ -227,7 +227,7 @@ def rasa_projector(
         places.append(read_places(known, asked).mean(0))
 
     shown = dict.fromkeys([0, min(1, len(planes)), len(planes)])
-    panels = figure.subplot_mosaic([list(shown), ["left"] * len(shown)], height_ratios=(1.2, 1))
+    panels = figure.subplot_mosaic([list(shown), ["left"] * len(shown)], height_ratios=(1, 1.1))
     for t in shown:
         axes = panels[t]
         axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", xticks=[], yticks=[])
