@@ -154,7 +154,7 @@ def ema_centering(steps: int = 120, B: int = 256, K: int = 16, temperature: floa
 
     top, bottom = figure.subplots(2, 1, height_ratios=(1.3, 1))
     for step in list(changes)[1:]:
-        top.axvline(step, color=INK, lw=0.8, ls=":")
+        top.vlines(step, 0, K, color=INK, lw=0.8, ls=":")
     for (name, (colour, line)), target in zip(kinds.items(), targets, strict=True):
         top.plot(used[name], color=colour, ls=line, label=name)
         bottom.plot(K * target.probs().mean(dim=0), color=colour, ls=line)
