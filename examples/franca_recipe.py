@@ -64,7 +64,8 @@ from sslkit.data import (
     train_test_split,
 )
 from sslkit.data.annotated import Segmented
-from sslkit.data.crops import normalisation, random_crop
+from sslkit.data.crops import random_crop
+from sslkit.data.normalisation import normalisation
 from sslkit.data.throughput import DataWatch
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.attention import cls_attention

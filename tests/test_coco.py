@@ -125,12 +125,11 @@ def test_a_region_is_the_union_of_its_polygons():
 
 def test_pixel_maps(tmp_path):
     root = on_disk.write_coco(tmp_path)
-    fine, coarse, stuff, fine_stuff = (
+    fine, coarse, fine_stuff, stuff = (
         COCOStuff(root, split="val", classes=classes, things=things)
         for things in (True, False)
         for classes in ("fine", "coarse")
     )
-    stuff, fine_stuff = fine_stuff, stuff
     assert isinstance(fine, Segmented)
     assert (len(fine), fine.num_classes, fine[1][1]) == (3, 0, -1)
     assert fine.mask_class_names == FINE_CLASSES

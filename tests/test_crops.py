@@ -1,8 +1,6 @@
-"""Views: every pixel operation against torchvision's, every random choice against its classes."""
+"""Views: what is drawn against torchvision's classes, what is rendered against its functions."""
 
-import colorsys
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,14 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from sslkit.data import pixels
-from sslkit.data.crops import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    MultiCrop,
-    View,
-)
-from sslkit.data.seeds import sample_seed
+from sslkit.data.crops import MultiCrop, View
+from sslkit.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 PLAIN = View((0, 0, 1, 1), False, None, (0, 1, 2, 3), False, None, False)
 
@@ -36,96 +28,6 @@ def random_image(height=40, width=56, channels=3, seed=0):
 def draw_many(crops, height, width, count):
     generator = seeded(0)
     return [crops.draw(height, width, generator=generator) for _ in range(count)]
-
-
-# --- pixel operations ----------------------------------------------------------------------------
-
-
-def float_images():
-    """[C, h, w] in 0..255, with saturated, grey, black and white pixels among them."""
-
-    def build(seed, height, width, channels, levels):
-        x = torch.rand(channels, height, width, generator=seeded(seed))
-        return (x * levels).round() / levels * 255
-
-    sizes = st.integers(2, 20)
-    return st.builds(
-        build,
-        st.integers(0, 999),
-        sizes,
-        sizes,
-        st.sampled_from([1, 3]),
-        st.sampled_from([1, 2, 255]),
-    )
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "factors"),
-    [
-        (pixels.adjust_brightness_, vision.adjust_brightness, st.floats(0, 2)),
-        (pixels.adjust_contrast_, vision.adjust_contrast, st.floats(0, 2)),
-        (pixels.adjust_saturation_, vision.adjust_saturation, st.floats(0, 2)),
-        (pixels.shift_hue_, vision.adjust_hue, st.floats(-0.5, 0.5)),
-    ],
-    ids=["brightness", "contrast", "saturation", "hue"],
-)
-def test_jitter_operations_equal_torchvisions(ours, theirs, factors):
-    @given(image=float_images(), factor=factors)
-    def check(image, factor):
-        expected = theirs(image / 255, factor) * 255
-        torch.testing.assert_close(ours(image, factor), expected, atol=2e-3, rtol=0)
-
-    check()
-
-
-@given(
-    rgb=st.tuples(*[st.integers(0, 255)] * 3),
-    turns=st.floats(-0.5, 0.5),
-)
-def test_hue_equals_the_standard_librarys(rgb, turns):
-    hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in rgb))
-    expected = colorsys.hsv_to_rgb((hue + turns) % 1, saturation, value)
-    image = torch.tensor(rgb, dtype=torch.float32).view(3, 1, 1)
-    result = pixels.shift_hue_(image, turns).flatten() / 255
-    torch.testing.assert_close(result, torch.tensor(expected), atol=1e-5, rtol=0)
-
-
-@given(image=float_images())
-def test_grey_and_solarise_equal_torchvisions(image):
-    scaled = image / 255
-    solarised = vision.solarize(scaled, 128 / 255) * 255
-    torch.testing.assert_close(pixels.solarise(image), solarised, atol=1e-4, rtol=0)
-    grey = vision.rgb_to_grayscale(scaled, num_output_channels=len(image)) * 255
-    torch.testing.assert_close(pixels.to_grey_(image), grey, atol=1e-4, rtol=0)
-
-
-def test_solarise_starts_at_128():
-    image = torch.tensor([0.0, 127.0, 128.0, 255.0]).view(1, 1, 4)
-    assert pixels.solarise(image).flatten().tolist() == [0, 127, 127, 0]
-
-
-@pytest.mark.parametrize("kernel_size", [3, 5, 9])
-@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-@pytest.mark.parametrize("channels", [1, 3, 5])
-def test_blur_equals_torchvisions(kernel_size, sigma, channels):
-    image = random_image(9, 13, channels).float()
-    expected = vision.gaussian_blur(image, [kernel_size] * 2, [sigma] * 2)
-    result = pixels.gaussian_blur(image, kernel_size, sigma)
-    torch.testing.assert_close(result, expected, atol=1e-3, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "operation",
-    [
-        partial(pixels.adjust_saturation_, factor=0.3),
-        partial(pixels.shift_hue_, turns=0.2),
-        pixels.to_grey_,
-    ],
-)
-@pytest.mark.parametrize("channels", [1, 2, 4])
-def test_colour_operations_leave_other_than_rgb_alone(operation, channels):
-    image = random_image(channels=channels).float()
-    assert torch.equal(operation(image.clone()), image)
 
 
 # --- drawing -------------------------------------------------------------------------------------
@@ -396,49 +298,3 @@ def test_refused_settings(arguments, message):
 def test_refused_images(image, message):
     with pytest.raises(ValueError, match=message):
         MultiCrop(mean=IMAGENET_MEAN, std=IMAGENET_STD)(image, generator=seeded(0))
-
-
-# --- seeds ---------------------------------------------------------------------------------------
-
-
-def test_mixing_step_is_splitmix64():
-    # The first outputs of the reference SplitMix64 generator started at 0 are mix(0), mix(gamma).
-    assert sample_seed(0) == 0xE220A8397B1DCDAF >> 1
-    assert sample_seed(0x9E3779B97F4A7C15) == 0x6E789E6AA1B965F4 >> 1
-
-
-def test_seeds_do_not_collide():
-    seeds = {
-        sample_seed(seed, epoch, index)
-        for seed in (0, 1, 2**40)
-        for epoch in range(20)
-        for index in range(2000)
-    }
-    assert len(seeds) == 3 * 20 * 2000
-    assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-@pytest.mark.parametrize("position", [0, 1, 2])
-def test_neighbouring_seeds_differ_in_half_of_their_bits(position):
-    flips = np.zeros(63)
-    for i in range(500):
-        words, neighbour = [7, 3, 5], [7, 3, 5]
-        words[position], neighbour[position] = i, i + 1
-        difference = sample_seed(*words) ^ sample_seed(*neighbour)
-        flips += [(difference >> bit) & 1 for bit in range(63)]
-    assert np.abs(flips / 500 - 0.5).max() < 0.1  # standard error 0.022, 63 bits
-
-
-def test_order_of_the_words_matters():
-    assert (
-        len({sample_seed(*words) for words in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (0, 1, 2, 0))}) == 4
-    )
-
-
-def test_first_draws_of_neighbours_are_independent():
-    draws = torch.stack(
-        [torch.rand(4, generator=seeded(sample_seed(0, 0, index))) for index in range(3000)]
-    )
-    lag = torch.corrcoef(torch.stack([draws[:-1, 0], draws[1:, 0]]))[0, 1]
-    assert abs(lag) < 0.07  # standard error 0.018
-    assert abs(draws.mean() - 0.5) < 0.02

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sslkit.data import device_crops, pixels
-from sslkit.data.crops import IMAGENET_STD, MultiCrop, View
+from sslkit.data.crops import MultiCrop, View
 from sslkit.data.device_crops import (
     bicubic_weights,
     pack_views,
@@ -15,8 +15,9 @@ from sslkit.data.device_crops import (
     render_views,
     resize_boxes,
 )
+from sslkit.data.image_array import ImageArray
 from sslkit.data.loader import MultiCropDataset, make_loader
-from sslkit.data.sources import ImageArray
+from sslkit.data.normalisation import IMAGENET_STD
 
 CROPS = MultiCrop(global_size=(24, 40), local_size=(16, 10), num_local=3)
 SHAPES = ((50, 70), (90, 31), (24, 40), (130, 130), (3, 55))

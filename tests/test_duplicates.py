@@ -1,6 +1,7 @@
 """Near-duplicates: the search against two loops, and planted copies through the command."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -213,6 +214,16 @@ def test_planted_copies_are_found_and_nothing_is_touched(tmp_path, planted, caps
         *("11_equal.png", "11_large.png"),
     ]
     assert dict(listing(planted)) == before
+
+
+@pytest.mark.usefixtures("handmade")
+def test_an_image_that_has_broken_since_is_reported_without_a_picture(tmp_path, planted):
+    folder = shutil.copytree(planted, tmp_path / "copy")
+    words = ["--threshold", "0.97", "--output", str(tmp_path)]
+    main(["--weights", "handmade", "--data", str(folder), *words])
+    (folder / "02_small.png").write_bytes(b"no image")
+    main(["--features", str(tmp_path / "features.npy"), *words])
+    assert groups_of(report(tmp_path)) == EXPECTED
 
 
 @pytest.mark.usefixtures("handmade")

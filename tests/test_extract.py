@@ -1,6 +1,7 @@
 """``python -m sslkit.extract``: by hand, in any number of processes, killed and continued."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -204,6 +205,25 @@ def test_processes_of_the_command(tmp_path, given, monkeypatch):
     np.testing.assert_allclose(np.load(tmp_path / "two.npy"), np.load(tmp_path / "one.npy"), 1e-5)
 
 
+def test_processes_of_torchrun(tmp_path, given):
+    words = ["--weights", given.weights, "--data", given.data, "--part-size", "4"]
+    words += ["--batch-size", "3", "--device", "cpu", "--output", str(tmp_path / "two.npy")]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "sslkit.extract", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("two.npy: float32 [13, 32]") == 1
+    extract_to_file(given, tmp_path / "one.npy", parallel=ALONE)
+    for ending in ("npy", "csv"):
+        one, two = (tmp_path / f"{name}.{ending}" for name in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+
 def test_a_process_hands_its_mistake_on(tmp_path, given, monkeypatch):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for name in names:  # what _work sets is put back afterwards
@@ -333,7 +353,10 @@ def test_the_command(tmp_path, weights, folder, capsys):
         (["--part-size", "0"], "part_size must be at least 1"),
     ],
 )
-def test_mistakes_take_one_line(tmp_path, weights, folder, words, message):
+def test_mistakes_take_one_line_and_leave_nothing(
+    tmp_path, monkeypatch, weights, folder, words, message
+):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "EMPTY" / "notes.txt").write_text("no image")
     (tmp_path / "BROKEN").mkdir()
@@ -343,7 +366,8 @@ def test_mistakes_take_one_line(tmp_path, weights, folder, words, message):
     given = ["--weights", weights, "--data", folder, "--output", str(tmp_path / "f.npy")]
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         main([*given, *words])
-    assert not (tmp_path / "f.npy").exists()
+    left = {path.name for path in tmp_path.iterdir()} - {"EMPTY", "BROKEN"}
+    assert left == ({".f.npy.parts"} if message.startswith("none of") else set())  # all parts done
 
 
 def test_rasa_of_another_size(tmp_path, given):

@@ -61,6 +61,22 @@ def test_palette_masks_are_read_as_indices(tmp_path):
     assert ImagesAndMasks(tmp_path).mask(0).unique().tolist() == [1]
 
 
+def test_masks_and_boxes_of_shrunk_images(tmp_path):
+    data = open_source(write(tmp_path), max_side=3)
+    assert data[0][0].shape == (3, 2, 3)
+    assert torch.equal(data.mask(0), open_source(tmp_path).mask(0)[1::2, 1::2])
+    assert data.boxes(0).tolist() == [[0.5, 0, 1.5, 2]]
+
+
+def test_masks_are_upright_as_images_are(tmp_path):
+    write(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (4, 6)).save(tmp_path / "images" / "a.png", exif=exif)  # shown 6 x 4
+    data = ImagesAndMasks(tmp_path)
+    assert data.mask(0).shape == data[0][0].shape[1:] == (4, 6)
+
+
 @pytest.mark.parametrize("missing", ["train.txt", "annotations.json", "masks"])
 def test_a_missing_part_is_named_with_the_layout(tmp_path, missing):
     write(tmp_path)
@@ -76,7 +92,7 @@ def test_bad_contents_are_named(tmp_path):
     with pytest.raises(UnreadableImage, match=r"masks/a.png.*\[4, 5\].*images/a.png is \[4, 6\]"):
         data.mask(0)
     Image.new("RGB", (6, 4)).save(tmp_path / "masks" / "a.png")
-    with pytest.raises(UnreadableImage, match=r"8-bit grey or palette, this is \[4, 6, 3\]"):
+    with pytest.raises(UnreadableImage, match=r"8-bit grey or palette, this one has mode RGB"):
         data.mask(0)
     (tmp_path / "masks" / "b.png").unlink()
     with pytest.raises(UnreadableImage, match=r"b\.png"):
@@ -84,6 +100,11 @@ def test_bad_contents_are_named(tmp_path):
     (tmp_path / "annotations.json").write_text('{"classes": ["background"], "images": {}}')
     with pytest.raises(ValueError, match=r"names 1 class"):
         ImagesAndMasks(tmp_path)
+    classes = '"classes": ["background", "cat"]'
+    for images in ('["a"]', '{"a": 1}', '{"a": {"label": null}}'):
+        (tmp_path / "annotations.json").write_text(f'{{{classes}, "images": {images}}}')
+        with pytest.raises(ValueError, match=r"annotations.json is not \{"):
+            ImagesAndMasks(tmp_path)
     (tmp_path / "annotations.json").write_text("[]")
     with pytest.raises(ValueError, match=r"annotations.json is not \{"):
         ImagesAndMasks(tmp_path)

@@ -8,20 +8,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from sslkit.data.crops import MultiCrop
 from sslkit.data.decode import UnreadableImage
-from sslkit.data.loader import (
-    MultiCropDataset,
-    SampleStream,
-    Unreadable,
-    UnreadableLog,
-    make_loader,
-)
-from sslkit.data.sources import ImageArray, ImageFolder
+from sslkit.data.image_array import ImageArray
+from sslkit.data.image_folder import ImageFolder
+from sslkit.data.loader import MultiCropDataset, make_loader
+from sslkit.data.unreadable import Unreadable, UnreadableLog
 
 CROPS = MultiCrop(global_size=(12, 16), local_size=8, num_local=3)
 
@@ -66,84 +60,6 @@ def assert_same(batches, others):
             counterpart = getattr(other, name)
             same = torch.equal(value, counterpart) if name != "unreadable" else value == counterpart
             assert same, name
-
-
-# --- order ---------------------------------------------------------------------------------------
-
-
-@given(
-    num_images=st.integers(1, 12),
-    batch_size=st.integers(1, 9),
-    start_batch=st.integers(0, 5),
-    seed=st.integers(-(2**70), 2**70),
-)
-def test_stream_is_whole_epochs_one_after_the_other(num_images, batch_size, start_batch, seed):
-    stream = SampleStream(num_images, batch_size=batch_size, seed=seed)
-    samples = list(itertools.chain(*take(stream, start_batch + 3 * num_images)))
-    for epoch in range(len(samples) // num_images):
-        chunk = samples[epoch * num_images : (epoch + 1) * num_images]
-        assert {e for e, _ in chunk} == {epoch}
-        assert sorted(index for _, index in chunk) == list(range(num_images))
-    start = start_batch * batch_size
-    resumed = SampleStream(num_images, batch_size=batch_size, seed=seed, start_sample=start)
-    continued = list(itertools.chain(*take(resumed, 3)))
-    assert continued == samples[start : start + 3 * batch_size]
-
-
-def test_start_need_not_be_a_multiple_of_the_batch():
-    samples = list(itertools.chain(*take(SampleStream(7, batch_size=4), 6)))
-    resumed = SampleStream(7, batch_size=2, start_sample=5)
-    assert list(itertools.chain(*take(resumed, 4))) == samples[5:13]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
-def test_global_batches_do_not_depend_on_the_number_of_ranks(world_size):
-    whole = take(SampleStream(11, batch_size=6, seed=2), 5)
-    ranks = [
-        take(SampleStream(11, batch_size=6, seed=2, rank=rank, world_size=world_size), 5)
-        for rank in range(world_size)
-    ]
-    for step, batch in enumerate(whole):
-        parts = [rank[step] for rank in ranks]
-        assert [part[i] for i in range(6 // world_size) for part in parts] == batch
-
-
-@pytest.mark.parametrize("worlds", [(2, 3), (3, 1), (1, 4), (4, 2)])
-def test_another_number_of_ranks_neither_repeats_nor_skips(worlds):
-    """Two steps on one number of ranks, the rest of the epoch on another: each index once."""
-    shown, start = [], 0
-    for world_size, steps in zip(worlds, (2, 3), strict=True):
-        for rank in range(world_size):
-            stream = SampleStream(
-                60, batch_size=12, start_sample=start, rank=rank, world_size=world_size
-            )
-            shown += itertools.chain(*take(stream, steps))
-        start += 12 * steps
-    assert sorted(shown) == [(0, index) for index in range(60)]
-
-
-def test_epochs_and_seeds_are_ordered_differently():
-    orders = {
-        tuple(SampleStream(50, batch_size=1, seed=seed).permutation(epoch).tolist())
-        for seed in range(3)
-        for epoch in range(3)
-    }
-    assert len(orders) == 9
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_images": 0}, "num_images must be at least 1"),
-        ({"batch_size": 0}, "positive multiple of world_size 1, got 0"),
-        ({"batch_size": 5, "world_size": 2}, "positive multiple of world_size 2, got 5"),
-        ({"rank": 2, "world_size": 2}, r"rank must lie in 0\.\.1, got 2"),
-        ({"start_sample": -1}, "start_sample must be at least 0"),
-    ],
-)
-def test_refused_streams(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        SampleStream(**{"num_images": 4, "batch_size": 4, **arguments})
 
 
 # --- batches -------------------------------------------------------------------------------------
@@ -277,74 +193,6 @@ def test_other_errors_are_not_taken_for_broken_images():
     data.source.images = None
     with pytest.raises(TypeError):
         data[0, 0]
-
-
-def test_log_names_each_image_once():
-    log = UnreadableLog(1000)
-    broken = Unreadable(7, "photos/7.jpg", "truncated")
-    with pytest.warns(RuntimeWarning, match="skipped unreadable image photos/7.jpg: truncated"):
-        log.update([1, 2], [broken, broken])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        log.update(torch.tensor([2, 3]), [broken])
-    assert (log.num_seen, log.num_unreadable) == (4, 1)
-    assert log.names == {7: "photos/7.jpg"}
-
-
-def run_log(num_images, broken, threshold=0.05, batch=1):
-    """Show the images in order, as a run would; the number seen when the log raised, or None."""
-    log = UnreadableLog(num_images, threshold=threshold)
-    message = None
-    for start in range(0, num_images, batch):
-        indices = range(start, min(start + batch, num_images))
-        bad = [Unreadable(i, f"{i}.jpg", "cut") for i in indices if i in broken]
-        try:
-            log.update([i for i in indices if i not in broken], bad)
-        except RuntimeError as error:
-            message = str(error)
-            break
-    if message is None:
-        return None
-    assert message.startswith(f"{log.num_unreadable} of the {log.num_seen} images seen so far")
-    assert f"the last one is {max(log.names)}.jpg" in message
-    return log.num_seen
-
-
-@pytest.mark.filterwarnings("ignore:skipped unreadable")
-@pytest.mark.parametrize(
-    ("num_images", "broken", "threshold", "expected"),
-    [
-        (10, {3}, 0.05, None),  # one broken file never stops a run
-        (10, {3, 4}, 0.05, 10),  # a small set is judged when all of it has been seen
-        (100, set(range(0, 100, 20)), 0.05, None),  # exactly the threshold
-        (100, set(range(95, 100)) | {0}, 0.05, 100),
-        (100, set(range(4)), 0.05, 20),  # 4 > 0.05 * 20 + 3 * sqrt(0.05 * 0.95 * 20) = 3.9
-        (100, {0, 1, 2}, 0.05, None),
-        (100, {0, 1}, 0.0, 20),
-        (100, set(range(100)), 1.0, None),
-    ],
-)
-def test_log_stops_the_run(num_images, broken, threshold, expected):
-    assert run_log(num_images, broken, threshold) == expected
-
-
-@pytest.mark.filterwarnings("ignore:skipped unreadable")
-def test_log_is_rarely_wrong():
-    rng = np.random.default_rng(0)
-    stopped = {
-        share: sum(
-            run_log(2000, set(np.flatnonzero(rng.random(2000) < share).tolist()), batch=50)
-            is not None
-            for _ in range(20)
-        )
-        for share in (0.02, 0.1)
-    }
-    assert stopped == {0.02: 0, 0.1: 20}
-
-
-def test_log_refuses_a_threshold_in_percent():
-    with pytest.raises(ValueError, match=r"a share and must lie in 0\.\.1, got 5"):
-        UnreadableLog(10, threshold=5)
 
 
 @pytest.mark.parametrize("fault", ["truncated", "vanished"])

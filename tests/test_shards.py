@@ -6,7 +6,6 @@ import http.server
 import io
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import pickle
@@ -23,18 +22,18 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from sslkit.data.crops import MultiCrop
 from sslkit.data.decode import UnreadableImage
-from sslkit.data.loader import MultiCropDataset, SampleStream, UnreadableLog, make_loader
+from sslkit.data.image_folder import ImageFolder
+from sslkit.data.loader import MultiCropDataset, make_loader
+from sslkit.data.sample_stream import SampleStream
 from sslkit.data.shards import TarShards, expand_shards, make_shards, source
 from sslkit.data.shards.__main__ import main
-from sslkit.data.shards.cache import ShardCache
-from sslkit.data.shards.order import LaneOrder
-from sslkit.data.sources import ImageFolder, Subset, open_source
+from sslkit.data.sources import open_source
+from sslkit.data.splits import Subset
+from sslkit.data.unreadable import UnreadableLog
 
 REAL_IMAGES = Path(__file__).parents[2] / "shared" / "data" / "cutouts" / "images"
 CLASSES = ("cat", "dog", "emu")
@@ -112,17 +111,12 @@ def members_of(path):
 def test_shards_hold_the_folder(tmp_path, shards):
     images = TarShards(shards / "train-*.tar")
     folder = ImageFolder(tmp_path / "images")
-    assert [Path(shard).name for shard in images.shards] == [
-        f"train-00000{i}.tar" for i in range(5)
-    ]
+    assert [Path(shard).name for shard in images.shards] == NAMES
     assert contents(images) == contents(folder)
     assert images.class_names == folder.class_names == CLASSES
     assert images.num_classes == 3
     assert images.name(8) == f"{shards}/train-000001.tar:000000008.png"
-    assert sorted(path.name for path in shards.iterdir()) == [
-        "shards.json",
-        *(f"train-00000{i}.tar" for i in range(5)),
-    ]
+    assert sorted(path.name for path in shards.iterdir()) == ["shards.json", *NAMES]
     first_labels = [images[i][1] for i in range(15)]
     assert first_labels != sorted(first_labels)  # shuffled
     with pytest.raises(IndexError, match="index 30 is out of range for 30 images"):
@@ -537,54 +531,7 @@ def test_training_replaces_and_counts_the_images_of_a_vanished_shard(shards):
     assert sum("skipped unreadable image" in str(each.message) for each in caught) == 7
 
 
-# --- the cache -----------------------------------------------------------------------------------
-
-
-def test_cache_keeps_to_its_limit_and_drops_the_oldest(tmp_path):
-    for name in "abcd":
-        (tmp_path / name).write_bytes(bytes(1000))
-    cache = ShardCache(tmp_path / "cache", max_bytes=2500)
-    paths = {}
-
-    def ask(name):
-        time.sleep(0.02)  # the order is that of file times
-        paths[name] = Path(cache.path(f"pipe:cat {tmp_path / name}"))
-        return {each for each in paths if paths[each].exists()}
-
-    assert ask("a") == {"a"}
-    assert ask("b") == {"a", "b"}
-    assert ask("a") == {"a", "b"}
-    assert ask("c") == {"a", "c"}
-    assert ask("d") == {"c", "d"}
-    assert paths["d"].read_bytes() == bytes(1000)
-    (tmp_path / "e").write_bytes(bytes(9000))
-    assert ask("e") == {"e"}  # larger than the limit, but needed
-
-
-def test_a_failed_copy_leaves_nothing(tmp_path):
-    cache = ShardCache(tmp_path / "cache", max_bytes=100)
-    with pytest.raises(OSError, match="exit 3"):
-        cache.path("pipe:printf 'half a file'; exit 3")
-    assert [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == []
-
-
-def test_one_process_copies_while_others_wait(tmp_path):
-    (tmp_path / "shard.tar").write_bytes(bytes(5000))
-    url = f"pipe:echo x >> {tmp_path}/log; sleep 0.3; cat {tmp_path}/shard.tar"
-    cache = ShardCache(tmp_path / "cache", max_bytes=10**6)
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-
-    def ask():
-        queue.put(os.path.getsize(cache.path(url)))
-
-    children = [context.Process(target=ask) for _ in range(4)]
-    for child in children:
-        child.start()
-    assert [queue.get(timeout=60) for _ in children] == [5000] * 4
-    for child in children:
-        child.join()
-    assert (tmp_path / "log").read_text() == "x\n"
+# --- through the cache ---------------------------------------------------------------------------
 
 
 def test_an_unreachable_shard_is_not_asked_for_every_image(tmp_path, shards):
@@ -603,54 +550,7 @@ def test_evicted_shards_are_copied_again(tmp_path, shards):
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
 
 
-# --- order ---------------------------------------------------------------------------------------
-
-sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
-
-
-@given(sizes, st.integers(1, 20), st.integers(1, 30), st.integers(0, 2**63 - 1))
-def test_order_is_a_permutation(sizes, lanes, window, seed):
-    order = LaneOrder(sizes, lanes=lanes, window=window, seed=seed)
-    forwards = [order[p] for p in range(len(order))]
-    assert sorted(forwards) == list(range(sum(sizes)))
-    again = LaneOrder(sizes, lanes=lanes, window=window, seed=seed)
-    assert [again[p] for p in reversed(range(len(order)))] == forwards[::-1]
-
-
-@given(sizes, st.integers(1, 4), st.integers(1, 4), st.integers(1, 30), st.integers(0, 99))
-def test_ranks_share_only_the_shards_that_a_lane_end_cuts(sizes, world, factor, window, seed):
-    lanes = world * factor
-    order = LaneOrder(sizes, lanes=lanes, window=window, seed=seed)
-    ends = np.cumsum(sizes)
-    met = collections.defaultdict(set)  # ranks by shard
-    visits = 0
-    for rank in range(world):
-        for p in range(rank, len(order), world):
-            met[int(np.searchsorted(ends, order[p], side="right"))].add(rank)
-    visits = sum(len(ranks) for ranks in met.values())
-    assert visits - len(met) <= lanes - 1
-
-
-@given(st.integers(1, 300), st.integers(1, 6), st.integers(1, 50), st.integers(0, 99))
-def test_windows_bound_how_far_a_sample_moves(size, lanes, window, seed):
-    order = LaneOrder([size], lanes=lanes, window=window, seed=seed)
-    lanes = min(lanes, size)
-    for lane in range(lanes):
-        items = [order[p] for p in range(lane, size, lanes)]
-        assert max(items) - min(items) == len(items) - 1  # consecutive on the line
-        moved = [abs(index - min(items) - i) for i, index in enumerate(items)]
-        assert max(moved) < window
-        assert math.floor(size / lanes) <= len(items) <= math.ceil(size / lanes)
-
-
-def test_every_window_has_a_permutation_of_its_own():
-    order = LaneOrder([400], lanes=4, window=50, seed=0)
-    windows = {
-        tuple(order[4 * item + lane] % 50 for item in range(start, start + 50))
-        for lane in range(4)
-        for start in (0, 50)
-    }
-    assert len(windows) == 8
+# --- in the loader -------------------------------------------------------------------------------
 
 
 def test_the_loader_reads_in_the_order_of_the_lanes(shards):
@@ -673,13 +573,6 @@ def test_epochs_are_ordered_differently(shards):
     assert len(orders) == 20
     with pytest.raises(ValueError, match="lanes and window must be at least 1, got 0 and 4096"):
         TarShards(shards / "*.tar", lanes=0).epoch_order(0)
-
-
-def test_a_huge_order_is_cheap():
-    start = time.perf_counter()
-    order = LaneOrder(np.full(40_000, 10_000), lanes=64, window=4096, seed=0)
-    assert len({order[p] for p in range(200_000_000, 200_010_000)}) == 10_000
-    assert time.perf_counter() - start < 3
 
 
 @pytest.mark.parametrize("consumed", [4, 6, 10])

@@ -6,7 +6,7 @@ import torchvision.transforms.v2.functional as vision
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sslkit.data.crops import IMAGENET_MEAN, IMAGENET_STD
+from sslkit.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from sslkit.evaluation.views import EvalTransform, PaddedView
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import griffe
 
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):`~?(?:[\w.]+\.)?([\w]+)`")
-SECTIONS = {"Example:": "", "Shapes:": "Shapes:", "Sources:": "Sources:"}
 
 
 class PlainDocstrings(griffe.Extension):
@@ -25,15 +24,10 @@ class PlainDocstrings(griffe.Extension):
 def as_markdown(text: str) -> str:
     """One docstring, cleaned of its indentation.
 
-    >>> print(as_markdown("See :class:`~a.B`::\\n\\n    x = 1\\n\\n>>> 1 + 1\\n2"))
-    See `B`:
-    <BLANKLINE>
-        x = 1
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
+    >>> as_markdown("See :class:`~a.B`::\\n\\n    x = 1")
+    'See `B`:\\n\\n    x = 1'
+    >>> as_markdown(">>> 1 + 1\\n2")
+    '```pycon\\n>>> 1 + 1\\n2\\n```'
     """
     lines: list[str] = []
     fence: str | None = None

@@ -17,9 +17,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
 from sslkit.data import pixels
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from sslkit.data.normalisation import normalisation
 
 Size = int | tuple[int, int]
 
@@ -32,7 +30,7 @@ JITTER = (
     pixels.shift_hue_,
 )
 """What the numbers in ``View.jitter_order`` stand for."""
-_DRAWS_PER_VIEW = 2 * _CROP_ATTEMPTS + 13
+_DRAWS_PER_VIEW = 13 + 2 * _CROP_ATTEMPTS  # as MultiCrop._draw_one unpacks them
 
 
 class View(NamedTuple):
@@ -278,29 +276,6 @@ def check_image(image: Tensor) -> None:
             f"image must be a non-empty uint8 tensor [C, h, w], got {image.dtype} "
             f"{list(image.shape)}"
         )
-
-
-def normalisation(
-    channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [C, 1, 1] that images in 0..1 are normalised with.
-
-    None is ImageNet's for RGB, and the average of its three for any other number of channels.
-
-    >>> normalisation(1, None, (0.5,))[1].shape
-    torch.Size([1, 1, 1])
-    """
-    result = []
-    for name, given, imagenet in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
-        if given is None:
-            given = imagenet if channels == 3 else (sum(imagenet) / 3,) * channels
-        if len(given) != channels:
-            raise ValueError(
-                f"{name} has {len(given)} value(s) but the image has {channels} channel(s); give "
-                f"one value a channel, or None for the default"
-            )
-        result.append(torch.tensor(given, dtype=torch.float32).view(channels, 1, 1))
-    return result[0], result[1]
 
 
 def _draw_box(

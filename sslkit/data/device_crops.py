@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from sslkit.data import pixels
-from sslkit.data.crops import JITTER, Crops, MultiCrop, Size, View, height_width, normalisation
+from sslkit.data.crops import JITTER, Crops, MultiCrop, Size, View, height_width
+from sslkit.data.normalisation import normalisation
 
 _WORKSPACE_BYTES = 2**28
 _NUM_STEPS = len(JITTER)

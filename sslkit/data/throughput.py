@@ -19,7 +19,8 @@ import torch
 
 from sslkit.data.crops import MultiCrop
 from sslkit.data.decode import MAX_SIDE
-from sslkit.data.loader import Batch, MultiCropDataset, make_loader
+from sslkit.data.loader import MultiCropDataset, make_loader
+from sslkit.data.samples import Batch
 from sslkit.data.sources import open_source
 
 

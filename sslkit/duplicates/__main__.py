@@ -4,6 +4,7 @@ Groups images by the similarity of their features, and reports of each group whi
 Nothing is ever deleted; --write-list writes the names of the images to keep and to remove.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -14,13 +15,20 @@ from typing import Literal
 
 import numpy as np
 import tyro
+from torch import Tensor
 from tqdm import tqdm
 
 from sslkit.data.sources import Source, UnreadableImage, open_source
 from sslkit.duplicates import figures
-from sslkit.duplicates.search import find_duplicates, keep_one, similarity_to_kept
+from sslkit.duplicates.search import (
+    find_duplicates,
+    keep_one,
+    kept_rows,
+    similarity_to_rows,
+)
 from sslkit.evaluation.report import format_table, write_report
 from sslkit.extract import Extraction, read_description, read_features, read_names
+from sslkit.extract.files import description_path
 from sslkit.extract.processes import extract_with_processes
 from sslkit.training.checkpoint import atomic_write
 
@@ -84,60 +92,62 @@ def run(settings: Settings) -> None:
             progress=lambda done: bar.update(done - bar.n),
         )
     sizes = np.bincount(found.groups)
-    in_group = np.flatnonzero(sizes[found.groups] > 1)
     pixels = np.zeros(len(features), np.int64)
     if settings.keep == "largest":
+        in_group = np.flatnonzero(sizes[found.groups] > 1)
         for row in tqdm(in_group, desc="image sizes", unit=" images"):
             pixels[row] = _num_pixels(source, names[row][0])
     keep = keep_one(found.groups, pixels)
-    similarity = similarity_to_kept(features, found.groups, keep)
+    kept = kept_rows(found.groups, keep)
+    similarity = similarity_to_rows(features, kept)
     removed = np.flatnonzero(~keep)
-    kept_of = np.zeros(len(sizes), np.int64)
-    kept_of[found.groups[keep]] = np.flatnonzero(keep)
-    chained = int((similarity[removed] < settings.threshold).sum())
-    rows = [
-        ("images", str(len(features))),
-        (f"pairs of similarity {settings.threshold:g} or more", str(found.num_pairs)),
-        ("groups of duplicates", str(int((sizes > 1).sum()))),
-        ("images in the largest group", str(int(sizes.max()))),
-        ("images to keep", str(int(keep.sum()))),
-        ("images to remove", str(len(removed))),
-        ("of these less alike to the kept one than that", str(chained)),
+    removed = removed[np.argsort(similarity[removed], kind="stable")]
+    results = [
+        ("images", len(features)),
+        (f"pairs of similarity {settings.threshold:g} or more", found.num_pairs),
+        ("groups of duplicates", int((sizes > 1).sum())),
+        ("images in the largest group", int(sizes.max())),
+        ("images to keep", int(keep.sum())),
+        ("images to remove", len(removed)),
+        (
+            "of these less alike to the kept one than that",
+            int((similarity[removed] < settings.threshold).sum()),
+        ),
     ]
-    order = removed[np.argsort(similarity[removed], kind="stable")]
-    shown = order[np.linspace(0, len(order) - 1, min(settings.num_pictures, len(order)), dtype=int)]
     pictures = {"similarity": figures.similarities(found.nearest, settings.threshold)}
-    if len(shown):
-        pictures["pairs"] = figures.pairs(
-            [source[names[kept_of[found.groups[row]]][0]][0] for row in shown],
-            [source[names[row][0]][0] for row in shown],
-            similarity[shown].tolist(),
-        )
+    num_shown = min(settings.num_pictures, len(removed))
+    pairs: list[tuple[Tensor, Tensor, float]] = []
+    for row in removed[np.linspace(0, len(removed) - 1, num_shown, dtype=int)].tolist():
+        with contextlib.suppress(UnreadableImage):  # since the features were extracted
+            one, other = source[names[kept[row]][0]][0], source[names[row][0]][0]
+            pairs.append((one, other, float(similarity[row])))
+    if pairs:
+        pictures["pairs"] = figures.pairs(pairs)
+    table = [(name, str(value)) for name, value in results]
     page = write_report(
         settings.output,
         title=f"Near-duplicates at {settings.threshold:g}",
-        results=rows,
+        results=table,
         columns=("Number of", "Value"),
         figures=pictures,
         settings=dataclasses.asdict(settings),
     )
     members: dict[int, list[int]] = {}
-    for row in order[::-1].tolist():
+    for row in removed[::-1].tolist():
         members.setdefault(int(found.groups[row]), []).append(row)
     groups = [
         {
-            "keep": names[kept_of[group]][1],
+            "keep": names[kept[rows[0]]][1],
             "remove": [
                 {"name": names[row][1], "similarity": round(float(similarity[row]), 6)}
-                for row in members[group]
+                for row in rows
             ],
         }
-        for group in sorted(members)
+        for _, rows in sorted(members.items())
     ]
-    summary = {name: int(value) for name, value in rows}
     with atomic_write(settings.output / "duplicates.json") as file:
-        file.write(json.dumps({**summary, "groups": groups}, indent=2).encode())
-    print(format_table([*rows, ("report", str(page))]))
+        file.write(json.dumps({**dict(results), "groups": groups}, indent=2).encode())
+    print(format_table([*table, ("report", str(page))]))
     if not settings.write_list:
         print("nothing else is written: --write-list writes keep.txt and remove.txt")
         return
@@ -150,15 +160,14 @@ def run(settings: Settings) -> None:
 
 def _open(settings: Settings) -> tuple[np.ndarray, list[tuple[int, str]], Source]:
     """Features [N, D], (index, name) of each row, and the images."""
-    path = settings.features
-    if (path is None) == (settings.weights is None):
+    if (settings.features is None) == (settings.weights is None):
         raise ValueError("give either --features, or --weights and --data")
-    if path is None:
+    path = settings.features or settings.output / "features.npy"
+    if settings.weights is not None:
         if settings.data is None:
             raise ValueError("--weights needs --data")
-        path = settings.output / "features.npy"
         extraction = Extraction(
-            weights=str(settings.weights),
+            weights=settings.weights,
             data=settings.data,
             image_size=settings.image_size,
             resize_over_crop=1.0,
@@ -167,7 +176,7 @@ def _open(settings: Settings) -> tuple[np.ndarray, list[tuple[int, str]], Source
             extraction, path, processes=settings.processes, device=settings.device
         )
     features = read_features(path, size=settings.nesting)
-    described = path if path.suffix == ".parquet" else path.with_suffix(".json")
+    described = description_path(path)
     if described.exists():
         of = read_description(path)["settings"]
         source = open_source(

@@ -1,5 +1,6 @@
 """Pictures of near-duplicates: the distribution of similarities, and pairs side by side."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,15 +47,14 @@ def similarities(nearest: np.ndarray, threshold: float) -> Figure:
 
 
 @styled
-def pairs(kept: Sequence[Tensor], removed: Sequence[Tensor], similarity: Sequence[float]) -> Figure:
-    """Pairs of images: the one that is kept, and one that goes.
+def pairs(images: Sequence[tuple[Tensor, Tensor, float]]) -> Figure:
+    """Pairs of images side by side.
 
     Args:
-        kept, removed: uint8 [C, h, w] of any size.
-        similarity: of each pair.
+        images: the one that is kept and one that goes, uint8 [C, h, w] of any size, and their
+            similarity.
     """
-    columns = min(_PAIRS_PER_ROW, len(kept))
-    rows = -(-len(kept) // columns)
+    rows = math.ceil(len(images) / _PAIRS_PER_ROW)
     figure = new_figure(
         "Kept and removed, from the least alike to the most",
         "Left of a pair: kept; right: removed, with the similarity. The first pairs are the "
@@ -62,12 +62,12 @@ def pairs(kept: Sequence[Tensor], removed: Sequence[Tensor], similarity: Sequenc
         height=rows * (0.2 + WIDTH / (2 * _PAIRS_PER_ROW)),
     )
     grid = figure.subplots(rows, 2 * _PAIRS_PER_ROW, squeeze=False).reshape(-1, 2)
-    for axes in grid[len(kept) :].ravel():
+    for axes in grid[len(images) :].ravel():
         axes.set_axis_off()
     view = EvalTransform(_SIDE, _SIDE)
-    for axes, one, other, value in zip(grid, kept, removed, similarity, strict=False):
-        for side, image in zip(axes, (one, other), strict=True):
-            show(side, as_picture(view(image), None, None))
-        axes[0].set_title("kept")
-        axes[1].set_title(f"removed: {value:.3f}")
+    for (left, right), (kept, removed, similarity) in zip(grid, images, strict=False):
+        show(left, as_picture(view(kept), None, None))
+        show(right, as_picture(view(removed), None, None))
+        left.set_title("kept")
+        right.set_title(f"removed: {similarity:.3f}")
     return figure

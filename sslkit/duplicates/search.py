@@ -108,15 +108,24 @@ def keep_one(groups: np.ndarray, preference: np.ndarray) -> np.ndarray:
     return keep
 
 
-def similarity_to_kept(features: np.ndarray, groups: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """float32 [N]: cosine similarity of each row to the kept one of its group."""
+def kept_rows(groups: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """int64 [N]: of each row, the row that is kept of its group.
+
+    >>> kept_rows(np.array([0, 0, 1, 0]), np.array([False, True, True, False])).tolist()
+    [1, 1, 2, 1]
+    """
     kept = np.zeros(groups.max() + 1, np.int64)
     kept[groups[keep]] = np.flatnonzero(keep)
-    similarity = np.empty(len(groups), np.float32)
-    for start in range(0, len(groups), _ROWS_AT_ONCE):
+    return kept[groups]
+
+
+def similarity_to_rows(features: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """float32 [N]: cosine similarity of row i to row ``others[i]`` of the same features [N, D]."""
+    similarity = np.empty(len(others), np.float32)
+    for start in range(0, len(others), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        partners = features[kept[groups[rows]]]
-        similarity[rows] = (_normalised(features[rows]) * _normalised(partners)).sum(1)
+        partners = _normalised(features[others[rows]])
+        similarity[rows] = (_normalised(features[rows]) * partners).sum(1)
     return similarity
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sslkit.data.annotated.protocols import KeypointPair
-from sslkit.data.crops import normalisation
+from sslkit.data.normalisation import normalisation
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import require_image
@@ -30,7 +30,7 @@ class SquareView:
 
     Args:
         size: side of the square, in pixels.
-        mean, std: see `sslkit.data.crops.normalisation`; by default ImageNet's.
+        mean, std: see `sslkit.data.normalisation.normalisation`; by default ImageNet's.
 
     >>> view = SquareView(32)
     >>> view(torch.zeros(3, 100, 50, dtype=torch.uint8)).shape

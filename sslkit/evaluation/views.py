@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslkit.data.crops import normalisation
+from sslkit.data.normalisation import normalisation
 
 RESIZE_OVER_CROP = 256 / 224
 """Shorter side before the centre crop over that of the crop, in ImageNet's evaluations."""
@@ -31,7 +31,7 @@ class EvalTransform:
     Args:
         crop: side of the square crop, or ``(height, width)``, in pixels.
         resize: length of the shorter side before the crop, in pixels.
-        mean, std: see `sslkit.data.crops.normalisation`; by default ImageNet's.
+        mean, std: see `sslkit.data.normalisation.normalisation`; by default ImageNet's.
 
     >>> view = EvalTransform(crop=(28, 56))
     >>> view(torch.zeros(3, 100, 300, dtype=torch.uint8)).shape
@@ -102,8 +102,8 @@ class PaddedView:
 
     Args:
         patch_size: height and width in pixels; the view's are multiples of these.
-        mean, std: see `sslkit.data.crops.normalisation`; by default ImageNet's. Zeros are added
-            after the normalisation: they are the mean colour, as in LOST and TokenCut.
+        mean, std: see `sslkit.data.normalisation.normalisation`; by default ImageNet's. Zeros are
+            added after the normalisation: they are the mean colour, as in LOST and TokenCut.
 
     >>> PaddedView((8, 8))(torch.zeros(3, 20, 33, dtype=torch.uint8)).shape
     torch.Size([3, 24, 40])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sslkit.backbones import ViTEncoder
 from sslkit.backbones.franca import VIT_SIZES
 from sslkit.backbones.swiglu import FusedSwiGLU
-from sslkit.data.crops import normalisation
+from sslkit.data.normalisation import normalisation
 from sslkit.export.card import Format
 from sslkit.training.checkpoint import atomic_write
 
@@ -70,7 +70,7 @@ def save_for_timm(
         encoder: built by ``sslkit.backbones.create`` or ``load``.
         folder: made if missing; earlier files of these names are replaced.
         mean: what images in 0..1 were normalised with, one value a channel; None as in
-            `sslkit.data.crops.normalisation`. For timm's ``resolve_data_config``.
+            `sslkit.data.normalisation.normalisation`. For timm's ``resolve_data_config``.
         std: likewise.
 
     Raises:

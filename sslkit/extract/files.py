@@ -11,6 +11,7 @@ nesting sizes ``feature_48``, ... in its place; the description in the file's me
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -90,33 +91,14 @@ def write_features(
         "unreadable": unreadable,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".parquet":
-        _write_parquet(output, parts, sizes, name, description, dtype)
-        return description
-    for array, size in sizes.items():
-        with atomic_write(output.with_name(array)) as file:
-            header = {
-                "descr": np.lib.format.dtype_to_descr(dtype),
-                "fortran_order": False,
-                "shape": (num_rows, P * size),
-            }
-            np.lib.format.write_array_header_1_0(file, header)
-            for part in parts():
-                file.write(_array(part, size).tobytes())
-    with atomic_write(output.with_suffix(".csv")) as file:
-        # Names that are no UTF-8 stay what they are.
-        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-        table = csv.writer(text)
-        table.writerow(["row", "index", "label", "name"])
-        row = 0
-        for part in parts():
-            for index, label in zip(part.indices.tolist(), part.labels.tolist(), strict=True):
-                table.writerow([row, index, label, name(index)])
-                row += 1
-        text.detach()
-    with atomic_write(output.with_suffix(".json")) as file:
-        file.write(json.dumps(description, indent=2).encode())
+    write = _write_parquet if output.suffix == ".parquet" else _write_arrays
+    write(output, parts, sizes, name, description)
     return description
+
+
+def description_path(path: Path) -> Path:
+    """The file that says what features are of: a Parquet file itself, the one beside an array."""
+    return path if path.suffix == ".parquet" else path.with_suffix(".json")
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -132,7 +114,7 @@ def read_description(path: Path) -> dict[str, Any]:
         if _METADATA_KEY not in metadata:
             raise ValueError(f"{path} was not written by python -m sslkit.extract")
         return json.loads(metadata[_METADATA_KEY])
-    return json.loads(path.with_suffix(".json").read_text())
+    return json.loads(description_path(path).read_text())
 
 
 def read_features(path: Path, *, size: int | None = None) -> np.ndarray:
@@ -176,8 +158,7 @@ def read_names(path: Path) -> list[tuple[int, str]]:
 def output_is_complete(output: Path, settings: Mapping[str, Any]) -> bool:
     """Whether the features are there already; a ValueError if they are of something else."""
     require_format(output)
-    described = output if output.suffix == ".parquet" else output.with_suffix(".json")
-    if not described.exists():
+    if not description_path(output).exists():
         if output.exists():
             raise ValueError(f"{output} is there, but nothing says what it is of: remove it")
         return False
@@ -207,25 +188,57 @@ def require_format(path: Path) -> None:
         _import_parquet()
 
 
+def _write_arrays(
+    output: Path,
+    parts: Callable[[], Iterable[Part]],
+    sizes: Mapping[str, int],
+    name: Callable[[int], str],
+    description: Mapping[str, Any],
+) -> None:
+    """The arrays ``sizes``, then the names and labels, then the description."""
+    for array, size in sizes.items():
+        with atomic_write(output.with_name(array)) as file:
+            header = {
+                "descr": np.lib.format.dtype_to_descr(np.dtype(description["dtype"])),
+                "fortran_order": False,
+                "shape": tuple(description["shape"][array]),
+            }
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts():
+                file.write(_array(part, size).tobytes())
+    with atomic_write(output.with_suffix(".csv")) as file:
+        # Names that are no UTF-8 stay what they are.
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        table = csv.writer(text)
+        table.writerow(["row", "index", "label", "name"])
+        rows = itertools.count()
+        for part in parts():
+            for index, label in zip(part.indices.tolist(), part.labels.tolist(), strict=True):
+                table.writerow([next(rows), index, label, name(index)])
+        text.detach()
+    with atomic_write(description_path(output)) as file:
+        file.write(json.dumps(description, indent=2).encode())
+
+
 def _write_parquet(
     output: Path,
     parts: Callable[[], Iterable[Part]],
     sizes: Mapping[str, int],
     name: Callable[[int], str],
     description: Mapping[str, Any],
-    dtype: np.dtype,
 ) -> None:
-    """A row group a part."""
+    """The columns ``sizes`` beside names and labels, a row group a part."""
     parquet = _import_parquet()
     import pyarrow as pa
 
-    shapes = description["shape"]
+    widths = {column: F for column, (_, F) in description["shape"].items()}
+    kind = pa.from_numpy_dtype(np.dtype(description["dtype"]))
     schema = pa.schema(
         [
             ("index", pa.int64()),
             ("label", pa.int64()),
             ("name", pa.string()),
-            *((c, pa.list_(pa.from_numpy_dtype(dtype), shapes[c][1])) for c in sizes),
+            *((column, pa.list_(kind, F)) for column, F in widths.items()),
         ],
         metadata={_METADATA_KEY: json.dumps(description)},
     )
@@ -235,7 +248,7 @@ def _write_parquet(
                 continue
             names = [name(i).encode("utf-8", "backslashreplace").decode() for i in part.indices]
             features = [
-                pa.FixedSizeListArray.from_arrays(_array(part, size).ravel(), shapes[column][1])
+                pa.FixedSizeListArray.from_arrays(_array(part, size).ravel(), widths[column])
                 for column, size in sizes.items()
             ]
             columns = [part.indices.numpy(), part.labels.numpy(), names, *features]

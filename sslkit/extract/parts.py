@@ -30,6 +30,7 @@ from sslkit.extract.files import (
     Part,
     output_is_complete,
     read_description,
+    require_format,
     require_same,
     write_features,
 )
@@ -138,6 +139,7 @@ def extract_to_file(
         FileNotFoundError: weights or data are not there.
         RuntimeError: another run is writing the same output, or a process did not finish.
     """
+    require_format(output)
     job = _Job(extraction, output)
     lock = FileLock(job.folder / "lock")
     try:
@@ -166,6 +168,8 @@ def extract_to_file(
             f"another process is writing {output}: wait for it, or choose another output"
         ) from None
     finally:
+        if lock.is_locked and not any(job.folder.glob("*.safetensors")):
+            shutil.rmtree(job.folder, ignore_errors=True)  # nothing in it to continue from
         lock.release()
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from sslkit.data.annotated.files import (
-    ImageFiles,
+    AnnotatedFiles,
     check_files,
     check_layout,
     list_files,
@@ -30,7 +30,7 @@ _TREE = """\
     sceneCategories.txt    labels of the images, may be missing"""
 
 
-class ADE20K(ImageFiles):
+class ADE20K(AnnotatedFiles):
     """ADE20K with masks of 150 classes; an image's label is the category of the scene.
 
     Scene categories are numbered in alphabetical order of all in ``sceneCategories.txt``, those of

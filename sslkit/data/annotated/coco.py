@@ -7,8 +7,9 @@ counted from 0, and 255 where a pixel has no label.
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from sslkit.data.annotated.coco_classes import (
 )
 from sslkit.data.annotated.coco_regions import region_mask
 from sslkit.data.annotated.files import (
-    ImageFiles,
+    AnnotatedFiles,
     check_files,
     check_layout,
     find_folder,
@@ -31,7 +32,7 @@ from sslkit.data.annotated.files import (
     read_class_map,
 )
 from sslkit.data.decode import MAX_SIDE, UnreadableImage
-from sslkit.data.sources import StringTable
+from sslkit.data.string_table import StringTable
 
 _STUFF_TREE = """\
   FOLDER/
@@ -43,7 +44,7 @@ _THINGS_TREE = """\
     annotations/instances_{train,val}2017.json"""
 
 
-class COCOStuff(ImageFiles):
+class COCOStuff(AnnotatedFiles):
     """COCO with the pixel maps of COCO-Stuff. Images have no labels.
 
     All images that have a map are in the set. (The published evaluations of the 27 classes use a
@@ -100,7 +101,17 @@ class COCOStuff(ImageFiles):
         return self.fit_mask(self._class_of_value[values], index, str(path))
 
 
-class COCOThings(ImageFiles):
+class _Thing(NamedTuple):
+    """An instance; ``segmentation`` and ``box`` (x, y, width, height) are as in the JSON file."""
+
+    label: int
+    segmentation: Any
+    area: float
+    crowd: int
+    box: Sequence[float]
+
+
+class COCOThings(AnnotatedFiles):
     """COCO with the instances of things: masks of their classes, and their boxes.
 
     Pixels of no instance are 255, to be ignored. Where instances overlap, the smaller one (by
@@ -145,15 +156,21 @@ class COCOThings(ImageFiles):
             names = sorted(set(names)) if classes == "coarse" else names
             number = {each["id"]: names.index(each[key]) for each in categories}
             entries = sorted(content["images"], key=lambda each: each["id"])
-            things: dict[int, list[Any]] = {each["id"]: [] for each in entries}
+            things: dict[int, list[_Thing]] = {each["id"]: [] for each in entries}
             for each in content["annotations"]:
-                region = each["segmentation"], each["area"], each.get("iscrowd", 0)
-                thing = [number[each["category_id"]], *region, each["bbox"]]
+                thing = _Thing(
+                    number[each["category_id"]],
+                    each["segmentation"],
+                    each["area"],
+                    each.get("iscrowd", 0),
+                    each["bbox"],
+                )
                 things[each["image_id"]].append(thing)
             files = [each["file_name"] for each in entries]
             self._sizes = np.array([(each["height"], each["width"]) for each in entries], np.int32)
             in_boxes = [
-                {thing[0] for thing in each if crowd or not thing[3]} for each in things.values()
+                {thing.label for thing in each if crowd or not thing.crowd}
+                for each in things.values()
             ]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -176,10 +193,9 @@ class COCOThings(ImageFiles):
         """The class of each pixel, uint8 [h, w], 255 where there is no thing."""
         size = (int(self._sizes[index][0]), int(self._sizes[index][1]))
         mask = np.full(size, 255, np.uint8)
-        things = json.loads(self._things[index])
-        for label, region, *_ in sorted(things, key=lambda each: (not each[3], -each[2])):
+        for thing in sorted(self._of(index), key=lambda each: (not each.crowd, -each.area)):
             try:
-                mask[region_mask(region, size)] = label
+                mask[region_mask(thing.segmentation, size)] = thing.label
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{self.path} has a region that cannot be used, for {self.name(index)}: {error}"
@@ -188,16 +204,20 @@ class COCOThings(ImageFiles):
 
     def boxes(self, index: int) -> Tensor:
         """Boxes (x0, y0, x1, y1) in pixels, half open, float32 [n, 4]."""
-        corners = [[x, y, x + width, y + height] for _, (x, y, width, height) in self._boxes(index)]
-        return self.fit_boxes(corners, index)
+        boxes = (thing.box for thing in self._boxed(index))
+        return self.fit_boxes(
+            [[x, y, x + width, y + height] for x, y, width, height in boxes], index
+        )
 
     def box_classes(self, index: int) -> Tensor:
         """The class of each box, as in masks, int64 [n]."""
-        return torch.tensor([label for label, _ in self._boxes(index)], dtype=torch.int64)
+        return torch.tensor([thing.label for thing in self._boxed(index)], dtype=torch.int64)
 
-    def _boxes(self, index: int) -> list[tuple[int, list[float]]]:
-        things = json.loads(self._things[index])
-        return [(label, box) for label, *_, crowd, box in things if self.crowd or not crowd]
+    def _boxed(self, index: int) -> list[_Thing]:
+        return [thing for thing in self._of(index) if self.crowd or not thing.crowd]
+
+    def _of(self, index: int) -> list[_Thing]:
+        return [_Thing(*each) for each in json.loads(self._things[index])]
 
 
 def _find_images(root: Path, split: str, tree: str) -> Path:

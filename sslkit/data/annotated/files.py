@@ -9,62 +9,22 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from sslkit.data.decode import MAX_SIDE, UnreadableImage, read_image
-from sslkit.data.sources import StringTable
+from sslkit.data.decode import UnreadableImage, read_image
+from sslkit.data.image_files import ImageFiles
 
-SHOWN = 8
-"""How many names of what was found a message lists."""
+_SHOWN = 8  # names of what was found, in a message
 
 
-class ImageFiles:
+class AnnotatedFiles(ImageFiles):
     """A source of image files, to which a reader adds its annotations.
 
     An annotation is in the pixels of the file, turned as its EXIF orientation says. `fit_mask`
     and `fit_boxes` bring it to the pixels of the image that is read, which may be shrunk.
-
-    Args:
-        folder: what the names in ``files`` are relative to.
-        files: the images.
-        labels: the class of each image, -1 where there is none; default: no labels.
-        class_names: the names of these classes, where known.
-        num_classes: default: as many as there are names.
-        max_side: see :func:`sslkit.data.decode.read_image`.
     """
-
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        files: Sequence[str],
-        *,
-        labels: Sequence[int] | None = None,
-        class_names: tuple[str, ...] | None = None,
-        num_classes: int | None = None,
-        max_side: int = MAX_SIDE,
-    ):
-        self.folder = os.fspath(folder)
-        self.max_side = max_side
-        self.class_names = class_names
-        self.num_classes = len(class_names or ()) if num_classes is None else num_classes
-        self._files = StringTable(files)
-        self._labels = None if labels is None else np.array(labels, np.int32)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return read_image(self.name(index), max_side=self.max_side), self.label(index)
-
-    def label(self, index: int) -> int:
-        """The class of the image, which is not read; -1 where there is none."""
-        return -1 if self._labels is None else int(self._labels[index])
-
-    def name(self, index: int) -> str:
-        """The path of the image."""
-        return os.path.join(self.folder, self._files[index])
 
     def stem(self, index: int) -> str:
         """The image's file name without its ending."""
-        return Path(self._files[index]).stem
+        return Path(self.name(index)).stem
 
     def sizes(self, index: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """(height, width) in the file, upright, and of the image that is read."""
@@ -145,8 +105,8 @@ def describe_layout(folder: Path, missing: Sequence[str], tree: str) -> str:
     if not folder.is_dir():
         return f"{folder} is a file; expected a folder of the layout\n{tree}"
     found = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
-    shown = ", ".join(found[:SHOWN]) or "nothing"
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    shown = ", ".join(found[:_SHOWN]) or "nothing"
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return (
         f"{folder} lacks {', '.join(missing)}; expected the layout\n{tree}\nfound in it: "
         f"{shown}{more}"

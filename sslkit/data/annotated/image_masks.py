@@ -14,17 +14,18 @@ class 0 is the background, which no image is labelled with.
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from sslkit.data.decode import UnreadableImage, read_image
+from sslkit.data.annotated.files import AnnotatedFiles, read_class_map
+from sslkit.data.decode import MAX_SIDE
+from sslkit.data.splits import Split
 
-_WHOLE = 2**31  # no image is shrunk: masks and boxes are in its pixels
-_SPLIT_FILES = {"train": ("train.txt",), "test": ("val.txt", "test.txt")}
+_SPLIT_FILES: dict[Split, tuple[str, ...]] = {
+    "train": ("train.txt",),
+    "test": ("val.txt", "test.txt"),
+}
 
 
 def is_images_and_masks(folder: str | os.PathLike[str]) -> bool:
@@ -35,7 +36,7 @@ def is_images_and_masks(folder: str | os.PathLike[str]) -> bool:
     )
 
 
-class ImagesAndMasks:
+class ImagesAndMasks(AnnotatedFiles):
     """A split of a folder of images and masks, as a labelled and segmented source with boxes.
 
     Labels, as those of every source, start at 0: class c of ``classes`` is label c - 1.
@@ -43,6 +44,7 @@ class ImagesAndMasks:
     Args:
         folder: laid out as above.
         split: ``"train"`` or ``"test"``.
+        max_side: see :func:`sslkit.data.decode.read_image`.
 
     Raises:
         FileNotFoundError: a part of the layout is missing; the message shows the layout.
@@ -53,85 +55,65 @@ class ImagesAndMasks:
         self,
         folder: str | os.PathLike[str],
         *,
-        split: Literal["train", "test"] = "train",
+        split: Split = "train",
+        max_side: int = MAX_SIDE,
     ):
-        self.folder = Path(folder)
-        lists = [self.folder / name for name in _SPLIT_FILES[split]]
+        root = Path(folder)
+        lists = [root / name for name in _SPLIT_FILES[split]]
         found = next((path for path in lists if path.is_file()), None)
-        annotations = self.folder / "annotations.json"
-        missing = [f"{name}/" for name in ("images", "masks") if not (self.folder / name).is_dir()]
+        annotations = root / "annotations.json"
+        missing = [f"{name}/" for name in ("images", "masks") if not (root / name).is_dir()]
         missing += [] if found else [" or ".join(path.name for path in lists)]
         missing += [] if annotations.is_file() else [annotations.name]
         if missing or found is None:
             raise FileNotFoundError(
-                f"{self.folder} lacks {', '.join(missing)}; expected images/NAME.jpg, "
+                f"{root} lacks {', '.join(missing)}; expected images/NAME.jpg, "
                 "masks/NAME.png, train.txt and val.txt with a NAME a line, and annotations.json"
             )
-        self._names = found.read_text().split()
-        endings = {path.stem: path.suffix for path in (self.folder / "images").iterdir()}
-        if not self._names or (absent := [name for name in self._names if name not in endings]):
-            what = f"names {absent[0]}, which images/ does not have" if self._names else "is empty"
+        names = found.read_text().split()
+        endings = {path.stem: path.suffix for path in (root / "images").iterdir()}
+        if not names or (absent := [name for name in names if name not in endings]):
+            what = f"names {absent[0]}, which images/ does not have" if names else "is empty"
             raise FileNotFoundError(f"{found} {what}")
-        self._endings = endings
-        self.mask_class_names, self._images = _read_annotations(annotations)
-        self.class_names: tuple[str, ...] | None = self.mask_class_names[1:]
-        self.num_classes = len(self.mask_class_names) - 1
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = read_image(self.name(index), max_side=_WHOLE)
-        return image, self._images.get(self._names[index], {}).get("label", 0) - 1
-
-    def name(self, index: int) -> str:
-        """The path of the image."""
-        stem = self._names[index]
-        return str(self.folder / "images" / f"{stem}{self._endings[stem]}")
+        self.mask_class_names, labels, boxes = _read_annotations(annotations)
+        self._boxes = [boxes.get(name, []) for name in names]
+        self._masks = root / "masks"
+        super().__init__(
+            root / "images",
+            [f"{name}{endings[name]}" for name in names],
+            labels=[labels.get(name, -1) for name in names],
+            class_names=self.mask_class_names[1:],
+            max_side=max_side,
+        )
 
     def mask(self, index: int) -> Tensor:
         """The class of each pixel, uint8 [h, w], 255 where none counts."""
-        path = self.folder / "masks" / f"{self._names[index]}.png"
-        try:
-            with Image.open(path) as file:
-                mask = torch.from_numpy(np.array(file))
-        except (OSError, UnidentifiedImageError) as error:
-            raise UnreadableImage(str(path), f"{type(error).__name__}: {error}") from error
-        if mask.ndim != 2 or mask.dtype != torch.uint8:
-            raise UnreadableImage(
-                str(path), f"a mask is 8-bit grey or palette, this is {list(mask.shape)}"
-            )
-        with Image.open(self.name(index)) as file:
-            width, height = file.size
-        if mask.shape != (height, width):
-            raise UnreadableImage(
-                str(path),
-                f"it is {list(mask.shape)}, but {self.name(index)} is {[height, width]}",
-            )
-        return mask
+        path = self._masks / f"{self.stem(index)}.png"
+        return self.fit_mask(read_class_map(path), index, str(path))
 
     def boxes(self, index: int) -> Tensor:
         """Boxes (x0, y0, x1, y1) in pixels, half open, float32 [n, 4]."""
-        boxes = [box[1:] for box in self._boxes(index)]
-        return torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+        return self.fit_boxes([box[1:] for box in self._boxes[index]], index)
 
     def box_classes(self, index: int) -> Tensor:
         """The class of each box, as in masks, int64 [n]."""
-        return torch.tensor([box[0] for box in self._boxes(index)], dtype=torch.int64)
-
-    def _boxes(self, index: int) -> list[list[int]]:
-        return self._images.get(self._names[index], {}).get("boxes", [])
+        return torch.tensor([box[0] for box in self._boxes[index]], dtype=torch.int64)
 
 
-def _read_annotations(path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
+def _read_annotations(
+    path: Path,
+) -> tuple[tuple[str, ...], dict[str, int], dict[str, list[list[float]]]]:
+    """The classes, and by the images' names their labels and their boxes (c, x0, y0, x1, y1)."""
     try:
         annotations = json.loads(path.read_text())
         classes, images = tuple(map(str, annotations["classes"])), dict(annotations["images"])
-    except (ValueError, KeyError, TypeError) as error:
+        labels = {name: int(each.get("label", 0)) - 1 for name, each in images.items()}
+        boxes = {name: each.get("boxes", []) for name, each in images.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f'{path} is not {{"classes": [...], "images": {{NAME: {{"label": c, "boxes": [...]}}'
             f"}}}}: {type(error).__name__}: {error}"
         ) from error
     if len(classes) < 2:
         raise ValueError(f"{path} names {len(classes)} class(es): the background and at least one")
-    return classes, images
+    return classes, labels, boxes

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sslkit.data.annotated.files import ImageFiles, check_files, describe_layout
+from sslkit.data.annotated.files import AnnotatedFiles, check_files, describe_layout
 from sslkit.data.decode import MAX_SIDE, UnreadableImage
 
 EIGEN_CROP = (slice(45, 471), slice(41, 601))
@@ -124,7 +124,8 @@ class NYUDepthFile:
         """Metres, float32 [h, w]."""
         with self._open() as file:
             depth = file["depths"][self.indices[index]]
-        return _crop(np.float32(depth.T), self.eigen_crop, self.name(index))
+        depth = _cropped(depth.T, self.name(index)) if self.eigen_crop else depth.T
+        return torch.from_numpy(np.ascontiguousarray(depth, np.float32))
 
     def _open(self) -> Any:
         try:
@@ -141,7 +142,7 @@ class NYUDepthFile:
             ) from error
 
 
-class NYUDepthFolder(ImageFiles):
+class NYUDepthFolder(AnnotatedFiles):
     """Folders of scenes. An image's label is the name of the folder that it is in.
 
     Args:
@@ -192,22 +193,22 @@ class NYUDepthFolder(ImageFiles):
             raise UnreadableImage(
                 str(path), f"depth is 16-bit grey, this is {millimetres.dtype} {millimetres.shape}"
             )
-        metres = _crop(millimetres.astype(np.float32) / 1000, self.eigen_crop, str(path))
-        return self.fit_mask(metres.numpy(), index, str(path))
+        metres = millimetres.astype(np.float32) / 1000
+        if self.eigen_crop:
+            metres = _cropped(metres, str(path))
+        return self.fit_mask(metres, index, str(path))
 
 
 def _depth_name(image_name: str) -> str:
     return f"sync_depth_{Path(image_name).stem.removeprefix('rgb_')}.png"
 
 
-def _crop(depth: np.ndarray, eigen_crop: bool, name: str) -> Tensor:
-    """Depth with 0 outside the crop, if that is wanted: float32 [h, w]."""
-    if not eigen_crop:
-        return torch.from_numpy(np.ascontiguousarray(depth))
+def _cropped(depth: np.ndarray, name: str) -> np.ndarray:
+    """Depth [h, w] with 0 outside `EIGEN_CROP`."""
     if depth.shape != _SIZE:
         raise ValueError(f"the Eigen crop is of {_SIZE} pixels, but {name} has {depth.shape}")
-    cropped = torch.zeros(_SIZE)
-    cropped[EIGEN_CROP] = torch.from_numpy(depth[EIGEN_CROP])
+    cropped = np.zeros_like(depth)
+    cropped[EIGEN_CROP] = depth[EIGEN_CROP]
     return cropped
 
 

@@ -14,7 +14,9 @@ from sslkit.data.annotated.pascal_voc import VOCBoxes, VOCSegmentation
 from sslkit.data.annotated.protocols import Paired
 from sslkit.data.annotated.spair import SPair
 from sslkit.data.decode import MAX_SIDE
-from sslkit.data.sources import Source, Split, open_source, train_test_split
+from sslkit.data.protocols import Source
+from sslkit.data.sources import open_source
+from sslkit.data.splits import Split, train_test_split
 
 _Reader = Callable[..., Source | Paired]
 

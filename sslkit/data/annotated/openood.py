@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from sslkit.data.annotated.files import ImageFiles, describe_layout
+from sslkit.data.annotated.files import describe_layout
 from sslkit.data.decode import MAX_SIDE
+from sslkit.data.image_files import ImageFiles
 
 _CLASSIC, _LARGE_SCALE = "images_classic", "images_largescale"
 _SMALL_FAR = ("mnist", "svhn", "texture", "places365")

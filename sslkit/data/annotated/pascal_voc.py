@@ -8,7 +8,6 @@ LOST), (xmin, ymin, xmax, ymax) is the half open (xmin - 1, ymin - 1, xmax, ymax
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 from xml.etree import ElementTree
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sslkit.data.annotated.files import (
-    ImageFiles,
+    AnnotatedFiles,
     check_files,
     check_layout,
     describe_layout,
@@ -41,7 +40,7 @@ _TREE = """\
     Annotations/NAME.xml"""
 
 
-class VOCSegmentation(ImageFiles):
+class VOCSegmentation(AnnotatedFiles):
     """Pascal VOC with masks of 21 classes, the background included. Images have no labels.
 
     Args:
@@ -85,7 +84,7 @@ class _Object(NamedTuple):
     label: int
 
 
-class VOCBoxes(ImageFiles):
+class VOCBoxes(AnnotatedFiles):
     """Pascal VOC with the boxes of its 20 classes, for object discovery.
 
     An image's label is the class of its objects if they are all of one class, otherwise -1.
@@ -170,15 +169,13 @@ def _open_list(folder: Path, image_list: str, annotations: str) -> tuple[Path, l
 def _find_year(folder: Path) -> Path:
     if (folder / "JPEGImages").is_dir():
         return folder
-    years: Sequence[Path] = sorted(
+    years = sorted(
         path.parent for path in (*folder.glob("VOC*/JPEGImages"), *folder.glob("*/VOC*/JPEGImages"))
     )
     if not years:
         raise FileNotFoundError(describe_layout(folder, ["JPEGImages/"], _TREE))
     if len(years) > 1:
-        raise ValueError(f"{folder} has several years of Pascal VOC; give one of {_join(years)}")
+        raise ValueError(
+            f"{folder} has several years of Pascal VOC; give one of {', '.join(map(str, years))}"
+        )
     return years[0]
-
-
-def _join(paths: Sequence[Path]) -> str:
-    return ", ".join(str(path) for path in paths)

@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from sslkit.data.sources import Source
+from sslkit.data.protocols import Source
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from torch import Tensor
 from sslkit.data.annotated.files import check_files, check_layout, image_sizes, read_names
 from sslkit.data.annotated.protocols import KeypointPair
 from sslkit.data.decode import MAX_SIDE, read_image
-from sslkit.data.sources import StringTable
+from sslkit.data.string_table import StringTable
 
 _TREE = """\
   SPair-71k/

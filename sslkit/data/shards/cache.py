@@ -7,38 +7,10 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+
+from sslkit.data.shards.urls import open_url
 
 _COPY_BYTES = 2**20
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C: is a drive
-_EXTRA = "pip install 'sslkit[streaming]'"
-
-
-def is_remote(url: str) -> bool:
-    """Whether ``url`` is anything but a path on this machine."""
-    return _SCHEME.match(url) is not None and not os.path.exists(url)
-
-
-def open_url(url: str) -> contextlib.AbstractContextManager[IO[bytes]]:
-    """Open ``url`` for reading by webdataset's ``gopen``, or by fsspec where that does not know it.
-
-    Raises:
-        ImportError: webdataset, fsspec or fsspec's driver for this kind of URL is not installed.
-        ValueError: neither knows this kind of URL.
-        OSError: it cannot be opened. Commands (``pipe:``, ``http:``) fail on reading or closing.
-    """
-    try:
-        import fsspec
-        from webdataset.gopen import gopen, gopen_schemes
-    except ImportError as error:
-        raise ImportError(f"to read {url!r}, install webdataset and fsspec: {_EXTRA}") from error
-    if url.partition(":")[0] in gopen_schemes:
-        return gopen(url, "rb")
-    try:
-        opened: Any = fsspec.open(url, "rb")
-    except ValueError as error:
-        raise ValueError(f"cannot open the URL {url!r}: {error}") from error
-    return opened
 
 
 class ShardCache:
@@ -65,7 +37,7 @@ class ShardCache:
         """The local copy of ``url``, which counts as used now.
 
         Raises:
-            ImportError: see :func:`open_url`.
+            ImportError: see :func:`sslkit.data.shards.urls.open_url`.
             OSError: it cannot be read or stored.
         """
         copy = self._copy_of(url)
@@ -113,7 +85,9 @@ class ShardCache:
         try:
             from filelock import FileLock
         except ImportError as error:
-            raise ImportError(f"to copy remote shards, install filelock: {_EXTRA}") from error
+            raise ImportError(
+                "to copy remote shards, install filelock: pip install 'sslkit[streaming]'"
+            ) from error
         with FileLock(self.folder / f".{name}.lock"):
             yield
 

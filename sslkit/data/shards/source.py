@@ -1,72 +1,30 @@
 """Images in webdataset tar shards, read at random."""
 
-import glob
-import json
 import os
 import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
-from urllib.parse import unquote
 
 import numpy as np
 from torch import Tensor
 
 from sslkit.data.decode import MAX_SIDE, UnreadableImage, decode_image
-from sslkit.data.shards.cache import ShardCache, is_remote, open_url
+from sslkit.data.image_folder import IMAGE_EXTENSIONS
+from sslkit.data.shards.cache import ShardCache
+from sslkit.data.shards.index import Contents, read_contents
 from sslkit.data.shards.members import BAD_LABEL, Members, read_members
 from sslkit.data.shards.order import LaneOrder
-from sslkit.data.sources import IMAGE_EXTENSIONS, StringTable
-
-INDEX_NAME = "shards.json"
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+from sslkit.data.shards.urls import expand_shards, is_remote
+from sslkit.data.splits import num_held_out
+from sslkit.data.string_table import StringTable
 
 _MAX_OPEN_FILES = 64
 _MAX_MEMBER_TABLES = 256
 _RETRY_SECONDS = 60
-
-
-def expand_shards(
-    patterns: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-) -> list[str]:
-    """The shards that ``patterns`` name, each once: existing paths for a local glob, else names.
-
-    Braces (``train-{000..123}.tar``), several patterns joined by ``::`` and variables are expanded
-    as by ``webdataset.shardlists.expand_urls``; ``*``, ``?`` and ``[]`` in local paths then as
-    by ``glob``, sorted. ``file:`` URLs become paths.
-
-    Raises:
-        ImportError: there are braces, and webdataset is not installed.
-        ValueError: a shard is compressed.
-
-    >>> expand_shards("pipe:cat a-{0..2}.tar")
-    ['pipe:cat a-0.tar', 'pipe:cat a-1.tar', 'pipe:cat a-2.tar']
-    """
-    if isinstance(patterns, str | os.PathLike):
-        patterns = [patterns]
-    shards: list[str] = []
-    for pattern in patterns:
-        for url in _expand_braces(os.fspath(pattern)):
-            if url.startswith("file:"):
-                url = unquote(url.removeprefix("file:").removeprefix("//"))
-            if is_remote(url):
-                shards.append(url)
-                continue
-            path = os.path.expanduser(url)
-            is_pattern = glob.has_magic(path) and not os.path.exists(path)
-            shards += sorted(glob.glob(path, recursive=True)) if is_pattern else [path]
-    for shard in shards:
-        if shard.lower().endswith(COMPRESSED):
-            raise ValueError(
-                f"the shard {shard!r} is compressed and cannot be read at random; decompress it "
-                f"into a .tar (images are compressed already)"
-            )
-    return list(dict.fromkeys(shards))
 
 
 class TarShards:
@@ -92,7 +50,7 @@ class TarShards:
     entered in ``damaged``, the reason by shard, in the process that met it.
 
     Args:
-        urls: see :func:`expand_shards`; the shards count in this order.
+        urls: see :func:`sslkit.data.shards.urls.expand_shards`; the shards count in this order.
         index: path or URL of an index that says what the shards hold, by their file names, in
             place of the ``shards.json`` beside each.
         num_classes: how many classes there are, in place of what index or labels say.
@@ -136,8 +94,9 @@ class TarShards:
         asked = repr(os.fspath(urls)) if isinstance(urls, str | os.PathLike) else "the given list"
         if not shards:
             raise FileNotFoundError(f"no file matches the pattern {asked} of tar shards")
-        contents = _Contents.read(shards, None if index is None else os.fspath(index))
-        sizes = [self._count(shard, contents) for shard in shards]
+        contents = read_contents(shards, None if index is None else os.fspath(index))
+        counts = [self._count(shard, contents) for shard in shards]
+        sizes = [size for size, _ in counts]
         if not any(sizes):
             reason = next((f"; {url}: {why}" for url, why in self.damaged.items()), "")
             raise FileNotFoundError(
@@ -145,27 +104,24 @@ class TarShards:
                 f"ending in {' '.join(IMAGE_EXTENSIONS)}{reason}"
             )
         if num_classes is None:
-            num_classes = contents.num_classes
+            num_classes = max(contents.num_classes, *(classes for _, classes in counts))
         self.num_classes = num_classes
         names = contents.class_names
         self.class_names = names if names is not None and len(names) == num_classes else None
         self._set_shards(shards, sizes)
 
-    def _count(self, shard: str, contents: "_Contents") -> int:
-        """The number of samples in ``shard``; enters its classes where the index has none."""
+    def _count(self, shard: str, contents: Contents) -> tuple[int, int]:
+        """The samples in ``shard``, and where no index has them, the classes of their labels."""
         size = contents.sizes.get(shard)
         if size is not None and (contents.has_classes or is_remote(shard)):
-            return size
+            return size, 0
         try:
             members = self._members(shard)
         except OSError as error:
             self._note_damage(shard, error)
-            return 0
-        if not contents.has_classes:
-            contents.num_classes = max(
-                contents.num_classes, int(members.labels.max(initial=-1)) + 1
-            )
-        return len(members)
+            return 0, 0
+        classes = 0 if contents.has_classes else int(members.labels.max(initial=-1)) + 1
+        return len(members), classes
 
     def _set_shards(self, shards: Sequence[str], sizes: Sequence[int]) -> None:
         self._shards = StringTable(shards)
@@ -213,16 +169,10 @@ class TarShards:
     def split(self, test_fraction: float) -> tuple["TarShards", "TarShards"]:
         """Divide into ``(train, test)`` by whole shards: the last ones are held out.
 
-        ``round(test_fraction * number of shards)`` of them are, at least one and at most all but
-        one.
+        How many is :func:`sslkit.data.splits.num_held_out` of their number.
         """
         shards, sizes = self.shards, self._sizes.tolist()
-        if not 0 < test_fraction < 1 or len(shards) < 2:
-            raise ValueError(
-                f"test_fraction must lie between 0 and 1 and there must be at least 2 shards, got "
-                f"{test_fraction} and {len(shards)}"
-            )
-        cut = -min(max(round(len(shards) * test_fraction), 1), len(shards) - 1)
+        cut = -num_held_out(len(shards), test_fraction, of="shards")
         train, test = copy(self), copy(self)
         train._set_shards(shards[:cut], sizes[:cut])
         test._set_shards(shards[cut:], sizes[cut:])
@@ -298,107 +248,3 @@ class TarShards:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start_process()
-
-
-@dataclass
-class _Contents:
-    """What the indices of some shards say: samples by shard, and the classes, where they do."""
-
-    sizes: dict[str, int]
-    has_classes: bool
-    num_classes: int
-    class_names: tuple[str, ...] | None
-
-    @classmethod
-    def read(cls, shards: Sequence[str], index: str | None) -> "_Contents":
-        by_index: dict[str, list[str]] = {}
-        for shard in shards:
-            by_index.setdefault(_index_beside(shard) if index is None else index, []).append(shard)
-        contents = cls({}, True, 0, None)
-        for location, its_shards in by_index.items():
-            found = read_index(location) if location else None
-            if found is None and index is not None:
-                raise FileNotFoundError(f"cannot read the index {index!r} of the tar shards")
-            contents._add(location, found or {}, its_shards)
-        return contents
-
-    def _add(self, location: str, index: dict[str, Any], shards: Sequence[str]) -> None:
-        entries = {_basename(entry["url"]): entry for entry in index.get("shardlist", [])}
-        for shard in shards:
-            entry = entries.get(_basename(shard))
-            if entry is not None and _is_whole(shard, entry.get("filesize")):
-                self.sizes[shard] = int(entry["nsamples"])
-        names = index.get("class_names")
-        if "num_classes" not in index and names is None:
-            self.has_classes = False
-            return
-        class_names = None if names is None else tuple(map(str, names))
-        if None not in (self.class_names, class_names) and self.class_names != class_names:
-            raise ValueError(
-                f"the classes of {location!r} differ from those of the other shards; make the "
-                f"shards of one data set with one list of classes"
-            )
-        self.class_names = self.class_names or class_names
-        found = index.get("num_classes", len(class_names or ()))
-        self.num_classes = max(self.num_classes, int(found))
-
-
-def read_index(location: str) -> dict[str, Any] | None:
-    """The index at a path or URL, or None where there is none.
-
-    Raises:
-        ValueError: it is not an index.
-    """
-    try:
-        if is_remote(location):
-            with open_url(location) as file:
-                content = file.read()
-        else:
-            content = Path(location).read_bytes()
-    except OSError:
-        return None
-    try:
-        index = json.loads(content)
-        if not all(isinstance(each["url"], str) for each in index["shardlist"]):
-            raise TypeError("a url is not text")
-        sum(int(each["nsamples"]) for each in index["shardlist"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{location!r} is not an index of tar shards, which is JSON with a list 'shardlist' "
-            f"of objects with 'url' and 'nsamples': {type(error).__name__}: {error}"
-        ) from error
-    return index
-
-
-def _index_beside(shard: str) -> str:
-    if shard.startswith("pipe:"):
-        return ""
-    if is_remote(shard):
-        return f"{shard.rpartition('/')[0]}/{INDEX_NAME}"
-    return os.path.join(os.path.dirname(shard), INDEX_NAME)
-
-
-def _is_whole(shard: str, num_bytes: int | None) -> bool:
-    """Whether a local shard has its size in the index; one that cannot be looked at has not."""
-    if is_remote(shard):
-        return True
-    try:
-        return num_bytes is None or os.path.getsize(shard) == num_bytes
-    except OSError:
-        return False
-
-
-def _basename(url: str) -> str:
-    return url.replace("\\", "/").rpartition("/")[2]
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    if "{" not in pattern and "::" not in pattern:
-        return [pattern]
-    try:
-        from webdataset.shardlists import expand_urls
-    except ImportError as error:
-        raise ImportError(
-            f"to expand {pattern!r}, install webdataset: pip install 'sslkit[streaming]'"
-        ) from error
-    return expand_urls(pattern)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from sslkit.data.decode import UnreadableImage, decode_image
+from sslkit.data.image_folder import ImageFolder
 from sslkit.data.seeds import sample_seed
-from sslkit.data.shards.source import INDEX_NAME, read_index
-from sslkit.data.sources import TEST_FOLDERS, ImageFolder
+from sslkit.data.shards.index import INDEX_NAME, read_index
+from sslkit.data.splits import own_test_split
 
 _PROBE_SIDE = 256  # every byte of an image is decoded as a check, JPEGs to a small size
 
@@ -45,9 +46,9 @@ def make_shards(
 ) -> ShardReport:
     """Write the images of ``folder`` into ``output/train-000000.tar``, ``train-000001.tar``, ...
 
-    The images (those of :class:`~sslkit.data.sources.ImageFolder`) are shuffled, and their bytes
-    copied unchanged, as ``000000123.jpg`` with the class in ``000000123.cls`` where the folder
-    has classes. Images that cannot be decoded are left out. ``output/shards.json`` gets the
+    The images (those of :class:`~sslkit.data.image_folder.ImageFolder`) are shuffled, and their
+    bytes copied unchanged, as ``000000123.jpg`` with the class in ``000000123.cls`` where the
+    folder has classes. Images that cannot be decoded are left out. ``output/shards.json`` gets the
     number of images of each shard and the class names; when it exists already, from another split,
     it is added to, and its class names number the classes of this one.
 
@@ -206,8 +207,8 @@ def _shuffled(count: int, seed: int) -> list[int]:
 
 def _refuse_folder_of_splits(folder: Path) -> None:
     children = {child.name for child in folder.iterdir() if child.is_dir()}
-    test = next((name for name in TEST_FOLDERS if name in children), None)
-    if "train" in children and test is not None:
+    test = own_test_split(children)
+    if test is not None:
         raise ValueError(
             f"{os.fspath(folder)!r} is a folder of splits; make the shards of each with its own "
             f"--split: of {folder / 'train'} with 'train', then of {folder / test} with {test!r}"

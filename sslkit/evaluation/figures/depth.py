@@ -32,7 +32,7 @@ def depth(
         images: normalised [I, C, h, w].
         truth: metres [I, h', w'], 0 where unknown, which is drawn white.
         predictions: metres [I, h'', w''].
-        mean, std: of the normalisation; see `sslkit.data.crops.normalisation`.
+        mean, std: of the normalisation; see `sslkit.data.normalisation.normalisation`.
     """
     num_images = len(images)
     aspect = images.shape[-2] / images.shape[-1]

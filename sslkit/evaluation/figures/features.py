@@ -76,7 +76,7 @@ def attention_maps(
         maps: [I, heads, H, W], from `cls_attention`.
         block: whose attention it is, for the title; -1: the last one's.
         max_heads: heads drawn.
-        mean, std: of the normalisation; see `sslkit.data.crops.normalisation`.
+        mean, std: of the normalisation; see `sslkit.data.normalisation.normalisation`.
     """
     shown = min(max_heads, maps.shape[1])
     columns = 2 + shown
@@ -113,7 +113,7 @@ def pca_maps(
         images: normalised [I, C, h, w].
         rgb: [I, H, W, 3] in 0..1, from `sslkit.evaluation.pca.pca_maps`.
         pairs_per_row: images beside one another.
-        mean, std: of the normalisation; see `sslkit.data.crops.normalisation`.
+        mean, std: of the normalisation; see `sslkit.data.normalisation.normalisation`.
     """
     pairs = min(pairs_per_row, len(images))
     rows = -(-len(images) // pairs)

@@ -89,7 +89,7 @@ def correspondences(
         predicted, truth: where they were found in the target, and where they are, [n, 2].
         correct: bool [n].
         titles: of the pairs; the number of correct points is added.
-        mean, std: of the normalisation; see `sslkit.data.crops.normalisation`.
+        mean, std: of the normalisation; see `sslkit.data.normalisation.normalisation`.
     """
     columns = min(_PAIRS_A_ROW, len(sources))
     rows = -(-len(sources) // columns)

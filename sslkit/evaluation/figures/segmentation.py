@@ -42,7 +42,7 @@ def segmentation(
         title: what made the predictions.
         class_names: of classes 0..C-1; their numbers by default.
         ignore_index: the label of pixels that belong to no class.
-        mean, std: of the normalisation; see `sslkit.data.crops.normalisation`.
+        mean, std: of the normalisation; see `sslkit.data.normalisation.normalisation`.
     """
     num_images = len(images)
     h, w = (int(side) for side in images.shape[-2:])

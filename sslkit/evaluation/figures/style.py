@@ -17,7 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from sslkit.data.crops import normalisation
+from sslkit.data.normalisation import normalisation
 
 # Okabe and Ito's colours, toned down where they would shout.
 TRAINED, REFERENCE, BASELINE = "#0072B2", "#D55E00", "#8A8A8A"

@@ -137,7 +137,7 @@ def crops_and_masks(
         globals_: one normalised batch [I, C, g, g] a global view.
         locals_: one normalised batch [I, C, l, l] a local view; the first four are drawn.
         masks: one bool batch [I, H, W] a global view, True = masked.
-        mean, std: of the normalisation; see `sslkit.data.crops.normalisation`.
+        mean, std: of the normalisation; see `sslkit.data.normalisation.normalisation`.
     """
     if len(masks) != len(globals_):
         raise ValueError(f"there are {len(globals_)} global views but {len(masks)} masks")

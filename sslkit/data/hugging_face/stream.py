@@ -1,4 +1,4 @@
-"""Hugging Face ``datasets`` as sources of images: map-style, and streaming."""
+"""A streaming data set as an endless stream that can be entered anywhere."""
 
 import random
 from collections import deque
@@ -8,64 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sslkit.data.decode import MAX_SIDE, UnreadableImage, decode_image, read_image
+from sslkit.data.decode import MAX_SIDE, UnreadableImage
+from sslkit.data.hugging_face.images import Columns, HuggingFaceImages
+from sslkit.data.protocols import MAX_REPLACEMENTS, StreamItem
 from sslkit.data.seeds import sample_seed
-from sslkit.data.sources import MAX_REPLACEMENTS, TEST_FOLDERS, Split, StreamItem
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features, IterableDataset
+    from datasets import IterableDataset
 
 _ROWS_AT_A_TIME = 16
-_EXTRA = "install Hugging Face datasets: pip install 'sslkit[streaming]'"
-
-
-class HuggingFaceImages:
-    """A ``datasets.Dataset`` as a source; images are decoded by :mod:`sslkit.data.decode`.
-
-    Args:
-        dataset: map-style. Formats and transforms that were set on it do not count.
-        image: the column of images; None takes the one whose feature is ``datasets.Image``.
-        label: the column of labels; None takes the one whose feature is ``datasets.ClassLabel``,
-            or integers in a column called ``label``, or no labels. Class names come from the
-            ClassLabel; of integers, the largest says how many classes there are. Null is no label.
-        max_side: see :func:`sslkit.data.decode.read_image`.
-
-    Raises:
-        ValueError: a column is missing, or there are several to choose from.
-    """
-
-    def __init__(
-        self,
-        dataset: "Dataset",
-        *,
-        image: str | None = None,
-        label: str | None = None,
-        max_side: int = MAX_SIDE,
-    ):
-        self.max_side = max_side
-        self._columns = _Columns(dataset.features, image, label)
-        self._dataset = self._columns.of(dataset.with_format(None))
-        self.num_classes = self._columns.num_classes
-        self.class_names = self._columns.class_names
-        if self._columns.label is not None and self.class_names is None:
-            labels = (each for each in self._dataset[self._columns.label] if each is not None)
-            self.num_classes = max(labels, default=-1) + 1
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is out of range for {len(self)} images")
-        return self._columns.decode(self._dataset[index], f"[{index}]", self.max_side)
-
-    def name(self, index: int) -> str:
-        """The path that the data set has for the image, if any, and its index."""
-        return self._columns.name(self._dataset[index], f"[{index}]")
 
 
 class HuggingFaceStream:
-    """A ``datasets.IterableDataset`` as an endless stream (``sources.StreamSource``).
+    """A ``datasets.IterableDataset`` as an endless stream.
+
+    It is a :class:`~sslkit.data.protocols.StreamSource`.
 
     The stream has ``S = min(dataset.num_shards, max_lanes)`` lanes. Lane l holds the shards (the
     files) ``l``, ``l + S``, ``l + 2 S``, ... and is read to its end over and over. Pass e of it
@@ -121,7 +78,7 @@ class HuggingFaceStream:
                 "the features of this streaming data set are not known; give them when making it, "
                 "for example dataset.cast(features)"
             )
-        self._columns = _Columns(dataset.features, image, label)
+        self._columns = Columns(dataset.features, image, label)
         self._dataset = self._columns.of(dataset.with_format(None))
         self.num_lanes = min(dataset.num_shards, max_lanes)
         self.shuffle = shuffle
@@ -252,83 +209,6 @@ class _Lane:
         return self._ahead[count]
 
 
-def open_hugging_face(
-    spec: str, *, split: Split = "train", max_side: int = MAX_SIDE
-) -> tuple[HuggingFaceImages, bool]:
-    """The images of ``hf:NAME[:CONFIG]``, and whether they are a split of their own.
-
-    ``split="test"`` is the first that exists of the splits ``val``, ``valid``, ``validation`` and
-    ``test``; a data set without any gives its training split for both.
-
-    Raises:
-        FileNotFoundError: ``datasets`` cannot load it, with its reason.
-        ValueError: there is no split ``train``, and several others.
-    """
-    splits = _load(spec, streaming=False)
-    train, test = _split_names(splits, spec)
-    chosen = train if split == "train" or test is None else test
-    return HuggingFaceImages(splits[chosen], max_side=max_side), test is not None
-
-
-def open_stream(
-    spec: str, *, num_test: int = 2000, max_lanes: int = 64, max_side: int = MAX_SIDE
-) -> HuggingFaceStream:
-    """The training stream of ``hf-stream:NAME[:CONFIG]``.
-
-    ``NAME`` is a data set of the Hugging Face Hub or a local folder that
-    ``datasets.load_dataset`` takes. Without a test split of its own, ``num_test`` samples are held
-    out, those that ``open_source(spec, split="test")`` gives.
-
-    Raises:
-        FileNotFoundError, ValueError: see :func:`open_hugging_face`.
-    """
-    splits = _load(spec, streaming=True)
-    train, test = _split_names(splits, spec)
-    held_out = num_test if test is None else 0
-    return HuggingFaceStream(
-        splits[train], max_lanes=max_lanes, held_out=held_out, max_side=max_side
-    )
-
-
-def open_stream_test(
-    spec: str, *, num_test: int = 2000, max_lanes: int = 64, max_side: int = MAX_SIDE
-) -> HuggingFaceImages:
-    """``num_test`` test images that go with :func:`open_stream`, read into memory, undecoded.
-
-    They come from the data set's test split, or else are what the training stream leaves out.
-    """
-    splits = _load(spec, streaming=True)
-    train, test = _split_names(splits, spec)
-    stream = HuggingFaceStream(
-        splits[test or train], max_lanes=max_lanes, held_out=num_test, max_side=max_side
-    )
-    return stream.held_out_images()
-
-
-def _load(spec: str, *, streaming: bool) -> Any:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(f"to read {spec!r}, {_EXTRA}") from error
-    name, _, config = spec.partition(":")[2].partition(":")
-    try:
-        return load_dataset(name, config or None, streaming=streaming)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"Hugging Face datasets cannot load {spec!r} ({name!r} is neither a local folder it "
-            f"can read nor a data set of the Hub it can reach): {error}"
-        ) from error
-
-
-def _split_names(splits: Any, spec: str) -> tuple[str, str | None]:
-    names = list(splits)
-    if "train" not in names and len(names) != 1:
-        raise ValueError(f"{spec!r} has no split 'train'; it has {names}")
-    train = "train" if "train" in names else names[0]
-    test = next((name for name in TEST_FOLDERS if name in names and name != train), None)
-    return train, test
-
-
 def _endless(
     stream: HuggingFaceStream, seed: int, lane: int, start: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -346,79 +226,3 @@ def _endless(
             raise ValueError(f"lane {lane} of the stream has no rows; lower max_lanes or held_out")
         epoch += 1 + to_skip // length  # all passes are as long as the one just read
         to_skip %= length
-
-
-class _Columns:
-    """Which columns hold image and label, and how a row is read."""
-
-    def __init__(self, features: "Features", image: str | None, label: str | None):
-        try:
-            from datasets import ClassLabel, Image, Value
-        except ImportError as error:
-            raise ImportError(_EXTRA) from error
-        self.image = _pick(features, image, [n for n, f in features.items() if type(f) is Image])
-        labels = [name for name, feature in features.items() if type(feature) is ClassLabel]
-        plain = features.get("label")
-        if not labels and isinstance(plain, Value) and "int" in plain.dtype:
-            labels = ["label"]
-        self.label = None
-        if label is not None or labels:
-            self.label = _pick(features, label, labels, argument="label")
-        feature = None if self.label is None else features[self.label]
-        names = getattr(feature, "names", None)
-        self.class_names = None if names is None else tuple(names)
-        self.num_classes = len(self.class_names or ())
-
-    def of(self, dataset: Any) -> Any:
-        """``dataset`` with these columns alone, its images undecoded."""
-        from datasets import Image
-
-        columns = [self.image] if self.label is None else [self.image, self.label]
-        return dataset.select_columns(columns).cast_column(self.image, Image(decode=False))
-
-    def name(self, row: dict[str, Any], position: str) -> str:
-        cell = row[self.image] or {}
-        return f"{cell.get('path') or ''}{position}"
-
-    def decode(self, row: dict[str, Any], position: str, max_side: int) -> tuple[Tensor, int]:
-        cell = row[self.image] or {}
-        label = None if self.label is None else row[self.label]
-        name = self.name(row, position)
-        if cell.get("bytes") is not None:
-            image = decode_image(cell["bytes"], name=name, max_side=max_side)
-        elif "://" in (cell.get("path") or ""):
-            image = decode_image(_download(cell["path"], name), name=name, max_side=max_side)
-        elif cell.get("path"):
-            image = read_image(cell["path"], max_side=max_side)
-        else:
-            raise UnreadableImage(name, "the data set has no image here (null)")
-        return image, -1 if label is None else int(label)
-
-
-def _download(url: str, name: str) -> bytes:
-    import fsspec  # comes with datasets
-
-    try:
-        with fsspec.open(url, "rb") as file:
-            content: bytes = file.read()
-    except OSError as error:
-        raise UnreadableImage(name, f"{type(error).__name__}: {error}") from error
-    return content
-
-
-def _pick(
-    features: "Features", name: str | None, candidates: list[str], argument: str = "image"
-) -> str:
-    if name is not None:
-        if name not in features:
-            raise ValueError(
-                f"{argument}={name!r} is no column of the data set; it has {sorted(features)}"
-            )
-        return name
-    if len(candidates) != 1:
-        found = f"several columns may be it: {candidates}" if candidates else "no column is it"
-        raise ValueError(
-            f"name the {argument} column with {argument}=...: {found}; the data set has "
-            f"{ {name: type(feature).__name__ for name, feature in features.items()} }"
-        )
-    return candidates[0]

@@ -1,0 +1,139 @@
+"""An array of images, in memory or in a file, as a source."""
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sslkit.data.splits import Split
+
+
+class ImageArray:
+    """Images in one array.
+
+    Args:
+        images: uint8 [N, h, w], [N, h, w, C] or [N, C, h, w]. With four axes, the smaller of the
+            second and the last is the channel axis.
+        labels: integers [N] or [N, 1], -1 where there is none; or None.
+        path: the file that ``images`` was loaded from, for messages.
+    """
+
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray | None = None, *, path: str = "array"
+    ):
+        self.path = path
+        self._images = images
+        self._file_mapped: str | None = None
+        if images.dtype != np.uint8:
+            raise ValueError(
+                f"images in {path} have dtype {images.dtype}; expected uint8 in 0..255: convert "
+                f"them once, for example (255 * images).round().astype('uint8') if they lie in 0..1"
+            )
+        if images.ndim not in (3, 4) or 0 in images.shape:
+            raise ValueError(
+                f"images in {path} have shape {images.shape}; expected [N, h, w], [N, h, w, C] or "
+                f"[N, C, h, w] with no axis empty"
+            )
+        if images.ndim == 4 and images.shape[1] == images.shape[3]:
+            raise ValueError(
+                f"images in {path} have shape {images.shape}, where the second and the last axis "
+                f"are the same length, so that either may be the channels; transpose the array to "
+                f"[N, h, w, C] with C smaller than h"
+            )
+        self._channels_last = images.ndim == 4 and images.shape[3] < images.shape[1]
+        self._labels = None if labels is None else _checked_labels(labels, len(images), path)
+        self.num_classes = 0 if self._labels is None else max(int(self._labels.max()) + 1, 0)
+        self.class_names: tuple[str, ...] | None = None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, split: Split = "train") -> "ImageArray":
+        """Open an array file.
+
+        ``.npy``: the images, memory-mapped, so that they may exceed the memory; labels are read
+        from ``<name>_labels.npy`` beside ``<name>.npy`` if that exists.
+
+        ``.npz``: loaded whole. Keys: ``images`` and optionally ``labels``; or with splits,
+        ``train_images``, ``train_labels``, ``test_images``, ``test_labels`` (``val_`` is ignored),
+        or ``x_train``, ``y_train``, ``x_test``, ``y_test``.
+        """
+        path = Path(path)
+        if path.suffix.lower() == ".npz":
+            with _load_arrays(path) as arrays:
+                for image_key, label_key in (*_npz_split_keys(split), ("images", "labels")):
+                    if image_key in arrays:
+                        return cls(
+                            arrays[image_key], arrays.get(label_key), path=f"{path}:{image_key}"
+                        )
+                raise ValueError(
+                    f"no images in {path} under a known key for split={split!r}; expected "
+                    f"'images' (with 'labels'), '{split}_images' or 'x_{split}', found "
+                    f"{sorted(arrays.keys())}"
+                )
+        labels_path = path.with_name(f"{path.stem}_labels.npy")
+        labels = _load_arrays(labels_path) if labels_path.exists() else None
+        source = cls(_load_arrays(path), labels, path=str(path))
+        source._file_mapped = str(path)
+        return source
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = torch.from_numpy(np.array(self._images[index]))
+        if image.ndim == 2:
+            image = image[None]  # [h, w] -> [1, h, w]
+        elif self._channels_last:
+            image = image.permute(2, 0, 1)  # [h, w, C] -> [C, h, w]
+        return image, -1 if self._labels is None else int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        """The file and the position in it."""
+        return f"{self.path}[{index}]"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self._file_mapped is not None:  # a pickled memory map would carry the whole file
+            del state["_images"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._file_mapped is not None:
+            self._images = _load_arrays(Path(self._file_mapped))
+
+
+def has_splits(path: Path) -> bool:
+    """Whether an array file has test images of its own."""
+    if path.suffix.lower() == ".npy":
+        return False
+    with _load_arrays(path) as arrays:
+        return any(key in arrays for key, _ in _npz_split_keys("test"))
+
+
+def _load_arrays(path: Path) -> Any:
+    """``np.load`` without pickle; a .npy is memory-mapped, a .npz an open archive."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"cannot open the array file {path}: {error}") from error
+
+
+def _npz_split_keys(split: Split) -> tuple[tuple[str, str], ...]:
+    return (f"{split}_images", f"{split}_labels"), (f"x_{split}", f"y_{split}")
+
+
+def _checked_labels(labels: np.ndarray, num_images: int, path: str) -> np.ndarray:
+    if labels.shape == (num_images, 1):
+        labels = labels[:, 0]  # [N, 1] -> [N]
+    if labels.shape != (num_images,) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"labels of {path} are {labels.dtype} of shape {labels.shape}; expected integers of "
+            f"shape ({num_images},), one an image"
+        )
+    if labels.min() < -1:
+        raise ValueError(f"labels of {path} go down to {labels.min()}; the smallest allowed is -1")
+    return labels

@@ -1,0 +1,54 @@
+"""Image files by name as a source."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from sslkit.data.decode import MAX_SIDE, read_image
+from sslkit.data.string_table import StringTable
+
+
+class ImageFiles:
+    """A source of image files.
+
+    Args:
+        folder: what the names in ``files`` are relative to.
+        files: the images.
+        labels: the class of each image, -1 where there is none; default: no labels.
+        class_names: the names of these classes, where known.
+        num_classes: default: as many as there are names.
+        max_side: see :func:`sslkit.data.decode.read_image`.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        files: Sequence[str],
+        *,
+        labels: Sequence[int] | None = None,
+        class_names: tuple[str, ...] | None = None,
+        num_classes: int | None = None,
+        max_side: int = MAX_SIDE,
+    ):
+        self.folder = os.fspath(folder)
+        self.max_side = max_side
+        self.class_names = class_names
+        self.num_classes = len(class_names or ()) if num_classes is None else num_classes
+        self._files = StringTable(files)
+        self._labels = None if labels is None else np.array(labels, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return read_image(self.name(index), max_side=self.max_side), self.label(index)
+
+    def label(self, index: int) -> int:
+        """The class of the image, which is not read; -1 where there is none."""
+        return -1 if self._labels is None else int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        """The path of the file."""
+        return os.path.join(self.folder, self._files[index])

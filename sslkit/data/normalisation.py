@@ -1,0 +1,32 @@
+"""What images are normalised with before a network sees them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalisation(
+    channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [C, 1, 1] that images in 0..1 are normalised with.
+
+    None is ImageNet's for RGB, and the average of its three for any other number of channels.
+
+    >>> normalisation(1, None, (0.5,))[1].shape
+    torch.Size([1, 1, 1])
+    """
+    result = []
+    for name, given, imagenet in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
+        if given is None:
+            given = imagenet if channels == 3 else (sum(imagenet) / 3,) * channels
+        if len(given) != channels:
+            raise ValueError(
+                f"{name} has {len(given)} value(s) but the image has {channels} channel(s); give "
+                f"one value a channel, or None for the default"
+            )
+        result.append(torch.tensor(given, dtype=torch.float32).view(channels, 1, 1))
+    return result[0], result[1]

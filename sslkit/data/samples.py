@@ -1,0 +1,203 @@
+"""Samples and batches of views, and how samples become a batch.
+
+The views of a sample are rendered where it is made (:class:`Sample`), or only drawn there and
+rendered with those of the whole batch on another device (:class:`DrawnSample`).
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from sslkit.data.crops import Crops, MultiCrop, View
+from sslkit.data.device_crops import PackedViews, pack_views, render_batch
+from sslkit.data.unreadable import Unreadable
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shown:
+    """What is known of a sample's image.
+
+    ``index`` is the image shown, ``unreadable`` what it had to replace, ``read_seconds`` how long
+    reading and decoding took, ``augment_seconds`` all that came after.
+    """
+
+    label: int
+    epoch: int
+    index: int
+    unreadable: tuple[Unreadable, ...]
+    read_seconds: float
+    augment_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnSample(_Shown):
+    """One image, uint8 [C, h, w], and the views drawn for it."""
+
+    image: Tensor
+    views: list[View]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(_Shown):
+    """The views of one image, rendered."""
+
+    crops: Crops
+
+
+class Batch(NamedTuple):
+    """Views of B images.
+
+    Attributes:
+        global_crops: float32 [V_g, B, C, h, w], normalised.
+        local_crops: float32 [V_l, B, C, h, w]; V_l may be 0.
+        labels: int64 [B], -1 where there is none.
+        epochs: int64 [B], the pass over the source that each sample belongs to.
+        indices: int64 [B], the images shown, as indices of the source.
+        unreadable: the broken images met on the way, each replaced by another image.
+        read_seconds: what one process needed to read and decode the images.
+        augment_seconds: what it needed to draw and render the views and to stack them; with views
+            rendered on a device, to draw them and to stack the images.
+        render_seconds: with views rendered on a device, what the process that takes the batch
+            needed to start that, which on a CPU is all of it.
+    """
+
+    global_crops: Tensor
+    local_crops: Tensor
+    labels: Tensor
+    epochs: Tensor
+    indices: Tensor
+    unreadable: tuple[Unreadable, ...]
+    read_seconds: float = 0.0
+    augment_seconds: float = 0.0
+    render_seconds: float = 0.0
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+        """The batch with all tensors on ``device``."""
+        global_crops, local_crops, labels, epochs, indices = (
+            tensor.to(device, non_blocking=non_blocking) for tensor in self[:5]
+        )
+        return self._replace(
+            global_crops=global_crops,
+            local_crops=local_crops,
+            labels=labels,
+            epochs=epochs,
+            indices=indices,
+        )
+
+
+class DrawnBatch(NamedTuple):
+    """B images and the views drawn for them, to be rendered; see :class:`Batch` for the rest.
+
+    Attributes:
+        images: uint8 [B, C, H, W], each image in the upper left corner, H and W the largest of the
+            batch; zeros fill the rest.
+        global_views, local_views: V_g and V_l views of each.
+    """
+
+    images: Tensor
+    global_views: PackedViews
+    local_views: PackedViews
+    labels: Tensor
+    epochs: Tensor
+    indices: Tensor
+    unreadable: tuple[Unreadable, ...]
+    read_seconds: float
+    augment_seconds: float
+
+    def render(self, crops: MultiCrop, device: torch.device | str) -> Batch:
+        """The batch on ``device``, its views rendered there. Does not wait for a GPU."""
+        start = time.perf_counter()
+        images, labels, epochs, indices = (
+            tensor.to(device, non_blocking=True)
+            for tensor in (self.images, self.labels, self.epochs, self.indices)
+        )
+        global_views, local_views = (
+            views.to(device, non_blocking=True) for views in (self.global_views, self.local_views)
+        )
+        views = render_batch(images, crops, global_views, local_views)
+        return Batch(
+            views.globals_,
+            views.locals_,
+            labels,
+            epochs,
+            indices,
+            self.unreadable,
+            self.read_seconds,
+            self.augment_seconds,
+            render_seconds=time.perf_counter() - start,
+        )
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples, views first: B of [V, C, h, w] -> [V, B, C, h, w].
+
+    Raises:
+        ValueError: the images have different numbers of channels.
+    """
+    start = time.perf_counter()
+    _check_channels([sample.crops.globals_.shape[1] for sample in samples])
+    return Batch(
+        _stack_views([sample.crops.globals_ for sample in samples]),
+        _stack_views([sample.crops.locals_ for sample in samples]),
+        **_stack_rest(samples, start),
+    )
+
+
+def collate_drawn(samples: Sequence[DrawnSample], *, num_global: int) -> DrawnBatch:
+    """Stack samples whose first ``num_global`` views are global ones; see :class:`DrawnBatch`.
+
+    Raises:
+        ValueError: the images have different numbers of channels.
+    """
+    start = time.perf_counter()
+    shapes = [sample.image.shape for sample in samples]
+    _check_channels([shape[0] for shape in shapes])
+    height, width = (max(shape[axis] for shape in shapes) for axis in (1, 2))
+    # Channels last, as decoders give them: rows are copied whole.
+    pixels = torch.zeros(len(samples), height, width, shapes[0][0], dtype=torch.uint8)
+    images = pixels.permute(0, 3, 1, 2)
+    for sample, target in zip(samples, images, strict=True):
+        _, h, w = sample.image.shape
+        target[:, :h, :w] = sample.image
+    return DrawnBatch(
+        images,
+        pack_views([sample.views[:num_global] for sample in samples]),
+        pack_views([sample.views[num_global:] for sample in samples]),
+        **_stack_rest(samples, start),
+    )
+
+
+def _check_channels(channels: list[int]) -> None:
+    if len(set(channels)) > 1:
+        raise ValueError(
+            f"one batch holds images of different channel counts: {sorted(set(channels))}"
+        )
+
+
+def _stack_views(crops: list[Tensor]) -> Tensor:
+    """B of [V, C, h, w] -> [V, B, C, h, w]."""
+    num_views = len(crops[0])
+    if num_views == 0:
+        return torch.stack(crops, dim=1)
+    # In a worker, default_collate stacks into shared memory, where torch.stack's result would be
+    # copied to.
+    views: Tensor = default_collate([crop[v] for v in range(num_views) for crop in crops])
+    return views.unflatten(0, (num_views, -1))
+
+
+def _stack_rest(samples: Sequence[Sample | DrawnSample], start: float) -> dict[str, Any]:
+    """What the two kinds of batch have in common; stacking began at the time ``start``."""
+    stacked = {
+        "labels": torch.tensor([sample.label for sample in samples]),
+        "epochs": torch.tensor([sample.epoch for sample in samples]),
+        "indices": torch.tensor([sample.index for sample in samples]),
+        "unreadable": tuple(each for sample in samples for each in sample.unreadable),
+        "read_seconds": sum(sample.read_seconds for sample in samples),
+    }
+    augment_seconds = sum(sample.augment_seconds for sample in samples)
+    return stacked | {"augment_seconds": augment_seconds + time.perf_counter() - start}
