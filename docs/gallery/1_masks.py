@@ -9,7 +9,7 @@
 import torch
 
 from sslkit import CyclicMaskGenerator
-from sslkit.evaluation.figures.style import WIDTH, new_figure, show, styled
+from sslkit.evaluation.figures.style import new_figure, show, styled
 
 GRID = (12, 16)
 KINDS = {
@@ -22,7 +22,7 @@ NUM_MASKED = 115
 draw = torch.Generator().manual_seed(0)
 
 # %% [markdown]
-# Three masks of each kind, dark where the patch is hidden. An inverse block leaves one piece of
+# Three masks of each kind, each with exactly that many True. An inverse block leaves one piece of
 # the picture whole; the shift lets it go over the border and come back on the other side.
 
 
@@ -30,7 +30,7 @@ draw = torch.Generator().manual_seed(0)
 @styled
 def examples():
     figure = new_figure(
-        "Masks of 115 of 192 patches", "Every mask has exactly that many True.", height=4.4
+        "Masks of 115 of 192 patches", "Masked patches are dark.", height=3.0, width=5
     )
     for column, (name, masks) in enumerate(KINDS.items()):
         for row in range(3):
@@ -56,14 +56,16 @@ def exposures():
     figure = new_figure(
         "How often each patch is masked",
         "One flat colour is what is wanted.",
-        height=0.2 * WIDTH,
+        height=3.6,
+        width=5,
     )
-    for column, (name, masks) in enumerate(KINDS.items()):
+    panels = figure.subplots(2, 2).ravel()
+    for axes, (name, masks) in zip(panels, KINDS.items(), strict=True):
         share = sum(masks.one(NUM_MASKED, generator=draw).float() for _ in range(1500)) / 1500
         print(f"{name:14} rarest {share.min():.2f}  most frequent {share.max():.2f}")
-        axes = figure.add_subplot(1, 4, column + 1)
         show(axes, share.numpy(), cmap="viridis", vmin=0, vmax=1)
         axes.set_title(name)
+    figure.colorbar(panels[0].images[0], ax=panels, label="share of draws")
     return figure
 
 

@@ -40,18 +40,19 @@ def shares():
     figure = new_figure(
         "Share of the batch by prototype",
         "Balanced targets give each of 24 prototypes one 24th; the bias takes the taste back.",
-        height=2.6,
+        height=4.6,
+        width=5,
     )
-    left, right = figure.subplots(1, 2)
+    top, bottom = figure.subplots(2, 1)
     plain = torch.softmax(scores / TEMPERATURE, 1).mean(0)
-    left.plot(24 * plain, color=REFERENCE, marker="o", label="softmax")
-    left.plot(24 * targets.probs().mean(0), color=TRAINED, marker="o", label="Sinkhorn")
-    left.set(title="share of the batch, times K", xlabel="prototype", ylim=(0, None))
-    left.legend()
-    right.plot(targets.bias - targets.bias.mean(), color=TRAINED, marker="o", label="bias")
-    right.plot(-liked / TEMPERATURE, color=REFERENCE, ls="--", label="minus the taste")
-    right.set(title="bias, in units of the exponent", xlabel="prototype")
-    right.legend()
+    top.plot(24 * plain, color=REFERENCE, ls="--", marker="s", label="softmax")
+    top.plot(24 * targets.probs().mean(0), color=TRAINED, marker="o", label="Sinkhorn")
+    top.set(title="share of the batch, times K", xlabel="prototype", ylim=(0, None))
+    top.legend()
+    bottom.plot(targets.bias - targets.bias.mean(), color=TRAINED, marker="o", label="bias")
+    bottom.plot(-liked / TEMPERATURE, color=REFERENCE, ls="--", label="minus the taste")
+    bottom.set(title="bias, in units of the exponent", xlabel="prototype")
+    bottom.legend()
     return figure
 
 

@@ -62,17 +62,18 @@ _STYLE: dict[Any, Any] = {
 styled = matplotlib.rc_context(_STYLE)
 
 
-def new_figure(title: str, look_for: str, *, height: float) -> Figure:
-    """Empty figure of the page's width with a title and, under it, what to look for."""
-    lines = textwrap.wrap(look_for, 112)
+def new_figure(title: str, look_for: str, *, height: float, width: float = WIDTH) -> Figure:
+    """Empty figure with a title and, under it, what to look for; by default of the page's width."""
+    lines = textwrap.wrap(look_for, int(14.5 * width - 4))
     band = 0.36 + 0.17 * len(lines)  # inches
     total = height + band
     layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - band / total), w_pad=0.06, h_pad=0.05)
-    figure = Figure(figsize=(WIDTH, total), dpi=DPI, layout=layout, facecolor="white")
+    figure = Figure(figsize=(width, total), dpi=DPI, layout=layout, facecolor="white")
     figure.set_label(f"{title}. {look_for}")  # the text in place of the picture
-    figure.text(0.012, 1 - 0.08 / total, title, size=12, weight="bold", color=INK, va="top")
+    left = 0.012 * WIDTH / width
+    figure.text(left, 1 - 0.08 / total, title, size=12, weight="bold", color=INK, va="top")
     figure.text(
-        0.012,
+        left,
         1 - 0.32 / total,
         "\n".join(lines),
         size=9,
