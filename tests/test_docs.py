@@ -18,9 +18,11 @@ import pytest
 import torch
 import tyro
 from markdown import Markdown
+from mkdocs.config import load_config
+from mkdocs.structure.files import get_files, set_exclusions
 
 from docs.gallery.run import run as run_script
-from docs.site import maths, source_pages
+from docs.site import flags, maths, source_pages
 from docs.site.docstrings import as_markdown
 from docs.site.settings_page import descriptions, load_recipe, markdown
 from sslkit import backbones
@@ -213,6 +215,22 @@ def test_settings_page_has_every_setting_with_the_value_of_each_preset() -> None
 def count_leaves(settings: object) -> int:
     values = vars(settings).values()
     return sum(count_leaves(v) if hasattr(v, "__dataclass_fields__") else 1 for v in values)
+
+
+def test_style_sheet_and_scripts_are_part_of_the_site() -> None:
+    config = load_config(str(ROOT / "mkdocs.yml"))
+    files = get_files(config)
+    set_exclusions(files, config)
+    for path in (*config.extra_css, *config.extra["polyfills"]):
+        file = files.get_file_from_path(path)
+        assert file is not None, path
+        assert file.inclusion.is_included(), f"{path}: see exclude_docs of mkdocs.yml"
+
+
+def test_flags_in_code_are_kept_whole() -> None:
+    page = flags.on_page_content("<p>a -- b <code>x --num-images 3</code> <pre>c--d</pre>")
+    whole = '<span class="flag">--num-images</span>'
+    assert page == f"<p>a -- b <code>x {whole} 3</code> <pre>c--d</pre>"
 
 
 def test_descriptions_are_the_strings_below_the_fields() -> None:
