@@ -1,7 +1,8 @@
 """docs/drop_in.md is true: each name, argument and default, and each claim about values.
 
-lightly is run; DINOv2, DINOv3 and Franca, which are no packages, stand in tests/oracles as float64
-loops under their released signatures.
+lightly is run, birder where it is installed (its values: tests/test_drop_in_birder.py); DINOv2,
+DINOv3 and Franca, which are no packages, stand in tests/oracles as float64 loops under their
+released signatures.
 """
 
 import ast
@@ -83,6 +84,8 @@ def theirs(name: str) -> Any:
     """The class or function, or the oracle that stands for it."""
     module, _, last = name.rpartition(".")
     base = name.split(".")[0]
+    if base == "birder":
+        pytest.importorskip("birder", reason="pip install 'sslkit[peers]'")
     return getattr(ORACLES[base] if base in ORACLES else importlib.import_module(module), last)
 
 
@@ -136,7 +139,7 @@ def test_the_table_has_our_signature(name: str, rows: list[list[str]]) -> None:
 
 def test_each_claim_names_a_test() -> None:
     cited = set(re.findall(r"`(test_\w+)`", PAGE))
-    files = ["test_drop_in.py", "test_drop_in_examples.py"]
+    files = ["test_drop_in.py", "test_drop_in_birder.py", "test_drop_in_examples.py"]
     defined = "".join((Path(__file__).parent / file).read_text() for file in files)
     assert cited <= set(re.findall(r"def (test_\w+)", defined))
     assert len(cited) > 25
