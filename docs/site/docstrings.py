@@ -1,7 +1,9 @@
 """Docstrings as Markdown: what is plain in a terminal is given the marks that a page needs.
 
 A griffe extension of ``mkdocs.yml``. Doctests become code blocks, ``text::`` before an indented
-block ``text:``, and roles such as ``:class:`Source``` the bare name in code type.
+block ``text:``, and roles such as ``:class:`Source``` the bare name in code type. Names that share
+a text, ``mean, std: ...``, are joined by no-break spaces: what follows a plain one is a type to
+griffe.
 """
 
 import re
@@ -10,7 +12,7 @@ from typing import Any
 import griffe
 
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):`~?(?:[\w.]+\.)?([\w]+)`")
-SECTIONS = {"Example:": "", "Shapes:": "Shapes:", "Sources:": "Sources:"}
+NAMES = re.compile(r"^\s+\w+(?:, \w+)+:")
 
 
 class PlainDocstrings(griffe.Extension):
@@ -49,6 +51,7 @@ def as_markdown(text: str) -> str:
         if fence is None:
             line = ROLE.sub(r"`\1`", line)
             line = re.sub(r"(\S)::$", r"\1:", line)
+            line = NAMES.sub(lambda names: names[0].replace(", ", ",\N{NO-BREAK SPACE}"), line)
         lines.append(line)
     if fence is not None:
         lines.append(f"{fence}```")
