@@ -94,6 +94,8 @@ def test_command(num_registers):
         q, k, _ = encoder.queries_keys_values(images, 0)
     maps = cls_attention(q, k, num_prefix_tokens=1 + num_registers, grid=(4, 6))
     assert heads == pytest.approx(maps.sum((2, 3)).mean(0).tolist(), abs=1e-4)
-    pictures = [axes.images[0].get_array() for axes in outcome.figures["attention_maps"].axes]
+    figure = outcome.figures["attention_maps"]
+    assert figure.get_label().startswith("Attention of the class token, block 0. ")
+    pictures = [axes.images[0].get_array() for axes in figure.axes]
     assert len(pictures) == 3 * (2 + encoder.num_heads)
     torch.testing.assert_close(torch.tensor(pictures[2]), maps[0, 0])

@@ -17,8 +17,8 @@ from sslkit.evaluation.correspondence import (
     match_keypoints,
 )
 from sslkit.evaluation.encoders import as_encoder
-from sslkit.evaluation.features import Unsuitable
 from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.tokens import Unsuitable
 from tests.oracles import objects as oracle
 
 

@@ -16,21 +16,14 @@ from sslkit.evaluation import (
     position,
 )
 from sslkit.evaluation.encoders import as_encoder
-from sslkit.evaluation.features import Unsuitable
 from sslkit.evaluation.floor import ColourAndPosition
 from sslkit.evaluation.scores import bootstrap
 from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.tokens import Unsuitable
 
 
-class AnnotatedScenes(Scenes):
-    """Scenes with a mask, a depth and a name for each image."""
-
-    @property
-    def mask_class_names(self):
-        return ("background", *self.class_names)
-
-    def mask(self, index):
-        return self.scene(index).mask
+class TwoDepths(Scenes):
+    """Scenes of known depths, named by files."""
 
     def depth(self, index):
         """Objects at 1 m before a wall at 3 m; the first row is unknown."""
@@ -45,8 +38,8 @@ class AnnotatedScenes(Scenes):
 @pytest.fixture(scope="module")
 def subject():
     sources = {
-        "train": AnnotatedScenes(24, size=(20, 32)),
-        "test": AnnotatedScenes(9, size=(20, 32), seed=1),
+        "train": TwoDepths(24, size=(20, 32)),
+        "test": TwoDepths(9, size=(20, 32), seed=1),
     }
     encoder = backbones.create("sslkit_vit_micro", img_size=16)
     return Subject("micro", encoder, sources, {}, dense_size=(16, 24), batch_size=8)
@@ -152,10 +145,25 @@ def test_depth(subject, floor):
     assert whole.scores["RMSE, scale and shift aligned (m)"].value > 0.2
     assert not whole.scores["RMSE (m)"].higher_is_better
     assert depth.evaluate(replace(subject, nesting=8), options).details["layers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "annotation"),
+    [
+        (depth, "depth"),
+        (in_context, "mask"),
+        (linear_segmentation, "mask"),
+        (overclustering, "mask"),
+    ],
+)
+def test_what_lacks_annotations_is_refused_before_any_extraction(module, annotation, tmp_path):
     pictures = [(torch.zeros(3, 16, 16, dtype=torch.uint8), 0)]
-    unknown = replace(floor, sources={"train": pictures, "test": pictures})
-    with pytest.raises(Unsuitable, match=r"train data \(list\) has no depth"):
-        depth.evaluate(unknown, options)
+    subject = Subject(
+        "none", torch.nn.Identity(), {"train": pictures, "test": pictures}, {}, cache=tmp_path
+    )
+    with pytest.raises(Unsuitable, match=rf"data \(list\) has no {annotation}"):
+        module.evaluate(subject, module.Options())
+    assert not list(tmp_path.iterdir())
 
 
 def test_position_before_and_after_rasa(floor, monkeypatch):

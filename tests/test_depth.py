@@ -6,13 +6,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sslkit.evaluation.depth import (
-    DepthHead,
+from sslkit.evaluation.depth import DepthHead, fit_depth_head, predict_depth
+from sslkit.evaluation.depth_errors import (
     aligned,
     depth_errors,
-    fit_depth_head,
     gradient_loss,
-    predict_depth,
     scale_invariant_loss,
 )
 from tests.oracles import dense as oracle

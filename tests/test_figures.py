@@ -150,9 +150,8 @@ def visible_texts(figure):
             yield text.get_text(), text.get_window_extent(canvas.get_renderer())
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_figure_can_be_read(name):
-    figure = FIGURES[name]()
+def assert_can_be_read(figure, name):
+    """It says what it shows and what to look for, labels its axes, and no text covers another."""
     if "SSLKIT_FIGURES" in os.environ:
         figure.savefig(Path(os.environ["SSLKIT_FIGURES"]) / f"{name}.png", dpi="figure")
     title, _, look_for = figure.get_label().partition(". ")
@@ -172,6 +171,11 @@ def test_figure_can_be_read(name):
     for (text, box), (other, other_box) in itertools.combinations(texts, 2):
         # Shrunk by a pixel: neighbouring lines may touch.
         assert not box.padded(-1).overlaps(other_box.padded(-1)), (text, other)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_can_be_read(name):
+    assert_can_be_read(FIGURES[name](), name)
 
 
 def test_drawing_leaves_matplotlib_as_it_was():

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sslkit.evaluation.features import encode
 from sslkit.evaluation.floor import ColourAndPosition, colour_position_patches
 from sslkit.evaluation.position import position_probe
+from sslkit.evaluation.tokens import encode
 
 
 def images(*shape):

@@ -11,7 +11,8 @@ from torch import nn
 
 from sslkit import backbones
 from sslkit.data.scenes import Scenes
-from sslkit.evaluation import linear_probe as module
+from sslkit.evaluation import linear_head
+from sslkit.evaluation import linear_probe as probe_module
 from sslkit.evaluation.encoders import as_encoder
 from sslkit.evaluation.linear_probe import (
     LEARNING_RATES,
@@ -197,7 +198,8 @@ def test_memory_mapped_half_precision(tmp_path):
 def test_many_test_items_go_in_parts(monkeypatch):
     train, test = planted(30), planted(50, seed=1)
     whole = linear_probe(*train, *test, generator=seeded(), **QUICK)
-    monkeypatch.setattr(module, "_ITEMS_AT_ONCE", 7)
+    for module in (linear_head, probe_module):
+        monkeypatch.setattr(module, "ITEMS_AT_ONCE", 7)
     parts = linear_probe(*train, *test, generator=seeded(), **QUICK)
     assert whole.accuracies == parts.accuracies
     logits = parts.best.logits(*test[:2])

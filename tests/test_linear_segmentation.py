@@ -11,26 +11,7 @@ from sslkit.evaluation.linear_segmentation import (
     linear_segmentation,
 )
 from sslkit.evaluation.segmentation import predicted_masks, resize_masks
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed))
-
-
-def blocks(batch, grid, num_classes, *, patch=4, seed=0):
-    """Masks [B, h, w] that have one class a patch."""
-    classes = torch.randint(num_classes, (batch, *grid), generator=seeded(seed))
-    return classes.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
-
-
-def codes_of(masks, patch=4, *, dim=16, spread=0.3, seed=0):
-    """Features of one-class patches: a direction for each class, with noise."""
-    ids = masks[:, ::patch, ::patch]
-    return noise(9, dim)[ids] + spread * noise(*ids.shape, dim, seed=seed)
+from tests.test_in_context import blocks, codes_of, noise, seeded
 
 
 def test_layer_before_resizing_is_layer_after_resizing():
@@ -184,6 +165,7 @@ def drawn(count):
         ({"masks": torch.zeros(3, 4, 6).long()}, "2 images of patches but 3 masks to train on"),
         ({"epochs": 0}, "batch_size and epochs must be at least 1, got 60, 0"),
         ({"masks": torch.full((2, 4, 6), 7)}, "masks hold class 7, but num_classes=2"),
+        ({"masks": torch.full((2, 4, 6), -1)}, "masks hold class -1, but num_classes=2"),
         ({"masks": torch.full((2, 4, 6), 255)}, "masks hold 255 only"),
     ],
 )

@@ -11,10 +11,10 @@ from sslkit import backbones
 from sslkit.data.scenes import Scenes
 from sslkit.evaluation import lost, tokencut
 from sslkit.evaluation.encoders import as_encoder
-from sslkit.evaluation.features import Unsuitable
 from sslkit.evaluation.lost import lost_box, lost_mask
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.tokencut import cut_vector, tokencut_box, tokencut_mask
+from sslkit.evaluation.tokens import Unsuitable
 from tests.oracles import objects as oracle
 
 FIND = {"lost": lost_box, "tokencut": tokencut_box}

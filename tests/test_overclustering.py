@@ -9,9 +9,9 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
 from sslkit.evaluation import overclustering as module
-from sslkit.evaluation.confusion import mean_iou
+from sslkit.evaluation.confusion import confusion_matrices, mean_iou
 from sslkit.evaluation.overclustering import cluster_counts, overclustering, reduced
-from sslkit.evaluation.segmentation import confusions_by_image, resize_masks
+from sslkit.evaluation.segmentation import resize_masks
 
 
 def seeded(seed=0):
@@ -71,7 +71,7 @@ def test_score_is_that_of_the_renamed_masks():
         found.mean_ious, found.counts, found.classes, found.clusters, strict=True
     ):
         predicted = classes[resize_masks(ids, (9, 11)).long()]
-        expected = mean_iou(confusions_by_image(truth, predicted, 3).sum(0))
+        expected = mean_iou(confusion_matrices(truth, predicted, 3).sum(0))
         assert score == pytest.approx(expected)
         assert counts.sum() == (truth != 255).sum()
         totals = counts.sum(0)

@@ -1,5 +1,7 @@
 """PCA maps: planted foregrounds are found, and colours are scikit-learn's components."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -122,3 +124,5 @@ def test_command():
     pictures = [axes.images[0] for axes in outcome.figures["pca_maps"].axes if axes.images]
     assert len(pictures) == 2 * 4
     assert pictures[1].get_array().shape == (4, 6, 3)
+    fewer = evaluate(replace(subject, limits={"test": 2}), Options(num_images=4, threshold=None))
+    assert len([axes for axes in fewer.figures["pca_maps"].axes if axes.images]) == 2 * 2

@@ -9,15 +9,8 @@ from sslkit import RASAProjector, backbones
 from sslkit.data.scenes import Scenes
 from sslkit.evaluation import knn
 from sslkit.evaluation.encoders import as_encoder
-from sslkit.evaluation.features import Unsuitable
 from sslkit.evaluation.subject import Subject, require_labels
-
-
-class MaskedScenes(Scenes):
-    """Scenes with their masks by index."""
-
-    def mask(self, index):
-        return self.scene(index).mask
+from sslkit.evaluation.tokens import Unsuitable
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +18,7 @@ def subject():
     return Subject(
         "micro",
         backbones.create("sslkit_vit_micro", img_size=16),
-        {"train": MaskedScenes(24, size=(20, 32)), "test": MaskedScenes(9, size=(20, 32), seed=1)},
+        {"train": Scenes(24, size=(20, 32)), "test": Scenes(9, size=(20, 32), seed=1)},
         {"weights": "random", "data": "scenes"},
         global_size=16,
         dense_size=(16, 24),
@@ -66,6 +59,8 @@ def test_limits_are_spread_evenly(subject):
     limited = replace(subject, limits={"train": 5})
     assert limited.features("train", "cls").indices.tolist() == [0, 4, 9, 14, 19]
     assert len(limited.features("test", "cls")) == 9
+    assert limited.limited("train", 2).indices("train") == [0, 12]
+    assert limited.limited("train", 9).indices("train") == limited.indices("train")
 
 
 @pytest.mark.parametrize("cache", [False, True])

@@ -16,11 +16,12 @@ import tyro
 
 from sslkit.data.annotated.open import open_annotated
 from sslkit.evaluation.comparison import compare, table, write
-from sslkit.evaluation.features import Unsuitable
 from sslkit.evaluation.models import Model, open_model
 from sslkit.evaluation.protocols import PROTOCOLS
 from sslkit.evaluation.report import format_table
 from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.tokens import Unsuitable
+from sslkit.evaluation.views import RESIZE_OVER_CROP
 from sslkit.rasa import load_rasa
 
 _NEED_MORE = ("robustness", "ood", "matryoshka", "feat2gs")  # than the data alone: not in `all`
@@ -47,7 +48,7 @@ class Run:
     """Pixels a side of the centre crop for class tokens; default: the first encoder's size."""
     dense_size: int | None = None
     """Pixels a side of the crop for patch tokens; default: twice that."""
-    resize_over_crop: float = 256 / 224
+    resize_over_crop: float = RESIZE_OVER_CROP
     """Images are resized to this multiple of --global-size before the crop."""
     num_train: int | None = None
     """At most so many training images, evenly spaced."""
@@ -67,9 +68,11 @@ class Run:
     workers: int = 0
     """Processes that read images."""
     seed: int = 0
+    """Of fresh weights, of scenes, and of all that protocols and resamples draw."""
     level: float = 0.95
     """Share of the bootstrap resamples inside an interval."""
     num_resamples: int = 1000
+    """Resamples of the test images that an interval is taken from."""
 
 
 def subjects(run: Run) -> list[Subject]:
@@ -94,7 +97,6 @@ def subjects(run: Run) -> list[Subject]:
         raise ValueError("; ".join(problems))
     found = []
     for i, model in enumerate(models):
-        projectors = [load_rasa(run.rasa[i % len(run.rasa)])] if run.rasa else [None]
         subject = Subject(
             model.name + (" + RASA" if run.rasa else ""),
             model.encoder.to(device),
@@ -103,7 +105,7 @@ def subjects(run: Run) -> list[Subject]:
             global_size=global_size,
             dense_size=dense_size,
             resize_over_crop=run.resize_over_crop,
-            rasa=projectors[0],
+            rasa=load_rasa(run.rasa[i % len(run.rasa)]) if run.rasa else None,
             cache=run.cache or run.output / "features",
             limits={split: limit for split, limit in limits.items() if limit is not None},
             batch_size=run.encode_batch_size,

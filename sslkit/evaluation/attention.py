@@ -1,6 +1,6 @@
 """Attention maps: where the class token looks (the Franca paper's Figure 7)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,11 +71,11 @@ def evaluate(subject: "Subject", options: Options) -> Outcome:
     """The figure; ``details`` say how much of its attention the class token pays to patches."""
     from sslkit.evaluation import figures as draw
 
-    few = replace(subject, limits={**(subject.limits or {}), "test": options.num_images})
+    few = subject.limited("test", options.num_images)
     features = few.features("test", "attention", view="dense", block=options.block)
     maps = features["attention"].float().movedim(-1, 1)  # [I, heads, H, W]
     images = torch.stack(few.images("test", features.indices.tolist()))
-    figure = draw.attention_maps(images, maps, max_heads=options.max_heads)
+    figure = draw.attention_maps(images, maps, block=options.block, max_heads=options.max_heads)
     share = maps.sum((2, 3)).mean(0)
     details = {"attention on patches, by head": [round(x, 4) for x in share.tolist()]}
     return Outcome({}, {"attention_maps": figure}, details)

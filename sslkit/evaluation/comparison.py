@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sslkit.evaluation.features import Unsuitable
 from sslkit.evaluation.protocols import PROTOCOLS
 from sslkit.evaluation.report import write_report
 from sslkit.evaluation.scores import Interval, Outcome, Score, bootstrap
 from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.tokens import Unsuitable
 from sslkit.training.checkpoint import atomic_write
 
 _BOOTSTRAP = 9  # sets the resamples' generator apart from those of the protocols
@@ -164,27 +164,26 @@ def _measure(
     outcomes: Mapping[str, Outcome], first: Subject, level: float, num_resamples: int
 ) -> dict[str, dict[str, Measured]]:
     """By score and model."""
+
+    def interval(score: Score, minus: Score | None = None) -> Interval | None:
+        return bootstrap(
+            score,
+            minus=minus,
+            level=level,
+            num_resamples=num_resamples,
+            generator=first.generator(_BOOTSTRAP),  # anew: the same draws for every model
+        )
+
+    references = outcomes[first.name].scores if first.name in outcomes else {}
     measured: dict[str, dict[str, Measured]] = {}
     for model, outcome in outcomes.items():
         for name, score in outcome.scores.items():
-            reference = None
-            if model != first.name and first.name in outcomes:
-                reference = outcomes[first.name].scores.get(name)
-            if reference is not None and reference.num_items != score.num_items:
-                reference = None
-            interval, difference = (
-                bootstrap(
-                    score,
-                    minus=minus,
-                    level=level,
-                    num_resamples=num_resamples,
-                    # One generator each time: the same draws for every model.
-                    generator=first.generator(_BOOTSTRAP),
-                )
-                for minus in (None, reference)
-            )
+            reference = references.get(name)
+            paired = reference is not None and reference.num_items == score.num_items
             measured.setdefault(name, {})[model] = Measured(
-                score, interval, difference if reference is not None else None
+                score,
+                interval(score),
+                interval(score, reference) if paired and model != first.name else None,
             )
     return measured
 

@@ -211,8 +211,8 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
     subject.annotated("test", "pair")
     view = _view(subject, options)
     correct, total, names, differences, shown = [], [], [], [], []
-    count = min(len(subject.test), (subject.limits or {}).get("test", len(subject.test)))
-    for i, matched in enumerate(_matched(subject, options, view, count)):
+    count = len(subject.indices("test"))
+    for i, matched in enumerate(_matched(subject, options, view)):
         correct.append(int(matched.correct.sum()))
         total.append(len(matched.correct))
         names.append(matched.pair.category)
@@ -259,11 +259,9 @@ def _view(subject: Subject, options: Options) -> SquareView:
     return SquareView(max(round(options.image_size / step), 1) * step)
 
 
-def _matched(
-    subject: Subject, options: Options, view: SquareView, count: int
-) -> Iterator[_Matched]:
-    """Evenly spaced pairs of the test data, matched."""
-    pairs = subject.annotated("test", "pair")
+def _matched(subject: Subject, options: Options, view: SquareView) -> Iterator[_Matched]:
+    """Pairs of the test data, evenly spaced, matched."""
+    pairs, indices = subject.annotated("test", "pair"), subject.indices("test")
     maps: OrderedDict[str, Tensor] = OrderedDict()
 
     def features(image: Tensor, name: str) -> Tensor:
@@ -277,8 +275,8 @@ def _matched(
         return found
 
     title = f"{subject.name}: pairs"
-    for i in tqdm(range(count), desc=title, unit=" pairs", disable=not subject.progress):
-        pair = pairs.pair(i * len(pairs) // count)
+    for index in tqdm(indices, desc=title, unit=" pairs", disable=not subject.progress):
+        pair = pairs.pair(index)
         source_scale, target_scale = (
             view.scale((image.shape[1], image.shape[2]))
             for image in (pair.source_image, pair.target_image)

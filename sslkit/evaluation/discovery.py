@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from sslkit.evaluation.boxes import localised
-from sslkit.evaluation.features import Unsuitable, evenly_spaced
+from sslkit.evaluation.features import evenly_spaced
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.tokens import Unsuitable
 
 
 def discovery_outcome(

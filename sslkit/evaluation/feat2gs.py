@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslkit.evaluation.pca import principal_axes
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
 
@@ -67,15 +68,12 @@ def pca_features(patches: Tensor, *, dim: int = 256) -> PCAFeatures:
     x = patches.reshape(-1, D).double()
     mean = x.mean(0)
     x = x - mean
-    variances, directions = torch.linalg.eigh(x.T @ x / len(x))  # ascending
-    components = directions.flip(1)[:, :dim].T  # [dim, D]
-    largest = components.gather(1, components.abs().argmax(1, keepdim=True))
-    components = components * largest.sign()
+    axes, variances = principal_axes(x, dim)
     return PCAFeatures(
-        features=(x @ components.T).view(V, H, W, dim).float(),
+        features=(x @ axes).view(V, H, W, dim).float(),
         mean=mean.float(),
-        components=components.float(),
-        variances=variances.flip(0)[:dim].clamp(min=0).float(),
+        components=axes.T.float(),
+        variances=variances[:dim].float(),
     )
 
 

@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from sslkit.data.sources import Source
 from sslkit.evaluation.features import (
-    IMAGE_TOKENS,
     EncodedBatch,
     Features,
     encoded_batches,
     report_unreadable,
 )
+from sslkit.evaluation.tokens import IMAGE_TOKENS
 from sslkit.training.checkpoint import atomic_write
 
 _VERSION = 1

@@ -2,30 +2,17 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from sslkit.data.sources import Source, UnreadableImage
-from sslkit.evaluation.attention import cls_attention
-
-IMAGE_TOKENS = ("cls", "mean_patch", "layer_cls")
-"""Tokens of which an image has one: ``cls`` [B, D]; ``mean_patch`` [B, D], the mean of the patches;
-``layer_cls`` [B, n, D], the class tokens of the last n blocks, shallow to deep."""
-
-PATCH_TOKENS = ("patches", "layer_patches", "queries", "keys", "values", "attention")
-"""Tokens of which every patch has one: ``patches`` [B, H, W, D]; ``layer_patches`` [B, H, W, n, D];
-``queries``, ``keys`` and ``values`` [B, H, W, D] of a block, its heads one after the other;
-``attention`` [B, H, W, heads], what the class token pays each patch in that block."""
-
-
-class Unsuitable(ValueError):
-    """A model or data set that lacks what a protocol needs: no labels, masks, keys, ..."""
+from sslkit.evaluation.tokens import IMAGE_TOKENS, PATCH_TOKENS, encode, frozen
+from sslkit.evaluation.tokens import Unsuitable as Unsuitable
 
 
 @dataclass(frozen=True)
@@ -33,8 +20,9 @@ class Features:
     """Frozen features of B images, on the CPU.
 
     Attributes:
-        tokens: by the names above, as far as they were asked for: [B, ...] of `IMAGE_TOKENS`, and
-            of `PATCH_TOKENS` a row a patch, [R, ...], image after image and row after row.
+        tokens: by the names of `sslkit.evaluation.tokens`, as far as they were asked for: [B, ...]
+            of `IMAGE_TOKENS`, and of `PATCH_TOKENS` a row a patch, [R, ...], image after image and
+            row after row.
         grids: int64 [B, 2]: patches down and across of each image; R is the sum of their products.
         labels: int64 [B]; -1 where the image has none.
         indices: int64 [B]: the place of each image in its source (to align masks, say).
@@ -107,79 +95,6 @@ class EncodedBatch:
     indices: list[int]
 
 
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """Put a module in eval mode without gradients; afterwards each part has its mode back."""
-    training = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield module
-    finally:
-        for part, mode in training.items():
-            part.training = mode
-
-
-def encode(
-    encoder: nn.Module,
-    images: Tensor,
-    *,
-    want: Sequence[str] = ("cls", "patches"),
-    block: int = -1,
-    num_layers: int = 4,
-) -> dict[str, Tensor]:
-    """Tokens of images [B, C, h, w] of one size, by the names of this module, [B, ...].
-
-    The encoder (see `sslkit.evaluation.encoders`) is run as it stands: `frozen` sets its mode.
-
-    Args:
-        encoder: on the device of the images.
-        images: normalised.
-        want: of `IMAGE_TOKENS` and `PATCH_TOKENS`.
-        block: of queries, keys, values and attention.
-        num_layers: n of the ``layer_...`` tokens.
-
-    Raises:
-        ValueError: ``want`` is empty or names something else.
-        Unsuitable: the encoder lacks a method that a token needs.
-    """
-    unknown = [name for name in want if name not in IMAGE_TOKENS + PATCH_TOKENS]
-    if unknown or not want:
-        raise ValueError(
-            f"want must name tokens of {', '.join(IMAGE_TOKENS + PATCH_TOKENS)}, got {tuple(want)}"
-        )
-    found: dict[str, Tensor] = {}
-    output: Any = None
-    if any(name.startswith("layer_") for name in want):
-        layers = _method(encoder, "intermediate", "layer_cls and layer_patches")(images, num_layers)
-        output = layers[-1]
-        found["layer_cls"] = torch.stack([layer.cls for layer in layers], dim=1)
-        if "layer_patches" in want:
-            found["layer_patches"] = torch.stack([layer.patches for layer in layers], dim=3)
-    if output is None and {"cls", "patches", "mean_patch"} & set(want):
-        output = encoder(images)
-    if output is not None:
-        found["cls"] = output.cls
-        if "patches" in want:
-            found["patches"] = output.patches
-        if "mean_patch" in want:
-            found["mean_patch"] = output.patches.mean((1, 2))
-    if {"queries", "keys", "values", "attention"} & set(want):
-        take = _method(encoder, "queries_keys_values", "queries, keys, values and attention")
-        q, k, v = take(images, block)
-        ph, pw = cast(tuple[int, int], encoder.patch_size)
-        H, W = images.shape[2] // ph, images.shape[3] // pw
-        for name, x in (("queries", q), ("keys", k), ("values", v)):
-            if name in want:
-                patches = x[:, :, x.shape[2] - H * W :].transpose(1, 2)  # [B, N, heads, d]
-                found[name] = patches.flatten(2).unflatten(1, (H, W))
-        if "attention" in want:
-            prefix = k.shape[2] - H * W
-            maps = cls_attention(q, k, num_prefix_tokens=prefix, grid=(H, W))
-            found["attention"] = maps.movedim(1, -1)
-    return {name: found[name] for name in want}
-
-
 def encoded_batches(
     encoder: nn.Module,
     source: Source,
@@ -246,7 +161,7 @@ def extract(
             of (image, label) pairs will do.
         transform: uint8 [C, h, w] -> float [C, h', w'].
         batch_size: images a forward pass.
-        want, block, num_layers: see `encode`.
+        want, block, num_layers: see `sslkit.evaluation.tokens.encode`.
         indices: which images to take; all of them by default.
         device: where the encoder is run; it must already be there.
         dtype: of the kept features; float16 halves their memory.
@@ -338,16 +253,6 @@ def _rows(
                 "them with dtype=torch.float32"
             )
     return EncodedBatch(kept, grid, labels, indices)
-
-
-def _method(encoder: nn.Module, name: str, what: str) -> Callable[..., Any]:
-    method = getattr(encoder, name, None)
-    if method is None:
-        raise Unsuitable(
-            f"{type(encoder).__name__} has no {name}(), which {what} come from; "
-            "sslkit.backbones.ViTEncoder has it (see sslkit.evaluation.encoders)"
-        )
-    return method
 
 
 class _Items(Dataset):

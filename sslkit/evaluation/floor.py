@@ -1,11 +1,10 @@
 """The floor: what colour and position alone score, which a learned feature has to beat."""
 
-from types import SimpleNamespace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sslkit.backbones import Tokens
 from sslkit.rasa import patch_positions
 
 
@@ -28,16 +27,11 @@ class ColourAndPosition(nn.Module):
         self.patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         self.cls_size = cls_size
 
-    def forward(self, images: Tensor) -> SimpleNamespace:
-        """``.cls`` [B, C · 32 · 32], and `colour_position_patches` as ``.patches``."""
-        B = len(images)
+    def forward(self, images: Tensor) -> Tokens:
+        """Class tokens [B, C · 32 · 32], no registers, and `colour_position_patches`."""
         cls = F.adaptive_avg_pool2d(images, self.cls_size).flatten(1)
         patches = colour_position_patches(images, self.patch_size)
-        return SimpleNamespace(
-            cls=cls,
-            registers=cls.new_empty(B, 0, cls.shape[1]),
-            patches=patches,
-        )
+        return Tokens(cls, cls.new_empty(len(images), 0, cls.shape[1]), patches)
 
 
 def colour_position_patches(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslkit.evaluation.confusion import iou, mean_iou
+from sslkit.evaluation.confusion import confusion_matrices, iou, mean_iou
 from sslkit.evaluation.knn import cosine_neighbours
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.segmentation import (
     Segmentation,
     classes_of_clusters,
-    confusions_by_image,
     draw_segmentation,
+    known_pixels,
     masked_patches,
     merge_clusters,
     predicted_masks,
@@ -71,13 +71,7 @@ def patch_class_frequencies(
             f"masks are {h} by {w} pixels, which the patch grid {H} by {W} does not divide: "
             "crop images and masks to a multiple of the patch size"
         )
-    known = masks != ignore_index
-    wrong = masks[known & ((masks < 0) | (masks >= num_classes))]
-    if len(wrong):
-        raise ValueError(
-            f"masks hold class {int(wrong[0])}, but num_classes={num_classes} and "
-            f"ignore_index={ignore_index}"
-        )
+    known = known_pixels(masks, num_classes, ignore_index=ignore_index)
     patch = torch.arange(B * H * W, device=masks.device).view(B, H, W)
     patch = patch.repeat_interleave(h // H, dim=1).repeat_interleave(w // W, dim=2)  # [B, h, w]
     cells = (patch * num_classes + masks.long())[known]
@@ -263,7 +257,7 @@ def in_context_segmentation(
     predictions = segment(
         memory, test_patches, size, num_neighbours=num_neighbours, temperature=temperature
     )
-    confusions = confusions_by_image(
+    confusions = confusion_matrices(
         test_masks.to(predictions.device), predictions, num_classes, ignore_index=ignore_index
     )
     if reference_quirks:

@@ -230,7 +230,7 @@ class Options:
     """The published protocol compares class tokens; those of a network that has seen few images
     may follow the background, when the mean of its patch tokens does not."""
     ks: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours that vote; those above the number of training images are left out."""
+    """Numbers of neighbours that vote; of fewer training images, all of them."""
     temperature: float = 0.07
     """Divides the similarities."""
 

@@ -13,6 +13,13 @@ from torch import Tensor
 
 from sslkit.evaluation.confusion import confusion_matrix
 from sslkit.evaluation.features import Features
+from sslkit.evaluation.linear_head import (
+    ITEMS_AT_ONCE,
+    LinearHead,
+    LinearInput,
+    head_features,
+    head_inputs,
+)
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject, require_labels
 
@@ -21,74 +28,6 @@ LEARNING_RATES = (
     *(1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
 )
 _MOMENTUM, _INIT_STD = 0.9, 0.01
-_ITEMS_AT_ONCE = 4096
-
-
-@dataclass(frozen=True)
-class LinearInput:
-    """What a head reads: the class tokens of the last blocks, with or without the mean patch.
-
-    Attributes:
-        num_blocks: how many of the last blocks.
-        mean_patch: whether the mean patch token of the last block is appended.
-    """
-
-    num_blocks: int
-    mean_patch: bool
-
-    def __call__(self, layer_cls: Tensor, mean_patch: Tensor | None) -> Tensor:
-        """Concatenate, shallow to deep, to float32 [B, num_blocks * D (+ D)].
-
-        Args:
-            layer_cls: class tokens [B, n, D] of the last n >= ``num_blocks`` blocks, shallow to
-                deep, after the final norm.
-            mean_patch: mean patch token [B, D] of the last block; needed with ``mean_patch``.
-
-        >>> LinearInput(2, True)(torch.tensor([[[1], [2], [3]]]), torch.tensor([[9]]))
-        tensor([[2., 3., 9.]])
-        """
-        _B, n, _D = layer_cls.shape
-        if not 1 <= self.num_blocks <= n:
-            raise ValueError(
-                f"the input takes num_blocks={self.num_blocks} class tokens, but the features hold "
-                f"those of {n} blocks: extract more, or choose between 1 and {n}"
-            )
-        parts = [layer_cls[:, -self.num_blocks :].flatten(1)]
-        if self.mean_patch:
-            if mean_patch is None:
-                raise ValueError("mean_patch is needed by an input with mean_patch=True, got None")
-            parts.append(mean_patch)
-        return torch.cat(parts, dim=1).float()
-
-    def __str__(self) -> str:
-        blocks = "1 block" if self.num_blocks == 1 else f"{self.num_blocks} blocks"
-        return f"{blocks} + mean patch" if self.mean_patch else blocks
-
-
-@dataclass(frozen=True)
-class LinearHead:
-    """A trained linear classifier of frozen features.
-
-    Attributes:
-        inputs: what it reads.
-        learning_rate: of the grid, before it is scaled by batch / 256.
-        weight: float32 [C, d].
-        bias: float32 [C].
-    """
-
-    inputs: LinearInput
-    learning_rate: float
-    weight: Tensor
-    bias: Tensor
-
-    def logits(self, layer_cls: Tensor, mean_patch: Tensor | None) -> Tensor:
-        """Logits [B, C] from ``layer_cls`` [B, n, D] and ``mean_patch`` [B, D]."""
-        logits = self.bias.new_empty(len(layer_cls), len(self.bias))
-        for start in range(0, len(layer_cls), _ITEMS_AT_ONCE):
-            rows = slice(start, start + _ITEMS_AT_ONCE)
-            x = self.inputs(layer_cls[rows], None if mean_patch is None else mean_patch[rows])
-            logits[rows] = x.to(self.bias) @ self.weight.T + self.bias
-        return logits
 
 
 @dataclass(frozen=True)
@@ -229,7 +168,7 @@ def linear_probe(
         )
 
     predicted: list[list[Tensor]] = [[] for _ in inputs]
-    for rows in torch.arange(len(test_cls)).split(_ITEMS_AT_ONCE):
+    for rows in torch.arange(len(test_cls)).split(ITEMS_AT_ONCE):
         parts = joined(test_cls, test_mean_patch, rows, device)
         for x, weight, found in zip(parts, weights, predicted, strict=True):
             found.append((x @ weight.T).unflatten(1, (-1, C)).argmax(-1).cpu())  # [rows, heads]
@@ -378,12 +317,12 @@ def probe_subject(subject: Subject, options: Options) -> tuple[LinearProbeResult
     most = subject.num_layers(max(options.num_blocks))
     blocks = tuple(sorted({min(n, most) for n in options.num_blocks}))
     train, test = (head_features(subject, name, max(blocks)) for name in ("train", "test"))
-    inputs = _head_inputs(train)
+    inputs = head_inputs(train)
     with subject.bar("linear, steps", options.num_steps) as reach:
         result = linear_probe(
             *inputs,
             require_labels(train, "train"),
-            *_head_inputs(test),
+            *head_inputs(test),
             require_labels(test, "test"),
             generator=subject.generator(),
             num_blocks=blocks,
@@ -396,22 +335,3 @@ def probe_subject(subject: Subject, options: Options) -> tuple[LinearProbeResult
             progress=reach,
         )
     return result, test
-
-
-def head_features(subject: Subject, source: str, num_blocks: int) -> Features:
-    """What heads of up to ``num_blocks`` blocks read of a source's images."""
-    if num_blocks > 1:
-        return subject.features(source, "layer_cls", "mean_patch", num_layers=num_blocks)
-    return subject.features(source, "cls", "mean_patch")
-
-
-def head_logits(head: LinearHead, features: Features) -> Tensor:
-    """Logits [B, C] of a head on `head_features`."""
-    return head.logits(*_head_inputs(features))
-
-
-def _head_inputs(features: Features) -> tuple[Tensor, Tensor | None]:
-    """Class tokens [B, n, D], and mean patches unless they are of another width (the floor's)."""
-    cls = features["layer_cls"] if "layer_cls" in features.tokens else features.cls[:, None]
-    mean_patch = features["mean_patch"]
-    return cls, mean_patch if mean_patch.shape[1] == cls.shape[2] else None

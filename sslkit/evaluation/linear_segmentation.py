@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslkit.evaluation.confusion import iou, mean_iou
+from sslkit.evaluation.confusion import confusion_matrices, iou, mean_iou
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.segmentation import (
     Segmentation,
-    confusions_by_image,
     draw_segmentation,
+    known_pixels,
     masked_patches,
     predicted_masks,
     resize_masks,
@@ -81,10 +81,8 @@ def fit_linear_segmentation(
         raise ValueError(f"batch_size and epochs must be at least 1, got {batch_size}, {epochs}")
     size = (masks.shape[1], masks.shape[2]) if size is None else size
     masks = resize_masks(masks, size, mode="nearest" if reference_quirks else "nearest-exact")
-    known = masks[masks != ignore_index]
-    if not len(known) or int(known.max()) >= num_classes:
-        held = f"class {int(known.max())}" if len(known) else f"{ignore_index} only"
-        raise ValueError(f"masks hold {held}, but num_classes={num_classes}")
+    if not known_pixels(masks, num_classes, ignore_index=ignore_index).any():
+        raise ValueError(f"masks hold {ignore_index} only: there is no class to learn")
     linear = nn.utils.skip_init(nn.Linear, D, num_classes, device=patches.device)
     for parameter in linear.parameters():
         nn.init.uniform_(parameter, -(D**-0.5), D**-0.5, generator=generator)
@@ -189,7 +187,7 @@ def linear_segmentation(
             for some in test_patches.split(_IMAGES_AT_ONCE)
         ]
     )
-    confusions = confusions_by_image(
+    confusions = confusion_matrices(
         test_masks.to(predictions.device), predictions, num_classes, ignore_index=ignore_index
     )
     confusion = confusions.sum(0)

@@ -18,6 +18,7 @@ from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.segmentation import (
     classes_of_clusters,
     draw_segmentation,
+    known_pixels,
     masked_patches,
     merge_clusters,
     resize_masks,
@@ -172,13 +173,7 @@ def cluster_counts(
     tensor([[[0, 0, 1],
              [2, 0, 0]]], dtype=torch.int32)
     """
-    known = masks != ignore_index
-    wrong = masks[known & ((masks < 0) | (masks >= num_classes))]
-    if len(wrong):
-        raise ValueError(
-            f"masks hold class {int(wrong[0])}, but num_classes={num_classes} and "
-            f"ignore_index={ignore_index}"
-        )
+    known = known_pixels(masks, num_classes, ignore_index=ignore_index)
     shape = num_classes, num_clusters
     result = torch.empty(len(masks), *shape, dtype=torch.int32)
     for count, mask, ids, counted in zip(result, masks, clusters, known, strict=True):

@@ -1,6 +1,6 @@
 """PCA maps: what patch features distinguish, as colours (the Franca paper's Figure 9)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -80,14 +80,34 @@ def pca_maps(patches: Tensor, *, threshold: float | None = 0.0, clip: float = 0.
     return PCAMaps(rgb, foreground, explained)
 
 
+def principal_axes(centred: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The directions of largest variance of rows [n, D] whose mean is 0, and all D variances.
+
+    The exact eigenvectors and eigenvalues of the covariance (normaliser n), by descending variance.
+    The sign of a direction is such that its entry of largest size is positive.
+
+    Args:
+        centred: [n, D].
+        count: directions, at most D.
+
+    Returns:
+        Orthonormal columns [D, count], and variances [D] >= 0.
+
+    >>> axes, variances = principal_axes(torch.tensor([[-3.0, 4.0], [3.0, -4.0]]), 1)
+    >>> axes.T, variances.round(decimals=4)
+    (tensor([[-0.6000,  0.8000]]), tensor([25.,  0.]))
+    """
+    variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))  # ascending
+    axes = directions.flip(1)[:, :count]
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))  # [1, count]
+    return axes * largest.sign(), variances.flip(0).clamp(min=0)
+
+
 def _project(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """First principal components [n, count] of rows x [n, D], and their shares of the variance."""
     centred = x - x.mean(0)
-    variances, directions = torch.linalg.eigh(centred.T @ centred)  # ascending
-    largest = directions[:, -count:].flip(1)
-    top = largest.gather(0, largest.abs().argmax(0, keepdim=True))  # [1, count]
-    explained = variances[-count:].flip(0).clamp(min=0) / variances.sum().clamp(min=1e-300)
-    return centred @ (largest * top.sign()), explained
+    axes, variances = principal_axes(centred, count)
+    return centred @ axes, variances[:count] / variances.sum().clamp(min=1e-300)
 
 
 def _inner_side(component: Tensor, threshold: Tensor) -> Tensor:
@@ -117,7 +137,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
     """The figure; ``details`` say how much of the variance the colours show."""
     from sslkit.evaluation import figures as draw
 
-    few = replace(subject, limits={**(subject.limits or {}), "test": options.num_images})
+    few = subject.limited("test", options.num_images)
     features = few.features("test", "patches", view="dense")
     maps = pca_maps(features.patches, threshold=options.threshold, clip=options.clip)
     images = torch.stack(few.images("test", features.indices.tolist()))

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from sslkit.data.sources import Source
+from sslkit.evaluation.linear_head import head_features, head_logits
 from sslkit.evaluation.linear_probe import Options as ProbeOptions
-from sslkit.evaluation.linear_probe import head_features, head_logits, probe_subject
+from sslkit.evaluation.linear_probe import probe_subject
 from sslkit.evaluation.ood import whole_source
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject, require_labels

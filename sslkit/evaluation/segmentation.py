@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslkit.evaluation.confusion import confusion_matrix
 from sslkit.evaluation.features import Features, evenly_spaced
 from sslkit.evaluation.subject import Subject
 
@@ -72,28 +71,28 @@ def resize_masks(masks: Tensor, size: tuple[int, int], *, mode: str = "nearest-e
     return masks[:, rows[:, None], columns]
 
 
-def confusions_by_image(
-    truth: Tensor, predictions: Tensor, num_classes: int, *, ignore_index: int = 255
-) -> Tensor:
-    """The `confusion_matrix` of each image, int64 [Q, C, C], from masks [Q, h, w].
+def known_pixels(masks: Tensor, num_classes: int, *, ignore_index: int = 255) -> Tensor:
+    """Which pixels belong to a class, bool of the masks' shape.
 
-    >>> confusions_by_image(torch.tensor([[[0, 1]], [[1, 255]]]), torch.zeros(2, 1, 2).long(), 2)
-    tensor([[[1, 0],
-             [1, 0]],
-    <BLANKLINE>
-            [[0, 0],
-             [1, 0]]])
+    Args:
+        masks: integer classes of any shape, in 0..C-1, or ``ignore_index``.
+        num_classes: C.
+        ignore_index: the label of pixels that belong to no class.
+
+    Raises:
+        ValueError: a pixel is neither of a class nor to be ignored.
+
+    >>> known_pixels(torch.tensor([[0, 255, 2]]), 3)
+    tensor([[ True, False,  True]])
     """
-    if truth.shape != predictions.shape:
+    known = masks != ignore_index
+    wrong = masks[known & ((masks < 0) | (masks >= num_classes))]
+    if len(wrong):
         raise ValueError(
-            f"truth and predictions differ in shape: {list(truth.shape)}, {list(predictions.shape)}"
+            f"masks hold class {int(wrong[0])}, but num_classes={num_classes} and "
+            f"ignore_index={ignore_index}"
         )
-    return torch.stack(
-        [
-            confusion_matrix(t, p, num_classes, ignore_index=ignore_index)
-            for t, p in zip(truth, predictions, strict=True)
-        ]
-    )
+    return known
 
 
 def classes_of_clusters(counts: Tensor) -> Tensor:
@@ -137,10 +136,9 @@ def merge_clusters(counts: Tensor, classes: Tensor) -> Tensor:
 
 def masked_patches(subject: Subject, source: str) -> tuple[Features, Tensor, tuple[str, ...]]:
     """Patches of a source's dense views, the masks [B, h, w] under them, and the classes' names."""
+    class_names = subject.annotated(source, "mask").mask_class_names  # before the extraction
     features = subject.features(source, "patches", view="dense")
-    masks = subject.masks(source, features)
-    images: Any = subject.source(source)
-    return features, masks, tuple(images.mask_class_names)
+    return features, subject.masks(source, features), tuple(class_names)
 
 
 def draw_segmentation(

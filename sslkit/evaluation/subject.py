@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,15 +15,9 @@ from tqdm import tqdm
 from sslkit.data.seeds import sample_seed
 from sslkit.data.sources import Source
 from sslkit.evaluation.feature_cache import cached_features
-from sslkit.evaluation.features import (
-    Features,
-    Unsuitable,
-    encode,
-    evenly_spaced,
-    extract,
-    frozen,
-)
-from sslkit.evaluation.views import EvalTransform, PaddedView
+from sslkit.evaluation.features import Features, evenly_spaced, extract
+from sslkit.evaluation.tokens import Unsuitable, encode, frozen
+from sslkit.evaluation.views import RESIZE_OVER_CROP, EvalTransform, PaddedView
 from sslkit.rasa import RASAProjector
 
 View = Literal["global", "dense", "padded"]
@@ -31,7 +25,7 @@ View = Literal["global", "dense", "padded"]
 _DATA_WITH = {
     "mask": "a folder of images and masks, voc:PATH, ade20k:PATH, coco-stuff:PATH or scenes",
     "boxes": "a folder of images and masks, voc-boxes:PATH or scenes",
-    "depth": "nyu:PATH",
+    "depth": "nyu:PATH or scenes",
     "pair": "spair:PATH",
 }
 
@@ -73,11 +67,11 @@ class Subject:
     identity: Mapping[str, str]
     global_size: int | tuple[int, int] = 224
     dense_size: int | tuple[int, int] = 448
-    resize_over_crop: float = 256 / 224
+    resize_over_crop: float = RESIZE_OVER_CROP
     nesting: int | None = None
     rasa: RASAProjector | None = None
     cache: Path | None = None
-    limits: Mapping[str, int] | None = None
+    limits: Mapping[str, int] = field(default_factory=dict)
     batch_size: int = 64
     device: str = "cpu"
     num_workers: int = 0
@@ -127,6 +121,16 @@ class Subject:
         """The same with one more source."""
         return replace(self, sources={**self.sources, name: source})
 
+    def limited(self, source: str, count: int) -> "Subject":
+        """The same with at most ``count`` images of a source."""
+        return replace(self, limits={**self.limits, source: min(count, len(self.indices(source)))})
+
+    def indices(self, source: str) -> Sequence[int]:
+        """Which images of a source are used: as many as its limit says, evenly spaced."""
+        total = len(self.source(source))
+        limit = self.limits.get(source, total)
+        return evenly_spaced(total, limit) if limit < total else range(total)
+
     def generator(self, *words: int) -> Generator:
         """A CPU generator that depends on the seed and on ``words``."""
         return torch.Generator().manual_seed(sample_seed(self.seed, *words))
@@ -163,17 +167,12 @@ class Subject:
 
         Args:
             source: ``"train"``, ``"test"``, ...
-            want, block, num_layers: see `sslkit.evaluation.features.encode`. Class tokens, patches
+            want, block, num_layers: see `sslkit.evaluation.tokens.encode`. Class tokens, patches
                 and their mean have gone through ``rasa`` and ``nesting``; other tokens are as the
                 encoder gives them.
             view: see the class.
         """
-        images = self.source(source)
-        limit = (self.limits or {}).get(source, len(images))
-        count = min(limit, len(images))
-        indices: Sequence[int] = range(len(images))
-        if count < len(images):
-            indices = evenly_spaced(len(images), count)
+        images, indices = self.source(source), self.indices(source)
         shared: dict[str, Any] = {
             "transform": self.view(view),
             "want": want,
@@ -188,7 +187,7 @@ class Subject:
             features = extract(self.encoder, images, **shared)
         else:
             identity = {**self.identity, "source": source, "view": repr(shared["transform"])}
-            words = json.dumps([identity, count, want, block, num_layers], default=str)
+            words = json.dumps([identity, len(indices), want, block, num_layers], default=str)
             digest = hashlib.sha256(words.encode()).hexdigest()[:12]
             features = cached_features(
                 self.cache / f"{self.name}-{source}-{digest}".replace("/", "_"),
@@ -200,10 +199,10 @@ class Subject:
             )
         return replace(features, tokens=self._projected(features.tokens))
 
-    def encode(self, images: Tensor, *want: str, block: int = -1) -> dict[str, Tensor]:
+    def encode(self, images: Tensor, *want: str) -> dict[str, Tensor]:
         """Tokens of normalised images [B, C, h, w] that are in no source, float32, on the CPU."""
         with frozen(self.encoder):
-            tokens = encode(self.encoder, images.to(self.device), want=want, block=block)
+            tokens = encode(self.encoder, images.to(self.device), want=want)
         return self._projected({name: x.float().cpu() for name, x in tokens.items()})
 
     def images(self, source: str, indices: Sequence[int], view: View = "dense") -> list[Tensor]:
@@ -213,10 +212,11 @@ class Subject:
 
     def masks(self, source: str, features: Features) -> Tensor:
         """True classes under the ``"dense"`` views that features are of, int64 [B, h, w]."""
-        masked = self.annotated(source, "mask")
-        view = self.view("dense")
-        assert isinstance(view, EvalTransform)
-        return torch.stack([view.mask(masked.mask(i)).long() for i in features.indices.tolist()])
+        return self._maps(source, "mask", features).long()
+
+    def depths(self, source: str, features: Features) -> Tensor:
+        """True depths under the ``"dense"`` views that features are of, [B, h, w]; 0: unknown."""
+        return self._maps(source, "depth", features)
 
     def annotated(self, source: str, annotation: str) -> Any:
         """A source that has a method of that name (``mask``, ``boxes``, ``depth``, ``pair``).
@@ -231,6 +231,11 @@ class Subject:
                 f"protocol needs: choose other --data, such as {_DATA_WITH[annotation]}"
             )
         return images
+
+    def _maps(self, source: str, annotation: str, features: Features) -> Tensor:
+        read = getattr(self.annotated(source, annotation), annotation)
+        view = cast(EvalTransform, self.view("dense"))
+        return torch.stack([view.mask(read(i)) for i in features.indices.tolist()])
 
     def _projected(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """RASA, then the first features, of the final tokens."""

@@ -89,6 +89,10 @@ def tokencut_mask(
     With v of `cut_vector`, the seed is ``argmax |v|``, the first of equal ones row by row, and the
     object is the side ``v > mean(v)``, v being positive at the seed.
 
+    Args:
+        keys: [H, W, D].
+        threshold, eps: see `cut_vector`.
+
     >>> keys = torch.tensor([[1.0, 0.0]]).expand(2, 4, 2).clone()
     >>> keys[0, 1:3] = torch.tensor([0.0, 1.0])
     >>> tokencut_mask(keys)[0]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sslkit.data.crops import normalisation
 
-_RESIZE_OVER_CROP = 256 / 224
+RESIZE_OVER_CROP = 256 / 224
+"""Shorter side before the centre crop over that of the crop, in ImageNet's evaluations."""
 _LONGEST = 32  # times the shorter side
 
 
@@ -76,7 +77,7 @@ class EvalTransform:
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         crop_h, crop_w = self.crop_size
-        shorter = self.resize or round(min(crop_h, crop_w) * _RESIZE_OVER_CROP)
+        shorter = self.resize or round(min(crop_h, crop_w) * RESIZE_OVER_CROP)
         scale = max(shorter / min(height, width), crop_h / height, crop_w / width)
         return max(crop_h, int(height * scale + 1e-6)), max(crop_w, int(width * scale + 1e-6))
 

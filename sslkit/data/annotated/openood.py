@@ -6,6 +6,7 @@ a path, a space and the class of the image, -1 for one of none of the classes.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,13 +18,13 @@ _CLASSIC, _LARGE_SCALE = "images_classic", "images_largescale"
 _SMALL_FAR = ("mnist", "svhn", "texture", "places365")
 _LARGE_NEAR, _LARGE_FAR = ("ssb_hard", "ninco"), ("inaturalist", "textures", "openimage_o")
 
-# Each data set's own images, and its sets of near and far images of other classes.
-_BENCHMARKS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "cifar10": (_CLASSIC, ("cifar100", "tin"), _SMALL_FAR),
-    "cifar100": (_CLASSIC, ("cifar10", "tin"), _SMALL_FAR),
-    "imagenet200": (_LARGE_SCALE, _LARGE_NEAR, _LARGE_FAR),
-    "imagenet": (_LARGE_SCALE, _LARGE_NEAR, _LARGE_FAR),
+NEAR_FAR: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "cifar10": (("cifar100", "tin"), _SMALL_FAR),
+    "cifar100": (("cifar10", "tin"), _SMALL_FAR),
+    "imagenet200": (_LARGE_NEAR, _LARGE_FAR),
+    "imagenet": (_LARGE_NEAR, _LARGE_FAR),
 }
+"""The near and the far sets of images of other classes, by data set, under OpenOOD's names."""
 
 _TREE = """\
   DATA/
@@ -105,12 +106,13 @@ def find_ood_lists(data: str | os.PathLike[str], dataset: str) -> OODLists:
     Raises:
         FileNotFoundError: a list or a folder of images is missing; all that are missing are named.
     """
-    if dataset not in _BENCHMARKS:
-        raise ValueError(f"dataset must be one of {', '.join(_BENCHMARKS)}, got {dataset!r}")
+    if dataset not in NEAR_FAR:
+        raise ValueError(f"dataset must be one of {', '.join(NEAR_FAR)}, got {dataset!r}")
     root = Path(data)
     if not (root / "benchmark_imglist").is_dir() and (root / "data").is_dir():
         root = root / "data"
-    own, near, far = _BENCHMARKS[dataset]
+    near, far = NEAR_FAR[dataset]
+    own = _LARGE_SCALE if dataset.startswith("imagenet") else _CLASSIC
 
     def find(split: str, name: str) -> ListFile:
         images = _CLASSIC if name == "textures" else own  # shared with the small benchmarks

@@ -10,10 +10,9 @@ from sslkit.evaluation.figures.features import (
     cluster_entropy,
     matryoshka,
     pca_maps,
-    position_error,
 )
 from sslkit.evaluation.figures.objects import correspondences, discovery_boxes
-from sslkit.evaluation.figures.position import position_maps
+from sslkit.evaluation.figures.position import position_error, position_maps
 from sslkit.evaluation.figures.segmentation import segmentation
 from sslkit.evaluation.figures.training import (
     crops_and_masks,

@@ -1,4 +1,4 @@
-"""Pictures of what features hold: attention, principal components, position, nested sizes."""
+"""Pictures of what features hold: attention, principal components, clusters, nested sizes."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,6 @@ from sslkit.evaluation.cluster_entropy import ClusterEntropy
 from sslkit.evaluation.figures.style import (
     BASELINE,
     HEAT,
-    INK,
     REFERENCE,
     TRAINED,
     WIDTH,
@@ -19,7 +18,6 @@ from sslkit.evaluation.figures.style import (
     new_figure,
     show,
     styled,
-    whole_numbers,
 )
 
 
@@ -66,6 +64,7 @@ def attention_maps(
     images: Tensor,
     maps: Tensor,
     *,
+    block: int = -1,
     max_heads: int = 6,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -75,6 +74,7 @@ def attention_maps(
     Args:
         images: normalised [I, C, h, w].
         maps: [I, heads, H, W], from `cls_attention`.
+        block: whose attention it is, for the title; -1: the last one's.
         max_heads: heads drawn.
         mean, std: of the normalisation; see `sslkit.data.crops.normalisation`.
     """
@@ -82,7 +82,7 @@ def attention_maps(
     columns = 2 + shown
     aspect = images.shape[-2] / images.shape[-1]
     figure = new_figure(
-        "Attention of the class token, last block",
+        "Attention of the class token, " + ("last block" if block == -1 else f"block {block}"),
         "Bright patches should lie on objects, and heads should pick different parts. Each map "
         "is stretched from its lowest value (dark) to its highest (bright).",
         height=aspect * WIDTH / columns * len(images) + 0.3,
@@ -135,60 +135,6 @@ def pca_maps(
     for left, right in grid[:pairs]:
         left.set_title("image")
         right.set_title("PCA")
-    return figure
-
-
-@styled
-def position_error(
-    errors: Sequence[float],
-    *,
-    r2: Mapping[str, tuple[float, float]],
-    chance: float | None = None,
-) -> Figure:
-    """RASA: position error per iteration, and the position R² before and after.
-
-    Args:
-        errors: mean squared error of the position predictor of each iteration, in squared
-            normalised coordinates, as `RASAProjector.fit` returns them.
-        r2: by probe (``"linear"``, ``"two layers"``), R² on held-out images before and after.
-        chance: error of always predicting the mean position.
-    """
-    figure = new_figure(
-        "RASA: position removed from patch features",
-        "Left: the error should climb to chance, when nothing is left to predict. Right: R² on "
-        "held-out images should fall to about 0.",
-        height=2.9,
-    )
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    iterations = range(1, len(errors) + 1)
-    left.plot(iterations, errors, color=TRAINED, marker="o", label="position predictor")
-    if chance is not None:
-        left.axhline(chance, color=BASELINE, ls=":", lw=1.8, label="chance (mean position)")
-        left.legend(loc="best")
-    left.margins(y=0.15)
-    whole_numbers(left.xaxis)
-    left.set(
-        title="Error of each iteration",
-        xlabel="RASA iteration",
-        ylabel="mean squared error\n(normalised coordinates²)",
-    )
-    places = np.arange(len(r2))
-    for offset, name, colour in ((-0.2, "before", REFERENCE), (0.2, "after", TRAINED)):
-        values = [pair[offset > 0] for pair in r2.values()]
-        bars = right.bar(places + offset, np.maximum(values, 0), 0.36, color=colour, label=name)
-        texts = [f"{value:.2f}" for value in values]
-        right.bar_label(bars, texts, padding=2, fontsize=8.5, color=INK)
-    right.set_xticks(places, list(r2))
-    right.tick_params(axis="x", length=0)
-    right.grid(False, axis="x")
-    highest = max(0.0, *(value for pair in r2.values() for value in pair))
-    right.set(
-        title="Held-out position R²",
-        xlabel="probe",
-        ylabel="R² (1: position is known)",
-        ylim=(0, 1.35 * max(highest, 0.1)),
-    )
-    right.legend(loc="upper right", ncols=2)
     return figure
 
 

@@ -15,12 +15,14 @@ from sslkit.evaluation.figures.style import (
     TRAINED,
     WIDTH,
     as_picture,
+    as_rgb,
     new_figure,
     show,
     styled,
 )
 
 _LIGHT = "#FFFFFF"
+_IMAGES_A_ROW, _PAIRS_A_ROW = 4, 2
 
 
 @styled
@@ -28,9 +30,6 @@ def discovery_boxes(
     images: Sequence[Tensor],
     predicted: Sequence[Tensor],
     truth: Sequence[Tensor],
-    *,
-    threshold: float = 0.5,
-    images_per_row: int = 4,
 ) -> Figure:
     """Images with the box that was found (solid) and the true boxes (dashed).
 
@@ -38,10 +37,8 @@ def discovery_boxes(
         images: uint8 [C, h, w], of any sizes.
         predicted: a box (x0, y0, x1, y1) in pixels for each, [4].
         truth: the true boxes of each, [m, 4].
-        threshold: of the IoU from which on the box is a hit.
-        images_per_row: beside one another.
     """
-    columns = min(images_per_row, len(images))
+    columns = min(_IMAGES_A_ROW, len(images))
     rows = -(-len(images) // columns)
     tallest = [
         max(image.shape[1] / image.shape[2] for image in images[row * columns :][:columns])
@@ -50,18 +47,18 @@ def discovery_boxes(
     figure = new_figure(
         "Objects found without training",
         "The solid box should lie around one object and touch its edges. ✓ hit: it overlaps a true "
-        f"box (dashed) with an IoU of {threshold:g} or more; ✗ miss.",
+        "box (dashed) with an IoU of 0.5 or more; ✗ miss.",
         height=WIDTH / columns * sum(tallest) + 0.3 * rows + 0.35,
     )
     grid = figure.subplots(rows, columns, squeeze=False, height_ratios=tallest).ravel()
     for axes in grid[len(images) :]:
         axes.set_axis_off()
     for axes, image, box, boxes in zip(grid, images, predicted, truth, strict=False):
-        show(axes, _pixels(image))
+        show(axes, as_rgb(image))
         for true in boxes:
             _rectangle(axes, true, REFERENCE, "--")
         _rectangle(axes, box, TRAINED, "-")
-        hit = bool(localised(box[None], [boxes], threshold=threshold)[0])
+        hit = bool(localised(box[None], [boxes])[0])
         axes.set_title("✓ hit" if hit else "✗ miss", color=TRAINED if hit else REFERENCE)
     handles = [
         Line2D([], [], color=TRAINED, label="found"),
@@ -81,7 +78,6 @@ def correspondences(
     correct: Sequence[Tensor],
     *,
     titles: Sequence[str] | None = None,
-    pairs_per_row: int = 2,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Figure:
@@ -93,10 +89,9 @@ def correspondences(
         predicted, truth: where they were found in the target, and where they are, [n, 2].
         correct: bool [n].
         titles: of the pairs; the number of correct points is added.
-        pairs_per_row: pairs beside one another.
         mean, std: of the normalisation; see `sslkit.data.crops.normalisation`.
     """
-    columns = min(pairs_per_row, len(sources))
+    columns = min(_PAIRS_A_ROW, len(sources))
     rows = -(-len(sources) // columns)
     h, w = sources[0].shape[1:]
     gap = max(w // 40, 1)
@@ -134,11 +129,6 @@ def correspondences(
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=3.4)
     return figure
-
-
-def _pixels(image: Tensor) -> np.ndarray:
-    pixels = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-    return pixels.permute(1, 2, 0).cpu().numpy()
 
 
 def _rectangle(axes: Axes, box: Tensor, colour: str, style: str) -> None:

@@ -26,8 +26,6 @@ def segmentation(
     predictions: Tensor,
     *,
     title: str = "Segmentation",
-    look_for: str = "Predictions should have the true colours and follow the objects' outlines, to "
-    "within a patch.",
     class_names: Sequence[str] | None = None,
     ignore_index: int = 255,
     mean: Sequence[float] | None = None,
@@ -42,7 +40,6 @@ def segmentation(
         truth, predictions: integer classes [I, h', w'] of any size of the images' shape; of
             clusters, the classes that they stand for.
         title: what made the predictions.
-        look_for: the text under the title.
         class_names: of classes 0..C-1; their numbers by default.
         ignore_index: the label of pixels that belong to no class.
         mean, std: of the normalisation; see `sslkit.data.crops.normalisation`.
@@ -55,7 +52,8 @@ def segmentation(
     legend_rows = -(-(len(present) + 1) // 6)
     figure = new_figure(
         title,
-        look_for,
+        "Predictions should have the true colours and follow the objects' outlines, to within a "
+        "patch.",
         height=3 * h / w * WIDTH / max(num_images, 4) + 0.25 * legend_rows + 0.1,
     )
     grid = figure.subplots(3, num_images, squeeze=False)

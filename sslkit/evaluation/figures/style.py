@@ -96,11 +96,15 @@ def show(axes: Axes, picture: np.ndarray, **options: Any) -> None:
 def as_picture(
     image: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> np.ndarray:
-    """Undo the normalisation of [C, h, w]: the first three channels, or grey, as [h, w, 3]."""
+    """Undo the normalisation of [C, h, w], as `as_rgb`."""
     centre, spread = normalisation(len(image), mean, std)
-    pixels = (image.detach().cpu().float() * spread + centre).clamp(0, 1)
-    pixels = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
-    return pixels.permute(1, 2, 0).numpy()
+    return as_rgb((image.detach().cpu().float() * spread + centre).clamp(0, 1))
+
+
+def as_rgb(image: Tensor) -> np.ndarray:
+    """The first three channels of [C, h, w], or the first one as grey, as [h, w, 3]."""
+    pixels = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    return pixels.permute(1, 2, 0).cpu().numpy()
 
 
 def overlay(picture: np.ndarray, classes: Tensor, ignore_index: int) -> np.ndarray:

@@ -28,6 +28,7 @@ from sslkit.evaluation.figures.style import (
 )
 
 _NAMES = {"dino": "DINO (class token)", "ibot": "iBOT (masked patches)"}
+_MAX_LOCALS = 4
 _SINGLE_LOSSES = {"loss": "Total loss", "koleo": "KoLeo"}
 
 
@@ -127,7 +128,6 @@ def crops_and_masks(
     locals_: Sequence[Tensor],
     masks: Sequence[Tensor],
     *,
-    max_locals: int = 4,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Figure:
@@ -135,14 +135,13 @@ def crops_and_masks(
 
     Args:
         globals_: one normalised batch [I, C, g, g] a global view.
-        locals_: one normalised batch [I, C, l, l] a local view.
+        locals_: one normalised batch [I, C, l, l] a local view; the first four are drawn.
         masks: one bool batch [I, H, W] a global view, True = masked.
-        max_locals: local views drawn.
         mean, std: of the normalisation; see `sslkit.data.crops.normalisation`.
     """
     if len(masks) != len(globals_):
         raise ValueError(f"there are {len(globals_)} global views but {len(masks)} masks")
-    locals_ = locals_[:max_locals]
+    locals_ = locals_[:_MAX_LOCALS]
     ratios = [1.0] * len(globals_) + [0.62] * len(locals_)
     cell = WIDTH / sum(ratios)
     num_images = len(globals_[0])
