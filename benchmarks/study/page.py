@@ -214,9 +214,11 @@ def section(rows: Sequence[Row], name: str, group: Group, folder: str) -> Iterat
     yield from score_table(rows, group)
     yield from EXTRA.get(name, lambda _: iter(()))(rows)
     yield from difference_table(rows, group)
-    yield "**What it says.**\n"
-    yield from findings(rows, group)
-    yield ""
+    said = list(findings(rows, group))
+    if said:
+        yield "**What it says.**\n"
+        yield from (f"- {finding}".replace("- +", "- \\+") for finding in said)  # not a list in it
+        yield ""
     if text.claim:
         yield from verdict(rows, text, group)
 
@@ -257,10 +259,10 @@ def findings(rows: Sequence[Row], group: Group) -> Iterator[str]:
                 words.setdefault(found.verdict, []).append(SCORES[score])
         if words:
             said = "; ".join(f"{verdict}: {', '.join(scores)}" for verdict, scores in words.items())
-            yield f"- {group.title(arm)}, against {group.title(reference)}: {said}."
+            yield f"{group.title(arm)}, against {group.title(reference)}: {said}."
     for arm in group.arms:
         for row in failed(rows, arm):
-            yield f"- {group.title(arm)}, seed {row['seed']}: training gave up: {row['failed']}"
+            yield f"{group.title(arm)}, seed {row['seed']}: training gave up: {row['failed']}"
         below = [
             SCORES[score]
             for score in ("knn", "linear", "in_context")
@@ -268,7 +270,7 @@ def findings(rows: Sequence[Row], group: Group) -> Iterator[str]:
             and (found.verdict.startswith("lower") or max(found.values) < 0)
         ]
         if below and group.split == "test":
-            yield f"- {group.title(arm)}: below fresh weights in {', '.join(below)}."
+            yield f"{group.title(arm)}: below fresh weights in {', '.join(below)}."
 
 
 def verdict(rows: Sequence[Row], text: Text, group: Group) -> Iterator[str]:
