@@ -246,11 +246,8 @@ def test_doctests_of_docstrings_become_code_blocks() -> None:
     ]
 
 
-def test_names_that_share_a_text_are_one_name_to_griffe() -> None:
-    assert (
-        as_markdown("    mean, std: of the colours.")
-        == "    mean,\N{NO-BREAK SPACE}std: of the colours."
-    )
+def test_names_that_share_a_text_are_all_shown() -> None:
+    assert as_markdown("    mean, std, C: of it.") == "    mean: and `std`, `C`: of it."
 
 
 def test_equations_become_mathml() -> None:
