@@ -519,7 +519,7 @@ def test_the_page_says_what_is_missing_and_what_a_claim_came_to(tmp_path):
     assert "Not run yet: `python -m benchmarks.study run --only targets`." in text
     assert "Missing: centering, Sinkhorn, 1 iteration, Sinkhorn, 10 iterations." in text
     # Made-up scores rise from arm to arm, by the same in every seed.
-    assert "- + nested heads, against + CyclicMask: higher: k-NN, linear," in text
+    assert "- \\+ nested heads, against + CyclicMask: higher: k-NN, linear," in text
     assert "Shows here: linear of + CyclicMask; in-context mIoU of + CyclicMask; linear" in text
     section = text.split("## Does each piece help?")[1].split("## ")[0]
     assert "Does not show" not in section
