@@ -22,7 +22,7 @@ types: $(VENV)/dev.installed
 unit: $(VENV)/dev.installed
 	$(BIN)/python -m pytest -n 2
 
-# What takes minutes: a run that is killed twenty times.
+# What takes minutes: a run that is killed twenty times, every configuration of every kernel.
 test-slow: $(VENV)/dev.installed
 	$(BIN)/python -m pytest -m slow -s
 

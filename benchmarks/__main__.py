@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import reach, render
-from benchmarks.harness import RESULTS, ROOT
+from benchmarks.machine import RESULTS, ROOT
 
 QUICK = ROOT / "runs" / "quick_benchmarks"
 

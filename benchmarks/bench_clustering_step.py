@@ -25,6 +25,7 @@ from benchmarks.scores import (
     LEVELS,
     STUDENT_TEMP,
     TEACHER_TEMP,
+    gradients,
     leaf,
     masks_with,
     nested,
@@ -64,11 +65,6 @@ def textbook_head(student: Tensor, prototypes: Tensor, teacher: Tensor, others: 
     with torch.no_grad():
         probs = textbook.sinkhorn(teacher @ others.t(), TEACHER_TEMP)
     return textbook.cross_entropy(student @ prototypes.t(), probs, STUDENT_TEMP).mean()
-
-
-def gradients(leaves: list[Tensor], loss: Tensor) -> list[Tensor]:
-    loss.backward()
-    return [loss, *(x.grad for x in leaves)]
 
 
 def reference_head(case: SimpleNamespace) -> list[Tensor]:
@@ -255,9 +251,6 @@ def ours_step(
     return sum(ibot(scores, t, masks) for scores, t in levels)
 
 
-factored_step = partial(ours_step, factored=True)
-
-
 @CLUSTERING_STEP.contestant("sslkit")
 def _(case):
     return step_contestant(case, ours_step)
@@ -265,7 +258,7 @@ def _(case):
 
 @CLUSTERING_STEP.contestant("sslkit, factored")
 def _(case):
-    return step_contestant(case, factored_step)
+    return step_contestant(case, partial(ours_step, factored=True))
 
 
 @CLUSTERING_STEP.contestant("sslkit, level by level")

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import RESULTS, ROOT, describe_machine, results_file
+from benchmarks.machine import RESULTS, ROOT, describe_machine, results_file
 from sslkit.evaluation.confusion import confusion_matrix, mean_iou
 from sslkit.evaluation.in_context import Memory, segment
 from sslkit.evaluation.knn import cosine_neighbours
@@ -154,7 +154,10 @@ def measure(names: list[str], scale: float, threads: int) -> Iterator[dict[str, 
 
 
 def compare(rows: dict[str, dict[str, Any]]) -> None:
-    """Add to each faiss row the ratio to sslkit's time, and the largest difference found."""
+    """Add to each row of sslkit the ratio to faiss's time and the largest difference found.
+
+    Similarities are taken out of all rows.
+    """
     for peer, ours in _PEERS.items():
         if "seconds" in rows.get(peer, {}) and "seconds" in rows.get(ours, {}):
             pair = [torch.tensor(rows[name]["similarities"]) for name in (ours, peer)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import textbook
 from benchmarks.harness import Contestant, Operation, Size, Work, compiled, peer
-from benchmarks.scores import leaf
+from benchmarks.scores import gradients, leaf
 from sslkit import KoLeoLoss
 
 
@@ -19,14 +19,13 @@ def set_up(size: Size, device: torch.device) -> SimpleNamespace:
     return SimpleNamespace(x=torch.randn(size["B"], size["D"], device=device))
 
 
-def both_ways(loss, x: Tensor) -> list[Tensor]:
-    value = loss(x)
-    value.backward()
-    return [value, x.grad]
-
-
 def contestant(case: SimpleNamespace, loss) -> Contestant:
-    return Contestant(lambda x: both_ways(loss, x), prepare=lambda: (leaf(case.x),))
+    return Contestant(lambda x: gradients([x], loss(x)), prepare=lambda: (leaf(case.x),))
+
+
+def reference(case: SimpleNamespace) -> list[Tensor]:
+    x = leaf(case.x.double())
+    return gradients([x], textbook.koleo_loss(x))
 
 
 KOLEO = Operation(
@@ -38,7 +37,7 @@ KOLEO = Operation(
         "quick": [{"B": 13, "D": 16}],
     },
     set_up=set_up,
-    reference=lambda case: both_ways(textbook.koleo_loss, leaf(case.x.double())),
+    reference=reference,
     tolerance={"cpu": 1e-4, "cuda": 1e-3},
     work=lambda size, device: Work(
         bytes=4 * (3 * size["B"] ** 2 + 8 * size["B"] * size["D"]),

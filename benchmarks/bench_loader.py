@@ -35,7 +35,7 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-from benchmarks.harness import RESULTS, describe_machine, results_file
+from benchmarks.machine import RESULTS, describe_machine, results_file
 from sslkit.data import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, MultiCropDataset, make_loader
 from sslkit.data.scenes import Scenes
 from sslkit.data.sources import ImageFolder

@@ -22,6 +22,7 @@ from benchmarks.scores import (
     STUDENT_TEMP,
     TEACHER_TEMP,
     cosines,
+    gradients,
     leaf,
     masks_with,
     nested,
@@ -30,12 +31,6 @@ from benchmarks.scores import (
 from sslkit import Assignments, DINOLoss, EMACentering, iBOTLoss, sinkhorn_many
 
 GLOBAL_VIEWS, ALL_VIEWS = 2, 10
-
-
-def gradients(leaves: list[Tensor], loss: Tensor) -> list[Tensor]:
-    """Backward, then the loss and the gradient of every leaf."""
-    loss.backward()
-    return [loss, *(x.grad for x in leaves)]
 
 
 def fresh(case: SimpleNamespace) -> tuple[list[Tensor]]:

@@ -9,17 +9,15 @@ import pytest
 import torch
 
 from benchmarks.harness import (
-    RESULTS,
     Lap,
     Operation,
     Size,
-    describe_machine,
     label,
     measure_ceilings,
     race,
-    results_file,
     rows,
 )
+from benchmarks.machine import RESULTS, describe_machine, results_file
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,23 +16,16 @@ which the CPU can run ahead: GPU time, without the gaps that launching leaves wh
 Calls that launch for longer than `_LONGEST_PAUSE` (whole training steps) keep theirs.
 
 The bound that a time is compared with is what the *plan* of the operation has to move and compute
-(`Work`; the traffic of shared/KERNELS.md) at rates measured in the same process: a large copy, a
+(`Work`, derived in the file of each race) at rates measured in the same process: a large copy, a
 large matrix product and, on a CPU, `exp` in the cache.
 """
 
 import gc
 import importlib
-import importlib.metadata
-import os
-import platform
-import re
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from pathlib import Path
 from statistics import median, quantiles
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -43,8 +36,6 @@ from torch import Tensor
 
 from sslkit.ops.dispatch import record_bodies
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 OURS = "sslkit"
 _LONGEST_PAUSE = 0.03  # seconds
 
@@ -333,7 +324,7 @@ def _no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-# ----------------------------------------------------------------------------------- the machine
+# ---------------------------------------------------------------------------- ceilings and rows
 
 
 def measure_ceilings(device: torch.device, *, quick: bool = False) -> Ceilings:
@@ -358,27 +349,6 @@ def measure_ceilings(device: torch.device, *, quick: bool = False) -> Ceilings:
         flops_per_s=2 * side**3 / min(laps["product"].durations),
         exps_per_s=None if cuda else 100 * len(block) / min(laps["exp"].durations),
     )
-
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What a row says about where, when and with what it was measured."""
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name()
-    return {
-        "run": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "device": device.type,
-        "hardware": hardware,
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **_versions()},
-    }
-
-
-def results_file(folder: Path, machine: Mapping[str, Any]) -> Path:
-    """``<hardware>[-<threads>-threads].jsonl``."""
-    kind = machine["hardware"]
-    if machine["device"] == "cpu":
-        kind += f" {machine['threads']} threads"
-    return folder / (re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-") + ".jsonl")
 
 
 def rows(
@@ -421,31 +391,3 @@ def rows(
                     None if operation.images is None else operation.images(size) / lap.median
                 ),
             }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "sslkit", "benchmarks")
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("BENCH_COMMIT", "unknown: no git repository here")
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in ("torch", "triton", "timm", "lightly", "birder"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "absent"
-    return versions

@@ -1,4 +1,6 @@
-"""Random scores of nested heads, shared by several races."""
+"""Random scores of nested heads, leaves and gradients, shared by several races."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,3 +37,9 @@ def masks_with(num_masked: int) -> Tensor:
 def leaf(x: Tensor) -> Tensor:
     """The same memory as a new leaf without a gradient."""
     return x.detach().requires_grad_()
+
+
+def gradients(leaves: Sequence[Tensor], loss: Tensor) -> list[Tensor]:
+    """Backward; then the loss and the gradient of every leaf."""
+    loss.backward()
+    return [loss, *(x.grad for x in leaves)]

@@ -9,7 +9,6 @@ contiguous block, up to wrap-around, and every patch is masked equally often.
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from sslkit import CyclicMaskGenerator
@@ -65,9 +64,7 @@ def main() -> tuple[float, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
     for step in range(STEPS):
-        patches = rearrange(
-            waves(generator), "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH
-        )
+        patches = F.unfold(waves(generator), PATCH, stride=PATCH).transpose(1, 2)  # [B, N, p p]
         masked = torch.stack([masks.one(NUM_MASKED, generator=generator) for _ in range(BATCH)])
         masked = masked.flatten(1)  # [B, H, W] -> [B, N], as the patches
         loss = F.mse_loss(model(patches, masked), patches[masked])

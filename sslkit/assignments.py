@@ -10,7 +10,6 @@ logits are too many, `sslkit.factored_logits` stands for them.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,58 +17,7 @@ import torch
 from torch import Tensor
 
 from sslkit.factored_logits import Logits, written
-
-# Elements of the float32 block that long loops over [B, K] work in. On a CPU it stays in the cache
-# (1 MiB); on an accelerator it is large enough to fill the device and still a bounded temporary.
-_BLOCK_ELEMENTS_CPU = 1 << 18
-_BLOCK_ELEMENTS_DEVICE = 1 << 26
-
-
-def block_elements(device: torch.device) -> int:
-    """Number of elements that a working block on ``device`` should have."""
-    return _BLOCK_ELEMENTS_CPU if device.type == "cpu" else _BLOCK_ELEMENTS_DEVICE
-
-
-def row_blocks(rows: int, row_length: int, device: torch.device) -> Iterator[slice]:
-    """Cut ``range(rows)`` into slices whose rows of ``row_length`` elements fill one block.
-
-    >>> list(row_blocks(5, 1 << 17, torch.device("cpu")))
-    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
-    """
-    step = max(1, block_elements(device) // max(1, row_length))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def score_dtype(logits: Logits) -> torch.dtype:
-    """Type that scores of ``logits`` are computed in: float32, or float64 for float64 logits."""
-    return torch.promote_types(logits.dtype, torch.float32)
-
-
-def scores(logits: Logits, temperature: float, bias: Tensor | None = None) -> Tensor:
-    """``logits / temperature + bias`` in float32 (float64 stays): what the softmax is taken of."""
-    logits = written(logits)
-    if bias is None:
-        return logits.to(score_dtype(logits)) * (1.0 / temperature)
-    # Adding in the bias's type promotes 16-bit logits inside the kernel: no separate copy.
-    return torch.add(bias.to(score_dtype(logits)), logits, alpha=1.0 / temperature)
-
-
-def check_temperature(temperature: float, name: str = "temperature") -> None:
-    """Raise ValueError unless ``temperature`` is a positive finite number."""
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"{name} must be positive and finite, got {temperature!r}")
-
-
-def check_logits(logits: Logits, name: str = "logits") -> None:
-    """Raise unless ``logits`` is a floating-point matrix with at least one column."""
-    if not logits.dtype.is_floating_point:
-        raise TypeError(f"{name} must be floating point, got {logits.dtype}")
-    if logits.ndim != 2 or logits.shape[1] == 0:
-        raise ValueError(
-            f"{name} must have shape [rows, prototypes] with at least one prototype, got "
-            f"{tuple(logits.shape)}; flatten the leading axes first"
-        )
+from sslkit.slices import row_blocks
 
 
 class Usage(NamedTuple):
@@ -144,14 +92,14 @@ class Assignments:
 
     def probs(self) -> Tensor:
         """Write the assignments out: ``[B, K]``, float32 (float64 for float64 logits)."""
-        return torch.softmax(scores(self.logits, self.temperature, self.bias), dim=-1)
+        return torch.softmax(self._scores(slice(None)), dim=-1)
 
     def argmax(self) -> Tensor:
         """Most probable prototype of each sample, ``[B]`` int64, without writing ``probs``."""
         B, K = self.logits.shape
         winners = torch.empty(B, dtype=torch.int64, device=self.logits.device)
         for rows in row_blocks(B, K, self.logits.device):
-            winners[rows] = scores(self.logits[rows], self.temperature, self.bias).argmax(dim=-1)
+            winners[rows] = self._scores(rows).argmax(dim=-1)
         return winners
 
     def select(self, rows: Tensor) -> "Assignments":
@@ -209,7 +157,7 @@ class Assignments:
         entropy_sum = torch.zeros((), device=device, dtype=dtype)
         used = torch.zeros(K, dtype=torch.bool, device=device)
         for rows in row_blocks(B, K, device):
-            probs = torch.softmax(scores(self.logits[rows], self.temperature, self.bias), dim=-1)
+            probs = torch.softmax(self._scores(rows), dim=-1)
             prob_sum += probs.sum(dim=0)
             used[probs.argmax(dim=-1)] = True
             entropy_sum += torch.special.entr(probs).sum()
@@ -217,4 +165,44 @@ class Assignments:
             entropy=torch.special.entr(prob_sum / B).sum(),
             target_entropy=entropy_sum / B,
             fraction_used=used.to(dtype).mean(),
+        )
+
+    def _scores(self, rows: slice) -> Tensor:
+        """``logits[rows] / temperature + bias``, what the softmax is taken of."""
+        # Adding in the bias's type promotes 16-bit logits inside the kernel: no separate copy.
+        bias = self.bias.to(score_dtype(self.logits))
+        return torch.add(bias, written(self.logits[rows]), alpha=1.0 / self.temperature)
+
+
+def score_dtype(logits: Logits) -> torch.dtype:
+    """Type that scores of ``logits`` are computed in: float32, or float64 for float64 logits."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def check_temperature(temperature: float, name: str = "temperature") -> None:
+    """Raise ValueError unless ``temperature`` is a positive finite number."""
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"{name} must be positive and finite, got {temperature!r}")
+
+
+def check_logits(logits: Logits, name: str = "logits") -> None:
+    """Raise unless ``logits`` is a floating-point matrix with at least one column."""
+    if not logits.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {logits.dtype}")
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(
+            f"{name} must have shape [rows, prototypes] with at least one prototype, got "
+            f"{tuple(logits.shape)}; flatten the leading axes first"
+        )
+
+
+def check_row_mask(row_mask: Tensor | None, num_rows: int) -> None:
+    """Raise unless ``row_mask`` is None or says of each row whether it is left out."""
+    if row_mask is None:
+        return
+    if row_mask.dtype != torch.bool:
+        raise TypeError(f"row_mask must be bool, True for rows left out, got {row_mask.dtype}")
+    if row_mask.shape != (num_rows,):
+        raise ValueError(
+            f"row_mask must have shape [B] = ({num_rows},), got {tuple(row_mask.shape)}"
         )

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sslkit.assignments import Assignments, check_logits, row_blocks
+from sslkit.assignments import Assignments, check_logits, check_row_mask
 from sslkit.factored_logits import Logits, written
 from sslkit.ops.collectives import all_reduce_packed
+from sslkit.slices import row_blocks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,6 +33,10 @@ class EMACentering(nn.Module):
 
     Attributes:
         center: buffer ``[K]``, float32, saved in the state dict.
+
+    Raises:
+        ValueError: a setting, the temperature, the shape of logits or of a row mask is not as said.
+        TypeError: logits are not floating point, or a row mask is not bool.
 
     Example:
         >>> centering = EMACentering(num_prototypes=2, momentum=0.5)
@@ -74,11 +79,7 @@ class EMACentering(nn.Module):
         """
         self._check(logits)
         B, K = logits.shape
-        if row_mask is not None and (row_mask.dtype != torch.bool or row_mask.shape != (B,)):
-            raise ValueError(
-                f"row_mask must be bool of shape [B] = ({B},), True for rows left out, got "
-                f"{row_mask.dtype} of shape {tuple(row_mask.shape)}"
-            )
+        check_row_mask(row_mask, B)
         total = torch.zeros_like(self.center)
         for rows in row_blocks(B, K, logits.device):
             block = written(logits[rows])

@@ -5,20 +5,11 @@ the memory of a training step, though D is 256. `FactoredLogits` stands for it w
 taken: whoever reads them forms the part that he needs, uses it and forgets it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-# Elements of the part of the product that is formed at a time: so many that the matrix product
-# runs at full speed (16 MiB of float32 on a CPU, 128 MiB of 16-bit scores on an accelerator).
-_CHUNK_ELEMENTS_CPU = 1 << 22
-_CHUNK_ELEMENTS_DEVICE = 1 << 26
-
-# Rows or columns of a chunk come in multiples of this, or are all that there are.
-_CHUNK_MULTIPLE = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,16 +104,3 @@ Logits = Tensor | FactoredLogits
 def written(logits: Logits) -> Tensor:
     """Logits as a tensor, for a part of them that is small enough."""
     return logits if isinstance(logits, Tensor) else logits.written()
-
-
-def chunks(length: int, other: int, device: torch.device) -> Iterator[slice]:
-    """Cut one axis of a product into slices that are formed at a time, ``other`` long the other.
-
-    >>> list(chunks(300, 1 << 15, torch.device("cpu")))
-    [slice(0, 128, None), slice(128, 256, None), slice(256, 300, None)]
-    """
-    elements = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS_DEVICE
-    fitting = elements // max(1, other)
-    step = max(1, fitting // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))

@@ -52,6 +52,10 @@ class DINOLoss(nn.Module):
         ``[V_t, B, K]``
         → 0-dimensional, float32 (float64 for float64 logits). Targets get no gradient.
 
+    Raises:
+        ValueError: a shape or the temperature is not as above, B is 0, or no pair of views is left.
+        TypeError: the targets are neither, or logits are not floating point.
+
     Example:
         >>> student_logits = torch.randn(10, 4, 16, requires_grad=True)  # 2 global + 8 local crops
         >>> targets = Assignments(torch.randn(2 * 4, 16), torch.zeros(16), temperature=0.04)
@@ -80,6 +84,8 @@ class DINOLoss(nn.Module):
                 f"student_logits must have shape [V_s, B, K], got {tuple(student_logits.shape)}"
             )
         V_s, B, K = student_logits.shape
+        if B == 0:
+            raise ValueError("student_logits [V_s, B, K] has B = 0: a mean over no samples")
         targets, V_t = _flatten_target_views(targets, B, K)
         pairs = V_s * V_t - (min(V_s, V_t) if ignore_diagonal else 0)
         if pairs == 0:
@@ -118,8 +124,6 @@ def _flatten_target_views(
     targets: Assignments | Tensor, B: int, K: int
 ) -> tuple[Assignments | Tensor, int]:
     """Targets as ``V_t * B`` rows, view after view, and V_t."""
-    if B == 0:
-        raise ValueError("student_logits [V_s, B, K] has B = 0: a mean over no samples")
     if isinstance(targets, Tensor):
         if targets.ndim != 3 or targets.shape[1:] != (B, K):
             raise ValueError(
@@ -164,10 +168,15 @@ class iBOTLoss(nn.Module):
     Shapes:
         student_logits ``[M, K]``, a tensor or `FactoredLogits` of any floating-point type; targets
         `Assignments` over M rows or probabilities ``[M, K]``; masks bool ``[B, N]`` or
-        ``[B, H, W]``, True = masked, M True in all (on a GPU, or compiled, a wrong M fails an
-        assertion on the device, without a synchronisation)
+        ``[B, H, W]``, True = masked, M True in all
         → 0-dimensional, float32 (float64 for float64 logits). With M = 0 it is a zero that can be
         differentiated. Targets get no gradient.
+
+    Raises:
+        ValueError: a shape or the temperature is not as above, or M is not the number of True. For
+            masks on a GPU, or compiled, that M fails an assertion on the device (RuntimeError),
+            without a synchronisation.
+        TypeError: the targets are neither, or logits are not floating point.
 
     Example:
         >>> masks = torch.tensor([[True, True, False], [False, False, False]])
@@ -250,6 +259,9 @@ class KoLeoLoss(nn.Module):
 
     Shapes:
         x ``[B, D]`` → 0-dimensional.
+
+    Raises:
+        ValueError: x is not a floating-point matrix, or eps is not positive.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0], [0.0, 3.0]])

@@ -33,6 +33,10 @@ class CyclicMaskGenerator:
         shift: roll the masks (CyclicMask).
         aspect_ratio: (lowest, highest) height / width of the block, drawn log-uniformly.
 
+    Raises:
+        ValueError: a setting is out of its range, ``batch_size`` is negative, or ``num_masked`` is
+            not between 0 and H * W.
+
     >>> masks = CyclicMaskGenerator((4, 6), mask_probability=0.5)
     >>> batch = masks(8, generator=torch.Generator().manual_seed(0))
     >>> batch.shape, batch.dtype, batch.flatten(1).any(1).sum().item()

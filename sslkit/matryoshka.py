@@ -58,6 +58,10 @@ class MatryoshkaProjector(nn.Module):
         nesting_dims: (m_1, ..., m_L).
         num_prototypes_per_level: (K_1, ..., K_L).
 
+    Raises:
+        ValueError: a size is below 1, ``nesting`` is none of the three, ``nesting_dims`` do not
+            rise within D, a level would have no prototype, or x has another last axis than D.
+
     >>> projector = MatryoshkaProjector(64, 128, hidden_dim=32, bottleneck_dim=16)
     >>> projector.nesting_dims, projector.num_prototypes_per_level
     ((4, 8, 16, 32, 64), (8, 16, 32, 64, 128))

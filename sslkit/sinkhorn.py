@@ -59,6 +59,12 @@ def sinkhorn_many(
     Returns:
         L `Assignments` over all ``B_i`` local rows, detached from the graph.
 
+    Raises:
+        ValueError: there are no logits, a list has another length, or a shape, a device, a
+            temperature, ``num_iterations`` or ``bound`` is not as above.
+        TypeError: logits or past rows are not floating point, one of them alone is float64, or a
+            row mask is not bool.
+
     Example:
         >>> coarse, fine = torch.randn(8, 4), torch.randn(8, 16)
         >>> targets = sinkhorn_many([coarse, fine], temperatures=0.5)

@@ -18,7 +18,7 @@ What that mends, for batches of 16 of 4096 rows in 32 planted clusters, 256 prot
 import torch
 from torch import Tensor, nn
 
-from sslkit.assignments import check_logits
+from sslkit.assignments import check_logits, check_row_mask
 from sslkit.factored_logits import FactoredLogits, Logits
 
 
@@ -61,6 +61,11 @@ class SinkhornQueue(nn.Module):
             cut and joined along Q, as for another number of processes.
 
     Both are in the state dict, so that a resumed run continues with the same rows.
+
+    Raises:
+        ValueError: a size is below 1; logits have other columns or are on another device than the
+            queue; a row mask has another shape than ``[B]``.
+        TypeError: ``dtype`` or logits are not floating point, or a row mask is not bool.
 
     Example:
         A batch of two, both nearest to prototype 0; earlier batches went to 1 and 2. Balanced by
@@ -115,12 +120,8 @@ class SinkhornQueue(nn.Module):
         Rows where ``row_mask`` (bool ``[B]``) is True are left out, as they are by Sinkhorn.
         """
         new = self._stored_part(logits).detach()
+        check_row_mask(row_mask, len(new))
         if row_mask is not None:
-            if row_mask.dtype != torch.bool or row_mask.shape != (len(new),):
-                raise ValueError(
-                    f"row_mask must be bool of shape [B] = ({len(new)},), True for rows left out, "
-                    f"got {row_mask.dtype} of shape {tuple(row_mask.shape)}"
-                )
             new = new[~row_mask]
         new = new[-len(self.rows) :]
         oldest = self.stamps.argsort(stable=True)[: len(new)]

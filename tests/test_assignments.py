@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sslkit import Assignments
-from sslkit.assignments import row_blocks
+from sslkit.slices import row_blocks
 from tests.oracles.losses import assignment_probs, entropy
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

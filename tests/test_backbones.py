@@ -17,7 +17,7 @@ from torch import nn
 from sslkit.backbones import ViTEncoder, checkpoint, create, load, read_metadata, save
 from sslkit.backbones.blocks import CropDropPath, drop_path
 from sslkit.backbones.franca import VIT_SIZES, build_franca_vit
-from tests.oracles.attention import bicubic_antialias
+from tests.oracles.positions import bicubic_antialias
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0, "dynamic_img_size": True}
 

@@ -19,13 +19,13 @@ from benchmarks.harness import (
     Unavailable,
     Work,
     check_answer,
-    describe_machine,
+    label,
     measure_ceilings,
     peak_extra_bytes,
     race,
-    results_file,
     rows,
 )
+from benchmarks.machine import describe_machine, results_file
 
 pytest_plugins = ["pytester"]
 CPU = torch.device("cpu")
@@ -183,9 +183,7 @@ def test_goals_name_races_and_contestants_that_exist() -> None:
     for device, goals in reach.GOALS.items():
         for goal in goals:
             operation = known[goal.operation]
-            assert goal.size in [
-                " ".join(f"{k}={v}" for k, v in size.items()) for size in operation.sizes[device]
-            ]
+            assert goal.size in map(label, operation.sizes[device])
             assert {goal.ours, *goal.others} <= operation.contestants.keys()
 
 

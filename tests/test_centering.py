@@ -82,7 +82,7 @@ def test_centre_is_saved():
         (lambda: EMACentering(2)(torch.zeros(4, 2), -1.0), "temperature must be positive"),
         (
             lambda: EMACentering(2).update(torch.zeros(4, 2), torch.zeros(3, dtype=torch.bool)),
-            r"row_mask must be bool of shape \[B\] = \(4,\)",
+            r"row_mask must have shape \[B\] = \(4,\), got \(3,\)",
         ),
     ],
 )

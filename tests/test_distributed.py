@@ -1,5 +1,6 @@
 """Targets and losses on rows split over 1 to 4 ranks (gloo) equal one process on all rows."""
 
+import runpy
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sslkit import (
     SinkhornQueue,
     sinkhorn_many,
 )
+from sslkit.ops import collectives
 
 # Rows of ranks 0 to 3 in each problem: uneven splits, empty ranks, and nobody at all.
 SPLITS = ((5, 0, 1, 8), (0, 4, 3, 2), (7, 7, 7, 7), (0, 0, 0, 0))
@@ -166,6 +168,15 @@ def run_checks(rank: int, rendezvous: str) -> None:
                 check_koleo(group, members, split)
     dist.barrier()  # leave together: no tensor is in a gloo thread when an interpreter exits
     dist.destroy_process_group()
+
+
+def test_imports_where_torch_has_no_distributed(monkeypatch):
+    """Builds of torch without it have a torch.distributed that says so, and little else."""
+    monkeypatch.delattr(dist, "ProcessGroup")
+    monkeypatch.delattr(dist, "ReduceOp")
+    monkeypatch.setattr(dist, "is_available", lambda: False)
+    names = runpy.run_path(collectives.__file__)
+    assert names["all_reduce_packed"]([torch.ones(2)], "sum", group=None)[0].tolist() == [1.0, 1.0]
 
 
 def test_any_split_equals_one_process(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import contextlib
+import dataclasses
 import doctest
 import importlib
 import io
@@ -12,6 +13,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import matplotlib
 import pytest
@@ -21,8 +23,8 @@ from markdown import Markdown
 from mkdocs.config import load_config
 from mkdocs.structure.files import get_files, set_exclusions
 
-from docs.gallery.run import run as run_script
-from docs.site import flags, maths, source_pages
+from docs.gallery import run as gallery
+from docs.site import docstrings, flags, maths, source_pages
 from docs.site.docstrings import as_markdown
 from docs.site.settings_page import descriptions, load_recipe, markdown
 from sslkit import backbones
@@ -187,7 +189,7 @@ def test_every_public_name_is_in_the_reference() -> None:
         for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE):
             module, _, last = name.rpartition(".")
             found = getattr(importlib.import_module(module), last, None)
-            if found is None or isinstance(found, type(sys)):  # a module: what it defines
+            if found is None or isinstance(found, ModuleType):  # a module: what it defines
                 source = importlib.import_module(name)
                 shown |= {f"{name}.{n}" for n in vars(source) if not n.startswith("_")}
             else:
@@ -209,12 +211,12 @@ def test_settings_page_has_every_setting_with_the_value_of_each_preset() -> None
     demo = recipe.PRESETS["demo"].crops.global_size
     assert "`224`" in row
     assert f"`{demo}` demo" in row
-    assert page.count("| `--") == sum(count_leaves(v) for v in [recipe.PRESETS["vitb14_in21k"]])
+    assert page.count("| `--") == count_leaves(recipe.PRESETS["vitb14_in21k"])
 
 
 def count_leaves(settings: object) -> int:
     values = vars(settings).values()
-    return sum(count_leaves(v) if hasattr(v, "__dataclass_fields__") else 1 for v in values)
+    return sum(count_leaves(v) if dataclasses.is_dataclass(v) else 1 for v in values)
 
 
 def test_style_sheet_and_scripts_are_part_of_the_site() -> None:
@@ -236,6 +238,13 @@ def test_flags_in_code_are_kept_whole() -> None:
 def test_descriptions_are_the_strings_below_the_fields() -> None:
     source = 'class A:\n    """Doc."""\n    x: int = 1\n    """What\n    x is."""\n    y: int = 2\n'
     assert descriptions(ast.parse(source)) == {"A": {"": "Doc.", "x": "What x is."}}
+
+
+@pytest.mark.parametrize("module", [docstrings, gallery], ids=lambda module: module.__name__)
+def test_doctests_of_what_makes_the_site(module: ModuleType) -> None:
+    found = doctest.testmod(module)
+    assert found.attempted > 0
+    assert not found.failed
 
 
 def test_doctests_of_docstrings_become_code_blocks() -> None:
@@ -284,7 +293,7 @@ figure
 def test_gallery_script_becomes_a_page(tmp_path: Path) -> None:
     script = tmp_path / "9_example.py"
     script.write_text(SCRIPT)
-    page = run_script(script, tmp_path).read_text()
+    page = gallery.run(script, tmp_path).read_text()
     assert page.startswith("# A title\nand text.\n\n```python\nfrom matplotlib")
     assert "```text\n42\n```" in page
     assert page.endswith("```\n\n![a picture](9_example_2.png)\n")
@@ -295,7 +304,7 @@ def test_gallery_script_that_fails_names_its_line(tmp_path: Path) -> None:
     script = tmp_path / "9_example.py"
     script.write_text(SCRIPT.replace("6 * 7", "6 / 0"))
     with pytest.raises(ZeroDivisionError) as caught:
-        run_script(script, tmp_path)
+        gallery.run(script, tmp_path)
     assert caught.traceback[-1].lineno == 7
 
 

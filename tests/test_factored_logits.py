@@ -16,8 +16,8 @@ from sslkit import (
     FactoredLogits,
     MatryoshkaProjector,
     SinkhornKnopp,
-    factored_logits,
     iBOTLoss,
+    slices,
 )
 from sslkit.ops import soft_cross_entropy
 from sslkit.ops.dispatch import interpreting, record_bodies
@@ -40,8 +40,8 @@ def factored(seed: int, B: int, D: int, K: int, **kwargs: torch.dtype) -> Factor
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
     """Chunks of two rows or columns, so that small shapes have many."""
-    monkeypatch.setattr(factored_logits, "_CHUNK_ELEMENTS_CPU", 1)
-    monkeypatch.setattr(factored_logits, "_CHUNK_MULTIPLE", 2)
+    monkeypatch.setattr(slices, "_CHUNK_ELEMENTS_CPU", 1)
+    monkeypatch.setattr(slices, "_CHUNK_MULTIPLE", 2)
 
 
 @given(sizes, sizes, st.integers(1, 7), seeds)
@@ -197,7 +197,7 @@ def test_projector(normalize):
 def test_memory():
     """No tensor beyond the larger factor and one chunk is ever made."""
     M, D, K = 512, 16, 8192
-    with mock.patch.multiple(factored_logits, _CHUNK_ELEMENTS_CPU=1 << 18, _CHUNK_MULTIPLE=128):
+    with mock.patch.multiple(slices, _CHUNK_ELEMENTS_CPU=1 << 18, _CHUNK_MULTIPLE=128):
         student = FactoredLogits(
             normal(0, M, D, dtype=torch.float32).requires_grad_(),
             normal(1, K, D, dtype=torch.float32).requires_grad_(),
@@ -227,7 +227,7 @@ def test_triton_body(dtype):
         return [losses.detach(), x.grad, w.grad]
 
     with (
-        mock.patch.multiple(factored_logits, _CHUNK_ELEMENTS_CPU=9 * 20, _CHUNK_MULTIPLE=1),
+        mock.patch.multiple(slices, _CHUNK_ELEMENTS_CPU=9 * 20, _CHUNK_MULTIPLE=1),
         mock.patch.object(cross_entropy_triton, "CHUNK", 16),
         record_bodies() as ran,
     ):

@@ -1,3 +1,5 @@
+"""Masks against flood fill, and their distributions by chi-square tests with fixed seeds."""
+
 from collections import Counter
 
 import pytest

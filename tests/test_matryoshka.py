@@ -1,3 +1,5 @@
+"""MatryoshkaProjector against an oracle of single numbers, its norms, sizes and errors."""
+
 import copy
 import io
 

@@ -4,15 +4,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from shutil import which
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sslkit import (
@@ -27,6 +25,7 @@ from sslkit import (
 )
 from sslkit.ops import cross_entropy, packed_attention, sinkhorn_bias, soft_cross_entropy
 from sslkit.ops.dispatch import interpreting, record_bodies, triton_problem
+from tests.traffic import launches_unseen
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="NO CUDA GPU: not run")
@@ -151,21 +150,6 @@ class _NoSynchronisation(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def _launches_may_look() -> Iterator[None]:
-    """The interpreter itself reads numbers on the host."""
-    from triton.runtime import interpreter
-
-    launch = interpreter.GridExecutor.__call__
-
-    def quiet(self, *args, **kwargs):
-        with _disable_current_modes():
-            return launch(self, *args, **kwargs)
-
-    with mock.patch.object(interpreter.GridExecutor, "__call__", quiet):
-        yield
-
-
 def on_device_rows() -> Tensor:
     """Two targets of each of four rows, one of them missing."""
     return torch.tensor([[0, 1], [2, -1], [3, 0], [1, 2]], device=DEVICE)
@@ -195,7 +179,7 @@ def triton_calls() -> Iterator[Tensor]:
 def test_kernels_wait_for_no_number(monkeypatch):
     # On a CPU looking at the pairing is free, and done; on a GPU kernels check it themselves.
     monkeypatch.setattr(cross_entropy, "check_target_rows", lambda columns: None)
-    with record_bodies() as ran, _launches_may_look(), _NoSynchronisation():
+    with record_bodies() as ran, launches_unseen(), _NoSynchronisation():
         results = list(triton_calls())
     assert {body for _, body in ran} == {"triton"}
     assert all(x.isfinite().all() for x in results)

@@ -49,8 +49,16 @@ def small_tiles() -> Iterator[None]:
 
 
 def biases(logits: list[Tensor], temperatures: list[float], **kwargs: object) -> list[Tensor]:
-    kwargs = {"num_iterations": 3, "row_masks": [None] * len(logits), "impl": "triton"} | kwargs
-    return sinkhorn_biases(logits, temperatures, all_reduce=lambda tensors, _: tensors, **kwargs)
+    none = [None] * len(logits)
+    kwargs = {"num_iterations": 3, "row_masks": none, "bound": None} | kwargs
+    return sinkhorn_biases(
+        logits,
+        temperatures,
+        pasts=none,
+        all_reduce=lambda tensors, _: tensors,
+        impl="triton",
+        **kwargs,
+    )
 
 
 def assert_as_accurate(actual: Tensor, eager: Tensor, exact: Tensor, floor: float) -> None:

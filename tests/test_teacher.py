@@ -1,3 +1,5 @@
+"""EMATeacher against the closed form, what it copies, and sharded over two processes."""
+
 import pytest
 import torch
 import torch.distributed as dist

@@ -127,12 +127,26 @@ class _CountATen(TorchDispatchMode):
 
 
 @contextmanager
+def launches_unseen() -> Iterator[None]:
+    """Dispatch modes do not see how the interpreter moves tensors to the host: no GPU would."""
+    from triton.runtime import interpreter
+
+    launch = interpreter.GridExecutor.__call__
+
+    def unseen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return launch(self, *args, **kwargs)
+
+    with mock.patch.object(interpreter.GridExecutor, "__call__", unseen):
+        yield
+
+
+@contextmanager
 def _count_interpreted(traffic: Traffic) -> Iterator[None]:
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
     masked_load, masked_store = builder.create_masked_load, builder.create_masked_store
-    launch = interpreter.GridExecutor.__call__
 
     def touched(pointers: Any, mask: Any) -> tuple[np.ndarray, int]:
         addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel()
@@ -146,12 +160,8 @@ def _count_interpreted(traffic: Traffic) -> Iterator[None]:
         traffic.store(*touched(pointers, mask))
         return masked_store(self, pointers, value, mask, *args)
 
-    def quiet_launch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _disable_current_modes():  # it moves tensors to the host, which a GPU would not
-            return launch(self, *args, **kwargs)
-
     with (
-        mock.patch.object(interpreter.GridExecutor, "__call__", quiet_launch),
+        launches_unseen(),
         mock.patch.object(builder, "create_masked_load", counted_load),
         mock.patch.object(builder, "create_masked_store", counted_store),
     ):

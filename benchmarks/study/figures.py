@@ -23,7 +23,6 @@ from sslkit.evaluation.figures.style import (
     whole_numbers,
 )
 
-_LOOK = "Dots: seeds; bar: their mean; dashed: fresh weights."
 _OVERFLOW = float(np.log(np.finfo(np.float32).max))
 
 
@@ -38,7 +37,7 @@ def write(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
 
 
 def drawable(rows: Sequence[Row], group: str) -> bool:
-    """Whether every arm but failed ones is there, or at least two."""
+    """Whether at least two arms have scores."""
     split = GROUPS[group].split
     return sum(bool(finished(rows, arm, split)) for arm in GROUPS[group].arms) >= 2
 
@@ -48,7 +47,7 @@ def pieces(rows: Sequence[Row]) -> Figure:
     """Question 1."""
     figure = new_figure(
         "Does each piece help?",
-        "Each row adds one piece to the row above it. " + _LOOK,
+        f"Each row adds one piece to the row above it. {_look(rows)}",
         height=2.5,
     )
     _dots(figure.subplots(1, 3, sharey=True), rows, "pieces", GROUPS["pieces"].arms)
@@ -65,7 +64,6 @@ def sizes(rows: Sequence[Row]) -> Figure:
         height=2.9,
     )
     panels = figure.subplots(1, 2)
-    titles = GROUPS["sizes"]
     getters: list[tuple[str, Callable[[Row], dict[str, float]]]] = [
         ("k-NN accuracy (%)", lambda row: row["scores"]["knn_by_size"]),
         ("in-context mIoU (%)", lambda row: row["in_context_by_size"]),
@@ -76,10 +74,11 @@ def sizes(rows: Sequence[Row]) -> Figure:
         for arm, (colour, marker, line) in looks.items():
             curves = [curve(row) for row in finished(rows, arm)]
             if curves:
-                _band(axes, curves, colour, marker, line, titles.title(arm), scale=100)
+                title = GROUPS["sizes"].title(arm)
+                _band(axes, curves, colour, marker, line, title, scale=100)
         axes.set_xscale("log", base=2)
-        ticks = [int(size) for size in curves[0]] if curves else []
-        axes.set_xticks(ticks, [str(size) for size in ticks])
+        kept = list(curve(finished(rows, WHOLE)[0]))
+        axes.set_xticks([int(size) for size in kept], kept)
         axes.minorticks_off()
         axes.set(xlabel="features kept (log scale)", ylabel=label)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -122,7 +121,7 @@ def masks(rows: Sequence[Row]) -> Figure:
     figure = new_figure(
         "Masks: which patches are hidden, and what the features score",
         "Top: share of masked images in which a patch is masked; one flat colour is even "
-        "exposure. Bottom: " + _LOOK[0].lower() + _LOOK[1:],
+        f"exposure. Bottom: {_look(rows, 'dots')}",
         height=4.6,
     )
     top, bottom = figure.subfigures(2, 1, height_ratios=(2, 2.4))
@@ -148,7 +147,7 @@ def norm(rows: Sequence[Row]) -> Figure:
     figure = new_figure(
         "Bottleneck norm: how large scores grow, and what the features score",
         "Left: beyond the dashed lines exp(score / temperature) overflows float32, as the textbook "
-        "Sinkhorn computes it. Right: " + _LOOK[0].lower() + _LOOK[1:],
+        f"Sinkhorn computes it. Right: {_look(rows, 'dots')}",
         height=2.5,
     )
     arms = [arm for arm in GROUPS["norm"].arms if finished(rows, arm)]
@@ -179,7 +178,7 @@ def _plain(group: str, title: str, look: str) -> Callable[[Sequence[Row]], Figur
     def draw(rows: Sequence[Row]) -> Figure:
         split = GROUPS[group].split
         arms = [arm for arm in GROUPS[group].arms if finished(rows, arm, split)]
-        figure = new_figure(title, f"{look} {_LOOK}".strip(), height=0.9 + 0.4 * len(arms))
+        figure = new_figure(title, f"{look} {_look(rows)}".strip(), height=0.9 + 0.4 * len(arms))
         _dots(figure.subplots(1, 3, sharey=True), rows, group, arms)
         return figure
 
@@ -217,6 +216,12 @@ def _dots(panels: Sequence[Axes], rows: Sequence[Row], group: str, arms: Sequenc
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.margins(x=0.12)
+
+
+def _look(rows: Sequence[Row], dots: str = "Dots") -> str:
+    """What the marks of `_dots` are."""
+    fresh = "; dashed: fresh weights" if finished(rows, "fresh") else ""
+    return f"{dots}: seeds; bar: their mean{fresh}."
 
 
 def _seeds(axes: Axes, place: int, values: Spread, colour: str) -> None:

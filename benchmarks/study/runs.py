@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from benchmarks.harness import describe_machine
+from benchmarks.machine import describe_machine
 from benchmarks.study import scoring, training
-from benchmarks.study.settings import ARMS, GROUPS, Arm, Scale
+from benchmarks.study.settings import ARMS, GROUPS, SCALES, Arm, Scale
 from benchmarks.study.training import Data, RunFailed
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,6 +51,12 @@ def read(file: Path) -> list[Row]:
         return []
     rows = (json.loads(line) for line in file.read_text().splitlines() if line.strip())
     return list({key_of(row): row for row in rows}.values())
+
+
+def read_all(folder: Path) -> dict[str, list[Row]]:
+    """The rows of every scale that has any, the smallest scale first."""
+    rows = {scale: read(folder / f"{scale}.jsonl") for scale in SCALES}
+    return {scale: found for scale, found in rows.items() if found}
 
 
 def key_of(row: Row) -> tuple[str, str, int]:

@@ -1,7 +1,7 @@
 """What the study compares: arms, the questions they answer, and sizes that a machine can afford."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Value = str | int | float | bool | tuple[float, ...]
@@ -93,8 +93,8 @@ class Group:
     """None: each arm with the one before it."""
     split: Literal["test", "validation"] = "test"
     """What arms are scored on; validation: held-out training images, to choose settings by."""
-    except_for: Mapping[str, str] = field(default_factory=dict)
-    """Arms that are compared with another one than that."""
+    except_for: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Arms that are compared with others than that."""
     only_scale: str | None = None
     """The one scale that the arms' settings are for."""
     titles: Mapping[str, str] = field(default_factory=dict)
@@ -103,15 +103,15 @@ class Group:
     """Columns of the tables; see `benchmarks.study.summary.SCORES`."""
 
     def title(self, arm: str) -> str:
-        """What an arm is called here."""
-        return self.titles.get(arm, ARMS[arm].title)
+        """What an arm is called here; ``9 planes`` and their like are called that."""
+        return self.titles.get(arm) or (ARMS[arm].title if arm in ARMS else arm)
 
     def pairs(self) -> list[tuple[str, str]]:
         """(arm, what it is compared with)."""
         if self.reference is None:
             return list(zip(self.arms[1:], self.arms, strict=False))
-        reference = dict.fromkeys(self.arms, self.reference) | dict(self.except_for)
-        return [(arm, reference[arm]) for arm in self.arms if arm != self.reference]
+        references = dict.fromkeys(self.arms, (self.reference,)) | dict(self.except_for)
+        return [(arm, x) for arm in self.arms if arm != self.reference for x in references[arm]]
 
 
 GROUPS: dict[str, Group] = {
@@ -132,7 +132,8 @@ GROUPS: dict[str, Group] = {
     "floor": Group(
         "What is scored without training?",
         ("fresh", "pixels", WHOLE),
-        reference=None,
+        "fresh",
+        except_for={WHOLE: ("fresh", "pixels")},
         titles={WHOLE: "trained, all pieces but RASA"},
     ),
     "pieces": Group(
@@ -164,7 +165,7 @@ GROUPS: dict[str, Group] = {
         "Is the bottleneck's norm needed?",
         (WHOLE, "unbounded", "shallow", "shallow_unbounded"),
         WHOLE,
-        except_for={"shallow_unbounded": "shallow"},
+        except_for={"shallow_unbounded": ("shallow",)},
         titles={WHOLE: "norm", "unbounded": "no norm"},
     ),
     "nesting": Group(
@@ -241,16 +242,25 @@ class Scale:
         }
 
 
-SCALES: dict[str, Scale] = {
-    # One CPU core, a minute or two a run.
-    "laptop": Scale(
+# One CPU core, pieces of an hour over a night or two: 2.7 passes over the images.
+_OVERNIGHT = Scale(
+    name="overnight",
+    preset="cifar10",
+    backbone="sslkit_vit_tiny",
+    embed_dim=128,
+    base_lr=6e-3,
+    global_size=24,
+    dense_size=32,
+    steps=1_000,
+    batch_size=48,
+    changes={"crops.num_local": 2, "workers": 1, "log_every": 20},
+    linear_steps=1_000,
+)
+_SCALES = (
+    # The same network for a minute or two a run.
+    replace(
+        _OVERNIGHT,
         name="laptop",
-        preset="cifar10",
-        backbone="sslkit_vit_tiny",
-        embed_dim=128,
-        base_lr=6e-3,
-        global_size=24,
-        dense_size=32,
         steps=225,
         batch_size=32,
         changes={
@@ -263,23 +273,11 @@ SCALES: dict[str, Scale] = {
         num_heldout=500,
         num_memory=250,
         num_dense=400,
+        linear_steps=500,
     ),
-    # The same with five times the images: pieces of an hour, over a night or two.
-    "overnight": Scale(
-        name="overnight",
-        preset="cifar10",
-        backbone="sslkit_vit_tiny",
-        embed_dim=128,
-        base_lr=6e-3,
-        global_size=24,
-        dense_size=32,
-        steps=1_000,
-        batch_size=48,
-        changes={"crops.num_local": 2, "workers": 1, "log_every": 20},
-        linear_steps=1_000,
-    ),
+    _OVERNIGHT,
     # One large GPU, hours a run; give --data a folder of classes.
-    "gpu": Scale(
+    Scale(
         name="gpu",
         preset="vitb14_in21k",
         backbone="franca_vits14",
@@ -303,4 +301,5 @@ SCALES: dict[str, Scale] = {
         num_dense=1_000,
         linear_steps=5_000,
     ),
-}
+)
+SCALES = {scale.name: scale for scale in _SCALES}

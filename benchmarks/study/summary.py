@@ -1,11 +1,12 @@
 """Means, spreads and paired differences over seeds, from the rows of a results file."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
 from benchmarks.study.runs import Row
+from benchmarks.study.settings import WHOLE
 
 SCORES = {
     "knn": "k-NN",
@@ -14,7 +15,13 @@ SCORES = {
     "position_r2": "position R²",
     "knn_short": "k-NN on D/16",
     "in_context_short": "in-context mIoU on D/16",
+    "knn_lost": "k-NN lost from D to D/16",
+    "in_context_lost": "in-context mIoU lost from D to D/16",
+    "exposure_gap": "exposure, most less least masked patch",
+    "entropy": "entropy / log P",
+    "entropy_shuffled": "of shuffled patches",
 }
+_DECIMALS = {"position_r2": 2, "entropy": 3, "entropy_shuffled": 3}  # others: percent, one
 # Two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -44,6 +51,11 @@ class Spread:
         t = _T[degrees - 1] if degrees <= len(_T) else 1.96
         return t * self.sd / math.sqrt(degrees + 1)
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % t interval of the mean."""
+        return self.mean - self.halfwidth, self.mean + self.halfwidth
+
 
 @dataclass(frozen=True)
 class Difference(Spread):
@@ -68,18 +80,54 @@ class Difference(Spread):
 
 def is_share(score: str) -> bool:
     """Whether a score is written in percent."""
-    return score != "position_r2"
+    return score not in _DECIMALS
+
+
+def decimals(score: str) -> int:
+    """How precisely a score is written."""
+    return _DECIMALS.get(score, 1)
 
 
 def value(row: Row, score: str) -> float | None:
-    """A score of a row, in percent where it is a share; the shortest embedding's are derived."""
-    if score == "knn_short":
-        found = next(iter(row["scores"]["knn_by_size"].values()))
-    elif score == "in_context_short":
-        found = next(iter(row.get("in_context_by_size", {}).values()), None)
-    else:
-        found = row["scores"][score]
+    """A score of a row, in percent where it is a share; None where the row does not have it."""
+    derive = _DERIVED.get(score)
+    found = row["scores"].get(score) if derive is None else derive(row)
     return found if found is None or not is_share(score) else 100 * found
+
+
+def _short(curve: Mapping[str, float]) -> float | None:
+    """The score of the shortest embedding."""
+    return next(iter(curve.values()), None)
+
+
+def _lost(curve: Mapping[str, float]) -> float | None:
+    """The score of the whole embedding less that of the shortest."""
+    scores = list(curve.values())
+    return scores[-1] - scores[0] if scores else None
+
+
+def _gap(row: Row) -> float | None:
+    """How much more often the most masked patch is masked than the least masked one."""
+    shares = [share for line in row.get("exposure", ()) for share in line]
+    return max(shares) - min(shares) if shares else None
+
+
+_DERIVED: dict[str, Callable[[Row], float | None]] = {
+    "knn_short": lambda row: _short(row["scores"]["knn_by_size"]),
+    "in_context_short": lambda row: _short(row.get("in_context_by_size", {})),
+    "knn_lost": lambda row: _lost(row["scores"]["knn_by_size"]),
+    "in_context_lost": lambda row: _lost(row.get("in_context_by_size", {})),
+    "exposure_gap": _gap,
+}
+
+
+def by_planes(rows: Sequence[Row]) -> list[Row]:
+    """The whole method at every number of planes removed: arms ``0 planes``, ``1 planes``, ..."""
+    return [
+        {**row, "arm": f"{step['planes']} planes", "scores": step}
+        for row in finished(rows, WHOLE)
+        for step in row.get("position", ())
+    ]
 
 
 def finished(rows: Sequence[Row], arm: str, split: str = "test") -> list[Row]:

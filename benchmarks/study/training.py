@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.harness import ROOT
+from benchmarks.machine import ROOT
 from benchmarks.study.settings import Arm, Scale, Value
 
 RECIPE = ROOT / "examples" / "franca_recipe.py"

@@ -55,9 +55,8 @@ for name, (encoder, size) in networks.items():
         errors[f"{name.split(',')[0].split(' on')[0]}, {when}"] = probe.squared_errors.mean((0, 3))
 
 # %% [markdown]
-# The error of the probe at each place. Before, it is low nearly everywhere in
-# the trained network; afterwards the best
-# guess is the centre, and the error grows towards the corners.
+# The error of the probe at each place. Before, it is low nearly everywhere in the trained network;
+# afterwards the best guess is the centre, and the error grows towards the corners.
 
 # %%
 position_maps(errors)

@@ -39,16 +39,14 @@ def cells(script: str) -> Iterator[Cell]:
     """The cells of a script; what stands before the first mark is not shown.
 
     >>> list(cells("# %% [markdown]\\n# Hello.\\n\\n# %%\\nx = 1\\n"))
-    [Cell(is_text=True, source='Hello.\\n', line=2), Cell(is_text=False, source='x = 1', line=5)]
+    [Cell(is_text=True, source='Hello.', line=2), Cell(is_text=False, source='x = 1', line=5)]
     """
     marks = list(re.finditer(r"^# %%( \[markdown\])?\n", script, re.MULTILINE))
     for mark, following in zip(marks, [*marks[1:], None], strict=True):
-        source = script[mark.end() : following.start() if following else None]
-        line = script.count("\n", 0, mark.end()) + 1
+        source = script[mark.end() : following.start() if following else None].strip("\n")
         if mark[1]:
-            yield Cell(True, re.sub(r"^# ?", "", source, flags=re.MULTILINE), line)
-        else:
-            yield Cell(False, source.strip("\n"), line)
+            source = re.sub(r"^# ?", "", source, flags=re.MULTILINE)
+        yield Cell(bool(mark[1]), source, script.count("\n", 0, mark.end()) + 1)
 
 
 def run(script: Path, output: Path) -> Path:
@@ -58,10 +56,10 @@ def run(script: Path, output: Path) -> Path:
     page, name = [], script.stem
     for number, cell in enumerate(cells(script.read_text())):
         if cell.is_text:
-            page.append(cell.source.strip())
+            page.append(cell.source)
             continue
         printed, figure = execute(cell, namespace, script)
-        page.append(f"```python\n{cell.source.strip()}\n```")
+        page.append(f"```python\n{cell.source}\n```")
         if printed:
             page.append(f"```text\n{printed.rstrip()}\n```")
         if figure is not None:

@@ -26,15 +26,10 @@ class PlainDocstrings(griffe.Extension):
 def as_markdown(text: str) -> str:
     """One docstring, cleaned of its indentation.
 
-    >>> print(as_markdown("See :class:`~a.B`::\\n\\n    x = 1\\n\\n>>> 1 + 1\\n2"))
-    See `B`:
-    <BLANKLINE>
-        x = 1
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
+    >>> as_markdown("See :class:`~a.B`::\\n\\n    x = 1")
+    'See `B`:\\n\\n    x = 1'
+    >>> as_markdown(">>> 1 + 1\\n2")
+    '```pycon\\n>>> 1 + 1\\n2\\n```'
     """
     lines: list[str] = []
     fence: str | None = None

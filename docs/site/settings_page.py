@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,9 +67,9 @@ def descriptions(tree: ast.Module) -> dict[str, dict[str, str]]:
         if isinstance(node, ast.ClassDef):
             texts = {"": ast.get_docstring(node) or ""}
             for field, below in zip(node.body, node.body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                    for text in _text(below):
-                        texts[field.target.id] = text
+                text = _text(below)
+                if isinstance(field, ast.AnnAssign) and text is not None:
+                    texts[ast.unparse(field.target)] = text
             found[node.name] = texts
     return found
 
@@ -87,9 +86,10 @@ def load_recipe() -> ModuleType:
     return sys.modules["franca_recipe"]
 
 
-def _text(node: ast.stmt) -> Iterator[str]:
+def _text(node: ast.stmt) -> str | None:
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-        yield " ".join(str(node.value.value).split())
+        return " ".join(str(node.value.value).split())
+    return None
 
 
 def _differing(value: Any, others: dict[str, Any]) -> str:

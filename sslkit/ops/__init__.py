@@ -2,7 +2,8 @@
 
 from sslkit.ops.attention import packed_attention
 from sslkit.ops.cross_entropy import soft_cross_entropy
-from sslkit.ops.sinkhorn import column_logsumexp, column_mass, sinkhorn_bias
+from sslkit.ops.sinkhorn import sinkhorn_bias
+from sslkit.ops.sinkhorn_passes import column_logsumexp, column_mass
 
 __all__ = [
     "column_logsumexp",

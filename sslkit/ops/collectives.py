@@ -13,7 +13,7 @@ Reduction = Literal["sum", "max"]
 
 
 def all_reduce_packed(
-    tensors: Sequence[Tensor], reduction: Reduction, group: dist.ProcessGroup | None
+    tensors: Sequence[Tensor], reduction: Reduction, group: "dist.ProcessGroup | None"
 ) -> list[Tensor]:
     """Reduce each tensor over the ranks of ``group``, all of them in one collective.
 

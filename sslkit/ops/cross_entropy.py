@@ -28,26 +28,27 @@ Backward. With those numbers each gradient needs its own column of z and t_r onl
 each and one writing, which may go over the logits themselves.
 
 Passes over memory: forward one read of z and of each paired t_r; backward the same and one write.
-The bodies are in `sslkit.ops.cross_entropy_torch` and `sslkit.ops.cross_entropy_triton`.
+The passes are those of `sslkit.ops.cross_entropy_passes`, the bodies in
+`sslkit.ops.cross_entropy_torch` and `sslkit.ops.cross_entropy_triton`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sslkit.assignments import (
-    Assignments,
-    check_logits,
-    check_temperature,
-    score_dtype,
-)
+from sslkit.assignments import Assignments, check_logits, check_temperature, score_dtype
 from sslkit.factored_logits import FactoredLogits, Logits
 from sslkit.ops import cross_entropy_torch
-from sslkit.ops.dispatch import Body, resolve
-
-MAX_TARGETS_TRITON = 16
-"""Most targets of one student row that the Triton body takes."""
+from sslkit.ops.cross_entropy_passes import (
+    Columns,
+    RowStatistics,
+    check_target_rows,
+    choose_passes,
+    new_partials,
+    new_results,
+)
+from sslkit.ops.linear_cross_entropy import linear_soft_cross_entropy
 
 
 def soft_cross_entropy(
@@ -96,9 +97,12 @@ def soft_cross_entropy(
         ``student_logits`` (or their factors), whose gradient has their type, and ``row_weights``.
 
     Raises:
+        ValueError: a shape or a temperature is not as above, or logits cannot be overwritten.
+        TypeError: logits or probabilities are not floating point, or targets are neither.
         IndexError: an entry of ``target_rows`` is R or more. On CUDA finding out would need a
             synchronisation: there the Triton body makes the loss and gradient of that row NaN, and
             the PyTorch body fails a device-side assertion.
+        RuntimeError: ``impl="triton"``, which cannot run here; the message says why.
 
     Example:
         >>> student_logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
@@ -114,10 +118,8 @@ def soft_cross_entropy(
             f"student_logits {tuple(student_logits.shape)} and targets {tuple(target.shape)} "
             "disagree on the number of prototypes (last axis)"
         )
-    check_pairing(M, target.shape[0], row_weights, target_rows)
+    _check_pairing(M, target.shape[0], row_weights, target_rows)
     if isinstance(student_logits, FactoredLogits) or isinstance(target, FactoredLogits):
-        from sslkit.ops.linear_cross_entropy import linear_soft_cross_entropy
-
         losses = linear_soft_cross_entropy(
             student_logits, student_temp, target, bias, target_temp, target_rows, impl
         )
@@ -145,7 +147,7 @@ def _check_may_overwrite(student_logits: Tensor) -> None:
         )
 
 
-def check_pairing(M: int, R: int, row_weights: Tensor | None, target_rows: Tensor | None) -> None:
+def _check_pairing(M: int, R: int, row_weights: Tensor | None, target_rows: Tensor | None) -> None:
     """Raise ValueError unless M student rows can be weighted and paired with R targets."""
     if target_rows is None:
         if R != M:
@@ -179,122 +181,8 @@ def _unpack(targets: Assignments | Tensor) -> tuple[Logits, Tensor | None, float
     )
 
 
-class Columns(NamedTuple):
-    """Some or all columns of a loss: what partials and gradients of those columns follow from."""
-
-    student: Tensor
-    """``[M, K]`` logits."""
-    student_temp: float
-    target: Tensor
-    """``[R, K]`` logits; probabilities if there is no bias."""
-    target_bias: Tensor | None
-    """``[K]``"""
-    target_temp: float
-    target_rows: Tensor | None
-    """int64 ``[M, T]``; None pairs row m with target m, and then T = 1."""
-
-    @property
-    def num_targets(self) -> int:
-        """T, the number of targets of each student row, missing ones included."""
-        return 1 if self.target_rows is None else self.target_rows.shape[1]
-
-
-class RowStatistics(NamedTuple):
-    """What the backward needs of each row, in `score_dtype` of the student's logits."""
-
-    student: Tensor
-    """``[M, 2]``: ẑ and S."""
-    target: Tensor
-    """``[M, T, 2]``: t̂_r (0 for probabilities) and W_r."""
-
-
-def choose_body(impl: str, op: str, columns: Columns) -> Body:
-    """`resolve` with what the Triton body of the cross-entropy cannot take."""
-    unsupported = None
-    if columns.num_targets > MAX_TARGETS_TRITON:
-        unsupported = (
-            f"target_rows has T = {columns.num_targets} targets a row, and the kernel takes up to "
-            f"{MAX_TARGETS_TRITON}"
-        )
-    elif columns.target.dtype == torch.float64:
-        unsupported = "kernels compute in float32 and the targets are float64"
-    return resolve(impl, op, columns.student, unsupported=unsupported)
-
-
-def check_target_rows(columns: Columns) -> None:
-    """Raise IndexError for a target that does not exist, where looking costs nothing."""
-    rows, R = columns.target_rows, len(columns.target)
-    if rows is not None and not rows.is_cuda and rows.numel() > 0 and int(rows.max()) >= R:
-        raise IndexError(
-            f"target_rows contains {int(rows.max())}, but there are {R} targets "
-            f"(0 ... {R - 1}, negative for none)"
-        )
-
-
-def new_partials(columns: Columns, count: int) -> tuple[Tensor, Tensor]:
-    """Room for the partials of ``count`` parts of the columns: ``[count, M, 2 | (T, 3)]``."""
-    M, T = len(columns.student), columns.num_targets
-    dtype = score_dtype(columns.student)
-    return (
-        columns.student.new_empty(count, M, 2, dtype=dtype),  # ẑ, S
-        columns.student.new_empty(count, M, T, 3, dtype=dtype),  # t̂_r, W_r, C_r
-    )
-
-
-def num_parts(body: Body, num_columns: int) -> int:
-    """How many partials a row `compute_partials` writes for so many columns."""
-    if body == "torch":
-        return 1
-    from sslkit.ops import cross_entropy_triton
-
-    return cross_entropy_triton.num_parts(num_columns)
-
-
-def compute_partials(
-    body: Body, columns: Columns, student_parts: Tensor, target_parts: Tensor
-) -> None:
-    """Read each column once and write its `num_parts` partials."""
-    if body == "triton":
-        from sslkit.ops import cross_entropy_triton
-
-        cross_entropy_triton.compute_partials(columns, student_parts, target_parts)
-    else:
-        with _no_autocast(columns):
-            cross_entropy_torch.compute_partials(columns, student_parts[0], target_parts[0])
-
-
-def finish(
-    body: Body, columns: Columns, student_parts: Tensor, target_parts: Tensor
-) -> tuple[Tensor, RowStatistics]:
-    """Merge the partials of all columns: the loss of each row ``[M]``, and its statistics.
-
-    ``columns`` serves for the pairing and the temperatures, whichever columns it has.
-    """
-    if body == "triton":
-        from sslkit.ops import cross_entropy_triton
-
-        return cross_entropy_triton.finish(columns, student_parts, target_parts)
-    return cross_entropy_torch.finish(columns, student_parts, target_parts)
-
-
-def write_gradient(
-    body: Body, grad_losses: Tensor, columns: Columns, statistics: RowStatistics, grad: Tensor
-) -> None:
-    """Write ``grad [M, K]`` of the columns' student logits; it may be those logits themselves."""
-    if body == "triton":
-        from sslkit.ops import cross_entropy_triton
-
-        cross_entropy_triton.write_gradient(grad_losses, columns, statistics, grad)
-    else:
-        cross_entropy_torch.write_gradient(grad_losses, columns, statistics, grad)
-
-
-def _no_autocast(columns: Columns) -> torch.autocast:
-    """Scores are float32 whatever autocast says; it would round the inner products' factors."""
-    return torch.autocast(columns.student.device.type, enabled=False)
-
-
-_SCHEMA = (
+# The ops take the fields of `Columns`, in their order.
+_COLUMNS = (
     "Tensor student_logits, float student_temp, "
     "Tensor target, Tensor? target_bias, float target_temp, Tensor? target_rows"
 )
@@ -304,75 +192,45 @@ _STATISTICS = "Tensor student_statistics, Tensor target_statistics"
 @torch.library.custom_op(
     "sslkit::soft_cross_entropy",
     mutates_args=(),
-    schema=f"({_SCHEMA}, bool overwrite_logits, str impl) -> (Tensor, Tensor, Tensor)",
+    schema=f"({_COLUMNS}, bool overwrite_logits, str impl) -> (Tensor, Tensor, Tensor)",
 )
-def _forward(
-    student_logits: Tensor,
-    student_temp: float,
-    target: Tensor,
-    target_bias: Tensor | None,
-    target_temp: float,
-    target_rows: Tensor | None,
-    overwrite_logits: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    columns = Columns(student_logits, student_temp, target, target_bias, target_temp, target_rows)
-    body = choose_body(impl, "soft_cross_entropy", columns)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *fields, _overwrite_logits, impl = arguments
+    columns = Columns(*fields)
+    passes = choose_passes(impl, "soft_cross_entropy", columns)
     check_target_rows(columns)
-    parts = new_partials(columns, num_parts(body, student_logits.shape[1]))
-    compute_partials(body, columns, *parts)
-    losses, statistics = finish(body, columns, *parts)
+    parts = new_partials(columns, passes.num_parts(columns.student.shape[1]))
+    passes.compute_partials(columns, *parts)
+    losses, statistics = passes.finish(columns, *parts)
     return losses, *statistics
 
 
 @torch.library.custom_op(
     "sslkit::soft_cross_entropy_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_losses, {_SCHEMA}, {_STATISTICS}, str impl) -> Tensor",
+    schema=f"(Tensor grad_losses, {_COLUMNS}, {_STATISTICS}, str impl) -> Tensor",
 )
-def _backward(
-    grad_losses: Tensor,
-    student_logits: Tensor,
-    student_temp: float,
-    target: Tensor,
-    target_bias: Tensor | None,
-    target_temp: float,
-    target_rows: Tensor | None,
-    student_statistics: Tensor,
-    target_statistics: Tensor,
-    impl: str,
-) -> Tensor:
-    columns = Columns(student_logits, student_temp, target, target_bias, target_temp, target_rows)
-    grad = torch.empty_like(student_logits)
-    body = choose_body(impl, "soft_cross_entropy_backward", columns)
-    statistics = RowStatistics(student_statistics, target_statistics)
-    write_gradient(body, grad_losses, columns, statistics, grad)
-    return grad
+def _backward(*arguments: Any) -> Tensor:
+    return _gradient("soft_cross_entropy_backward", arguments, overwrite_logits=False)
 
 
 @torch.library.custom_op(
     "sslkit::soft_cross_entropy_backward_",
     mutates_args={"student_logits"},
-    schema=f"(Tensor grad_losses, {_SCHEMA}, {_STATISTICS}, str impl) -> ()".replace(
+    schema=f"(Tensor grad_losses, {_COLUMNS}, {_STATISTICS}, str impl) -> ()".replace(
         "Tensor student_logits", "Tensor(a!) student_logits"
     ),
 )
-def _backward_(
-    grad_losses: Tensor,
-    student_logits: Tensor,
-    student_temp: float,
-    target: Tensor,
-    target_bias: Tensor | None,
-    target_temp: float,
-    target_rows: Tensor | None,
-    student_statistics: Tensor,
-    target_statistics: Tensor,
-    impl: str,
-) -> None:
-    columns = Columns(student_logits, student_temp, target, target_bias, target_temp, target_rows)
-    body = choose_body(impl, "soft_cross_entropy_backward_", columns)
-    statistics = RowStatistics(student_statistics, target_statistics)
-    write_gradient(body, grad_losses, columns, statistics, student_logits)
+def _backward_(*arguments: Any) -> None:
+    _gradient("soft_cross_entropy_backward_", arguments, overwrite_logits=True)
+
+
+def _gradient(op: str, arguments: tuple[Any, ...], *, overwrite_logits: bool) -> Tensor:
+    grad_losses, *fields, student_statistics, target_statistics, impl = arguments
+    columns, statistics = Columns(*fields), RowStatistics(student_statistics, target_statistics)
+    grad = columns.student if overwrite_logits else torch.empty_like(columns.student)
+    choose_passes(impl, op, columns).write_gradient(grad_losses, columns, statistics, grad)
+    return grad
 
 
 @torch.library.custom_op(
@@ -383,40 +241,17 @@ def _backward_(
         "float target_temp, Tensor? row_weights, str impl) -> Tensor"
     ),
 )
-def _loss_over_logits_(
-    student_logits: Tensor,
-    student_temp: float,
-    target: Tensor,
-    target_bias: Tensor | None,
-    target_temp: float,
-    row_weights: Tensor | None,
-    impl: str,
-) -> Tensor:
-    columns = Columns(student_logits, student_temp, target, target_bias, target_temp, None)
-    choose_body(impl, "soft_cross_entropy_over_logits_", columns)
-    with _no_autocast(columns):
-        return cross_entropy_torch.loss_over_logits(columns, row_weights)
+def _loss_over_logits_(*arguments: Any) -> Tensor:
+    *fields, row_weights, impl = arguments
+    columns = Columns(*[*fields, None])  # row m is paired with target m
+    choose_passes(impl, "soft_cross_entropy_over_logits_", columns)  # refuses and records
+    return cross_entropy_torch.loss_over_logits(columns, row_weights)
 
 
 @_forward.register_fake
-def _(
-    student_logits: Tensor,
-    student_temp: float,
-    target: Tensor,
-    target_bias: Tensor | None,
-    target_temp: float,
-    target_rows: Tensor | None,
-    overwrite_logits: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    M = student_logits.shape[0]
-    T = 1 if target_rows is None else target_rows.shape[1]
-    dtype = score_dtype(student_logits)
-    return (
-        student_logits.new_empty(M, dtype=dtype),
-        student_logits.new_empty(M, 2, dtype=dtype),
-        student_logits.new_empty(M, T, 2, dtype=dtype),
-    )
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *fields, _overwrite_logits, _impl = arguments
+    return new_results(Columns(*fields))
 
 
 @_backward.register_fake
@@ -435,34 +270,26 @@ def _(student_logits: Tensor, *_args: object) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    student_logits, ctx.student_temp, target, target_bias, ctx.target_temp, target_rows = inputs[:6]
-    ctx.overwrite_logits, ctx.impl = inputs[6:]
-    _, student_statistics, target_statistics = output
-    ctx.mark_non_differentiable(student_statistics, target_statistics)
+    *fields, ctx.overwrite_logits, ctx.impl = inputs
+    columns = Columns(*fields)
+    _, *statistics = output
+    ctx.mark_non_differentiable(*statistics)
+    ctx.temperatures = columns.student_temp, columns.target_temp
     ctx.save_for_backward(
-        student_logits, target, target_bias, target_rows, student_statistics, target_statistics
+        columns.student, columns.target, columns.target_bias, columns.target_rows, *statistics
     )
 
 
 def _student_gradient(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    student_logits, target, target_bias, target_rows, *statistics = ctx.saved_tensors
-    arguments = (
-        grad_losses,
-        student_logits,
-        ctx.student_temp,
-        target,
-        target_bias,
-        ctx.target_temp,
-        target_rows,
-        *statistics,
-        ctx.impl,
-    )
+    student, target, target_bias, target_rows, *statistics = ctx.saved_tensors
+    student_temp, target_temp = ctx.temperatures
+    columns = Columns(student, student_temp, target, target_bias, target_temp, target_rows)
     if ctx.overwrite_logits:
         # The write counts as a new version of the logits: whoever saved them too gets an error.
-        _backward_(*arguments)
-        grad = student_logits.detach()
+        _backward_(grad_losses, *columns, *statistics, ctx.impl)
+        grad = student.detach()
     else:
-        grad = _backward(*arguments)
+        grad = _backward(grad_losses, *columns, *statistics, ctx.impl)
     return grad, *[None] * 7
 
 

@@ -14,36 +14,39 @@ elsewhere, where looking at them would need a synchronisation, they are maxima.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sslkit.assignments import block_elements, row_blocks, score_dtype
+from sslkit.assignments import score_dtype
+from sslkit.ops.cross_entropy_passes import Columns, RowStatistics
 from sslkit.ops.exponentials import exp_, is_harmless, is_low
-
-if TYPE_CHECKING:
-    from sslkit.ops.cross_entropy import Columns, RowStatistics
+from sslkit.slices import block_elements, row_blocks
 
 # Fewest columns of a block of columns: shorter pieces of rows are slow to read.
 _MIN_COLUMNS = 512
 
 
-def compute_partials(columns: "Columns", student_part: Tensor, target_part: Tensor) -> None:
-    """Write the partials ``[M, 2]`` and ``[M, T, 3]`` of the columns."""
-    if columns.target_rows is not None:
-        _partials_of_pairs(columns, columns.target_rows, student_part, target_part)
-        return
-    for _ in _blocks_read(columns, student_part, target_part[:, 0]):
-        pass
+def num_parts(num_columns: int) -> int:
+    """One, however many columns."""
+    return 1
+
+
+def compute_partials(columns: Columns, student_parts: Tensor, target_parts: Tensor) -> None:
+    """Write the partials ``[1, M, 2]`` and ``[1, M, T, 3]`` of the columns."""
+    (student_part,), (target_part,) = student_parts, target_parts
+    with _no_autocast(columns):
+        if columns.target_rows is not None:
+            _partials_of_pairs(columns, columns.target_rows, student_part, target_part)
+            return
+        for _ in _blocks_read(columns, student_part, target_part[:, 0]):
+            pass
 
 
 def finish(
-    columns: "Columns", student_parts: Tensor, target_parts: Tensor
-) -> tuple[Tensor, "RowStatistics"]:
+    columns: Columns, student_parts: Tensor, target_parts: Tensor
+) -> tuple[Tensor, RowStatistics]:
     """Merge the partials: the loss of each row ``[M]``, and its statistics."""
-    from sslkit.ops.cross_entropy import RowStatistics
-
     z_shift = student_parts[..., 0].amax(dim=0)  # [M]
     s_gap = (student_parts[..., 0] - z_shift) / columns.student_temp  # [parts, M]
     student_sum = (student_parts[..., 1] * s_gap.exp()).sum(dim=0)
@@ -70,7 +73,7 @@ def finish(
 
 
 def write_gradient(
-    grad_losses: Tensor, columns: "Columns", statistics: "RowStatistics", grad: Tensor
+    grad_losses: Tensor, columns: Columns, statistics: RowStatistics, grad: Tensor
 ) -> None:
     """Write the gradient of the student's logits to ``grad [M, K]``, which may be the logits."""
     if columns.target_rows is not None:
@@ -82,27 +85,27 @@ def write_gradient(
 # ------------------------------------------------------------------ row m paired with target m
 
 
-def loss_over_logits(columns: "Columns", row_weights: Tensor | None) -> Tensor:
+def loss_over_logits(columns: Columns, row_weights: Tensor | None) -> Tensor:
     """The loss of each row, and over its logits the gradient of the weighted sum of all."""
     M, dtype = len(columns.student), score_dtype(columns.student)
     student_part = columns.student.new_empty(M, 2, dtype=dtype)
     target_part = columns.student.new_empty(M, 3, dtype=dtype)
     weights = student_part.new_ones(M) if row_weights is None else row_weights
     row_factor = weights[:, None] / columns.student_temp  # [M, 1]
-    for rows, p, q in _blocks_read(columns, student_part, target_part):
-        student_sum, target_sum = student_part[rows, 1:], target_part[rows, 1:2]
-        if columns.target_bias is None:
+    with _no_autocast(columns):
+        for rows, p, q in _blocks_read(columns, student_part, target_part):
+            student_sum, target_sum = student_part[rows, 1:], target_part[rows, 1:2]
+            factor = row_factor[rows]
+            if columns.target_bias is not None:  # q are weights e, and probabilities times W
+                factor = factor / target_sum
             p.mul_(target_sum / student_sum).sub_(q)
-            torch.mul(p, row_factor[rows], out=columns.student[rows])
-        else:  # q are weights e, and probabilities times W
-            p.mul_(target_sum / student_sum).sub_(q)
-            torch.mul(p, row_factor[rows] / target_sum, out=columns.student[rows])
+            torch.mul(p, factor, out=columns.student[rows])
     losses, _ = finish(columns, student_part[None], target_part[None, :, None])
     return losses * weights
 
 
 def _gradient_of_rows(
-    grad_losses: Tensor, columns: "Columns", statistics: "RowStatistics", grad: Tensor
+    grad_losses: Tensor, columns: Columns, statistics: RowStatistics, grad: Tensor
 ) -> None:
     """Blocks of ``(exp(s - ŝ) · W / S - e) · (grad_losses / (student_temp · W))``.
 
@@ -136,7 +139,7 @@ def _gradient_of_rows(
 
 
 def _blocks_read(
-    columns: "Columns", student_part: Tensor, target_part: Tensor
+    columns: Columns, student_part: Tensor, target_part: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Write the partials ``[M, 2 | 3]``; yield rows of each block, its exp(s - ŝ) and its e."""
     student_part.zero_()
@@ -156,7 +159,7 @@ def _blocks_read(
 
 
 def _read_rows(
-    columns: "Columns",
+    columns: Columns,
     rows: slice,
     s: Tensor,
     e: Tensor,
@@ -189,7 +192,7 @@ def _read_rows(
     return cut
 
 
-def _row_tiles(columns: "Columns") -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _row_tiles(columns: Columns) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Blocks of rows, and two tiles ``[rows, K]`` for each."""
     M, K = columns.student.shape
     blocks = list(row_blocks(M, K, columns.student.device))
@@ -204,25 +207,23 @@ def _row_tiles(columns: "Columns") -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 
 def _partials_of_pairs(
-    columns: "Columns", target_rows: Tensor, student_part: Tensor, target_part: Tensor
+    columns: Columns, target_rows: Tensor, student_part: Tensor, target_part: Tensor
 ) -> None:
     chosen = target_rows.clamp(min=0)
-    z_shift, t_shift = (None, None) if _may_look(columns) else _maxima(columns)
-    while True:
-        student_sum, target_sum = _sums_of_pairs(
-            columns, chosen, z_shift, t_shift, cross=target_part[..., 2].zero_()
-        )
-        looked_at = [student_sum] if columns.target_bias is None else [student_sum, target_sum]
-        if z_shift is not None or all(map(is_harmless, looked_at)):
-            break
-        z_shift, t_shift = _maxima(columns)
-    student_part[:, 0] = 0.0 if z_shift is None else z_shift[:, 0]
+    cross = target_part[..., 2]
+    shifts = None if _may_look(columns) else _maxima(columns)
+    student_sum, target_sum = _sums_of_pairs(columns, chosen, shifts, cross)
+    looked_at = [student_sum] if columns.target_bias is None else [student_sum, target_sum]
+    if shifts is None and not all(map(is_harmless, looked_at)):
+        shifts = _maxima(columns)
+        student_sum, target_sum = _sums_of_pairs(columns, chosen, shifts, cross)
+    student_part[:, 0] = 0.0 if shifts is None else shifts[0][:, 0]
     student_part[:, 1] = student_sum
-    target_part[..., 0] = 0.0 if t_shift is None else t_shift[chosen, 0]
+    target_part[..., 0] = 0.0 if shifts is None else shifts[1][chosen, 0]
     target_part[..., 1] = target_sum[chosen]
 
 
-def _maxima(columns: "Columns") -> tuple[Tensor, Tensor]:
+def _maxima(columns: Columns) -> tuple[Tensor, Tensor]:
     """Of the student's logits ``[M, 1]`` and of the targets' scores ``[R, 1]`` (0 if dense)."""
     dtype = score_dtype(columns.student)
     z_shift = columns.student.amax(dim=-1, keepdim=True).to(dtype)
@@ -236,18 +237,18 @@ def _maxima(columns: "Columns") -> tuple[Tensor, Tensor]:
 
 
 def _sums_of_pairs(
-    columns: "Columns",
+    columns: Columns,
     chosen: Tensor,
-    z_shift: Tensor | None,
-    t_shift: Tensor | None,
-    *,
+    shifts: tuple[Tensor, Tensor] | None,
     cross: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """S ``[M]`` and W ``[R]``; C is added to ``cross [M, T]``."""
+    """S ``[M]`` and W ``[R]``; C is written to ``cross [M, T]``."""
+    cross.zero_()
+    z_shift, t_shift = (None, None) if shifts is None else shifts
     dtype = score_dtype(columns.student)
     student_sum = columns.student.new_zeros(len(columns.student), dtype=dtype)
     target_sum = columns.student.new_zeros(len(columns.target), dtype=dtype)
-    cut = z_shift is not None
+    cut = shifts is not None
     for at, s, e, work in _column_tiles(columns):
         _write_scores(s, columns, columns.student[:, at], z_shift)
         cut = cut or (at.start == 0 and is_low(s))
@@ -269,9 +270,9 @@ def _sums_of_pairs(
 
 def _gradient_of_pairs(
     grad_losses: Tensor,
-    columns: "Columns",
+    columns: Columns,
     target_rows: Tensor,
-    statistics: "RowStatistics",
+    statistics: RowStatistics,
     grad: Tensor,
 ) -> None:
     """Blocks of ``(exp(s - ŝ) · mass / S - Σ_r e_r / W_r) · (grad_losses / student_temp)``.
@@ -323,7 +324,7 @@ def _gradient_of_pairs(
 
 
 def _column_tiles(
-    columns: "Columns", *, spare_targets: int = 0
+    columns: Columns, *, spare_targets: int = 0
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Blocks of columns, with tiles for all rows of student and targets, and for work [M, ·]."""
     M, K = columns.student.shape
@@ -341,19 +342,24 @@ def _column_tiles(
 # ------------------------------------------------------------------------------------- of both
 
 
-def _needs_shift(columns: "Columns", z_shift: Tensor, t_shift: Tensor, exp_factor: Tensor) -> bool:
+def _needs_shift(columns: Columns, z_shift: Tensor, t_shift: Tensor, exp_factor: Tensor) -> bool:
     """Whether the backward has to subtract the forward's shifts."""
     if not _may_look(columns):
         return True
     return bool(z_shift.any()) or bool(t_shift.any()) or not is_harmless(exp_factor)
 
 
-def _may_look(columns: "Columns") -> bool:
+def _may_look(columns: Columns) -> bool:
     """Whether looking at numbers costs nothing, and may decide how others are computed."""
     return columns.student.device.type == "cpu"
 
 
-def _write_scores(out: Tensor, columns: "Columns", z: Tensor, z_shift: Tensor | None) -> None:
+def _no_autocast(columns: Columns) -> torch.autocast:
+    """Scores are float32 whatever autocast says; it would round the inner products' factors."""
+    return torch.autocast(columns.student.device.type, enabled=False)
+
+
+def _write_scores(out: Tensor, columns: Columns, z: Tensor, z_shift: Tensor | None) -> None:
     """``s - ŝ`` of logits z, for ẑ ``[rows, 1]`` or none.
 
     The product in fma(z, 1 / student_temp, -ŝ) is not rounded; that ŝ is, is the same shift for
@@ -368,5 +374,5 @@ def _write_scores(out: Tensor, columns: "Columns", z: Tensor, z_shift: Tensor | 
         torch.add(z_shift * -scale, z, alpha=scale, out=out)
 
 
-def _write_target_scores(out: Tensor, columns: "Columns", target: Tensor, bias: Tensor) -> None:
+def _write_target_scores(out: Tensor, columns: Columns, target: Tensor, bias: Tensor) -> None:
     torch.add(bias.to(out.dtype), target, alpha=1.0 / columns.target_temp, out=out)

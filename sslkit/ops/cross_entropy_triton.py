@@ -19,15 +19,14 @@ fixed order, without atomics: equal inputs give equal bits.
 """
 # mypy: disable-error-code="no-untyped-def"
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sslkit.ops.cross_entropy import Columns, RowStatistics
+from sslkit.ops.cross_entropy_passes import Columns, RowStatistics
 
 CHUNK = 4096
 """Columns of a program: 32 a thread of four warps, as four 16-byte loads of 16-bit scores."""
@@ -38,7 +37,7 @@ def num_parts(num_columns: int) -> int:
     return triton.cdiv(num_columns, CHUNK)
 
 
-def compute_partials(columns: "Columns", student_parts: Tensor, target_parts: Tensor) -> None:
+def compute_partials(columns: Columns, student_parts: Tensor, target_parts: Tensor) -> None:
     """Write the partials ``[parts, M, 2]`` and ``[parts, M, T, 3]`` of the columns."""
     M, K = columns.student.shape
     if M == 0:
@@ -54,11 +53,9 @@ def compute_partials(columns: "Columns", student_parts: Tensor, target_parts: Te
 
 
 def finish(
-    columns: "Columns", student_parts: Tensor, target_parts: Tensor
-) -> tuple[Tensor, "RowStatistics"]:
+    columns: Columns, student_parts: Tensor, target_parts: Tensor
+) -> tuple[Tensor, RowStatistics]:
     """Merge the partials: the loss of each row ``[M]``, and its statistics."""
-    from sslkit.ops.cross_entropy import RowStatistics
-
     parts, M, T, _ = target_parts.shape
     losses = student_parts.new_empty(M)
     statistics = RowStatistics(student_parts.new_empty(M, 2), target_parts.new_empty(M, T, 2))
@@ -82,7 +79,7 @@ def finish(
 
 
 def write_gradient(
-    grad_losses: Tensor, columns: "Columns", statistics: "RowStatistics", grad: Tensor
+    grad_losses: Tensor, columns: Columns, statistics: RowStatistics, grad: Tensor
 ) -> None:
     """Write the gradient of the student's logits to ``grad [M, K]``, which may be the logits."""
     M, K = columns.student.shape
@@ -123,7 +120,7 @@ def finish_options(parts: int, assignments: bool, paired: bool) -> dict[str, Any
     }
 
 
-def _scores(columns: "Columns") -> tuple[Any, ...]:
+def _scores(columns: Columns) -> tuple[Any, ...]:
     """Arguments that partials and gradient share."""
     bias, rows = columns.target_bias, columns.target_rows
     return (

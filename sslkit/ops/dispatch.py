@@ -6,7 +6,6 @@ the backward. ``"auto"`` is Triton for CUDA tensors that the Triton body can tak
 explicit ``"triton"`` that cannot run raises. No error of a kernel is ever caught.
 """
 
-import importlib.metadata
 import importlib.util
 import os
 import warnings
@@ -82,13 +81,17 @@ def record_bodies() -> Iterator[list[tuple[str, Body]]]:
 
 @cache
 def triton_problem() -> str | None:
-    """Why no Triton kernel can run in this process, or None; does not import Triton."""
+    """Why no Triton kernel can run in this process, or None.
+
+    Triton itself says how old it is: it is also installed as triton-windows or pytorch-triton-rocm.
+    """
     needed = ".".join(map(str, MIN_TRITON))
     if importlib.util.find_spec("triton") is None:
         return f"Triton is not installed (needed: {needed} or newer; it comes with torch on Linux)"
-    version = importlib.metadata.version("triton")
-    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
-        return f"Triton {version} is too old (needed: {needed} or newer)"
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
+        return f"Triton {triton.__version__} is too old (needed: {needed} or newer)"
     return None
 
 

@@ -19,17 +19,16 @@ import torch
 from torch import Tensor
 
 from sslkit.assignments import score_dtype
-from sslkit.factored_logits import FactoredLogits, Logits, chunks
-from sslkit.ops.cross_entropy import (
+from sslkit.factored_logits import FactoredLogits, Logits
+from sslkit.ops.cross_entropy_passes import (
     Columns,
     RowStatistics,
     check_target_rows,
-    choose_body,
-    compute_partials,
-    finish,
-    num_parts,
-    write_gradient,
+    choose_passes,
+    new_partials,
+    new_results,
 )
+from sslkit.slices import chunks
 
 
 def linear_soft_cross_entropy(
@@ -86,11 +85,12 @@ class _Problem(NamedTuple):
 
     def slices(self) -> list[slice]:
         """The columns of each chunk; both chunks together have the size of one."""
-        first = self.student if self.student_prototypes is None else self.student_prototypes.T
+        w = self.student_prototypes
+        K = self.student.shape[1] if w is None else len(w)
         height = len(self.student) + len(self.target)
-        return list(chunks(first.shape[1], height, self.student.device))
+        return list(chunks(K, height, self.student.device))
 
-    def columns(self) -> Iterator[tuple[slice, Columns]]:
+    def chunks(self) -> Iterator[tuple[slice, Columns]]:
         """Each chunk, in memory that the next one overwrites."""
         slices = self.slices()
         width = slices[0].stop
@@ -133,17 +133,15 @@ _SCHEMA = (
 )
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem, impl = _Problem(*arguments[:-1]), arguments[-1]
-    rows = problem.whole()
-    body = choose_body(impl, "linear_soft_cross_entropy", rows)
-    check_target_rows(rows)
-    M, T, dtype = len(rows.student), rows.num_targets, score_dtype(rows.student)
-    counts = [num_parts(body, columns.stop - columns.start) for columns in problem.slices()]
-    student_parts = rows.student.new_empty(sum(counts), M, 2, dtype=dtype)
-    target_parts = rows.student.new_empty(sum(counts), M, T, 3, dtype=dtype)
+    whole = problem.whole()
+    passes = choose_passes(impl, "linear_soft_cross_entropy", whole)
+    check_target_rows(whole)
+    counts = [passes.num_parts(columns.stop - columns.start) for columns in problem.slices()]
+    student_parts, target_parts = new_partials(whole, sum(counts))
     of_chunks = zip(student_parts.split(counts), target_parts.split(counts), strict=True)
-    for (_, columns), parts in zip(problem.columns(), of_chunks, strict=True):
-        compute_partials(body, columns, *parts)
-    losses, statistics = finish(body, rows, student_parts, target_parts)
+    for (_, chunk), parts in zip(problem.chunks(), of_chunks, strict=True):
+        passes.compute_partials(chunk, *parts)
+    losses, statistics = passes.finish(whole, student_parts, target_parts)
     return losses, *statistics
 
 
@@ -158,33 +156,26 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(grad_losses: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *factors, student_statistics, target_statistics, impl = arguments
     problem = _Problem(*factors)
-    body = choose_body(impl, "linear_soft_cross_entropy_backward", problem.whole())
+    passes = choose_passes(impl, "linear_soft_cross_entropy_backward", problem.whole())
     statistics = RowStatistics(student_statistics, target_statistics)
     x, w = problem.student, problem.student_prototypes
     if w is None:
         grad = torch.empty_like(x)
-        for columns, chunk in problem.columns():
-            write_gradient(body, grad_losses, chunk, statistics, grad[:, columns])
+        for columns, chunk in problem.chunks():
+            passes.write_gradient(grad_losses, chunk, statistics, grad[:, columns])
         return grad, x.new_empty(0)
     grad_x, grad_w = torch.zeros_like(x, dtype=score_dtype(x)), torch.empty_like(w)
-    for columns, chunk in problem.columns():
+    for columns, chunk in problem.chunks():
         dz = chunk.student
-        write_gradient(body, grad_losses, chunk, statistics, dz)
+        passes.write_gradient(grad_losses, chunk, statistics, dz)
         grad_x += dz @ w[columns]
         torch.mm(dz.T, x, out=grad_w[columns])
     return grad_x.to(x.dtype), grad_w
 
 
 @_forward.register_fake
-def _(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    target_rows = arguments[6]
-    M, T = len(student), 1 if target_rows is None else target_rows.shape[1]
-    dtype = score_dtype(student)
-    return (
-        student.new_empty(M, dtype=dtype),
-        student.new_empty(M, 2, dtype=dtype),
-        student.new_empty(M, T, 2, dtype=dtype),
-    )
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return new_results(_Problem(*arguments[:-1]).whole())
 
 
 @_backward.register_fake

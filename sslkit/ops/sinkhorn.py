@@ -29,17 +29,12 @@ the constant β / temperature can stand in for the column maxima: exponents of t
 then lie in [-2β / temperature, 0], and down to -80 float32 keeps their exponentials. That spares
 the collective over the maxima.
 
-Passes over memory, for T iterations. On a CPU a block of rows stays in the cache from the first to
-the last of the operations on it. The scores are read T times: for the first column sums, and once
-for each mass. The first sums take a constant shift too, the maximum of the first block of rows, if
-that lies within 60 of its minimum; should a sum then leave the middle of float32's range, or
-otherwise from the start, the scores are read twice more, for the column maxima and the sums.
-Triton finds maxima and sums in one pass but takes the log-sum-exp of the rows in a pass of its own:
-1 + 2 (T - 1) times (`sslkit.ops.sinkhorn_triton`). Neither writes anything of size ``[B, K]``.
-
-Problems come in lists (levels, losses), so that one launch serves all. What an op returns for a
-list is packed: the results of all problems, one after the other, in one vector ``[ΣK]``, which a
-collective reduces as it is.
+Passes over memory, for T iterations. The PyTorch body reads the scores T times, for the first
+column sums and once for each mass (twice more where one constant will not do as a shift for all
+columns); Triton finds maxima and sums in one pass but takes the log-sum-exp of the rows in a pass
+of its own: 1 + 2 (T - 1) times. Neither writes anything of size ``[B, K]``. The passes are in
+`sslkit.ops.sinkhorn_passes`, the bodies in `sslkit.ops.sinkhorn_torch` and
+`sslkit.ops.sinkhorn_triton`.
 
 All that passes over rows return is a sum over the rows, or a maximum and a sum that can be merged.
 So `FactoredLogits` are passed over chunk by chunk of rows, each a product that is formed and
@@ -55,81 +50,21 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from sslkit.assignments import (
-    check_logits,
-    check_temperature,
-    row_blocks,
-    score_dtype,
-)
-from sslkit.factored_logits import FactoredLogits, Logits, chunks, written
+from sslkit.assignments import check_logits, score_dtype
+from sslkit.factored_logits import FactoredLogits, Logits, written
 from sslkit.ops.collectives import Reduction
-from sslkit.ops.dispatch import Body, resolve
-from sslkit.ops.exponentials import CUT_OFF, SMALLEST_EXPONENT, exp_, is_harmless, is_low
+from sslkit.ops.sinkhorn_passes import (
+    check_problem,
+    packed_column_exp_sum,
+    packed_column_logsumexp,
+    packed_column_mass,
+)
+from sslkit.slices import chunks
 
 AllReduce = Callable[[list[Tensor], Reduction], list[Tensor]]
 
 # Largest |exponent| of a sum whose terms are shifted by a constant: float32 ends at exp(-87).
 _MAX_EXPONENT = 80.0
-
-
-def column_logsumexp(
-    logits: Tensor, temperature: float, row_mask: Tensor | None = None, *, impl: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over the rows of each column, as a shift and a sum that can still be merged.
-
-    With ``s = logits / temperature`` and b over the rows that take part::
-
-        column_sum[k] = sum_b exp(s[b, k] - shift[k])
-
-    so that the log-sum-exp is ``shift + log(column_sum)``. The shift is the column's maximum, or
-    (PyTorch body on a CPU) one number for all columns with which all sums lie in 1e-14 ... 1e14.
-    A column without a finite entry (no rows, or ``-inf`` in all of them) has shift ``-inf`` and sum
-    0. NaN and ``+inf`` make the sum of their column NaN.
-
-    Args:
-        logits: ``[B, K]``, any floating-point type; B may be 0.
-        temperature: positive; divides the logits.
-        row_mask: bool ``[B]``; rows that are True take no part, whatever they hold.
-        impl: ``"auto"``, ``"torch"`` or ``"triton"`` (for contiguous logits).
-
-    Returns:
-        ``shift [K]`` and ``column_sum [K]``, float32 (float64 for float64 logits).
-
-    Example:
-        >>> shift, column_sum = column_logsumexp(torch.tensor([[0.0, 2.0], [0.0, 4.0]]), 2.0)
-        >>> shift + column_sum.log()
-        tensor([0.6931, 2.3133])
-    """
-    _check(logits, temperature, row_mask)
-    return _column_logsumexp([logits], [temperature], [row_mask], impl)
-
-
-def column_mass(
-    logits: Tensor,
-    temperature: float,
-    bias: Tensor,
-    row_mask: Tensor | None = None,
-    *,
-    impl: str = "auto",
-) -> Tensor:
-    """Mass each prototype receives: ``sum_b softmax_k(logits[b] / temperature + bias)[k]``.
-
-    The softmax is over k, the sum over the rows that take part (see `column_logsumexp` for
-    ``row_mask``, ``impl`` and the types). The masses add up to the number of those rows.
-
-    Returns:
-        ``[K]``, float32 (float64 for float64 logits).
-
-    Example:
-        >>> column_mass(torch.zeros(3, 2), temperature=0.1, bias=torch.zeros(2))
-        tensor([1.5000, 1.5000])
-    """
-    _check(logits, temperature, row_mask)
-    if bias.shape != (logits.shape[1],):
-        raise ValueError(
-            f"bias must have shape [K] = ({logits.shape[1]},), got {tuple(bias.shape)}"
-        )
-    return _column_mass([logits], [temperature], bias.to(score_dtype(logits)), [row_mask], impl)
 
 
 def sinkhorn_bias(
@@ -157,6 +92,16 @@ def sinkhorn_bias(
             Changes the cost, not the result (see `sinkhorn_biases`).
         impl: ``"auto"``, ``"torch"`` or ``"triton"`` (for contiguous logits).
 
+    Returns:
+        ``[K]``, float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: a shape, a device, the temperature, ``num_iterations`` or ``bound`` is not as
+            above.
+        TypeError: logits or past rows are not floating point, one of them alone is float64, or the
+            mask is not bool.
+        RuntimeError: ``impl="triton"``, which cannot run here; the message says why.
+
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [1.0, 0.0]])  # both samples prefer prototype 0
         >>> bias = sinkhorn_bias(logits, 1.0, num_iterations=50)
@@ -183,10 +128,10 @@ def sinkhorn_biases(
     *,
     num_iterations: int,
     row_masks: Sequence[Tensor | None],
+    pasts: Sequence[Logits | None],
     all_reduce: AllReduce,
-    pasts: Sequence[Logits | None] | None = None,
-    bound: float | None = None,
-    impl: str = "auto",
+    bound: float | None,
+    impl: str,
 ) -> list[Tensor]:
     """`sinkhorn_bias` of several independent problems in step, over the rows of all processes.
 
@@ -207,13 +152,12 @@ def sinkhorn_biases(
         raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
     if bound is not None and not (bound >= 0 and math.isfinite(bound)):
         raise ValueError(f"bound must be non-negative and finite, or None, got {bound!r}")
-    pasts = [None] * len(logits) if pasts is None else pasts
     problems = _in_groups(logits, temperatures, row_masks, pasts)
 
     if bound is not None and all(2 * bound / t <= _MAX_EXPONENT for t in temperatures):
         shifts = [_constant_columns(p, [bound / t for t in p.temperatures]) for p in problems]
         sums = [
-            _sum_of_chunks(_column_exp_sum, p, -shift, impl)
+            _sum_of_chunks(packed_column_exp_sum, p, -shift, impl)
             for p, shift in zip(problems, shifts, strict=True)
         ]
     else:
@@ -230,7 +174,7 @@ def sinkhorn_biases(
     ]
     for _ in range(num_iterations - 1):
         masses = [
-            _sum_of_chunks(_column_mass, p, bias, impl)
+            _sum_of_chunks(packed_column_mass, p, bias, impl)
             for p, bias in zip(problems, biases, strict=True)
         ]
         biases = [
@@ -240,7 +184,7 @@ def sinkhorn_biases(
     by_index = {
         index: bias
         for p, packed in zip(problems, biases, strict=True)
-        for index, bias in zip(p.indices, packed.split(_num_columns(p.logits)), strict=True)
+        for index, bias in zip(p.indices, packed.split([x.shape[1] for x in p.logits]), strict=True)
     }
     return [by_index[index] for index in range(len(logits))]
 
@@ -288,7 +232,7 @@ def _in_groups(
     for index, (x, temperature, row_mask, past) in enumerate(
         zip(logits, temperatures, row_masks, pasts, strict=True)
     ):
-        _check(x, temperature, row_mask)
+        check_problem(x, temperature, row_mask)
         _check_past(past, x)
         if x.device != logits[0].device:
             raise ValueError(
@@ -332,7 +276,7 @@ def _sum_of_chunks(
 
 def _logsumexp_of_chunks(problems: _Problems, impl: str) -> tuple[Tensor, Tensor]:
     parts = (
-        _column_logsumexp(logits, problems.temperatures, row_masks, impl)
+        packed_column_logsumexp(logits, problems.temperatures, row_masks, impl)
         for logits, row_masks in problems.chunks()
     )
     return reduce(_merge_logsumexp, parts)
@@ -348,10 +292,6 @@ def _merge_logsumexp(
     return larger, sum(sums, torch.zeros_like(shift))
 
 
-def _num_columns(logits: Sequence[Logits]) -> list[int]:
-    return [x.shape[1] for x in logits]
-
-
 def _constant_columns(problems: _Problems, values: Sequence[float]) -> Tensor:
     """Packed ``[ΣK]``: one value for all columns of each problem."""
     return torch.cat(
@@ -365,242 +305,6 @@ def _constant_columns(problems: _Problems, values: Sequence[float]) -> Tensor:
 def _finite_shift(shift: Tensor) -> Tensor:
     """0 where there is no maximum, as -inf - (-inf) is NaN."""
     return torch.where(shift == -torch.inf, 0.0, shift)
-
-
-@torch.library.custom_op(
-    "sslkit::column_logsumexp",
-    mutates_args=(),
-    schema=(
-        "(Tensor[] logits, float[] temperatures, Tensor?[] row_masks, str impl)"
-        " -> (Tensor shift, Tensor column_sum)"
-    ),
-)
-def _column_logsumexp(
-    logits: list[Tensor],
-    temperatures: list[float],
-    row_masks: list[Tensor | None],
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    if _body(impl, "column_logsumexp", logits) == "triton":
-        from sslkit.ops import sinkhorn_triton
-
-        return sinkhorn_triton.column_logsumexp(logits, temperatures, row_masks)
-    shift, column_sum = _new_columns(logits), _new_columns(logits)
-    sizes = _num_columns(logits)
-    for x, temperature, row_mask, own, total in zip(
-        logits, temperatures, row_masks, shift.split(sizes), column_sum.split(sizes), strict=True
-    ):
-        _logsumexp_into(own, total, x, temperature, row_mask)
-    return shift, column_sum
-
-
-@torch.library.custom_op(
-    "sslkit::column_exp_sum",
-    mutates_args=(),
-    schema=(
-        "(Tensor[] logits, float[] temperatures, Tensor bias, Tensor?[] row_masks, str impl)"
-        " -> Tensor"
-    ),
-)
-def _column_exp_sum(
-    logits: list[Tensor],
-    temperatures: list[float],
-    bias: Tensor,
-    row_masks: list[Tensor | None],
-    impl: str,
-) -> Tensor:
-    """``Σ_b exp(s_bk + bias_k)``, whose exponents the caller knows to be harmless."""
-    if _body(impl, "column_exp_sum", logits) == "triton":
-        from sslkit.ops import sinkhorn_triton
-
-        return sinkhorn_triton.column_exp_sum(logits, temperatures, bias, row_masks)
-    sums = _new_columns(logits)
-    sizes = _num_columns(logits)
-    for x, temperature, u, row_mask, total in zip(
-        logits, temperatures, bias.split(sizes), row_masks, sums.split(sizes), strict=True
-    ):
-        _exp_sum_into(total, x, temperature, u, row_mask, cut=False)
-    return sums
-
-
-@torch.library.custom_op(
-    "sslkit::column_mass",
-    mutates_args=(),
-    schema=(
-        "(Tensor[] logits, float[] temperatures, Tensor bias, Tensor?[] row_masks, str impl)"
-        " -> Tensor"
-    ),
-)
-def _column_mass(
-    logits: list[Tensor],
-    temperatures: list[float],
-    bias: Tensor,
-    row_masks: list[Tensor | None],
-    impl: str,
-) -> Tensor:
-    if _body(impl, "column_mass", logits) == "triton":
-        from sslkit.ops import sinkhorn_triton
-
-        return sinkhorn_triton.column_mass(logits, temperatures, bias, row_masks)
-    masses = _new_columns(logits)
-    sizes = _num_columns(logits)
-    for x, temperature, u, row_mask, mass in zip(
-        logits, temperatures, bias.split(sizes), row_masks, masses.split(sizes), strict=True
-    ):
-        _mass_into(mass, x, temperature, u, row_mask)
-    return masses
-
-
-@_column_logsumexp.register_fake
-def _(logits: list[Tensor], *_args: object) -> tuple[Tensor, Tensor]:
-    return _new_columns(logits), _new_columns(logits)
-
-
-@_column_exp_sum.register_fake
-@_column_mass.register_fake
-def _(logits: list[Tensor], *_args: object) -> Tensor:
-    return _new_columns(logits)
-
-
-def _body(impl: str, op: str, logits: list[Tensor]) -> Body:
-    strided = [x.stride() for x in logits if not x.is_contiguous()]
-    return resolve(
-        impl,
-        op,
-        logits[0],
-        unsupported=f"logits have strides {strided[0]}, not contiguous ones" if strided else None,
-    )
-
-
-def _new_columns(logits: list[Tensor]) -> Tensor:
-    """An uninitialised packed vector ``[ΣK]``."""
-    return logits[0].new_empty(sum(_num_columns(logits)), dtype=score_dtype(logits[0]))
-
-
-def _logsumexp_into(
-    shift: Tensor, total: Tensor, logits: Tensor, temperature: float, row_mask: Tensor | None
-) -> None:
-    if logits.device.type == "cpu" and len(logits) > 0:  # elsewhere looking at numbers costs
-        first = logits[next(row_blocks(len(logits), logits.shape[1], logits.device))]
-        smallest, largest = (x.item() / temperature for x in torch.aminmax(first))
-        if largest - smallest <= -SMALLEST_EXPONENT:
-            shift.fill_(largest)
-            _exp_sum_into(total, logits, temperature, -shift, row_mask, cut=False)
-            if is_harmless(total):
-                return
-    torch.mul(_column_max(logits, row_mask), 1.0 / temperature, out=shift)
-    _exp_sum_into(total, logits, temperature, -_finite_shift(shift), row_mask, cut=True)
-    total.masked_fill_(shift == -torch.inf, 0.0)
-
-
-def _column_max(logits: Tensor, row_mask: Tensor | None) -> Tensor:
-    """``[K]`` in the score type, -inf where no row takes part."""
-    B, K = logits.shape
-    column_max = logits.new_full((K,), -torch.inf)
-    for rows in row_blocks(B, K, logits.device):
-        block = logits[rows]
-        if row_mask is not None:
-            block = block.masked_fill(row_mask[rows, None], -torch.inf)
-        torch.maximum(column_max, block.amax(dim=0), out=column_max)
-    return column_max.to(score_dtype(logits))
-
-
-def _exp_sum_into(
-    total: Tensor,
-    logits: Tensor,
-    temperature: float,
-    bias: Tensor,
-    row_mask: Tensor | None,
-    *,
-    cut: bool,
-) -> None:
-    total.zero_()
-    taken = _row_weights(logits, row_mask, like=total)
-    for rows, tile in _row_tiles(logits, total):
-        _write_scores(tile, logits, temperature, bias, rows, row_mask)
-        total.addmv_(exp_(tile, cut=cut).t(), taken[rows])
-
-
-def _mass_into(
-    mass: Tensor, logits: Tensor, temperature: float, bias: Tensor, row_mask: Tensor | None
-) -> None:
-    """Rows are divided by their sums within the product that adds them up.
-
-    The exponents of Sinkhorn's biases hardly ever need a shift by the row maximum: from
-    ``Σ_b exp(s_bk + u_k) = 1`` in the first pass on, they are not far above 0, and in most rows
-    some are not far below. On a CPU, where looking at the row sums costs nothing, they decide; once
-    one is out of range, this and all later rows are shifted, as they all are on a GPU.
-    """
-    mass.zero_()
-    taken = _row_weights(logits, row_mask, like=mass)
-    if logits.device.type != "cpu":
-        for rows, tile in _row_tiles(logits, mass):
-            _write_scores(tile, logits, temperature, bias, rows, row_mask)
-            mass.addmv_(torch.softmax(tile, dim=-1, out=tile).t(), taken[rows])
-        return
-    shifted = cut = False
-    cut_off = mass.new_zeros(())  # an entry that was cut off in all rows
-    for rows, tile in _row_tiles(logits, mass):
-        _write_scores(tile, logits, temperature, bias, rows, row_mask)
-        if rows.start == 0:
-            cut = is_low(tile)
-        if not shifted:
-            row_sums = exp_(tile, cut=cut).sum(dim=1)
-            shifted = not is_harmless(row_sums)
-            if shifted:
-                _write_scores(tile, logits, temperature, bias, rows, row_mask)
-        if shifted:
-            cut = True
-            tile.sub_(tile.amax(dim=1, keepdim=True))
-            row_sums = exp_(tile, cut=cut).sum(dim=1)
-        weights = taken[rows] / row_sums
-        mass.addmv_(tile.t(), weights)
-        if cut:
-            cut_off += weights.sum() * CUT_OFF
-    mass.masked_fill_(mass <= 2.0 * cut_off, 0.0)  # unreachable prototypes have exactly 0
-
-
-def _row_weights(logits: Tensor, row_mask: Tensor | None, *, like: Tensor) -> Tensor:
-    """``[B]``: 1, or 0 for rows that take no part."""
-    weights = like.new_ones(len(logits))
-    return weights if row_mask is None else weights.masked_fill_(row_mask, 0.0)
-
-
-def _row_tiles(logits: Tensor, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows, and a tile for each: always the same memory, which so stays in the cache."""
-    B, K = logits.shape
-    blocks = list(row_blocks(B, K, logits.device))
-    memory = like.new_empty(blocks[0].stop if blocks else 0, K)
-    for rows in blocks:
-        yield rows, memory[: rows.stop - rows.start]
-
-
-def _write_scores(
-    tile: Tensor,
-    logits: Tensor,
-    temperature: float,
-    bias: Tensor,
-    rows: slice,
-    zero_rows: Tensor | None = None,
-) -> None:
-    """``logits[rows] / temperature + bias``, and 0 in some rows, whatever they hold."""
-    # Adding in the bias's type promotes 16-bit logits inside the operation.
-    torch.add(bias, logits[rows], alpha=1.0 / temperature, out=tile)
-    if zero_rows is not None:
-        tile.masked_fill_(zero_rows[rows, None], 0.0)
-
-
-def _check(logits: Logits, temperature: float, row_mask: Tensor | None) -> None:
-    check_logits(logits)
-    check_temperature(temperature)
-    if row_mask is None:
-        return
-    if row_mask.dtype != torch.bool:
-        raise TypeError(f"row_mask must be bool, True for rows left out, got {row_mask.dtype}")
-    if row_mask.shape != (logits.shape[0],):
-        raise ValueError(
-            f"row_mask must have shape [B] = ({logits.shape[0]},), got {tuple(row_mask.shape)}"
-        )
 
 
 def _check_past(past: Logits | None, logits: Logits) -> None:

@@ -1,4 +1,4 @@
-"""Sinkhorn-Knopp and centering as float64 for-loops, straight from the papers' equations."""
+"""Sinkhorn-Knopp as float64 for-loops, straight from the papers' equations."""
 
 import math
 

@@ -10,9 +10,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from sslkit.assignments import block_elements
-from sslkit.factored_logits import chunks
 from sslkit.ops.attention import HEAD_SIZES_TRITON, MAX_TOKENS_TRITON
+from sslkit.slices import block_elements, chunks
 from sslkit.training.plan.hardware import Strategy
 from sslkit.training.plan.workload import FLOAT, NUM_GLOBAL, Workload, parameters
 

@@ -1,0 +1,167 @@
+"""PyTorch body of `sslkit.ops.sinkhorn`, whose docstring has the derivation.
+
+It works on blocks of rows that, on a CPU, stay in the cache from the first to the last of the
+operations on them, and writes nothing of size ``[B, K]``.
+
+Passes over memory: one for a sum or a mass. On a CPU the log-sum-exp is tried in one pass too, with
+one shift for all columns: the maximum of the first block of rows, if that lies within 60 of its
+minimum. Should a sum then leave the middle of float32's range, or otherwise from the start, it
+takes two passes, for the column maxima and the sums.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import starmap
+
+import torch
+from torch import Tensor
+
+from sslkit.assignments import score_dtype
+from sslkit.ops.exponentials import CUT_OFF, SMALLEST_EXPONENT, exp_, is_harmless, is_low
+from sslkit.slices import row_blocks
+
+
+def column_logsumexp(
+    logits: Sequence[Tensor], temperatures: Sequence[float], row_masks: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """A shift ``[ΣK]`` of each column, and the sum ``[ΣK]`` of the exponentials with it."""
+    problems = zip(logits, temperatures, row_masks, strict=True)
+    shifts, sums = zip(*starmap(_logsumexp, problems), strict=True)
+    return torch.cat(shifts), torch.cat(sums)
+
+
+def column_exp_sum(
+    logits: Sequence[Tensor],
+    temperatures: Sequence[float],
+    bias: Tensor,
+    row_masks: Sequence[Tensor | None],
+) -> Tensor:
+    """``Σ_b exp(s + bias)`` of each column, ``[ΣK]``, over the rows that take part."""
+    biases = bias.split([x.shape[1] for x in logits])
+    problems = zip(logits, temperatures, biases, row_masks, strict=True)
+    return torch.cat(list(starmap(_exp_sum, problems)))
+
+
+def column_mass(
+    logits: Sequence[Tensor],
+    temperatures: Sequence[float],
+    bias: Tensor,
+    row_masks: Sequence[Tensor | None],
+) -> Tensor:
+    """``Σ_b softmax_k(s + bias)`` of each column, ``[ΣK]``, over the rows that take part."""
+    biases = bias.split([x.shape[1] for x in logits])
+    problems = zip(logits, temperatures, biases, row_masks, strict=True)
+    return torch.cat(list(starmap(_mass, problems)))
+
+
+def _logsumexp(
+    logits: Tensor, temperature: float, row_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    B, K = logits.shape
+    if logits.device.type == "cpu" and B > 0:  # elsewhere looking at numbers costs
+        first = logits[next(row_blocks(B, K, logits.device))]
+        smallest, largest = (x.item() / temperature for x in torch.aminmax(first))
+        if largest - smallest <= -SMALLEST_EXPONENT:
+            shift = logits.new_full((K,), largest, dtype=score_dtype(logits))
+            total = _exp_sum(logits, temperature, -shift, row_mask)
+            if is_harmless(total):
+                return shift, total
+    shift = _column_max(logits, row_mask) * (1.0 / temperature)
+    unreached = shift == -torch.inf
+    bias = -shift.masked_fill(unreached, 0.0)  # as -inf - (-inf) is NaN
+    total = _exp_sum(logits, temperature, bias, row_mask, cut=True)
+    return shift, total.masked_fill_(unreached, 0.0)
+
+
+def _column_max(logits: Tensor, row_mask: Tensor | None) -> Tensor:
+    """``[K]`` in the score type, -inf where no row takes part."""
+    B, K = logits.shape
+    column_max = logits.new_full((K,), -torch.inf)
+    for rows in row_blocks(B, K, logits.device):
+        block = logits[rows]
+        if row_mask is not None:
+            block = block.masked_fill(row_mask[rows, None], -torch.inf)
+        torch.maximum(column_max, block.amax(dim=0), out=column_max)
+    return column_max.to(score_dtype(logits))
+
+
+def _exp_sum(
+    logits: Tensor,
+    temperature: float,
+    bias: Tensor,
+    row_mask: Tensor | None,
+    *,
+    cut: bool = False,
+) -> Tensor:
+    total = torch.zeros_like(bias)
+    taken = _row_weights(logits, row_mask, like=total)
+    for rows, tile in _row_tiles(logits, like=total):
+        _write_scores(tile, logits, temperature, bias, rows, row_mask)
+        total.addmv_(exp_(tile, cut=cut).t(), taken[rows])
+    return total
+
+
+def _mass(logits: Tensor, temperature: float, bias: Tensor, row_mask: Tensor | None) -> Tensor:
+    """Rows are divided by their sums within the product that adds them up.
+
+    The exponents of Sinkhorn's biases hardly ever need a shift by the row maximum: from
+    ``Σ_b exp(s_bk + u_k) = 1`` in the first pass on, they are not far above 0, and in most rows
+    some are not far below. On a CPU, where looking at the row sums costs nothing, they decide; once
+    one is out of range, this and all later rows are shifted, as they all are on a GPU.
+    """
+    mass = torch.zeros_like(bias)
+    taken = _row_weights(logits, row_mask, like=mass)
+    if logits.device.type != "cpu":
+        for rows, tile in _row_tiles(logits, like=mass):
+            _write_scores(tile, logits, temperature, bias, rows, row_mask)
+            mass.addmv_(torch.softmax(tile, dim=-1, out=tile).t(), taken[rows])
+        return mass
+    shifted = cut = False
+    cut_off = mass.new_zeros(())  # an entry that was cut off in all rows
+    for rows, tile in _row_tiles(logits, like=mass):
+        _write_scores(tile, logits, temperature, bias, rows, row_mask)
+        if rows.start == 0:
+            cut = is_low(tile)
+        if not shifted:
+            row_sums = exp_(tile, cut=cut).sum(dim=1)
+            shifted = not is_harmless(row_sums)
+            if shifted:
+                _write_scores(tile, logits, temperature, bias, rows, row_mask)
+        if shifted:
+            cut = True
+            tile.sub_(tile.amax(dim=1, keepdim=True))
+            row_sums = exp_(tile, cut=cut).sum(dim=1)
+        weights = taken[rows] / row_sums
+        mass.addmv_(tile.t(), weights)
+        if cut:
+            cut_off += weights.sum() * CUT_OFF
+    return mass.masked_fill_(mass <= 2.0 * cut_off, 0.0)  # unreachable prototypes: exactly 0
+
+
+def _row_weights(logits: Tensor, row_mask: Tensor | None, *, like: Tensor) -> Tensor:
+    """``[B]``: 1, or 0 for rows that take no part."""
+    weights = like.new_ones(len(logits))
+    return weights if row_mask is None else weights.masked_fill_(row_mask, 0.0)
+
+
+def _row_tiles(logits: Tensor, *, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows, and a tile for each: always the same memory, which so stays in the cache."""
+    B, K = logits.shape
+    blocks = list(row_blocks(B, K, logits.device))
+    memory = like.new_empty(blocks[0].stop if blocks else 0, K)
+    for rows in blocks:
+        yield rows, memory[: rows.stop - rows.start]
+
+
+def _write_scores(
+    tile: Tensor,
+    logits: Tensor,
+    temperature: float,
+    bias: Tensor,
+    rows: slice,
+    zero_rows: Tensor | None,
+) -> None:
+    """``logits[rows] / temperature + bias``, and 0 in ``zero_rows``, whatever they hold."""
+    # Adding in the bias's type promotes 16-bit logits inside the operation.
+    torch.add(bias, logits[rows], alpha=1.0 / temperature, out=tile)
+    if zero_rows is not None:
+        tile.masked_fill_(zero_rows[rows, None], 0.0)
