@@ -20,9 +20,11 @@ import pytest
 import torch
 import tyro
 from markdown import Markdown
+from mkdocs.config import load_config
+from mkdocs.structure.files import get_files, set_exclusions
 
 from docs.gallery import run as gallery
-from docs.site import docstrings, maths, source_pages
+from docs.site import docstrings, flags, maths, source_pages
 from docs.site.docstrings import as_markdown
 from docs.site.settings_page import descriptions, load_recipe, markdown
 from sslkit import backbones
@@ -222,6 +224,22 @@ def count_leaves(settings: object) -> int:
     return sum(count_leaves(v) if dataclasses.is_dataclass(v) else 1 for v in values)
 
 
+def test_style_sheet_and_scripts_are_part_of_the_site() -> None:
+    config = load_config(str(ROOT / "mkdocs.yml"))
+    files = get_files(config)
+    set_exclusions(files, config)
+    for path in (*config.extra_css, *config.extra["polyfills"]):
+        file = files.get_file_from_path(path)
+        assert file is not None, path
+        assert file.inclusion.is_included(), f"{path}: see exclude_docs of mkdocs.yml"
+
+
+def test_flags_in_code_are_kept_whole() -> None:
+    page = flags.on_page_content("<p>a -- b <code>x --num-images 3</code> <pre>c--d</pre>")
+    whole = '<span class="flag">--num-images</span>'
+    assert page == f"<p>a -- b <code>x {whole} 3</code> <pre>c--d</pre>"
+
+
 def test_descriptions_are_the_strings_below_the_fields() -> None:
     source = 'class A:\n    """Doc."""\n    x: int = 1\n    """What\n    x is."""\n    y: int = 2\n'
     assert descriptions(ast.parse(source)) == {"A": {"": "Doc.", "x": "What x is."}}
@@ -240,6 +258,10 @@ def test_doctests_of_docstrings_become_code_blocks() -> None:
         *("Adds.", "", "Example:", "    ```pycon", "    >>> 1 + 1", "    2", "    ```", ""),
         *("See `x`:", "", "    y"),
     ]
+
+
+def test_names_that_share_a_text_are_all_shown() -> None:
+    assert as_markdown("    mean, std, C: of it.") == "    mean: and `std`, `C`: of it."
 
 
 def test_equations_become_mathml() -> None:

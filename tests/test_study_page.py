@@ -120,7 +120,7 @@ def test_the_page_says_what_is_missing_and_what_a_claim_came_to(tmp_path):
     assert "Not run yet: `python -m benchmarks.study run --scale laptop --only targets`." in text
     assert "Missing: centering, Sinkhorn, 1 iteration, Sinkhorn, 10 iterations." in text
     # Made-up scores rise from arm to arm, by the same in every seed.
-    assert "- + nested heads, against + CyclicMask: higher: k-NN, linear," in text
+    assert "- \\+ nested heads, against + CyclicMask: higher: k-NN, linear," in text
     section = text.split("\n## Does each piece help?")[1].split("\n## ")[0]
     claimed = re.findall(r"^\| (.+): (.+) higher \| (.+) \| (.+) \|$", section, re.MULTILINE)
     assert [(against.split(",")[0], score) for against, score, *_ in claimed] == [

@@ -97,7 +97,7 @@ def section(rows: Sequence[Row], name: str, group: Group, folder: str) -> Iterat
     yield from tables.differences(rows, group)
     if found := list(findings(rows, group)):
         yield "**What it says.**\n"
-        yield from found
+        yield from (line.replace("- +", "- \\+") for line in found)  # no list in the list
         yield ""
     yield from verdict(rows, TEXTS[name], group)
 

@@ -1,7 +1,8 @@
 """Docstrings as Markdown: what is plain in a terminal is given the marks that a page needs.
 
 A griffe extension of ``mkdocs.yml``. Doctests become code blocks, ``text::`` before an indented
-block ``text:``, and roles such as ``:class:`Source``` the bare name in code type.
+block ``text:``, and roles such as ``:class:`Source``` the bare name in code type. Names that share
+a text, ``mean, std: ...``, are no name to griffe, hence ``mean: and `std`: ...``.
 """
 
 import re
@@ -10,6 +11,7 @@ from typing import Any
 import griffe
 
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):`~?(?:[\w.]+\.)?([\w]+)`")
+NAMES = re.compile(r"^(    \w+), (\w+(?:, \w+)*):")
 
 
 class PlainDocstrings(griffe.Extension):
@@ -43,7 +45,13 @@ def as_markdown(text: str) -> str:
         if fence is None:
             line = ROLE.sub(r"`\1`", line)
             line = re.sub(r"(\S)::$", r"\1:", line)
+            line = NAMES.sub(_shared, line)
         lines.append(line)
     if fence is not None:
         lines.append(f"{fence}```")
     return "\n".join(lines)
+
+
+def _shared(names: re.Match[str]) -> str:
+    others = ", ".join(f"`{name}`" for name in names[2].split(", "))
+    return f"{names[1]}: and {others}:"

@@ -3,8 +3,8 @@
     python docs/site/screenshots.py build/site build/screenshots [PAGE ...]
 
 Needs ``pip install playwright`` and a Chromium (``apt install chromium``). Prints what is broken:
-pages wider than the window, pictures that did not load, requests that leave the machine, errors of
-scripts.
+pages wider than the window, pictures that did not load, requests that leave the machine or find
+nothing, errors of scripts.
 """
 
 import argparse
@@ -72,7 +72,12 @@ def photograph(browser: "Browser", home: str, output: Path, pages: list[str]) ->
                 page.set_default_timeout(0)  # a busy machine takes its time
                 requests: list[str] = []
                 errors: list[str] = []
+                missing: list[str] = []
                 page.on("request", lambda request, urls=requests: urls.append(request.url))
+                page.on(
+                    "response",
+                    lambda reply, urls=missing: urls.extend([reply.url] * (not reply.ok)),
+                )
                 page.on("pageerror", lambda error, texts=errors: texts.append(str(error)))
                 page.goto(f"{home}/{page_name}")
                 page.wait_for_load_state("networkidle")
@@ -85,6 +90,7 @@ def photograph(browser: "Browser", home: str, output: Path, pages: list[str]) ->
                 yield from (f"{seen}: picture {source} is broken" for source in broken)
                 abroad = [url for url in requests if not url.startswith((home, "data:"))]
                 yield from (f"{seen}: asks for {url}" for url in abroad)
+                yield from (f"{seen}: does not find {url}" for url in missing)
                 yield from (f"{seen}: script error: {error}" for error in errors)
                 height = min(page.evaluate("document.body.scrollHeight"), MOST_PIXELS_HIGH)
                 page.set_viewport_size({"width": width, "height": height})

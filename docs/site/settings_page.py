@@ -43,7 +43,7 @@ def markdown() -> str:
     for section, values in sections:
         kind = type(values).__name__
         lines += [f"## {kind}", "", described[kind][""], ""]
-        lines += ["| flag | default | other presets | |", "| --- | --- | --- | --- |"]
+        lines += ["| flag | default | other presets | what it is |", "| --- | --- | --- | --- |"]
         for field in dataclasses.fields(values):
             value = getattr(values, field.name)
             if dataclasses.is_dataclass(value):
@@ -103,7 +103,7 @@ def _differing(value: Any, others: dict[str, Any]) -> str:
 def _code(value: Any) -> str:
     if isinstance(value, tuple):
         return f"`{' '.join(_plain(item) for item in value)}`" if value else "none"
-    return f"`{_plain(value)}`"
+    return f"`{_plain(value)}`" if value != "" else "none"
 
 
 def _plain(value: Any) -> str:

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Mean of ImageNet's training images by channel, red, green, blue, of values in 0..1."""
+
 IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Their standard deviation by channel."""
 
 
 def normalisation(

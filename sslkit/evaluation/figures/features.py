@@ -167,7 +167,7 @@ def cluster_entropy(
     for name, result, colour, line in curves:
         entropy = result.entropy.sort().values.cpu().numpy()
         rank = 100 * (np.arange(len(entropy)) + 0.5) / len(entropy)
-        label = f"{name}\nmean {result.mean:.2f}, {len(entropy)} clusters"
+        label = f"{name}\nmean {result.mean:.3f}, {len(entropy)} clusters"
         axes.plot(rank, entropy, color=colour, ls=line, label=label)
     axes.set(
         xlabel="clusters, sorted by entropy (%)",
