@@ -45,12 +45,13 @@ def main() -> None:
         ) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             home = f"http://localhost:{server.server_port}"
-            faults = list(photograph(browser, home, options.output, pages))
+            whole = True
+            for fault in photograph(browser, home, options.output, pages):
+                whole = False
+                print(fault, flush=True)
             server.shutdown()
         browser.close()
-    for fault in faults:
-        print(fault)
-    raise SystemExit(bool(faults))
+    raise SystemExit(not whole)
 
 
 class Quiet(SimpleHTTPRequestHandler):
