@@ -55,6 +55,15 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert found.sd == pytest.approx(0, abs=1e-9)
 
 
+def test_seeds_that_came_later_are_told_and_have_their_command(tmp_path):
+    rows = all_rows(tmp_path, ["pieces", "masks"], (0, 1, 2))
+    more = [{**row, "seed": row["seed"] + 3} for row in rows if row["group"] == "pieces"]
+    said = "\n".join(page.lines({"laptop": rows + more}, "study"))
+    assert said.count("Seeds 3, 4, 5 were added when the first 3 had been seen") == 1
+    assert "run --scale laptop --only pieces --seeds 3 4 5\n" in said
+    assert "were added" not in "\n".join(page.lines({"laptop": rows}, "study"))
+
+
 def test_figures_are_drawn_of_what_is_there(tmp_path):
     rows = all_rows(tmp_path)
     paths = list(figures.write(rows, tmp_path / "figures"))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.machine import ROOT
 from benchmarks.study import runs, training
-from benchmarks.study.settings import GROUPS, SCALES, groups_of
+from benchmarks.study.settings import GROUPS, SCALES, SEEDS, groups_of
 
 DATA = ROOT.parent / "shared" / "data"
 DEFAULT = [name for name, group in GROUPS.items() if group.split == "test"]
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     do.add_argument("--scale", choices=SCALES, default="laptop")
     do.add_argument("--budget", type=float, default=60, metavar="MINUTES")
     do.add_argument("--only", nargs="+", choices=GROUPS, default=DEFAULT, metavar="GROUP")
-    do.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    do.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     do.add_argument("--data", help="labelled images; by default ../shared/data/cifar10")
     do.add_argument("--dense", default=str(DATA / "cutouts"), help="images with masks")
     do.add_argument("--work", type=Path, default=ROOT / "runs" / "study")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.study import figures, tables
 from benchmarks.study.runs import Row
-from benchmarks.study.settings import GROUPS, WHOLE, Group, groups_of
+from benchmarks.study.settings import GROUPS, SEEDS, WHOLE, Group, groups_of
 from benchmarks.study.summary import SCORES, by_planes, difference, failed, score_spread
 from benchmarks.study.texts import TEXTS, Text
 
@@ -89,6 +89,11 @@ def introduction(results: Results) -> Iterator[str]:
 
 def section(rows: Sequence[Row], name: str, group: Group, folder: str) -> Iterator[str]:
     """What one scale answers to one question."""
+    if more := seeds_added(rows).get(name):
+        yield (
+            f"Seeds {', '.join(map(str, more))} were added when the first {len(SEEDS)} had been "
+            "seen; how many was fixed before they were run.\n"
+        )
     if name in figures.FIGURES and figures.drawable(rows, name):
         yield f"![{group.question}]({folder}/{name}.png)\n"
     yield from tables.scores(rows, group)
@@ -100,6 +105,15 @@ def section(rows: Sequence[Row], name: str, group: Group, folder: str) -> Iterat
         yield from (line.replace("- +", "- \\+") for line in found)  # no list in the list
         yield ""
     yield from verdict(rows, TEXTS[name], group)
+
+
+def seeds_added(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """Seeds beyond those of every arm, by the question that they were run for."""
+    added: dict[str, set[int]] = {}
+    for row in rows:
+        if row["seed"] not in SEEDS:
+            added.setdefault(row["group"], set()).add(row["seed"])
+    return {group: sorted(seeds) for group, seeds in added.items()}
 
 
 def findings(rows: Sequence[Row], group: Group) -> Iterator[str]:
@@ -166,6 +180,9 @@ def colophon(results: Results) -> Iterator[str]:
     if "choice" in groups_of(first):
         yield f"python -m benchmarks.study run --scale {first} --only choice --seeds 0"
     yield f"python -m benchmarks.study run --scale {first} --budget 60  # until all is done"
+    for name, seeds in seeds_added(results[first]).items():
+        more = " ".join(map(str, seeds))
+        yield f"python -m benchmarks.study run --scale {first} --only {name} --seeds {more}"
     for scale in others:
         asked = " ".join(dict.fromkeys(row["group"] for row in results[scale]))
         yield f"python -m benchmarks.study run --scale {scale} --only {asked} --budget 60"

@@ -32,6 +32,8 @@ class Arm:
 
 
 WHOLE = "franca"
+SEEDS = (0, 1, 2)
+"""Of every arm; more may follow for some."""
 ARMS: dict[str, Arm] = {
     "fresh": Arm("fresh weights", trained=False, dense_sizes=True),
     "pixels": Arm("pixels, colour and place", trained=False),
