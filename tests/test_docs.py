@@ -13,7 +13,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import matplotlib
 import pytest
@@ -22,9 +22,10 @@ import tyro
 from markdown import Markdown
 from mkdocs.config import load_config
 from mkdocs.structure.files import get_files, set_exclusions
+from PIL import Image
 
 from docs.gallery import run as gallery
-from docs.site import docstrings, flags, maths, source_pages
+from docs.site import docstrings, figures, flags, maths, source_pages
 from docs.site.docstrings import as_markdown
 from docs.site.settings_page import descriptions, load_recipe, markdown
 from sslkit import backbones
@@ -224,14 +225,28 @@ def count_leaves(settings: object) -> int:
     return sum(count_leaves(v) if dataclasses.is_dataclass(v) else 1 for v in values)
 
 
-def test_style_sheet_and_scripts_are_part_of_the_site() -> None:
+def test_the_style_sheet_is_part_of_the_site() -> None:
     config = load_config(str(ROOT / "mkdocs.yml"))
     files = get_files(config)
     set_exclusions(files, config)
-    for path in (*config.extra_css, *config.extra["polyfills"]):
+    for path in config.extra_css:
         file = files.get_file_from_path(path)
         assert file is not None, path
         assert file.inclusion.is_included(), f"{path}: see exclude_docs of mkdocs.yml"
+
+
+@pytest.mark.parametrize(("size", "wide"), [((300, 100), True), ((100, 100), False)])
+def test_wide_figures_are_marked(size: tuple[int, int], wide: bool) -> None:
+    content = io.BytesIO()
+    Image.new("RGB", size).save(content, "PNG")
+    found = {"parts/rasa/a.png": SimpleNamespace(content_bytes=content.getvalue())}
+    html = figures.on_page_content(
+        '<p><img alt="A" src="rasa/a.png"><img src="https://b.org/c.png"></p>',
+        page=SimpleNamespace(file=SimpleNamespace(src_uri="parts/page.md")),
+        files=SimpleNamespace(get_file_from_path=found.get),
+    )
+    assert html.count('class="wide"') == wide
+    assert html.startswith('<p><img class="wide" alt="A"') == wide
 
 
 def test_flags_in_code_are_kept_whole() -> None:
