@@ -80,7 +80,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc").exists(), reason="finds ranks 
 @needs_proc
 def test_a_killed_rank_ends_the_job_on_all_ranks_with_words(tmp_path: Path) -> None:
     process = launch(tmp_path / "run", "--steps", "1000", restarts=0)
-    wait_for_step(tmp_path / "run", 6, process)
+    wait_for_step(tmp_path / "run", 9, process)  # at step 8 the checkpoint of step 4 is waited for
     killed = time.monotonic()
     os.kill(process_of(1, process), signal.SIGKILL)
     text = finish(process, seconds=60)
