@@ -10,11 +10,8 @@ from sslkit import backbones
 from sslkit.data.scenes import Scenes
 from sslkit.evaluation.attention import Options, cls_attention, evaluate
 from sslkit.evaluation.subject import Subject
+from tests.noise import noise
 from tests.oracles import evaluation as oracle
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @given(

@@ -18,11 +18,8 @@ from sslkit.evaluation.cluster_entropy import (
     shuffled,
 )
 from sslkit.evaluation.subject import Subject
+from tests.noise import seeded
 from tests.oracles import evaluation as oracle
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def random_ids(num_clusters, *shape, seed=0):

@@ -1,5 +1,7 @@
 """Confidences: loops, closed forms, scikit-learn and pytorch-ood."""
 
+from functools import partial
+
 import pytest
 import torch
 from sklearn.covariance import EmpiricalCovariance
@@ -15,15 +17,11 @@ from sslkit.evaluation.confidences import (
     ood_confidences,
 )
 from sslkit.evaluation.ood import auroc
+from tests.noise import noise as standard_noise
+from tests.noise import seeded
 from tests.oracles import classification as oracle
 
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+noise = partial(standard_noise, dtype=torch.float64)
 
 
 def classes(count, num_classes=4, dim=6, *, seed=0):

@@ -19,15 +19,8 @@ from sslkit.evaluation.correspondence import (
 from sslkit.evaluation.encoders import as_encoder
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.tokens import Unsuitable
+from tests.noise import noise, seeded
 from tests.oracles import objects as oracle
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed))
 
 
 @given(

@@ -13,15 +13,8 @@ from sslkit.evaluation.depth_errors import (
     gradient_loss,
     scale_invariant_loss,
 )
+from tests.noise import noise, seeded
 from tests.oracles import dense as oracle
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed))
 
 
 def depths(*shape, unknown=0.3, seed=0):

@@ -17,11 +17,8 @@ from sslkit.evaluation.feat2gs import (
     read_pca_features,
     write_pca_features,
 )
+from tests.noise import noise
 from tests.oracles import dense as oracle
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def pictures(*shape, seed=0):

@@ -23,15 +23,12 @@ from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
 from sslkit.evaluation.figures.style import MASKED_GREY
 from sslkit.evaluation.pca import pca_maps
 from sslkit.evaluation.views import EvalTransform
+from tests.noise import seeded
 
 SIZE, GRID = (48, 72), (6, 9)  # pixels, patches
 SCENES = Scenes(6, size=(60, 100), seed=3)
 VIEW = EvalTransform(SIZE, resize=50)
 NAMES = ("background", *SCENES.class_names)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def images(count):

@@ -10,11 +10,8 @@ from matplotlib.colors import to_rgba
 
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.figures.style import TRAINED
+from tests.noise import seeded
 from tests.test_figures import assert_can_be_read
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def counts(num_classes, *, right=0.7, seed=0):

@@ -11,15 +11,12 @@ from sslkit.data.scenes import Scenes
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
 from sslkit.evaluation.correspondence import SquareView
+from tests.noise import seeded
 from tests.test_figures import assert_can_be_read
 
 SIZES = ((60, 100), (90, 50), (64, 64))
 SCENES = [Scenes(3, size=size, seed=3) for size in SIZES]
 HIT, MISS = (10.0, 12.0, 40.0, 44.0), (30.0, 2.0, 50.0, 20.0)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def boxes(count):

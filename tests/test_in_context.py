@@ -13,16 +13,9 @@ from sslkit.evaluation.in_context import (
     patch_class_frequencies,
     segment,
 )
+from tests.noise import noise, seeded
 from tests.oracles import dense as dense_oracle
 from tests.oracles import evaluation as oracle
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed))
 
 
 def random_masks(batch, size, num_classes, *, ignored=0.2, seed=0):

@@ -12,11 +12,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from sslkit.evaluation import knn
 from sslkit.evaluation.knn import cosine_neighbours, knn_accuracy, knn_predict
+from tests.noise import noise
 from tests.oracles import evaluation as oracle
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def random_labels(count, num_classes, seed=0):

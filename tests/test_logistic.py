@@ -24,15 +24,8 @@ from sslkit.evaluation.logistic import (
 )
 from sslkit.evaluation.scores import bootstrap
 from sslkit.evaluation.subject import Subject
+from tests.noise import noise, seeded
 from tests.oracles import classification as oracle
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed))
 
 
 def planted(count, *, num_classes=3, dim=4, spread=1.0, seed=0):

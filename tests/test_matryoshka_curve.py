@@ -6,10 +6,7 @@ import torch
 from sslkit.evaluation.in_context import InContextResult, in_context_segmentation
 from sslkit.evaluation.knn import knn_accuracy
 from sslkit.evaluation.matryoshka import matryoshka_curve, nesting_sizes
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.noise import noise
 
 
 def test_each_prefix_is_cut_and_normalised():

@@ -15,13 +15,10 @@ from sslkit.evaluation.lost import lost_box, lost_mask
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.tokencut import cut_vector, tokencut_box, tokencut_mask
 from sslkit.evaluation.tokens import Unsuitable
+from tests.noise import noise
 from tests.oracles import objects as oracle
 
 FIND = {"lost": lost_box, "tokencut": tokencut_box}
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def planted(grid, cells, noise_scale=0.0, seed=0):

@@ -1,6 +1,7 @@
 """OOD metrics against closed forms, loops and scikit-learn; the command on a tiny subject."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -23,15 +24,11 @@ from sslkit.evaluation.ood import (
 )
 from sslkit.evaluation.scores import bootstrap
 from sslkit.evaluation.subject import Subject
+from tests.noise import noise as standard_noise
+from tests.noise import seeded
 from tests.oracles import classification as oracle
 
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+noise = partial(standard_noise, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("distance", [0.0, 0.5, 1.0, 2.0, 4.0])

@@ -12,14 +12,7 @@ from sslkit.evaluation import overclustering as module
 from sslkit.evaluation.confusion import confusion_matrices, mean_iou
 from sslkit.evaluation.overclustering import cluster_counts, overclustering, reduced
 from sslkit.evaluation.segmentation import resize_masks
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed))
+from tests.noise import noise, seeded
 
 
 def planted(num_classes, kinds=1, *, batch=12, grid=(5, 7), patch=4, spread=0.1):

@@ -11,10 +11,7 @@ from sslkit import backbones
 from sslkit.data.scenes import Scenes
 from sslkit.evaluation.pca import Options, evaluate, pca_maps
 from sslkit.evaluation.subject import Subject
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.noise import noise
 
 
 def planted(sign=1.0, seed=0):

@@ -6,10 +6,7 @@ import torch
 
 from sslkit.evaluation.position import position_probe
 from sslkit.rasa import patch_positions
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.noise import noise
 
 
 @pytest.mark.parametrize(

@@ -28,14 +28,7 @@ from sslkit.evaluation.robustness import (
     wnids,
 )
 from sslkit.evaluation.subject import Subject
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed))
+from tests.noise import noise, seeded
 
 
 @pytest.mark.parametrize("name", ["imagenet-a", "imagenet-r"])

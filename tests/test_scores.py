@@ -7,10 +7,7 @@ import torch
 
 from sslkit.evaluation.confusion import mean_iou
 from sslkit.evaluation.scores import Score, bootstrap
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+from tests.noise import seeded
 
 
 def test_interval_of_a_mean_is_that_of_the_normal_distribution():

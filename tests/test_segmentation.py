@@ -13,12 +13,9 @@ from sslkit.evaluation.segmentation import (
     predicted_masks,
     resize_masks,
 )
+from tests.noise import seeded
 from tests.oracles import dense as oracle
 from tests.oracles import evaluation as evaluation_oracle
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def masks_of(shape, num_classes, *, ignored=0.2, seed=0):

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+from scipy import stats
+
 from benchmarks.study.runs import Row
 from benchmarks.study.settings import WHOLE
 
@@ -22,8 +24,6 @@ SCORES = {
     "entropy_shuffled": "of shuffled patches",
 }
 _DECIMALS = {"position_r2": 2, "entropy": 3, "entropy_shuffled": 3}  # others: percent, one
-# Two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class Spread:
         degrees = len(self.values) - 1
         if degrees < 1:
             return math.inf
-        t = _T[degrees - 1] if degrees <= len(_T) else 1.96
-        return t * self.sd / math.sqrt(degrees + 1)
+        return float(stats.t.ppf(0.975, degrees)) * self.sd / math.sqrt(degrees + 1)
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from benchmarks import textbook
 from docs.figures.page import phone_figure
 from sslkit import Assignments, EMACentering, SinkhornKnopp, SinkhornQueue
 from sslkit.evaluation.figures.style import (
@@ -17,15 +18,6 @@ from sslkit.evaluation.figures.style import (
     styled,
     whole_numbers,
 )
-
-
-def textbook(logits: Tensor, temperature: float, num_iterations: int = 3) -> Tensor:
-    """Sinkhorn-Knopp on the matrix itself, as it is mostly written."""
-    Q = torch.exp(logits / temperature)
-    for _ in range(num_iterations):
-        Q = Q / Q.sum(dim=0)
-        Q = Q / Q.sum(dim=1, keepdim=True)
-    return Q
 
 
 @styled
@@ -91,7 +83,7 @@ def sinkhorn_knopp(B: int = 48, K: int = 12, temperature: float = 0.1) -> Figure
         scores[0, 0] = size  # the largest score is positive
         exact = SinkhornKnopp()(scores, 0.04).probs()
         for name, found in (
-            ("textbook", textbook(scores.float(), 0.04)),
+            ("textbook", textbook.sinkhorn(scores.float(), 0.04)),
             ("SinkhornKnopp", SinkhornKnopp()(scores.float(), 0.04).probs()),
         ):
             errors[name].append((found - exact).abs().max().item())

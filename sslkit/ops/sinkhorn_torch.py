@@ -9,7 +9,7 @@ minimum. Should a sum then leave the middle of float32's range, or otherwise fro
 takes two passes, for the column maxima and the sums.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import starmap
 
 import torch
@@ -36,9 +36,7 @@ def column_exp_sum(
     row_masks: Sequence[Tensor | None],
 ) -> Tensor:
     """``Σ_b exp(s + bias)`` of each column, ``[ΣK]``, over the rows that take part."""
-    biases = bias.split([x.shape[1] for x in logits])
-    problems = zip(logits, temperatures, biases, row_masks, strict=True)
-    return torch.cat(list(starmap(_exp_sum, problems)))
+    return _packed(_exp_sum, logits, temperatures, bias, row_masks)
 
 
 def column_mass(
@@ -48,9 +46,20 @@ def column_mass(
     row_masks: Sequence[Tensor | None],
 ) -> Tensor:
     """``Σ_b softmax_k(s + bias)`` of each column, ``[ΣK]``, over the rows that take part."""
+    return _packed(_mass, logits, temperatures, bias, row_masks)
+
+
+def _packed(
+    column_sum: Callable[..., Tensor],
+    logits: Sequence[Tensor],
+    temperatures: Sequence[float],
+    bias: Tensor,
+    row_masks: Sequence[Tensor | None],
+) -> Tensor:
+    """The sums of all problems, one after the other, ``[ΣK]``."""
     biases = bias.split([x.shape[1] for x in logits])
     problems = zip(logits, temperatures, biases, row_masks, strict=True)
-    return torch.cat(list(starmap(_mass, problems)))
+    return torch.cat(list(starmap(column_sum, problems)))
 
 
 def _logsumexp(
