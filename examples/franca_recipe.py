@@ -869,8 +869,10 @@ class Trainer:
             group = checkpoint_group(parallel.group)
             pretrained, path = last_checkpoint("pretrain", settings, group)
             pretrained.load_(path, self.weights(), partial=True)
-            for network in networks:
-                network.backbone.set_img_size_(plan.global_size)
+            for (
+                network
+            ) in networks:  # antialiased, as scripts/modify_ckpt_highres.py of the release
+                network.backbone.set_img_size_(plan.global_size, pos_interpolation="antialias")
         self.distribute(networks)
         groups = make_groups(self.student, settings.optim)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.optim.betas)

@@ -134,7 +134,7 @@ def test_the_mode_is_that_of_the_wrapped_network(training):
 
 def test_wrapping_twice_changes_nothing():
     encoder = micro().eval()
-    again = ViTEncoder(encoder.vit).eval()
+    again = ViTEncoder(encoder.vit, pos_interpolation=encoder.pos_interpolation).eval()
     images = torch.randn(1, 3, 8, 12)
     torch.testing.assert_close(flat(again(images)), flat(encoder(images)), rtol=0, atol=0)
 
@@ -289,7 +289,7 @@ def test_drop_path_drops_whole_crops_at_the_rate():
 
 
 def test_in_training_each_crop_keeps_or_loses_each_branch():
-    encoder = micro(drop_path_rate=0.5, depth=1).train()
+    encoder = micro(drop_path_rate=0.5, depth=1, pos_interpolation="antialias").train()
     block, norm = encoder.vit.blocks[0], encoder.vit.norm
     images = [torch.randn(40, 3, 8, 12), torch.randn(40, 3, 8, 8)]
     torch.manual_seed(0)

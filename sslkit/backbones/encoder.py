@@ -1,6 +1,7 @@
 """ViTEncoder: a Vision Transformer of timm as a masked, multi-crop token encoder."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -58,7 +59,7 @@ class ViTEncoder(nn.Module):
         activation_checkpointing: in training, keep only the input of each block and recompute the
             rest in the backward pass: same gradients, less memory, one more forward pass of time.
         pos_interpolation: how positions are resampled: ``"antialias"`` (timm's rule),
-            ``"bicubic"`` or ``"dinov2"``.
+            ``"bicubic"`` or ``"dinov2"`` (the rule of DINOv2 and Franca).
         rope_periods: to which type the periods of rotary positions are rounded. Those in DINOv3's
             own files are bfloat16; timm's and transformers' DINOv3 compute them in float32.
         settings: keyword arguments of :func:`sslkit.backbones.create` that rebuild this network;
@@ -263,19 +264,34 @@ class ViTEncoder(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, T, d]
         return q, k, v
 
-    def set_img_size_(self, img_size: int | tuple[int, int]) -> None:
+    def set_img_size_(
+        self, img_size: int | tuple[int, int], *, pos_interpolation: PosInterpolation | None = None
+    ) -> None:
         """Resample the stored position embedding to the grid of ``img_size``, in place.
 
         Not needed to encode images of another size, which resamples on the fly; it makes the new
         grid the one that is trained and saved. ``vit.pos_embed`` becomes a new parameter, so build
         the optimizer afterwards. A network without learned positions, such as DINOv3, changes in
         its settings alone.
+
+        Args:
+            img_size: ``(height, width)`` or one number, multiples of the patch size.
+            pos_interpolation: the rule for this once. By default the encoder's own, so that images
+                of the new size have the same tokens before and after. The released Franca trains
+                with ``"dinov2"`` and prepares its 518-pixel stage with ``"antialias"``
+                (scripts/modify_ckpt_highres.py).
+
+        Raises:
+            ValueError: the size is not a multiple of the patch size, or the rule is unknown.
         """
+        rule = self.pos_interpolation if pos_interpolation is None else pos_interpolation
+        check_pos_interpolation(rule)
         h, w = (img_size, img_size) if isinstance(img_size, int) else img_size
         H, W = self._grid(h, w, "img_size")
         vit = self.vit
         if vit.pos_embed is not None:
-            prefix, patches = positions_of(vit, vit.pos_embed, (H, W), self._resample)
+            resample = partial(resample_positions, method=rule)
+            prefix, patches = positions_of(vit, vit.pos_embed, (H, W), resample)
             resampled = torch.cat([prefix, patches], dim=1).detach().clone()
             vit.pos_embed = nn.Parameter(resampled, requires_grad=vit.pos_embed.requires_grad)
         vit.patch_embed.set_input_size(img_size=(h, w))
