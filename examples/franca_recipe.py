@@ -276,8 +276,12 @@ class Init:
 
 @dataclass(frozen=True)
 class HighRes:
-    """High-resolution adaptation (paper section 4): the same training, schedules compressed."""
+    """High-resolution adaptation (paper section 4): the same training with schedules of its own."""
 
+    # The released configs/finetune/vitb14_finetune.yaml, 100 epochs of 200 iterations, but for the
+    # batch: its file says 32 images a GPU and not on how many. The paper says that the schedules of
+    # pretraining are compressed and that the teacher warms up for 10 K iterations, which in the
+    # file are the learning rate's.
     steps: int = 20_000
     """Optimizer steps."""
     global_size: int = 518
@@ -286,10 +290,16 @@ class HighRes:
     """Pixels a side of the small views."""
     batch_size: int = 2048
     """Images an optimizer step, over all processes and micro-batches."""
-    lr_scale: float = 0.1
-    """Of the pretraining's base_lr; about a tenth in the released code."""
-    temperature_warmup: float = 0.5
-    """The teacher's warm-up: 10 K of 20 K iterations."""
+    drop_path: float = 0.1
+    """Share of the student's residual branches left out in this stage."""
+    lr_scale: float = 7.05e-5 / 7.01e-4
+    """Highest learning rate as a multiple of the pretraining's."""
+    lr_warmup: float = 10_000 / 20_000
+    """Share of the steps over which the learning rate first rises linearly from 0."""
+    temperature_warmup: float = 6_000 / 20_000
+    """Share of the steps over which the teacher temperature rises linearly."""
+    freeze_prototypes: float = 200 / 20_000
+    """Share of the steps during which the last layers keep their initial value."""
 
 
 @dataclass(frozen=True)
@@ -418,7 +428,8 @@ PRESETS: dict[PresetName, Settings] = {
         batch_size=3072,
         model=Model(backbone="franca_vitl14", drop_path=0.4),
         optim=Optim(base_lr=2.0e-4),
-        highres=HighRes(batch_size=3072),
+        # configs/finetune/vitl14_finetune.yaml, whose drop path is .1, after .4 in pretraining.
+        highres=HighRes(batch_size=3072, lr_scale=1.51e-5 / 2.0e-4),
     ),
     "vitg14_laion": Settings(
         preset="vitg14_laion",
@@ -428,7 +439,8 @@ PRESETS: dict[PresetName, Settings] = {
         # The released LAION crops: global area .45-1, local .05-.45.
         crops=Crops(global_scale=(0.45, 1.0), local_scale=(0.05, 0.45)),
         optim=Optim(base_lr=2.0e-4),
-        highres=HighRes(batch_size=3072),
+        # No ViT-g was adapted. The schedules are ViT-B's, the drop path stays that of pretraining.
+        highres=HighRes(batch_size=3072, drop_path=0.4),
     ),
     # Two CPU cores, minutes: 32 px views of 48 px scenes, and every part of the method. Changed for
     # short runs of small batches (docs/cifar10.md): as many prototypes as the batch has rows, a
@@ -469,7 +481,19 @@ PRESETS: dict[PresetName, Settings] = {
             freeze_prototypes=0.02,
             momentum=(0.98, 1.0),
         ),
-        highres=HighRes(steps=20, global_size=48, local_size=24, batch_size=48),
+        # The shares of the demo's pretraining: in 20 steps the released warm-up, half of them,
+        # leaves too few at the full learning rate.
+        highres=HighRes(
+            steps=20,
+            global_size=48,
+            local_size=24,
+            batch_size=48,
+            drop_path=0.0,
+            lr_scale=0.1,
+            lr_warmup=0.05,
+            temperature_warmup=0.5,
+            freeze_prototypes=0.02,
+        ),
         rasa=Rasa(num_images=500),
         evaluation=Evaluation(
             num_train=3000,
@@ -492,7 +516,9 @@ PRESETS["cifar10"] = replace(
     log_every=20,
     checkpoint_every=200,
     crops=replace(PRESETS["demo"].crops, global_size=24, local_size=12, blur_sigma=(0.1, 2.0)),
-    highres=HighRes(steps=100, global_size=32, local_size=12, batch_size=64),
+    highres=replace(
+        PRESETS["demo"].highres, steps=100, global_size=32, local_size=12, batch_size=64
+    ),
     evaluation=Evaluation(
         num_train=20_000,
         num_test=4_000,
@@ -547,7 +573,8 @@ PRESETS["adapt"] = Settings(
         momentum=(0.99, 1.0),
         momentum_batch=64,
     ),
-    highres=HighRes(steps=200, batch_size=32),
+    # Few steps on trained weights, as above: a short warm-up.
+    highres=HighRes(steps=200, batch_size=32, lr_scale=0.1, lr_warmup=0.05, freeze_prototypes=0.01),
     evaluation=Evaluation(
         num_train=5000,
         num_test=1000,
@@ -732,8 +759,11 @@ class Plan:
     batch_size: int
     global_size: int
     local_size: int
+    drop_path: float
     base_lr: float
+    lr_warmup: float
     temperature_warmup: float
+    freeze_prototypes: float
     head_warmup: float  # share of the steps in which the backbone rests
 
     @property
@@ -750,14 +780,17 @@ def pretraining(settings: Settings) -> Plan:
         batch_size=settings.batch_size,
         global_size=settings.crops.global_size,
         local_size=settings.crops.local_size,
+        drop_path=settings.model.drop_path,
         base_lr=settings.optim.base_lr,
+        lr_warmup=settings.optim.lr_warmup,
         temperature_warmup=settings.targets.temperature_warmup,
+        freeze_prototypes=settings.optim.freeze_prototypes,
         head_warmup=settings.init.head_warmup if settings.init.heads == "fresh" else 0.0,
     )
 
 
 def high_resolution(settings: Settings) -> Plan:
-    """The same training on larger crops: schedules compressed, a long teacher warm-up."""
+    """The same training on larger crops, with warm-ups of its own."""
     highres = settings.highres
     return Plan(
         name="highres",
@@ -765,8 +798,11 @@ def high_resolution(settings: Settings) -> Plan:
         batch_size=highres.batch_size,
         global_size=highres.global_size,
         local_size=highres.local_size,
+        drop_path=highres.drop_path,
         base_lr=settings.optim.base_lr * highres.lr_scale,
+        lr_warmup=highres.lr_warmup,
         temperature_warmup=highres.temperature_warmup,
+        freeze_prototypes=highres.freeze_prototypes,
         head_warmup=0.0,
     )
 
@@ -789,7 +825,7 @@ def schedule(step: int, plan: Plan, settings: Settings) -> Schedule:
         peak=sqrt_batch_scaling(plan.base_lr, plan.batch_size),
         final=optim.final_lr,
         total_steps=total,
-        warmup_steps=round(optim.lr_warmup * total),
+        warmup_steps=round(plan.lr_warmup * total),
     )
     start, end = optim.weight_decay
     momentum = cosine(step, start=optim.momentum[0], end=optim.momentum[1], total_steps=total)
@@ -798,7 +834,7 @@ def schedule(step: int, plan: Plan, settings: Settings) -> Schedule:
         momentum = ema_batch_scaling(momentum, plan.batch_size, reference=batch)
     return Schedule(
         lr=lr,
-        last_layer_lr=lr * unfreeze(step, freeze_steps=round(optim.freeze_prototypes * total)),
+        last_layer_lr=lr * unfreeze(step, freeze_steps=round(plan.freeze_prototypes * total)),
         weight_decay=cosine(step, start=start, end=end, total_steps=total),
         momentum=momentum,
         teacher_temperature=linear_warmup(
@@ -810,9 +846,9 @@ def schedule(step: int, plan: Plan, settings: Settings) -> Schedule:
     )
 
 
-def backbone_lr_scale(step: int, plan: Plan, settings: Settings) -> float:
+def backbone_lr_scale(step: int, plan: Plan) -> float:
     """Of the learning rate: 0 while fresh heads learn alone, then a warm-up of its own."""
-    warmup_steps = round(settings.optim.lr_warmup * plan.steps) if plan.frozen_steps else 0
+    warmup_steps = round(plan.lr_warmup * plan.steps) if plan.frozen_steps else 0
     return joining(step, frozen_steps=plan.frozen_steps, warmup_steps=warmup_steps)
 
 
@@ -846,7 +882,8 @@ class Trainer:
     ) -> None:
         self.plan, self.settings, self.parallel = plan, settings, parallel
         torch.manual_seed(settings.seed)
-        self.student = FrancaNetwork(settings.model, settings.crops.global_size)
+        model = replace(settings.model, drop_path=plan.drop_path)
+        self.student = FrancaNetwork(model, settings.crops.global_size)
         if initial is not None:  # the teacher is a copy, whichever the heads are
             fill_(self.student, initial, settings)
         self.student.to(parallel.device)
@@ -869,9 +906,8 @@ class Trainer:
             group = checkpoint_group(parallel.group)
             pretrained, path = last_checkpoint("pretrain", settings, group)
             pretrained.load_(path, self.weights(), partial=True)
-            for (
-                network
-            ) in networks:  # antialiased, as scripts/modify_ckpt_highres.py of the release
+            # As scripts/modify_ckpt_highres.py of the release; local crops keep the encoder's rule.
+            for network in networks:
                 network.backbone.set_img_size_(plan.global_size, pos_interpolation="antialias")
         self.distribute(networks)
         groups = make_groups(self.student, settings.optim)
@@ -940,7 +976,7 @@ class Trainer:
             lr=now.lr,
             weight_decay=now.weight_decay,
             last_layer_lr=now.last_layer_lr,
-            part_lr_scales={"backbone": backbone_lr_scale(step, self.plan, self.settings)},
+            part_lr_scales={"backbone": backbone_lr_scale(step, self.plan)},
         )
         frozen = step < self.plan.frozen_steps
         self.let_backbone_rest(frozen)
@@ -1127,7 +1163,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
         raise SettingsError(f"--data {settings.data} has {counts} images for ranks 0, 1, ...")
     unreadable = UnreadableLog(num_images, threshold=settings.max_unreadable)
     # Somewhat past the warm-up: an untrained network shows the signs of a collapsed one.
-    grace_steps = plan.frozen_steps + round(1.25 * settings.optim.lr_warmup * plan.steps)
+    grace_steps = plan.frozen_steps + round(1.25 * plan.lr_warmup * plan.steps)
     monitor = CollapseMonitor(trainer.num_prototypes, grace_steps=grace_steps)
     if settings.accumulation > 1 and settings.losses.koleo > 0:
         say(parallel, "accumulation: KoLeo sees the neighbours within each micro-batch alone")

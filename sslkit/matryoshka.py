@@ -34,7 +34,8 @@ class MatryoshkaProjector(nn.Module):
         (m_l + 1) h + (num_layers - 2) (h + 1) h + (h + 1) b + K_l b
 
     With ``normalize=True`` the prototypes' directions alone count, and their gradients are
-    orthogonal to them. Both norms are taken in float32 at least; a vector shorter than 1e-6 is
+    orthogonal to them; their length, ``0.02 sqrt(b)`` at the start, sets how far a step of the
+    optimizer turns them. Both norms are taken in float32 at least; a vector shorter than 1e-6 is
     divided by 1e-6. The scores come in the precision of the surrounding autocast: call the
     projector outside of it for float32 scores.
 
@@ -49,8 +50,10 @@ class MatryoshkaProjector(nn.Module):
         hidden_dim: h, width of the hidden layers. 2048 in the released configuration.
         bottleneck_dim: b. Released: 384 for the DINO head, 256 for the iBOT head.
         num_layers: linear layers in the MLP; 1 is a single Linear(m_l, b).
-        normalize: False is the released head: nothing is normalised and a GELU also follows the
-            last layer of the MLP. Its scores are unbounded.
+        normalize: False computes what the released head does (with ``num_layers`` > 1): nothing is
+            normalised and a GELU also follows the last layer of the MLP, so scores are unbounded.
+            Prototypes start at length 1. They are one weight here and a length times a direction
+            there (weight norm, both learned), so an optimizer moves them differently.
 
     Attributes:
         heads: the L MLPs, coarse to fine.
@@ -113,6 +116,11 @@ class MatryoshkaProjector(nn.Module):
             scorer(bottleneck_dim, count, bias=False) for count in self.num_prototypes_per_level
         )
         self.apply(_init_weights)
+        if not normalize:
+            with torch.no_grad():
+                for layer in self.prototypes:
+                    weight = cast(nn.Linear, layer).weight
+                    weight.copy_(F.normalize(weight, dim=-1))
 
     @overload
     def forward(self, x: Tensor, *, factored: Literal[False] = False) -> tuple[Tensor, ...]: ...

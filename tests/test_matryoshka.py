@@ -142,6 +142,20 @@ def test_released_head_is_unbounded_and_ends_in_gelu():
     assert all(isinstance(head[-1], nn.GELU) for head in module.heads)
 
 
+def test_prototypes_of_the_released_head_start_at_length_one():
+    """Its weight norm sets every length to 1; a normal of deviation 0.02 gave 0.02 sqrt(b)."""
+    for b in (4, 96):
+        module = MatryoshkaProjector(32, 64, hidden_dim=8, bottleneck_dim=b, normalize=False)
+        for layer in module.prototypes:
+            torch.testing.assert_close(layer.weight.norm(dim=-1), torch.ones(len(layer.weight)))
+
+
+def test_the_length_of_normalised_prototypes_at_the_start():
+    module = MatryoshkaProjector(32, 4096, hidden_dim=8, bottleneck_dim=384)
+    lengths = module.prototypes[-1].weight.norm(dim=-1)
+    assert lengths.mean().item() == pytest.approx(0.02 * 384**0.5, rel=0.01)  # 0.39
+
+
 def test_bf16_autocast():
     module = projector()
     x = torch.randn(64, 7)

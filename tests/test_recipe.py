@@ -300,15 +300,34 @@ def test_presets_are_the_papers(
     assert settings.masks == recipe.Masks("inverse_block", True, (0.1, 0.65), 0.5)
 
 
-def test_high_resolution_is_the_papers() -> None:
-    settings = recipe.PRESETS["vitb14_in21k"]
+@pytest.mark.parametrize(
+    ("preset", "lr", "drop_path"),
+    [("vitb14_in21k", 7.05e-5, 0.1), ("vitl14_in21k", 1.51e-5, 0.1), ("vitg14_laion", 2e-5, 0.4)],
+)
+def test_high_resolution_is_that_of_the_released_files(
+    preset: str, lr: float, drop_path: float
+) -> None:
+    """configs/finetune/: 100 epochs of 200 iterations; 50, 30 and 1 of them to warm up and thaw."""
+    settings = recipe.PRESETS[preset]
     plan = recipe.high_resolution(settings)
-    assert (plan.steps, plan.global_size) == (20_000, 518)
-    assert recipe.schedule(9_999, plan, settings).teacher_temperature == pytest.approx(0.07)
-    assert recipe.schedule(5_000, plan, settings).teacher_temperature == pytest.approx(
-        0.055, abs=1e-5
-    )
-    assert plan.base_lr == pytest.approx(settings.optim.base_lr / 10)
+    assert (plan.steps, plan.global_size, plan.local_size) == (100 * 200, 518, 98)
+    assert plan.drop_path == drop_path
+    assert plan.base_lr == pytest.approx(lr, rel=0.01)
+
+    def at(step: int) -> Any:
+        return recipe.schedule(step, plan, settings)
+
+    peak = plan.base_lr * math.sqrt(plan.batch_size / 1024)
+    assert at(0).lr == 0
+    assert at(4_999).lr == pytest.approx(0.5 * peak, rel=1e-3)
+    assert at(9_999).lr == pytest.approx(peak)
+    assert at(12_000).lr < peak
+    assert at(19_999).lr == pytest.approx(1e-6, rel=1e-2)
+    assert (at(199).last_layer_lr, at(200).last_layer_lr) == (0, at(200).lr)
+    assert at(3_000).teacher_temperature == pytest.approx(0.055, abs=1e-4)
+    assert at(5_998).teacher_temperature < at(5_999).teacher_temperature == pytest.approx(0.07)
+    assert (at(0).momentum, at(19_999).momentum) == (0.994, pytest.approx(1.0))
+    assert (at(0).weight_decay, at(19_999).weight_decay) == (0.04, pytest.approx(0.2))
 
 
 def test_unfinished_pretraining_cannot_be_continued_at_high_resolution(tmp_path: Any) -> None:
