@@ -170,7 +170,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Crops:
-    """Multi-crop (DINOv2 and the released configuration)."""
+    """Multi-crop (DINOv2 and the released configuration; docs/faithfulness.md on the blur)."""
 
     global_size: int = 224
     """Pixels a side of the two views that student and teacher see."""
@@ -395,7 +395,7 @@ class Settings:
     keep_last: int = 2
     """Latest checkpoints that are kept; with 2 a damaged one costs little."""
     keep_every: int = 62_500
-    """Checkpoints of every so many steps are kept for good (Franca publishes them); 0: none."""
+    """Checkpoints of every so many steps are kept for good; 0: none."""
     model: Model = field(default_factory=Model)
     crops: Crops = field(default_factory=Crops)
     masks: Masks = field(default_factory=Masks)
@@ -408,18 +408,24 @@ class Settings:
     evaluation: Evaluation = field(default_factory=Evaluation)
 
 
-# The defaults above are ViT-B on ImageNet-21K. Each value is in both the paper's section 4 and the
-# released configuration, or only in the latter, unless a comment here says otherwise.
+# The defaults above are ViT-B on ImageNet-21K. Each value of model, crops, masks, targets, losses
+# and optim is in both the paper's section 4 and the released configuration (24f8c60: configs/train,
+# and ssl_default_config.yaml where these are silent), or only in the latter, unless a comment says
+# otherwise. Those of rasa and evaluation are ours: see docs/faithfulness.md.
 #
-#                          paper                        released configuration      taken
-#   steps, ViT-B           625 K (500 epochs)           1 M (800 epochs of 1250)    paper
-#   steps, ViT-L           625 K                        20 K in the file (16)       paper
-#   warm-up                80 epochs of 500             128 of 800 (B): the same    80 / 500
-#   base lr, ViT-B         1e-3 at batch 2048           7.01e-4 at 1024: the same   7.01e-4
-#   base lr, ViT-L, -g     3.5e-4 at batch 3072         2.0e-4 at 1024: the same    2.0e-4
-#   nesting                slice                        linear, later slice_linear  paper
-#   head                   L2-normalised (DINO, iBOT)   unbounded, GELU at the end  normalised
-#   high resolution        20 K steps, 518 px           lr about a tenth            both
+#                          paper                  released configuration               taken
+#   steps, ViT-B           625 K (500 epochs)     1 M (800 epochs of 1250)             paper
+#   steps, ViT-L           625 K                  20 K (16 epochs); 625 K of LAION     paper
+#   lr warm-up             80 epochs of 500       128 of 800 (B), 8 of 16 (L), 80 of   80 / 500
+#                                                 500 (g, LAION)
+#   temperature warm-up                           30 epochs: 37.5 K steps              37.5 K
+#   frozen last layers                            1 epoch: 1,250 steps                 1,250
+#   base lr, ViT-B         1e-3 at batch 2048     7.01e-4 at 1024: 9.9e-4 at 2048      7.01e-4
+#   base lr, ViT-L, -g     3.5e-4 at batch 3072   2.0e-4 at 1024: 3.5e-4 at 3072       2.0e-4
+#   batch, ViT-g of LAION  3072                   32 on each of 128 GPUs: 4096         paper
+#   nesting                slice                  linear, later slice_linear           paper
+#   head                   "DINO-style"           unbounded, GELU at the end           normalised
+#   high resolution        20 K steps             configs/finetune                     see HighRes
 PRESETS: dict[PresetName, Settings] = {
     "vitb14_in21k": Settings(preset="vitb14_in21k", data="/data/imagenet21k"),
     "vitl14_in21k": Settings(
@@ -436,10 +442,10 @@ PRESETS: dict[PresetName, Settings] = {
         data="/data/laion600m",
         batch_size=3072,
         model=Model(backbone="franca_vitg14", drop_path=0.4, activation_checkpointing=True),
-        # The released LAION crops: global area .45-1, local .05-.45.
+        # configs/train/LAION/vitg14.yaml. ViT-L's there has .48-1, .05-.32 and a base lr of 1e-3.
         crops=Crops(global_scale=(0.45, 1.0), local_scale=(0.05, 0.45)),
         optim=Optim(base_lr=2.0e-4),
-        # No ViT-g was adapted. The schedules are ViT-B's, the drop path stays that of pretraining.
+        # No file adapts a ViT-g: schedules as of ViT-B, the drop path stays that of pretraining.
         highres=HighRes(batch_size=3072, drop_path=0.4),
     ),
     # Two CPU cores, minutes: 32 px views of 48 px scenes, and every part of the method. Changed for

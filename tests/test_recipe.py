@@ -13,9 +13,9 @@ from tests.recipe import ALONE, batch, batches, recipe, tiny, trainer
 
 LEVELS = range(5)
 HEADS = ("dino", "ibot")
-# Float32 on one thread of an x86 CPU, torch 2.14.1. The largest relative difference was 1e-7 with two
-# threads and 6e-7 from weights that differ in their last bit; a student temperature .5 % off gives
-# 2e-3. The tolerance leaves room for the sums of other CPUs and torch versions.
+# Float32 on one thread of an x86 CPU, torch 2.14.1. The largest relative difference was 1e-7 with
+# two threads and 6e-7 from weights that differ in their last bit; a student temperature .5 % off
+# gives 2e-3. The tolerance leaves room for the sums of other CPUs and torch versions.
 GOLDEN = {
     0: {"loss": 27.857883, "dino/level_0": 2.286736, "ibot/level_4": 2.663562, "koleo": 3.003799},
     9: {"loss": 21.499979, "dino/level_0": 1.398282, "ibot/level_4": 2.211344, "koleo": 2.676234},

@@ -89,7 +89,8 @@ class MultiCrop:
         mean, std: of the normalisation, one value a channel, for images in 0..1; None is ImageNet's
             for RGB and the average of its three for any other number of channels.
 
-    The values are those of DINOv2 (arXiv 2304.07193) and of Franca (arXiv 2507.14137, §4). Images
+    The values are those of DINOv2 (arXiv 2304.07193) and of Franca (arXiv 2507.14137, §4). Their
+    code hands one minus the blur's probability on and so blurs 0, 90 and 50 % of the views. Images
     may have any number of channels; saturation, hue and grey leave all but RGB alone.
 
     Raises:
