@@ -1907,7 +1907,9 @@ def refused_numbers(settings: Settings, world_size: int) -> list[str]:
         for name in batches
         if values[name] % (world_size * max(settings.accumulation, 1))
     ]
-    for name in ("max_unreadable", "init.head_warmup"):
+    shares = ["max_unreadable", "init.head_warmup", "model.drop_path", "highres.drop_path"]
+    shares += ["targets.temperature_warmup", "highres.temperature_warmup"]
+    for name in shares:
         if not 0 <= (share := attrgetter(name)(settings)) <= 1:
             problems.append(f"{flag(name)} is a share, got {share}")
     if settings.optim.clip <= 0:

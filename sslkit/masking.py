@@ -1,7 +1,8 @@
 """CyclicMaskGenerator: block masks of an exact size, shifted so that every patch is masked equally.
 
-Franca, arXiv 2507.14137, section 3.2; inverse block masks from arXiv 2212.07525 (data2vec 2.0), the
-stratified ratios from iBOT (arXiv 2111.07832) as in DINOv2.
+Franca, arXiv 2507.14137, section 3.2; inverse block masks from arXiv 2212.07525 (data2vec 2.0), a
+masked share drawn for each image from iBOT (arXiv 2111.07832), stratified over the batch as in
+DINOv2's code.
 
 `block`, `inverse_block` and `scattered` draw one mask bool [H, W], True = masked, `cyclic_shift`
 rolls it; the class draws batches. Everything is drawn on the CPU from the given generator.

@@ -75,6 +75,8 @@ def test_what_does_not_parse(
         ("--workers -1", "--workers must be at least 0, got -1"),
         ("--keep-every -1", "--keep-every must be at least 0, got -1"),
         ("--max-unreadable 2", "--max-unreadable is a share, got 2"),
+        ("--highres.drop-path 1.5", "--highres.drop-path is a share, got 1.5"),
+        ("--highres.temperature-warmup 2", "--highres.temperature-warmup is a share, got 2"),
         ("--optim.clip 0", "--optim.clip must be positive, got 0"),
         ("--optim.layer-decay 1.5", "layer_decay must be above 0 and at most 1, got 1.5"),
         ("--optim.lr-warmup 1.5", "--optim or --targets: warmup_steps"),
