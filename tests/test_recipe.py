@@ -330,6 +330,15 @@ def test_high_resolution_is_that_of_the_released_files(
     assert (at(0).weight_decay, at(19_999).weight_decay) == (0.04, pytest.approx(0.2))
 
 
+def test_a_stage_has_a_drop_path_of_its_own() -> None:
+    settings = tiny(highres={"drop_path": 0.3})
+    assert recipe.high_resolution(settings).drop_path == 0.3
+    plan = recipe.replace(recipe.pretraining(settings), drop_path=0.3)
+    own = recipe.Trainer(plan, settings, ALONE)
+    assert own.student.backbone.vit.blocks[0].drop_path1.drop_prob == 0.3
+    assert recipe.FrancaNetwork(settings.model, 32).backbone.settings["drop_path_rate"] == 0.0
+
+
 def test_unfinished_pretraining_cannot_be_continued_at_high_resolution(tmp_path: Any) -> None:
     settings = tiny(output=tmp_path, highres={"global_size": 48, "local_size": 16})
     with pytest.raises(recipe.SettingsError, match="no finished pretrain: run --stages pretrain"):
