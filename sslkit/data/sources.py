@@ -119,8 +119,8 @@ def open_source(
     elif (tar_shards := _find_tar_shards(text, path, split)) is not None:
         urls, is_split = tar_shards
         shards = TarShards(urls, cache=Path(root) / "shards", max_side=max_side)
-        if not is_split and test_fraction and len(shards.shards) > 1:
-            return shards.split(test_fraction)[split == "test"]
+        if not is_split and test_fraction and len(shards.shards) > 1 and shards.is_remote:
+            return shards.split(test_fraction, seed)[split == "test"]
         source = shards
     elif path.is_dir():
         source, is_split = _open_folder(path, split, max_side)
@@ -169,8 +169,8 @@ def _open_folder(folder: Path, split: Split, max_side: int) -> tuple[Source, boo
     train = ImageFolder(folder / "train", max_side=max_side)
     if split == "train":
         return train, True
-    test = ImageFolder(folder / test_folder, class_names=train.class_names, max_side=max_side)
-    return test, True
+    classes = train.class_names or ()
+    return ImageFolder(folder / test_folder, class_names=classes, max_side=max_side), True
 
 
 def _not_found(name: str) -> str:
