@@ -43,7 +43,7 @@ class ImageFolder(ImageFiles):
         class_names: tuple[str, ...] | None = None,
         max_side: int = MAX_SIDE,
     ):
-        files = list(_walk_images(os.fspath(folder)))
+        files = list(walk_images(os.fspath(folder)))
         if not files:
             raise FileNotFoundError(
                 f"no image in the folder {os.path.abspath(folder)!r} or below it; looked for "
@@ -64,7 +64,7 @@ class ImageFolder(ImageFiles):
         )
 
 
-def _walk_images(folder: str) -> Iterator[str]:
+def walk_images(folder: str) -> Iterator[str]:
     """Paths relative to ``folder``, in natural order, each folder visited once (links may loop)."""
 
     def fail(error: OSError) -> None:

@@ -204,7 +204,7 @@ class TarShards:
         train, test = copy(self), copy(self)
         for part, chosen in ((train, ~is_test), (test, is_test)):
             part._set_shards(
-                [self._shards[i] for i in chosen.nonzero()[0]],
+                [self._shards[i] for i in chosen.nonzero()[0].tolist()],
                 self._sizes[chosen].tolist(),
                 self._indexed[chosen].tolist(),
             )
