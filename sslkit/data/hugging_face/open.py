@@ -200,7 +200,7 @@ def find_parquet(text: str) -> dict[str, list[str]] | None:
     elif "://" in text:
         return {"train": [text]}
     else:
-        found = sorted(glob.glob(path))
+        found = [path] if os.path.isfile(path) else sorted(glob.glob(path))
         if not found:
             raise FileNotFoundError(f"no file matches {text!r}")
     root = _root(path) or ""
