@@ -376,7 +376,7 @@ def test_streams_that_were_worked_on(name):
     _, numbers = streamed(change(make_dataset(6).to_iterable_dataset(num_shards=2)))
     found = numbers(24)
     assert sorted(set(found)) == expected
-    if name not in ("interleave", "concatenate"):  # others show each image equally often
+    if name not in ("filter", "interleave", "concatenate"):  # of lanes that are not equally long
         assert len(set(map(found.count, expected))) == 1
 
 
