@@ -471,6 +471,16 @@ def test_test_classes_are_the_training_classes_by_name(tmp_path):
         open_source(f"{tmp_path}#label=species", split="test")
 
 
+def test_parquet_files_have_one_list_of_classes(tmp_path):
+    for split, names in (("train", ["a", "b"]), ("test", ["b", "a"])):
+        features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+        make_dataset(4, features=datasets.Features(features)).to_parquet(
+            str(tmp_path / f"{split}.parquet")
+        )
+    with pytest.raises(ValueError, match=r"classes of the column 'label' are .*test.parquet"):
+        open_source(tmp_path)
+
+
 def test_columns_of_parquet_that_must_be_named(tmp_path):
     two = {"left": datasets.Value("binary"), "right": datasets.Value("binary")}
     path = tmp_path / "two.parquet"

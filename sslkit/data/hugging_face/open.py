@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -256,6 +257,7 @@ def _load(table: TableSpec, *, streaming: bool, files: dict[str, list[str]] | No
         files = find_parquet(name)
     try:
         if files is not None:
+            _check_class_names(path for paths in files.values() for path in paths)
             return load_dataset("parquet", data_files=_patterns(files), streaming=streaming)
         return load_dataset(name, table.config, streaming=streaming)
     except OSError as error:
@@ -268,6 +270,27 @@ def _load(table: TableSpec, *, streaming: bool, files: dict[str, list[str]] | No
         raise ValueError(
             f"Hugging Face datasets cannot load {table.text!r}: {type(reason).__name__}: {reason}"
         ) from error
+
+
+def _check_class_names(paths: Iterable[str]) -> None:
+    """An error if files number their classes differently: ``datasets`` takes the first's names."""
+    import pyarrow.parquet
+    from datasets import ClassLabel, Features
+
+    seen: dict[str, tuple[str, list[str]]] = {}
+    for path in paths:
+        if "://" in path:
+            continue
+        for column, feature in Features.from_arrow_schema(
+            pyarrow.parquet.read_schema(path)
+        ).items():
+            if type(feature) is ClassLabel:
+                first, names = seen.setdefault(column, (path, feature.names))
+                if names != feature.names:
+                    raise ValueError(
+                        f"the classes of the column {column!r} are {names[:10]} in {first} and "
+                        f"{feature.names[:10]} in {path}; write all files with one list of classes"
+                    )
 
 
 def _patterns(files: dict[str, list[str]]) -> dict[str, list[str]]:
