@@ -1377,7 +1377,7 @@ def open_data(settings: Settings) -> Sources:
         if is_stream(settings.data):
             return Sources(*train_test_split(opened("test"), 0.5, settings.seed))
         return Sources(opened("train"), opened("test"))
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, RuntimeError, ValueError) as error:
         raise SettingsError(f"--data: {error}") from error
 
 
