@@ -162,14 +162,13 @@ def _read_list(path: Path) -> tuple[list[str], list[int]]:
         if not line.strip():
             continue
         file, _, label = line.strip().rpartition(" ")
-        if not file or not re.fullmatch("-?[0-9]{1,20}", label):
-            raise ValueError(
-                f"{path}:{number} should be a path, a space and a class (-1: none), got {line!r}"
-            )
+        expected = f"{path}:{number} should be a path, a space and a class (-1: none), got {line!r}"
+        if not file or not re.fullmatch("-?[0-9]{1,30}", label):
+            raise ValueError(expected)
         try:
             labels.append(as_label(int(label)))
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
+            raise ValueError(f"{expected}: {error}") from error
         files.append(file)
     if not files:
         raise ValueError(f"the list {path} is empty")
