@@ -1421,13 +1421,16 @@ def open_data(settings: Settings) -> Sources:
         if is_stream(settings.data):
             return Sources(*train_test_split(opened("test"), 0.5, settings.seed))
         return Sources(opened("train"), opened("test"))
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, RuntimeError, ValueError) as error:
         raise SettingsError(f"--data: {error}") from error
 
 
 def open_training_images(settings: Settings, sources: Sources) -> Source | StreamSource:
     """What the training loop learns from: the training split, or a stream beside it."""
-    return open_stream(settings.data) if is_stream(settings.data) else sources.train
+    if not is_stream(settings.data):
+        return sources.train
+    fraction, seed = settings.test_fraction, settings.seed
+    return open_stream(settings.data, test_fraction=fraction, seed=seed)
 
 
 def is_stream(data: str) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sslkit.data.labels import check_num_classes
 from sslkit.data.shards.urls import is_remote, open_url
 
 INDEX_NAME = "shards.json"
@@ -65,7 +66,8 @@ def read_contents(shards: Sequence[str], index: str | None) -> Contents:
                 f"shards of one data set with one list of classes"
             )
         class_names = class_names or names
-        num_classes = max(num_classes, int(found.get("num_classes", len(names or ()))))
+        given = check_num_classes(found.get("num_classes", len(names or ())), of=repr(location))
+        num_classes = max(num_classes, given)
     return Contents(sizes, has_classes, num_classes, class_names)
 
 

@@ -9,9 +9,10 @@ from typing import IO
 import numpy as np
 
 from sslkit.data.image_folder import IMAGE_EXTENSIONS
+from sslkit.data.labels import NO_LABEL, as_label
 from sslkit.data.string_table import StringTable
 
-NO_LABEL, BAD_LABEL = -1, -2
+BAD_LABEL = -2
 
 _BLOCK = tarfile.BLOCKSIZE
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # key, extension: cut at the basename's first dot
@@ -26,8 +27,8 @@ class Members:
     Attributes:
         names: the image member of each sample.
         offsets, sizes: int64 [n], where the bytes of the image lie in the file.
-        labels: int64 [n], ``NO_LABEL`` without a ``.cls`` member, ``BAD_LABEL`` where that is not a
-            number of at least 0.
+        labels: int64 [n], ``NO_LABEL`` without a ``.cls`` member or where that says so,
+            ``BAD_LABEL`` where it is not a label (:mod:`sslkit.data.labels`).
         damage: why the shard ends before its end, or None.
     """
 
@@ -98,9 +99,16 @@ def read_members(path: str | os.PathLike[str]) -> Members:
 
 
 def _read_label(file: IO[bytes], offset: int, size: int) -> int:
+    if size > _MAX_LABEL_BYTES:
+        return BAD_LABEL
     file.seek(offset)
-    text = file.read(min(size, _MAX_LABEL_BYTES)).strip()
-    return int(text) if text.isdigit() else BAD_LABEL
+    text = file.read(size).strip()
+    if not re.fullmatch(rb"-?[0-9]+", text):
+        return BAD_LABEL
+    try:
+        return as_label(int(text))
+    except ValueError:
+        return BAD_LABEL
 
 
 def _compression(file: IO[bytes]) -> str | None:
