@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
+from multiprocessing import connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -91,7 +92,12 @@ class WorkerBatches(Iterator[T], Generic[T]):
     def __next__(self) -> T:
         if not self._close.still_active():
             raise StopIteration
-        batch = next(self._workers.batches)
+        try:
+            batch = next(self._workers.batches)
+        except (OSError, EOFError) as error:  # a dead worker's half of a connection, or its own
+            if (death := self._workers.death()) is not None:
+                raise RuntimeError(death) from error
+            raise
         return batch if self._convert is None else self._convert(batch)
 
     def close(self) -> None:
@@ -125,6 +131,14 @@ class _Workers:
     def __init__(self, started: list[BaseProcess]) -> None:
         self.processes = started
         self.batches: Any = None
+
+    def death(self) -> str | None:
+        """What became of a worker that is dead or about to be, in PyTorch's words."""
+        ended = connection.wait([process.sentinel for process in self.processes], timeout=1)
+        for process in self.processes:
+            if process.sentinel in ended and process.exitcode:
+                return f"DataLoader worker (pid {process.pid}) ended with status {process.exitcode}"
+        return None
 
     def end(self) -> None:
         """Kill the workers. PyTorch's own shutdown, which may wait for them forever, is skipped."""
