@@ -14,9 +14,11 @@ many threads, with bit-identical weights.
 
 import argparse
 import dataclasses
-import errno
 import json
 import math
+import os
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -48,6 +50,7 @@ from sslkit import (
 )
 from sslkit.backbones import Loaded, ViTEncoder
 from sslkit.backbones.heads import misfit
+from sslkit.command_line import run_command
 from sslkit.data import (
     Batch,
     MultiCrop,
@@ -80,7 +83,7 @@ from sslkit.evaluation.report import format_table, write_report
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import EvalTransform
 from sslkit.factored_logits import Logits, concatenated
-from sslkit.files import atomic_write, file_digest
+from sslkit.files import DamagedFile, atomic_write, file_digest
 from sslkit.rasa import patch_positions, save_rasa
 from sslkit.schedules import (
     cosine,
@@ -97,6 +100,7 @@ from sslkit.training.checkpoint import (
     checkpoint_group,
     step_of,
 )
+from sslkit.training.failures import explain
 from sslkit.training.finite import NonFiniteLoss, by_rank, nan_unless_finite, require_finite
 from sslkit.training.metrics import MetricsWriter, read_metrics
 from sslkit.training.monitor import CollapseMonitor, feature_std
@@ -111,7 +115,6 @@ from sslkit.training.parallel import (
     choose,
     gradients_synchronised,
     joined,
-    lost_contact,
     replicate,
     restarted,
     shard_,
@@ -1107,16 +1110,14 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
             raise SettingsError(f"these settings make another network: {error}") from error
     if parallel.is_main:
         write_settings(settings)
-    batches = iter(
-        make_loader(
-            MultiCropDataset(images, multi_crop(plan, settings), seed=settings.seed),
-            batch_size=plan.batch_size,
-            start_sample=start * plan.batch_size,
-            rank=parallel.rank,
-            world_size=parallel.world_size,
-            num_workers=settings.workers,
-            augment_on=parallel.device if settings.augment_on == "device" else None,
-        )
+    loader = make_loader(
+        MultiCropDataset(images, multi_crop(plan, settings), seed=settings.seed),
+        batch_size=plan.batch_size,
+        start_sample=start * plan.batch_size,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+        num_workers=settings.workers,
+        augment_on=parallel.device if settings.augment_on == "device" else None,
     )
     data = DataWatch(settings.workers)
     num_images = None if isinstance(images, StreamSource) else len(images)
@@ -1131,14 +1132,24 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
         say(parallel, "accumulation: KoLeo sees the neighbours within each micro-batch alone")
     with ExitStack() as stack:
         request = stack.enter_context(stop_request())
-        stack.callback(checkpoints.wait)  # also when the training fails
+        # Also when the training fails, but not for whoever interrupts it a second time.
+        stack.push(lambda kind, *_: None if kind is KeyboardInterrupt else checkpoints.wait())
+        batches = stack.enter_context(iter(loader))
+        saved = -1 if latest is None else start
         if parallel.is_main:
             metrics = stack.enter_context(MetricsWriter(folder, resume_step=start))
             progress = stack.enter_context(
                 TrainingProgress(plan.steps, start_step=start, description=plan.name)
             )
         for step in range(start, plan.steps):
-            batch = data.next(batches)
+            if parallel.group is None:
+                batch = request.unless_stopped(lambda: data.next(batches))
+            else:  # the others are in the step already, and wait for this process there
+                batch = data.next(batches)
+            if batch is None:
+                if saved < step:
+                    checkpoints.save(step, trainer.state())
+                raise Stopped(plan.name, step, request.number)
             unreadable.update(batch.indices, batch.unreadable)
             seen = trainer.step(step, batch)
             done = step + 1
@@ -1162,15 +1173,16 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
                     progress.message(f"step {done}: k-NN accuracy {100 * accuracy:.1f} %")
                 if record:
                     metrics.log(done, record)
-            asked_to_stop = parallel.any(request.arrived)
+            asked_to_stop = int(parallel.gather(torch.tensor(request.number)).max())
             if asked_to_stop or due(done, settings.checkpoint_every, plan.steps):
                 checkpoints.save(done, trainer.state())
+                saved = done
             if asked_to_stop:
-                raise Stopped(plan.name, done)
+                raise Stopped(plan.name, done, asked_to_stop)
             del seen  # the teacher's scores, before there are new ones
         checkpoints.wait()
-        if parallel.any(request.arrived):
-            raise Stopped(plan.name, plan.steps)
+        if asked_to_stop := int(parallel.gather(torch.tensor(request.number)).max()):
+            raise Stopped(plan.name, plan.steps, asked_to_stop)
     save_teacher(plan.name, plan.steps, trainer)
 
 
@@ -1188,11 +1200,12 @@ def save_teacher(name: str, step: int, trainer: Trainer) -> None:
 
 
 class Stopped(Exception):
-    """A SIGTERM has come, and everything is saved."""
+    """A SIGTERM or SIGINT has come, and everything is saved."""
 
     def __str__(self) -> str:
-        stage, step = self.args
-        return f"{stage}: stopped by SIGTERM and saved at step {step}; continue with --resume"
+        stage, step, number = self.args
+        name = signal.Signals(number).name
+        return f"{stage}: stopped by {name} and saved at step {step}; continue with --resume"
 
 
 def say(parallel: Parallel, text: str) -> None:
@@ -2009,27 +2022,22 @@ def goes_on(stored: Settings, init_from: str, output: Path) -> bool:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     try:
-        run(parse(sys.argv[1:] if arguments is None else arguments))
+        settings = parse(sys.argv[1:] if arguments is None else arguments)
+        run(settings)
     except Stopped as stopped:
-        print(stopped)
-    except (SettingsError, NonFiniteLoss, CheckpointError) as error:
+        launcher = "python" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "torchrun ..."
+        output = shlex.quote(str(settings.output))
+        print(f"{stopped}: {launcher} {shlex.quote(sys.argv[0])} --output {output} --resume")
+    except (SettingsError, NonFiniteLoss, CheckpointError, DamagedFile) as error:
         sys.exit(f"error: {error}")
     except TooManyUnreadable as error:
         sys.exit(f"error: {error}: --max-unreadable")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, MemoryError, RuntimeError) as error:
+        reason = explain(error)
+        if reason is None:
             raise
-        sys.exit(
-            f"error: {error}. Free space, then continue with --resume from the last checkpoint"
-        )
-    except RuntimeError as error:
-        if not lost_contact(error):
-            raise
-        sys.exit(
-            f"error: another process of this job is gone ({error}). Its own message says why; "
-            "start all again with --resume, as torchrun --max-restarts does"
-        )
+        sys.exit(f"error: {reason}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

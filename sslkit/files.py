@@ -10,6 +10,10 @@ from typing import IO
 _CHUNK = 1 << 24  # bytes read at a time
 
 
+class DamagedFile(ValueError):
+    """A file does not hold what it should; the message names it and says what to do."""
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A binary file to write to that replaces ``path`` when the block ends without an error.
