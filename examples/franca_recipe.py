@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import tyro
@@ -83,7 +83,7 @@ from sslkit.evaluation.report import format_table, write_report
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import EvalTransform
 from sslkit.factored_logits import Logits, concatenated
-from sslkit.files import DamagedFile, atomic_write, file_digest
+from sslkit.files import DamagedFile, atomic_write, file_digest, read_json_object
 from sslkit.rasa import patch_positions, save_rasa
 from sslkit.schedules import (
     cosine,
@@ -126,6 +126,7 @@ from sslkit.training.progress import TrainingProgress
 from sslkit.training.settings import as_json, differences, from_json
 from sslkit.training.signals import stop_request
 
+T = TypeVar("T")
 SUBMODULES = ("backbone", "dino_head", "ibot_head")  # gradients are clipped in each by itself
 MASK_COUNTS, MASKS, DROP_PATH = range(3)  # what a stage draws random numbers for
 NUM_GLOBAL = 2  # global crops of an image; the teacher sees these alone
@@ -871,7 +872,7 @@ class Trainer:
         if plan.name == "highres":
             group = checkpoint_group(parallel.group)
             pretrained, path = last_checkpoint("pretrain", settings, group)
-            pretrained.load_(path, self.weights(), partial=True)
+            load_checkpoint_(pretrained, path, self.weights(), partial=True)
             for network in networks:
                 network.backbone.set_img_size_(plan.global_size)
         self.distribute(networks)
@@ -879,7 +880,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.optim.betas)
         if plan.name == "highres":  # the position embedding, which changed shape, starts afresh
             fitting = {n: m for n, m in moments(self.optimizer).items() if "pos_embed" not in n}
-            pretrained.load_(path, {"optimizer": fitting}, partial=True)
+            load_checkpoint_(pretrained, path, {"optimizer": fitting}, partial=True)
         self.draw_masks = mask_generator(self.student.backbone.grid_size, settings.masks)
 
     def distribute(self, networks: tuple[FrancaNetwork, FrancaNetwork]) -> None:
@@ -1084,6 +1085,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     """One stage of training, from its last checkpoint if it has any, to `<stage>.safetensors`."""
     export = settings.output / f"{plan.name}.safetensors"
     if export.exists():
+        export_metadata(plan.name, settings)  # raises an error if it is damaged
         say(parallel, f"{plan.name}: finished already, {export}")
         return
     folder = settings.output / plan.name
@@ -1104,10 +1106,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     if start > plan.steps:
         raise SettingsError(f"{plan.name} has {plan.steps} steps, but {latest} is further")
     if latest is not None:
-        try:
-            checkpoints.load_(latest, trainer.state())
-        except ValueError as error:
-            raise SettingsError(f"these settings make another network: {error}") from error
+        load_checkpoint_(checkpoints, latest, trainer.state())
     if parallel.is_main:
         write_settings(settings)
     loader = make_loader(
@@ -1184,6 +1183,16 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
         if asked_to_stop := int(parallel.gather(torch.tensor(request.number)).max()):
             raise Stopped(plan.name, plan.steps, asked_to_stop)
     save_teacher(plan.name, plan.steps, trainer)
+
+
+def load_checkpoint_(
+    checkpoints: Checkpoints, path: Path, state: dict[str, Any], *, partial: bool = False
+) -> None:
+    """Fill `state` from a checkpoint, or raise an error that says that it is of other settings."""
+    try:
+        checkpoints.load_(path, state, partial=partial)
+    except ValueError as error:
+        raise SettingsError(f"these settings make another network: {error}") from error
 
 
 def save_teacher(name: str, step: int, trainer: Trainer) -> None:
@@ -1476,7 +1485,7 @@ def finished_stages(settings: Settings) -> list[str]:
     exports: dict[str, Path] = {n: settings.output / f"{n}.safetensors" for n in STAGES}
     finished = [name for name, path in exports.items() if path.exists()]
     if "rasa" in finished:
-        fitted_on, last = backbones.read_metadata(exports["rasa"])["of"], final_plan(settings).name
+        fitted_on, last = export_metadata("rasa", settings, "of"), final_plan(settings).name
         if fitted_on != last:
             raise SettingsError(
                 f"{exports['rasa']} was fitted on {fitted_on}, and {last} has been trained since; "
@@ -1487,7 +1496,25 @@ def finished_stages(settings: Settings) -> list[str]:
 
 def load_encoder(stage: str, settings: Settings) -> ViTEncoder:
     """The encoder that a stage exported."""
-    return backbones.load(settings.output / f"{stage}.safetensors").eval()
+    return read_export(stage, settings, backbones.load).eval()
+
+
+def export_metadata(stage: str, settings: Settings, name: str = "stage") -> str:
+    """What the header of an export says under a name."""
+    return read_export(stage, settings, lambda path: backbones.read_metadata(path)[name])
+
+
+def read_export(stage: str, settings: Settings, reader: Callable[[Path], T]) -> T:
+    """What a reader finds in the export of a stage, or an error that says how to make it again."""
+    path = settings.output / f"{stage}.safetensors"
+    try:
+        return reader(path)
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
+        again = "--resume" if stage in ("pretrain", "highres") else f"--stages {stage}"
+        remedy = f"Delete it and make it again with {again}"
+        if stage == "init":
+            remedy = "Bring it back, or start again in another --output"
+        raise DamagedFile(f"{path} is damaged: {error}. {remedy}") from error
 
 
 def eval_view(size: int, settings: Settings) -> EvalTransform:
@@ -1510,6 +1537,9 @@ def online_knn(encoder: nn.Module, plan: Plan, settings: Settings, sources: Sour
     return knn_score(train.labels, test.labels, train.cls, test.cls, k=settings.evaluation.knn)
 
 
+SCORES = ("knn", "online_knn", "matryoshka", "in_context", "position_r2")
+
+
 def evaluate(settings: Settings, parallel: Parallel) -> None:
     """Scores of the untrained encoder and of every stage's, in `results.json`."""
     options, sources = settings.evaluation, open_data(settings)
@@ -1528,8 +1558,7 @@ def evaluate(settings: Settings, parallel: Parallel) -> None:
     for stage in finished_stages(settings):
         contestants[stage] = (load_encoder(stage, settings), first if stage == "pretrain" else last)
 
-    scores = ("knn", "online_knn", "matryoshka", "in_context", "position_r2")
-    results: dict[str, Any] = {name: {} for name in scores}
+    results: dict[str, Any] = {name: {} for name in SCORES}
     for name, (encoder, plan) in contestants.items():
         print(f"evaluate: {name}")
         encoder = encoder.to(parallel.device)
@@ -1612,11 +1641,8 @@ def report(settings: Settings, parallel: Parallel) -> None:
     path = settings.output / "results.json"
     if not path.exists():
         raise SettingsError(f"{path} is missing; run --stages evaluate first")
-    results = json.loads(path.read_text())
     plan = final_plan(settings)
-    missing = [name for name in finished_stages(settings) if name not in results["position_r2"]]
-    if missing:
-        raise SettingsError(f"{path} is older than {missing[0]}; run --stages evaluate report")
+    results = read_results(path, finished_stages(settings))
     rows = summary(results, plan.name, settings.evaluation.knn)
     figures = {
         **training_pictures(settings, results, plan.name),
@@ -1634,6 +1660,36 @@ def report(settings: Settings, parallel: Parallel) -> None:
     print(f"report: {page}")
 
 
+def read_results(path: Path, stages: Sequence[str]) -> dict[str, Any]:
+    """The scores in `results.json`, of these stages and of what they are compared with."""
+    remedy = "run --stages evaluate report"
+    results = read_json_object(path, remedy)
+    for name in SCORES:
+        scores = results.get(name)
+        fits = scores_by_size if name == "matryoshka" else is_number
+        if not isinstance(scores, dict) or not all(map(fits, scores.values())):
+            raise DamagedFile(f"{path} has no scores {name!r} by encoder: {remedy}")
+    needed = dict.fromkeys(("knn", "matryoshka", "in_context", "position_r2"), stages)
+    for name, encoders in (needed | {"online_knn": ("raw pixels",)}).items():
+        missing = [each for each in ("random init", *encoders) if each not in results[name]]
+        optional = name == "in_context" or not results["knn"]
+        if missing and (results[name] or name == "position_r2" or not optional):
+            raise SettingsError(f"{path} is older than {missing[0]}; {remedy}")
+    return results
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is one."""
+    return type(value) in (int, float)
+
+
+def scores_by_size(value: Any) -> bool:
+    """Whether a value of JSON has numbers by embedding size."""
+    return isinstance(value, dict) and all(
+        size.isdecimal() and is_number(score) for size, score in value.items()
+    )
+
+
 def some_images(source: Source, count: int) -> list[Tensor]:
     """At most `count` images, evenly spaced; for a broken one, the next that can be read."""
     images = []
@@ -1649,12 +1705,16 @@ def some_images(source: Source, count: int) -> list[Tensor]:
 
 def training_pictures(settings: Settings, results: dict[str, Any], last: str) -> dict[str, Figure]:
     """Curves of the losses, of the online k-NN, and over embedding sizes."""
-    records = read_metrics(settings.output / "pretrain" / "metrics.jsonl")
+    path = settings.output / "pretrain" / "metrics.jsonl"
+    records = read_metrics(path) if path.exists() else []
     with torch.device("meta"):
         head = FrancaNetwork(settings.model, settings.crops.global_size).dino_head
-    figures = {
-        "losses": draw.loss_curves(records, num_prototypes={"dino": head.num_prototypes_per_level})
-    }
+    figures = {}
+    if any("loss" in record for record in records):
+        prototypes = {"dino": head.num_prototypes_per_level}
+        figures["losses"] = draw.loss_curves(records, num_prototypes=prototypes)
+    else:
+        print(f"report: {path} has no losses, so that their curves are left out")
     key = f"knn/{settings.evaluation.knn}"
     if online := [(record["step"], record[key]) for record in records if key in record]:
         steps, accuracy = zip(*online, strict=True)
@@ -1714,9 +1774,7 @@ def feature_pictures(settings: Settings, results: dict[str, Any], plan: Plan) ->
         "pca": draw.pca_maps(images, pca_maps(patches, threshold=None).rgb),
     }
     if (settings.output / "rasa.safetensors").exists():
-        errors = json.loads(
-            backbones.read_metadata(settings.output / "rasa.safetensors")["position_errors"]
-        )
+        errors = read_export("rasa", settings, position_errors)
         r2 = results["position_r2"]
         figures["rasa"] = draw.position_error(
             errors,
@@ -1727,13 +1785,19 @@ def feature_pictures(settings: Settings, results: dict[str, Any], plan: Plan) ->
     return figures
 
 
+def position_errors(path: Path) -> list[float]:
+    """The error of each of RASA's iterations, from the header of its export."""
+    errors = json.loads(backbones.read_metadata(path)["position_errors"])
+    return [float(error) for error in errors]
+
+
 def cluster_entropy_picture(settings: Settings, plan: Plan) -> Figure:
     """Where in the image the teacher's patch clusters fire, before and after RASA.
 
     At the finest level that has, on average, a patch for each cluster and position.
     """
     test, view = open_data(settings).test, eval_view(plan.global_size, settings)
-    heads = backbones.read(settings.output / f"{plan.name}.safetensors").heads
+    heads = read_export(plan.name, settings, backbones.read).heads
     head = cast(MatryoshkaProjector, heads["ibot_head"])
     counts = head.num_prototypes_per_level
     images = evenly_spaced(len(test), settings.evaluation.num_dense)

@@ -42,9 +42,10 @@ def describe(error: OSError) -> str:
     >>> describe(FileNotFoundError(2, "No such file or directory", "runs/demo"))
     'runs/demo: No such file or directory'
     """
-    if error.filename is None or error.strerror is None:
+    name = error.filename if error.filename2 is None else error.filename2  # of a rename: the new
+    if name is None or error.strerror is None:
         return error.strerror or str(error)
-    return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return f"{os.fsdecode(name)}: {error.strerror}"
 
 
 def _discard_unwritable_output() -> bool:

@@ -9,6 +9,7 @@ from sslkit.data.workers import lost_worker
 from sslkit.training.parallel import lost_contact
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
 
 
 def explain(error: BaseException) -> str | None:
@@ -28,7 +29,8 @@ def explain(error: BaseException) -> str | None:
             f"{describe(error)}. Free space, then continue with --resume from the last checkpoint"
         )
     if isinstance(error, OSError) and error.filename is not None:
-        return describe(error)
+        hint = ". Move away what has this name, and try again" if error.errno in _IN_THE_WAY else ""
+        return describe(error) + hint
     if _out_of_memory(error):
         said = str(error).strip().split(". ")[0] or "out of memory"
         return (
