@@ -1,4 +1,4 @@
-"""A damaged run folder ends in one line that names the file and says what to do, never a traceback."""
+"""A damaged run folder ends in one line that names the file and says what to do."""
 
 import json
 import shutil
@@ -88,6 +88,7 @@ JUNK = {
 }
 WEIGHTS = {kind: JUNK[kind] for kind in ("empty", "not UTF-8", "cut", "a folder")}
 RESUMED = "--resume --stages pretrain"
+UNFINISHED = "--resume --stages pretrain rasa"  # the last steps of pretraining are undone first
 HIGHRES = "--resume --stages pretrain highres"
 
 
@@ -107,20 +108,18 @@ def cases() -> list:
         "a fraction": write('{"steps": 1.5}'),
     }
     add("settings.json", JUNK | wrong, RESUMED, r"settings\.json cannot be read \(.*\)")
-    lines = {k: v for k, v in JUNK.items() if k not in ("empty", "cut")}
+    lines = {k: v for k, v in JUNK.items() if k not in ("empty", "cut")}  # as a killed run's
+    lines |= {"not UTF-8": write(b"\xff\xfe\x00{\n")}
     lines |= {"a step of text": renamed_step, "a loss of text": text_for_loss}
     folder = {"a folder": lines.pop("a folder")}
     add("pretrain/metrics.jsonl", lines, "--stages report", r"line \d of .*metrics\.jsonl.*delete")
     add("pretrain/metrics.jsonl", folder, "--stages report", r"metrics\.jsonl: Is a directory\. Mo")
-    results = (
-        JUNK
-        | {name: without(name) for name in recipe.SCORES}
-        | {f"{name} empty": emptied(name) for name in ("knn", "online_knn", "matryoshka")}
-        | {
-            "text": write('{"knn": {"pretrain": "good"}}'),
-            "position_r2 empty": emptied("position_r2"),
-        }
-    )
+    wrong = {name: without(name) for name in recipe.SCORES}
+    # Without labels there are no scores of k-NN at all; here those that belong to them are lost.
+    wrong |= {
+        f"{name} empty": emptied(name) for name in ("online_knn", "matryoshka", "position_r2")
+    }
+    results = JUNK | wrong | {"text": write('{"knn": {"pretrain": "good"}}')}
     folder = {"a folder": results.pop("a folder")}
     add("results.json", results, "--stages report", r"results\.json .*run --stages evaluate report")
     add("results.json", folder, "--stages report", r"results\.json: Is a directory")
@@ -136,7 +135,10 @@ def cases() -> list:
     files = {"empty": JUNK["empty"], "cut": cut, "missing": Path.unlink, "a folder": to_folder}
     for name in (".metadata", "__0_0.distcp"):
         add(f"{STEP_4}/{name}", files, HIGHRES, "step_00000004 is damaged: .*step_00000002$")
-    add("pretrain/tensorboard", {"a file": to_file}, "--resume", r"tensorboard: File exists\. Mov")
+    add("pretrain/metrics.jsonl", lines, UNFINISHED, r"line \d of .*metrics\.jsonl.*delete")
+    add("pretrain/tensorboard", {"a file": to_file}, UNFINISHED, r"tensorboard: File exists\. Mov")
+    add("pretrain/checkpoints", {"a file": to_file}, UNFINISHED, "pretrain/checkpoints")
+    add("pretrain", {"a file": to_file}, UNFINISHED, "run/pretrain")
     add("report.md", {"a folder": to_folder}, "--stages report", r"report\.md: Is a directory\. M")
     add("figures", {"a file": to_file}, "--stages report", r"figures: File exists\. Move")
     return found
@@ -154,11 +156,10 @@ def test_damaged(
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     damage(output / file)
-    if "highres" in arguments or file == "pretrain/tensorboard":
-        (output / "settings.json").chmod(0o644)
-    if file == "pretrain/tensorboard":  # so that there is something to train
+    if arguments == UNFINISHED:
         (output / "pretrain.safetensors").unlink()
-        shutil.rmtree(output / STEP_4)
+        if (output / STEP_4).exists():
+            shutil.rmtree(output / STEP_4)
     with pytest.raises(SystemExit, match=rf"^error: (?s:.)*{message}") as ended:
         recipe.main(["--output", str(output), *arguments.split()])
     assert "\n" not in str(ended.value).rstrip("\n")
@@ -172,3 +173,14 @@ def test_a_stray_file_beside_the_checkpoints(name: str, finished: Path, tmp_path
     (output / "pretrain" / "checkpoints" / name).write_text("stray")
     recipe.main(["--output", str(output), "--resume", "--stages", "pretrain"])
     assert recipe.backbones.load(output / "pretrain.safetensors").embed_dim == 32
+
+
+def test_a_report_without_metrics_leaves_their_curves_out(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    (output / "pretrain" / "metrics.jsonl").write_bytes(b"")
+    recipe.main(["--output", str(output), "--stages", "report"])
+    assert "metrics.jsonl has no losses" in capsys.readouterr().out
+    assert "losses.png" not in (output / "report.md").read_text()

@@ -183,11 +183,13 @@ def _outlive_signals(worker: int) -> None:
     """In a worker: leave it to the owner to react to signals, and end when the owner is gone."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_after_owner, daemon=True).start()
 
 
-def _end_after(owner: int) -> None:
+def _end_after_owner() -> None:
     """PyTorch's workers look for their owner too, but only between two batches."""
-    while os.getppid() == owner:
+    # The first tells at once, but not of an owner that is gone already; the second does.
+    parent, owner = os.getppid(), multiprocessing.parent_process()
+    while os.getppid() == parent and owner is not None and owner.is_alive():
         time.sleep(_WATCH_INTERVAL)
     os._exit(1)
