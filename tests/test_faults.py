@@ -151,9 +151,8 @@ def test_a_stop_does_not_wait_for_images_that_never_come(tmp_path: Path) -> None
 
 @needs_proc
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
-    """Before the training as well: there the first one does."""
     output = tmp_path / "run"
-    process = launch(output, "--steps", "1000", "--workers", "1", "--num-scenes", "61")
+    process = launch(output, "--steps", "1000", "--workers", "1")
     wait_for_step(output, 2, process)
     (worker,) = set(processes_of_session(process.pid)) - {process.pid}
     os.kill(worker, signal.SIGSTOP)  # what ends at once does not wait for it

@@ -9,15 +9,16 @@ from sslkit.data.workers import lost_worker
 from sslkit.training.parallel import lost_contact
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TOO_MANY = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
 
 
 def explain(error: BaseException) -> str | None:
     """What happened and what to do; None for an error that is not from the surroundings.
 
-    Known are full disks, files that cannot be opened, short memory, dead worker processes and lost
-    processes of a distributed run. An error of any other kind may be a bug, whose traceback is
-    needed.
+    Known are full disks, files that cannot be opened, short memory and other limits, dead worker
+    processes and lost processes of a distributed run. An error of any other kind may be a bug,
+    whose traceback is needed.
 
     >>> explain(OSError(28, "No space left on device"))
     'No space left on device. Free space, then continue with --resume from the last checkpoint'
@@ -28,6 +29,8 @@ def explain(error: BaseException) -> str | None:
         return (
             f"{describe(error)}. Free space, then continue with --resume from the last checkpoint"
         )
+    if isinstance(error, OSError) and error.errno in _TOO_MANY:
+        return f"{describe(error)}. Lower --workers, or raise the limits of this user (ulimit -a)"
     if isinstance(error, OSError) and error.filename is not None:
         hint = ". Move away what has this name, and try again" if error.errno in _IN_THE_WAY else ""
         return describe(error) + hint
