@@ -14,9 +14,11 @@ many threads, with bit-identical weights.
 
 import argparse
 import dataclasses
-import errno
 import json
 import math
+import os
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -24,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import tyro
@@ -48,6 +50,7 @@ from sslkit import (
 )
 from sslkit.backbones import Loaded, ViTEncoder
 from sslkit.backbones.heads import misfit
+from sslkit.command_line import run_command
 from sslkit.data import (
     Batch,
     MultiCrop,
@@ -80,7 +83,7 @@ from sslkit.evaluation.report import format_table, write_report
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import EvalTransform
 from sslkit.factored_logits import Logits, concatenated
-from sslkit.files import atomic_write, file_digest
+from sslkit.files import DamagedFile, atomic_write, file_digest, read_json_object
 from sslkit.rasa import patch_positions, save_rasa
 from sslkit.schedules import (
     cosine,
@@ -97,6 +100,7 @@ from sslkit.training.checkpoint import (
     checkpoint_group,
     step_of,
 )
+from sslkit.training.failures import explain
 from sslkit.training.finite import NonFiniteLoss, by_rank, nan_unless_finite, require_finite
 from sslkit.training.metrics import MetricsWriter, read_metrics
 from sslkit.training.monitor import CollapseMonitor, feature_std
@@ -111,7 +115,6 @@ from sslkit.training.parallel import (
     choose,
     gradients_synchronised,
     joined,
-    lost_contact,
     replicate,
     restarted,
     shard_,
@@ -123,6 +126,7 @@ from sslkit.training.progress import TrainingProgress
 from sslkit.training.settings import as_json, differences, from_json
 from sslkit.training.signals import stop_request
 
+T = TypeVar("T")
 SUBMODULES = ("backbone", "dino_head", "ibot_head")  # gradients are clipped in each by itself
 MASK_COUNTS, MASKS, DROP_PATH = range(3)  # what a stage draws random numbers for
 NUM_GLOBAL = 2  # global crops of an image; the teacher sees these alone
@@ -911,7 +915,7 @@ class Trainer:
         if plan.name == "highres":
             group = checkpoint_group(parallel.group)
             pretrained, path = last_checkpoint("pretrain", settings, group)
-            pretrained.load_(path, self.weights(), partial=True)
+            load_checkpoint_(pretrained, path, self.weights(), partial=True)
             # As scripts/modify_ckpt_highres.py of the release; local crops keep the encoder's rule.
             for network in networks:
                 network.backbone.set_img_size_(plan.global_size, pos_interpolation="antialias")
@@ -920,7 +924,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.optim.betas)
         if plan.name == "highres":  # the position embedding, which changed shape, starts afresh
             fitting = {n: m for n, m in moments(self.optimizer).items() if "pos_embed" not in n}
-            pretrained.load_(path, {"optimizer": fitting}, partial=True)
+            load_checkpoint_(pretrained, path, {"optimizer": fitting}, partial=True)
         self.draw_masks = mask_generator(self.student.backbone.grid_size, settings.masks)
 
     def distribute(self, networks: tuple[FrancaNetwork, FrancaNetwork]) -> None:
@@ -1125,6 +1129,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     """One stage of training, from its last checkpoint if it has any, to `<stage>.safetensors`."""
     export = settings.output / f"{plan.name}.safetensors"
     if export.exists():
+        export_metadata(plan.name, settings)  # raises an error if it is damaged
         say(parallel, f"{plan.name}: finished already, {export}")
         return
     folder = settings.output / plan.name
@@ -1145,22 +1150,17 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     if start > plan.steps:
         raise SettingsError(f"{plan.name} has {plan.steps} steps, but {latest} is further")
     if latest is not None:
-        try:
-            checkpoints.load_(latest, trainer.state())
-        except ValueError as error:
-            raise SettingsError(f"these settings make another network: {error}") from error
+        load_checkpoint_(checkpoints, latest, trainer.state())
     if parallel.is_main:
         write_settings(settings)
-    batches = iter(
-        make_loader(
-            MultiCropDataset(images, multi_crop(plan, settings), seed=settings.seed),
-            batch_size=plan.batch_size,
-            start_sample=start * plan.batch_size,
-            rank=parallel.rank,
-            world_size=parallel.world_size,
-            num_workers=settings.workers,
-            augment_on=parallel.device if settings.augment_on == "device" else None,
-        )
+    loader = make_loader(
+        MultiCropDataset(images, multi_crop(plan, settings), seed=settings.seed),
+        batch_size=plan.batch_size,
+        start_sample=start * plan.batch_size,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+        num_workers=settings.workers,
+        augment_on=parallel.device if settings.augment_on == "device" else None,
     )
     data = DataWatch(settings.workers)
     num_images = None if isinstance(images, StreamSource) else len(images)
@@ -1175,14 +1175,24 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
         say(parallel, "accumulation: KoLeo sees the neighbours within each micro-batch alone")
     with ExitStack() as stack:
         request = stack.enter_context(stop_request())
-        stack.callback(checkpoints.wait)  # also when the training fails
+        # Also when the training fails, but not for whoever interrupts it a second time.
+        stack.push(lambda kind, *_: None if kind is KeyboardInterrupt else checkpoints.wait())
+        batches = stack.enter_context(iter(loader))
+        saved = -1 if latest is None else start
         if parallel.is_main:
             metrics = stack.enter_context(MetricsWriter(folder, resume_step=start))
             progress = stack.enter_context(
                 TrainingProgress(plan.steps, start_step=start, description=plan.name)
             )
         for step in range(start, plan.steps):
-            batch = data.next(batches)
+            if parallel.group is None:
+                batch = request.unless_stopped(lambda: data.next(batches))
+            else:  # the others are in the step already, and wait for this process there
+                batch = data.next(batches)
+            if batch is None:
+                if saved < step:
+                    checkpoints.save(step, trainer.state())
+                raise Stopped(plan.name, step, request.number)
             unreadable.update(batch.indices, batch.unreadable)
             seen = trainer.step(step, batch)
             done = step + 1
@@ -1206,16 +1216,27 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
                     progress.message(f"step {done}: k-NN accuracy {100 * accuracy:.1f} %")
                 if record:
                     metrics.log(done, record)
-            asked_to_stop = parallel.any(request.arrived)
+            asked_to_stop = int(parallel.gather(torch.tensor(request.number)).max())
             if asked_to_stop or due(done, settings.checkpoint_every, plan.steps):
                 checkpoints.save(done, trainer.state())
+                saved = done
             if asked_to_stop:
-                raise Stopped(plan.name, done)
+                raise Stopped(plan.name, done, asked_to_stop)
             del seen  # the teacher's scores, before there are new ones
         checkpoints.wait()
-        if parallel.any(request.arrived):
-            raise Stopped(plan.name, plan.steps)
+        if asked_to_stop := int(parallel.gather(torch.tensor(request.number)).max()):
+            raise Stopped(plan.name, plan.steps, asked_to_stop)
     save_teacher(plan.name, plan.steps, trainer)
+
+
+def load_checkpoint_(
+    checkpoints: Checkpoints, path: Path, state: dict[str, Any], *, partial: bool = False
+) -> None:
+    """Fill `state` from a checkpoint, or raise an error that says that it is of other settings."""
+    try:
+        checkpoints.load_(path, state, partial=partial)
+    except ValueError as error:
+        raise SettingsError(f"these settings make another network: {error}") from error
 
 
 def save_teacher(name: str, step: int, trainer: Trainer) -> None:
@@ -1232,11 +1253,12 @@ def save_teacher(name: str, step: int, trainer: Trainer) -> None:
 
 
 class Stopped(Exception):
-    """A SIGTERM has come, and everything is saved."""
+    """A SIGTERM or SIGINT has come, and everything is saved."""
 
     def __str__(self) -> str:
-        stage, step = self.args
-        return f"{stage}: stopped by SIGTERM and saved at step {step}; continue with --resume"
+        stage, step, number = self.args
+        name = signal.Signals(number).name
+        return f"{stage}: stopped by {name} and saved at step {step}; continue with --resume"
 
 
 def say(parallel: Parallel, text: str) -> None:
@@ -1510,7 +1532,7 @@ def finished_stages(settings: Settings) -> list[str]:
     exports: dict[str, Path] = {n: settings.output / f"{n}.safetensors" for n in STAGES}
     finished = [name for name, path in exports.items() if path.exists()]
     if "rasa" in finished:
-        fitted_on, last = backbones.read_metadata(exports["rasa"])["of"], final_plan(settings).name
+        fitted_on, last = export_metadata("rasa", settings, "of"), final_plan(settings).name
         if fitted_on != last:
             raise SettingsError(
                 f"{exports['rasa']} was fitted on {fitted_on}, and {last} has been trained since; "
@@ -1521,7 +1543,25 @@ def finished_stages(settings: Settings) -> list[str]:
 
 def load_encoder(stage: str, settings: Settings) -> ViTEncoder:
     """The encoder that a stage exported."""
-    return backbones.load(settings.output / f"{stage}.safetensors").eval()
+    return read_export(stage, settings, backbones.load).eval()
+
+
+def export_metadata(stage: str, settings: Settings, name: str = "stage") -> str:
+    """What the header of an export says under a name."""
+    return read_export(stage, settings, lambda path: backbones.read_metadata(path)[name])
+
+
+def read_export(stage: str, settings: Settings, reader: Callable[[Path], T]) -> T:
+    """What a reader finds in the export of a stage, or an error that says how to make it again."""
+    path = settings.output / f"{stage}.safetensors"
+    try:
+        return reader(path)
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
+        again = "--resume" if stage in ("pretrain", "highres") else f"--stages {stage}"
+        remedy = f"Delete it and make it again with {again}"
+        if stage == "init":
+            remedy = "Bring it back, or start again in another --output"
+        raise DamagedFile(f"{path} is damaged: {error}. {remedy}") from error
 
 
 def eval_view(size: int, settings: Settings) -> EvalTransform:
@@ -1544,6 +1584,9 @@ def online_knn(encoder: nn.Module, plan: Plan, settings: Settings, sources: Sour
     return knn_score(train.labels, test.labels, train.cls, test.cls, k=settings.evaluation.knn)
 
 
+SCORES = ("knn", "online_knn", "matryoshka", "in_context", "position_r2")
+
+
 def evaluate(settings: Settings, parallel: Parallel) -> None:
     """Scores of the untrained encoder and of every stage's, in `results.json`."""
     options, sources = settings.evaluation, open_data(settings)
@@ -1562,8 +1605,7 @@ def evaluate(settings: Settings, parallel: Parallel) -> None:
     for stage in finished_stages(settings):
         contestants[stage] = (load_encoder(stage, settings), first if stage == "pretrain" else last)
 
-    scores = ("knn", "online_knn", "matryoshka", "in_context", "position_r2")
-    results: dict[str, Any] = {name: {} for name in scores}
+    results: dict[str, Any] = {name: {} for name in SCORES}
     for name, (encoder, plan) in contestants.items():
         print(f"evaluate: {name}")
         encoder = encoder.to(parallel.device)
@@ -1646,11 +1688,8 @@ def report(settings: Settings, parallel: Parallel) -> None:
     path = settings.output / "results.json"
     if not path.exists():
         raise SettingsError(f"{path} is missing; run --stages evaluate first")
-    results = json.loads(path.read_text())
     plan = final_plan(settings)
-    missing = [name for name in finished_stages(settings) if name not in results["position_r2"]]
-    if missing:
-        raise SettingsError(f"{path} is older than {missing[0]}; run --stages evaluate report")
+    results = read_results(path, finished_stages(settings))
     rows = summary(results, plan.name, settings.evaluation.knn)
     figures = {
         **training_pictures(settings, results, plan.name),
@@ -1668,6 +1707,36 @@ def report(settings: Settings, parallel: Parallel) -> None:
     print(f"report: {page}")
 
 
+def read_results(path: Path, stages: Sequence[str]) -> dict[str, Any]:
+    """The scores in `results.json`, of these stages and of what they are compared with."""
+    remedy = "run --stages evaluate report"
+    results = read_json_object(path, remedy)
+    for name in SCORES:
+        scores = results.get(name)
+        fits = scores_by_size if name == "matryoshka" else is_number
+        if not isinstance(scores, dict) or not all(map(fits, scores.values())):
+            raise DamagedFile(f"{path} has no scores {name!r} by encoder: {remedy}")
+    needed = dict.fromkeys(("knn", "matryoshka", "in_context", "position_r2"), stages)
+    for name, encoders in (needed | {"online_knn": ("raw pixels",)}).items():
+        missing = [each for each in ("random init", *encoders) if each not in results[name]]
+        optional = name == "in_context" or not results["knn"]
+        if missing and (results[name] or name == "position_r2" or not optional):
+            raise SettingsError(f"{path} is older than {missing[0]}; {remedy}")
+    return results
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is one."""
+    return type(value) in (int, float)
+
+
+def scores_by_size(value: Any) -> bool:
+    """Whether a value of JSON has numbers by embedding size."""
+    return isinstance(value, dict) and all(
+        size.isdecimal() and is_number(score) for size, score in value.items()
+    )
+
+
 def some_images(source: Source, count: int) -> list[Tensor]:
     """At most `count` images, evenly spaced; for a broken one, the next that can be read."""
     images = []
@@ -1683,12 +1752,16 @@ def some_images(source: Source, count: int) -> list[Tensor]:
 
 def training_pictures(settings: Settings, results: dict[str, Any], last: str) -> dict[str, Figure]:
     """Curves of the losses, of the online k-NN, and over embedding sizes."""
-    records = read_metrics(settings.output / "pretrain" / "metrics.jsonl")
+    path = settings.output / "pretrain" / "metrics.jsonl"
+    records = read_metrics(path) if path.exists() else []
     with torch.device("meta"):
         head = FrancaNetwork(settings.model, settings.crops.global_size).dino_head
-    figures = {
-        "losses": draw.loss_curves(records, num_prototypes={"dino": head.num_prototypes_per_level})
-    }
+    figures = {}
+    if any("loss" in record for record in records):
+        prototypes = {"dino": head.num_prototypes_per_level}
+        figures["losses"] = draw.loss_curves(records, num_prototypes=prototypes)
+    else:
+        print(f"report: {path} has no losses, so that their curves are left out")
     key = f"knn/{settings.evaluation.knn}"
     if online := [(record["step"], record[key]) for record in records if key in record]:
         steps, accuracy = zip(*online, strict=True)
@@ -1748,9 +1821,7 @@ def feature_pictures(settings: Settings, results: dict[str, Any], plan: Plan) ->
         "pca": draw.pca_maps(images, pca_maps(patches, threshold=None).rgb),
     }
     if (settings.output / "rasa.safetensors").exists():
-        errors = json.loads(
-            backbones.read_metadata(settings.output / "rasa.safetensors")["position_errors"]
-        )
+        errors = read_export("rasa", settings, position_errors)
         r2 = results["position_r2"]
         figures["rasa"] = draw.position_error(
             errors,
@@ -1761,13 +1832,19 @@ def feature_pictures(settings: Settings, results: dict[str, Any], plan: Plan) ->
     return figures
 
 
+def position_errors(path: Path) -> list[float]:
+    """The error of each of RASA's iterations, from the header of its export."""
+    errors = json.loads(backbones.read_metadata(path)["position_errors"])
+    return [float(error) for error in errors]
+
+
 def cluster_entropy_picture(settings: Settings, plan: Plan) -> Figure:
     """Where in the image the teacher's patch clusters fire, before and after RASA.
 
     At the finest level that has, on average, a patch for each cluster and position.
     """
     test, view = open_data(settings).test, eval_view(plan.global_size, settings)
-    heads = backbones.read(settings.output / f"{plan.name}.safetensors").heads
+    heads = read_export(plan.name, settings, backbones.read).heads
     head = cast(MatryoshkaProjector, heads["ibot_head"])
     counts = head.num_prototypes_per_level
     images = evenly_spaced(len(test), settings.evaluation.num_dense)
@@ -2058,27 +2135,22 @@ def goes_on(stored: Settings, init_from: str, output: Path) -> bool:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     try:
-        run(parse(sys.argv[1:] if arguments is None else arguments))
+        settings = parse(sys.argv[1:] if arguments is None else arguments)
+        run(settings)
     except Stopped as stopped:
-        print(stopped)
-    except (SettingsError, NonFiniteLoss, CheckpointError) as error:
+        launcher = "python" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "torchrun ..."
+        output = shlex.quote(str(settings.output))
+        print(f"{stopped}: {launcher} {shlex.quote(sys.argv[0])} --output {output} --resume")
+    except (SettingsError, NonFiniteLoss, CheckpointError, DamagedFile) as error:
         sys.exit(f"error: {error}")
     except TooManyUnreadable as error:
         sys.exit(f"error: {error}: --max-unreadable")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, MemoryError, RuntimeError) as error:
+        reason = explain(error)
+        if reason is None:
             raise
-        sys.exit(
-            f"error: {error}. Free space, then continue with --resume from the last checkpoint"
-        )
-    except RuntimeError as error:
-        if not lost_contact(error):
-            raise
-        sys.exit(
-            f"error: another process of this job is gone ({error}). Its own message says why; "
-            "start all again with --resume, as torchrun --max-restarts does"
-        )
+        sys.exit(f"error: {reason}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

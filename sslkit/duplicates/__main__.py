@@ -18,6 +18,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from sslkit.command_line import run_command
 from sslkit.data.sources import Source, UnreadableImage, open_source
 from sslkit.duplicates import figures
 from sslkit.duplicates.search import (
@@ -207,4 +208,4 @@ def _num_pixels(source: Source, index: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from sslkit.command_line import run_command
 from sslkit.data.annotated.open import open_annotated
 from sslkit.evaluation.comparison import compare, table, write
 from sslkit.evaluation.models import Model, open_model
@@ -218,4 +219,4 @@ def evaluate(run: Run, options: dict[str, Any], *, skip_unsuitable: bool = False
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from sslkit.data.sources import Source, UnreadableImage
+from sslkit.data.workers import WorkerLoader
 from sslkit.evaluation.tokens import IMAGE_TOKENS, PATCH_TOKENS, encode, frozen
 from sslkit.evaluation.tokens import Unsuitable as Unsuitable
 
@@ -115,24 +116,25 @@ def encoded_batches(
     the transform makes all alike, and up to ``batch_size`` for images of any shape. See `extract`.
     """
     # A generator of its own: a loader otherwise draws its workers' seed from the global one.
-    loader = DataLoader(
+    loader: WorkerLoader[list[Any]] = WorkerLoader(
         _Items(source, transform, indices),
-        batch_size,
+        batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=list,
         generator=torch.Generator(),
     )
-    for batch in loader:
-        unreadable = [item for item in batch if isinstance(item, str)]
-        readable = (item for item in batch if not isinstance(item, str))
-        encoded = []
-        with frozen(encoder):
-            for _, alike in groupby(readable, key=lambda item: item[0].shape):
-                views, labels, positions = zip(*alike, strict=True)
-                images = torch.stack(views).to(device)
-                tokens = encode(encoder, images, want=want, block=block, num_layers=num_layers)
-                encoded.append(_rows(tokens, list(labels), list(positions), dtype))
-        yield encoded, unreadable
+    with iter(loader) as batches:
+        for batch in batches:
+            unreadable = [item for item in batch if isinstance(item, str)]
+            readable = (item for item in batch if not isinstance(item, str))
+            encoded = []
+            with frozen(encoder):
+                for _, alike in groupby(readable, key=lambda item: item[0].shape):
+                    views, labels, positions = zip(*alike, strict=True)
+                    images = torch.stack(views).to(device)
+                    tokens = encode(encoder, images, want=want, block=block, num_layers=num_layers)
+                    encoded.append(_rows(tokens, list(labels), list(positions), dtype))
+            yield encoded, unreadable
 
 
 def extract(

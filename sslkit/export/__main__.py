@@ -15,6 +15,7 @@ from sslkit import backbones
 from sslkit.backbones import Loaded
 from sslkit.backbones.checkpoint import HEADER_KEY
 from sslkit.backbones.files import read_header
+from sslkit.command_line import run_command
 from sslkit.export import HubEncoder, save_for_timm, save_onnx, save_program
 from sslkit.export.card import Card, read_scores, write_card
 from sslkit.export.hub import projectors
@@ -205,4 +206,4 @@ def describe(export: Described, metadata: dict[str, str]) -> Card:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

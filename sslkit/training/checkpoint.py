@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from sslkit.files import atomic_write, file_digest, flush_directory
+from sslkit.files import atomic_write, file_digest, flush_directory, read_json_object
 
-_NAME = re.compile(r"step_(\d{8,})")
+_NAME = re.compile(r"step_[0-9]{8,}")
 _TEMPORARY = ".tmp"
 _MANIFEST = "manifest.json"
 
@@ -110,7 +110,8 @@ class Checkpoints:
         """All complete checkpoints, by rising step; other files and folders are not looked at."""
         if not self.directory.is_dir():
             return []
-        return sorted((p for p in self.directory.iterdir() if _NAME.fullmatch(p.name)), key=step_of)
+        named = (path for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
+        return sorted((path for path in named if path.is_dir()), key=step_of)
 
     def latest(self) -> Path | None:
         """The checkpoint of the highest step; None if there is none.
@@ -257,9 +258,11 @@ class Checkpoints:
     def _verify(self, folder: Path) -> None:
         """Raise OSError unless every file is as it was written; each process looks at its share."""
         try:
-            files = json.loads((folder / _MANIFEST).read_text())
+            files = read_json_object(folder / _MANIFEST, "it lists the files by their checksums")
         except (OSError, ValueError) as error:
             raise OSError(f"its {_MANIFEST} cannot be read ({error})") from error
+        if ".metadata" not in files:
+            raise OSError(f"its {_MANIFEST} does not list all files")
         for name in sorted(files)[self._rank :: self._world_size]:
             if not (folder / name).is_file():
                 raise OSError(f"{name} is missing")
