@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 
 class KeepsTypes(nn.Module):
-    """A module whose own buffers keep their floating-point types, and their values with them.
+    """A module whose own buffers keep their types, and their values with them.
 
-    ``half()``, ``double()``, ``to(dtype)`` and ``to(device, dtype)``, called on the module or on one
-    around it, move the buffers to the device and leave their types. ``load_state_dict`` converts
-    what a checkpoint holds, with ``assign=True`` too. On Apple's MPS, which has no float64, a
-    float64 buffer stays on the CPU.
+    ``half()``, ``double()``, ``to(dtype)`` and ``to(device, dtype)``, called on the module or on
+    one around it, move the buffers to the device and leave their types. ``load_state_dict``
+    converts what a checkpoint holds, with ``assign=True`` too. On Apple's MPS, which has no
+    float64, a float64 buffer stays on the CPU.
 
     >>> class Mean(KeepsTypes):
     ...     def __init__(self):
@@ -31,11 +31,11 @@ class KeepsTypes(nn.Module):
         own = {id(buffer) for buffer in self._buffers.values() if buffer is not None}
 
         def keeping_type(tensor: Tensor) -> Tensor:
-            if id(tensor) not in own or not tensor.is_floating_point():
+            if id(tensor) not in own:
                 return fn(tensor)
             wide = tensor.dtype == torch.float64
             moved = fn(tensor.float() if wide else tensor)
-            if moved.dtype == tensor.dtype:
+            if moved.dtype == tensor.dtype and not wide:
                 return moved
             if wide and moved.device.type == "mps":
                 return tensor

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, cast, get_args, overload
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslkit.factored_logits import FactoredLogits, Logits
+from sslkit.unit_rows import unit_rows
 
 Nesting = Literal["slice", "slice_linear", "linear"]
 
@@ -34,9 +34,9 @@ class MatryoshkaProjector(nn.Module):
         (m_l + 1) h + (num_layers - 2) (h + 1) h + (h + 1) b + K_l b
 
     With ``normalize=True`` the prototypes' directions alone count, and their gradients are
-    orthogonal to them. Both norms are taken in float32 at least; a vector shorter than 1e-6 is
-    divided by 1e-6. The scores come in the precision of the surrounding autocast: call the
-    projector outside of it for float32 scores.
+    orthogonal to them. Both norms are taken in float32 at least and at any length; zeros stay
+    zeros (`sslkit.unit_rows`). The scores come in the precision of the surrounding autocast: call
+    the projector outside of it for float32 scores.
 
     Args:
         in_dim: D, the size of the features.
@@ -188,8 +188,7 @@ def _factored(prototypes: nn.Linear, x: Tensor) -> FactoredLogits:
 
 def _unit_norm(x: Tensor) -> Tensor:
     """Vectors of the last dimension at length 1, in x's dtype, computed in float32 at least."""
-    precise = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.normalize(precise, dim=-1, eps=1e-6).to(x.dtype)
+    return unit_rows(x).to(x.dtype)
 
 
 def _nest(in_dim: int, dim: int, nesting: Nesting) -> list[nn.Module]:

@@ -39,12 +39,14 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """The power of two just below each positive float32 or float64 number, NaN and infinity as 2^126.
+    """The largest power of two up to each positive number, float32 or float64.
 
-    Kept within 2^-126 ... 2^126, so that it and its inverse are normal numbers.
+    Kept within the range in which it and its inverse are normal numbers. Zero, infinity and NaN
+    give an end of it.
     """
     integer, exponent_bits = _EXPONENT_BITS[x.dtype]
-    return (x.view(integer) & exponent_bits).view(x.dtype).clamp(2.0**-126, 2.0**126)
+    least = torch.finfo(x.dtype).tiny
+    return (x.view(integer) & exponent_bits).view(x.dtype).clamp(least, 1 / least)
 
 
 class _UnitRows(torch.autograd.Function):

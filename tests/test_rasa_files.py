@@ -46,7 +46,7 @@ def test_removals_in_turn_are_the_released_forward():
 def test_from_planes_is_the_projection_that_the_removals_in_turn_are_not():
     given = planes()
     rasa, M = RASAProjector.from_planes(given), removals_in_turn(given)
-    P = rasa.matrix().double()
+    P = rasa.matrix()
     rows = torch.cat(given).double()
     assert (P @ P - P).abs().max() < 1e-6
     assert (rows @ P).abs().max() < 1e-4  # nothing is left of any plane
@@ -54,8 +54,8 @@ def test_from_planes_is_the_projection_that_the_removals_in_turn_are_not():
     assert torch.allclose(P @ M, P, atol=1e-6)
     assert torch.allclose(M @ P, P, atol=1e-6)
     gram = rasa.basis @ rasa.basis.T
-    assert torch.allclose(gram, torch.eye(6), atol=1e-6)
-    first = torch.linalg.qr(given[0].T).Q
+    assert torch.allclose(gram, torch.eye(6, dtype=torch.float64), atol=1e-14)
+    first = torch.linalg.qr(given[0].double().T).Q
     assert torch.allclose(rasa.basis[:2].T @ rasa.basis[:2], first @ first.T, atol=1e-5)
 
 
@@ -63,7 +63,7 @@ def test_orthogonal_planes_agree_in_both_ways():
     axes = torch.linalg.qr(torch.randn(D, 6)).Q.T
     given = [5 * axes[:2], axes[2:4], axes[4:6] + 0.5 * axes[[5, 4]]]
     P = RASAProjector.from_planes(given).matrix()
-    assert torch.allclose(removals_in_turn(given).float(), P, atol=1e-6)
+    assert torch.allclose(removals_in_turn(given), P, atol=1e-6)
 
 
 def test_rows_that_say_nothing_new_leave_zeros():
@@ -185,7 +185,7 @@ def test_damaged_and_missing_files(tmp_path):
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_rasa(tmp_path / "empty")
     save_file({"basis": torch.zeros(3, 8)}, tmp_path / "odd.safetensors")
-    with pytest.raises(ValueError, match=r"expected one tensor, basis \[2 T, D\]"):
+    with pytest.raises(ValueError, match=r"expected a float basis \[2 T, D\]"):
         load_rasa(tmp_path / "odd.safetensors")
     for read in (load_rasa, read_planes):
         with pytest.raises(FileNotFoundError, match="no RASA file"):

@@ -22,9 +22,7 @@ from sslkit.backbones.rope import with_prefix
 from sslkit.ops.attention import Runs, packed_attention
 
 
-def drop_path(
-    x: Tensor, runs: Runs, drop_prob: float, *, scale_by_keep: bool = True
-) -> Tensor:
+def drop_path(x: Tensor, runs: Runs, drop_prob: float, *, scale_by_keep: bool = True) -> Tensor:
     """Stochastic depth (arXiv 1603.09382): zero a whole crop with probability ``drop_prob``.
 
     Args:

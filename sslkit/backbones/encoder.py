@@ -314,7 +314,7 @@ class ViTEncoder(nn.Module):
     def _pack(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None
     ) -> tuple[Tensor, Runs, list[tuple[int, int, int]]]:
-        """All tokens ``[T, D]``, the crops of each length, and ``(B_i, H_i, W_i)`` of each batch."""
+        """All tokens ``[T, D]``, their runs of equal crops, ``(B_i, H_i, W_i)`` of each batch."""
         if not images:
             raise ValueError("forward_many: images is empty; give at least one batch of images")
         masks = [None] * len(images) if masks is None else masks

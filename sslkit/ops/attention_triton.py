@@ -38,7 +38,7 @@ Only 16-bit inputs: with float32 operands the products of these tiles spill 6 to
 # mypy: disable-error-code="no-untyped-def"
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch

@@ -182,8 +182,8 @@ def packed_column_mass(
     return body.column_mass(logits, temperatures, bias, row_masks)
 
 
-# Passes over factored logits, a chunk of rows at a time. The loop is inside the op: a compiled graph
-# that had it would have another one for every number of rows.
+# Passes over factored logits, a chunk of rows at a time. The loop is inside the op: in a compiled
+# graph it would make another graph of every number of rows.
 
 
 @torch.library.custom_op(

@@ -58,7 +58,7 @@ def load_rasa(path: str | os.PathLike[str]) -> RASAProjector:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds something else, or more than tensors; or its basis is not finite, or
-            not orthonormal to 32 roundings of its type (4e-6 in float32).
+            not orthonormal to 4e-6 (`RASAProjector.from_planes` takes any rows).
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "rasa.safetensors"

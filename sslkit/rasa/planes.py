@@ -17,8 +17,8 @@ def removal(basis: Tensor) -> Tensor:
 def remove(x: Tensor, basis: Tensor) -> Tensor:
     """Float64 features x [..., D] without the span of orthonormal (or zero) rows ``basis`` [n, D].
 
-    ``basis basis^T = I + E`` with E at rounding level, so one removal leaves ``E (basis x)``: small,
-    but linear in what was removed, where least squares finds it. The second removal leaves
+    ``basis basis^T = I + E`` with E at rounding level, so one removal leaves ``E (basis x)``: it is
+    small, but linear in what was removed, and least squares finds it. The second removal leaves
     ``E^2 (basis x)``, far below the rounding of the difference itself.
     """
     for _ in range(2):
@@ -71,16 +71,17 @@ def removals_in_turn(planes: Sequence[Tensor]) -> Tensor:
 def orthonormal_basis(basis: Tensor) -> Tensor:
     """A stored basis [2 T, D], orthonormal to the precision of its type, made so in float64.
 
-    Rows keep their places, and zero rows stay.
+    Rows keep their places, and zero rows stay. A basis that is orthonormal to 1e-14 comes back as
+    it is, in float64.
 
     Raises:
         ValueError: it is not a float matrix of an even number of rows and more columns, a number is
-            not finite, or an entry of ``basis basis^T`` is further than 32 roundings of the type
-            (4e-6 in float32) from that of orthonormal rows.
+            not finite, or an entry of ``basis basis^T`` is further than 4e-6 from that of
+            orthonormal rows: 32 roundings of float32; for float16 and bfloat16, 32 of theirs.
     """
     if not basis.is_floating_point() or basis.ndim != 2 or len(basis) % 2 or len(basis) == 0:
         raise ValueError(
-            f"basis must be float [2 T, D], T planes of two rows, got {basis.dtype} "
+            f"expected a float basis [2 T, D], T planes of two rows, got {basis.dtype} "
             f"{list(basis.shape)}"
         )
     if basis.shape[1] <= len(basis):
@@ -94,14 +95,15 @@ def orthonormal_basis(basis: Tensor) -> Tensor:
     rows = precise[given]
     identity = torch.eye(len(rows), dtype=precise.dtype, device=precise.device)
     gap = (rows @ rows.T - identity).abs().max().item() if len(rows) else 0.0
-    allowed = 32 * torch.finfo(basis.dtype).eps
+    allowed = 32 * max(torch.finfo(dtype).eps for dtype in (basis.dtype, torch.float32))
     if not gap <= allowed:
         raise ValueError(
             f"the rows of basis are not orthonormal: an entry of basis basis^T is {gap:.2g} from "
-            f"the identity's, and {basis.dtype} explains {allowed:.2g}. Give planes of any length "
+            f"the identity's, where rounding explains {allowed:.2g}. Give planes of any length "
             "and angle to RASAProjector.from_planes"
         )
-    precise[given] = gram_schmidt(rows, rows[:0])
+    if gap > 1e-14:
+        precise[given] = gram_schmidt(rows, rows[:0])
     return precise
 
 

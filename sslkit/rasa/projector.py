@@ -53,8 +53,8 @@ class RASAProjector(KeepsTypes):
         num_iterations: T, the planes at most; 2 T < D. The paper takes 9.
 
     Attributes:
-        basis: buffer [2 T, D], float64: rows 2t and 2t + 1 span plane t and are orthonormal to all others.
-            The rows of planes that were not needed are zero.
+        basis: buffer [2 T, D], float64: rows 2t and 2t + 1 span plane t and are orthonormal to all
+            others. The rows of planes that were not needed are zero.
 
     >>> from sslkit.rasa import patch_positions
     >>> grid = patch_positions(6, 8)  # features: the position, then 14 numbers that are noise
