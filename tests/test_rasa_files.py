@@ -190,3 +190,41 @@ def test_damaged_and_missing_files(tmp_path):
     for read in (load_rasa, read_planes):
         with pytest.raises(FileNotFoundError, match="no RASA file"):
             read(tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda basis: basis.index_fill(1, torch.tensor([3]), torch.nan), "NaN or infinite"),
+        (lambda basis: basis.index_fill(0, torch.tensor([3]), torch.inf), "NaN or infinite"),
+        (lambda basis: 2 * basis, "not orthonormal: an entry .* is 3 from the identity's"),
+        (lambda basis: basis + 1e-4 * basis[[1, 0, 2, 3, 4, 5]], "not orthonormal"),
+        (lambda basis: basis[[0, 0, 1, 2, 3, 4]], "not orthonormal"),
+        (lambda basis: basis[:0], r"got torch.float64 \[0, 30\]"),
+        (lambda basis: basis[0], r"got torch.float64 \[30\]"),
+        (lambda basis: basis.long(), "got torch.int64"),
+        (lambda basis: basis[:, :6], "would leave nothing"),
+    ],
+)
+def test_a_basis_that_is_none(tmp_path, change, message):
+    basis = change(RASAProjector.from_planes(planes()).basis).contiguous()
+    save_file({"basis": basis}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=rf"a\.safetensors is not a RASA file: .*{message}"):
+        load_rasa(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_files_of_earlier_versions(tmp_path, dtype):
+    rasa = RASAProjector.from_planes(planes())
+    save_file({"basis": rasa.basis.to(dtype)}, tmp_path / "old.safetensors")
+    found = load_rasa(tmp_path / "old.safetensors").basis
+    torch.testing.assert_close(found, rasa.basis, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(found @ found.T, torch.eye(6).double(), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-200, 1e200])
+def test_planes_of_any_length(scale):
+    wide = [plane.double() for plane in planes()]
+    expected = RASAProjector.from_planes(wide).matrix()
+    found = RASAProjector.from_planes([scale * plane for plane in wide]).matrix()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
