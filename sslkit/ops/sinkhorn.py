@@ -15,7 +15,7 @@ the second iteration on the column step reads
 
     u_k ← u_k - log m_k,        m_k = Σ_b softmax_k(s_b + u)    (the column mass).
 
-Why float32 survives any finite logits. The first column sum, over exp(s), needs a shift; it is the
+Why float32 survives logits of any size, up to |s| = 1e37, where s + u is still finite. The first column sum, over exp(s), needs a shift; it is the
 column's maximum (per prototype, hence absorbed by u_k exactly. A shift per row would not be: it
 replaces v = 0 as the starting point and changes what few iterations give). Later sums need none.
 After a column step the entries c_bk = exp(s_bk + u_k + v_b) satisfy Σ_b c_bk = 1, so c_bk ≤ 1 and a
