@@ -62,6 +62,7 @@ class MatryoshkaProjector(nn.Module):
         ValueError: a size is below 1, ``nesting`` is none of the three, ``nesting_dims`` do not
             rise within D, a level would have no prototype, or x has another last axis than D.
 
+    >>> import torch
     >>> projector = MatryoshkaProjector(64, 128, hidden_dim=32, bottleneck_dim=16)
     >>> projector.nesting_dims, projector.num_prototypes_per_level
     ((4, 8, 16, 32, 64), (8, 16, 32, 64, 128))
@@ -147,6 +148,7 @@ class CosineLinear(nn.Linear):
     The rows are normalised, not the [..., K] product: one pass over K * b weights instead of a
     second one over rows * K scores. Built without a bias.
 
+    >>> import torch
     >>> layer = CosineLinear(2, 1, bias=False)
     >>> _ = nn.init.constant_(layer.weight, 7.0)
     >>> layer(torch.tensor([[3.0, 3.0], [-1.0, 1.0]])).round(decimals=4).tolist()
@@ -161,6 +163,7 @@ class CosineLinear(nn.Linear):
 class Prefix(nn.Module):
     """The first ``size`` features: [..., D] to [..., size], a view.
 
+    >>> import torch
     >>> Prefix(2)(torch.arange(4))
     tensor([0, 1])
     """

@@ -15,14 +15,14 @@ the second iteration on the column step reads
 
     u_k ← u_k - log m_k,        m_k = Σ_b softmax_k(s_b + u)    (the column mass).
 
-Why float32 survives logits of any size, up to |s| = 1e37, where s + u is still finite. The first column sum, over exp(s), needs a shift; it is the
-column's maximum (per prototype, hence absorbed by u_k exactly. A shift per row would not be: it
-replaces v = 0 as the starting point and changes what few iterations give). Later sums need none.
-After a column step the entries c_bk = exp(s_bk + u_k + v_b) satisfy Σ_b c_bk = 1, so c_bk ≤ 1 and a
-row sums to r_b ≤ K. The row step divides by r_b, so the new column mass is
-m_k = Σ_b c_bk / r_b ≥ (1/K) Σ_b c_bk = 1/K; and softmax entries are at most one, so m_k ≤ B. Hence
-**m_k lies in [1/K, B]** and its logarithm is harmless. The softmax itself shifts by the row maximum
-internally, which only rescales v_b.
+Why float32 survives logits of any size, up to |s| = 1e37, where s + u is still finite. The first
+column sum, over exp(s), needs a shift; it is the column's maximum (per prototype, hence absorbed by
+u_k exactly. A shift per row would not be: it replaces v = 0 as the starting point and changes what
+few iterations give). Later sums need none. After a column step the entries c_bk = exp(s_bk + u_k +
+v_b) satisfy Σ_b c_bk = 1, so c_bk ≤ 1 and a row sums to r_b ≤ K. The row step divides by r_b, so
+the new column mass is m_k = Σ_b c_bk / r_b ≥ (1/K) Σ_b c_bk = 1/K; and softmax entries are at most
+one, so m_k ≤ B. Hence **m_k lies in [1/K, B]** and its logarithm is harmless. The softmax itself
+shifts by the row maximum internally, which only rescales v_b.
 
 **If logits are known to be bounded**, |logit| ≤ β (L2-normalised features and prototypes: β = 1),
 the constant β / temperature can stand in for the column maxima: exponents of the first column sum
