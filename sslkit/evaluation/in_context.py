@@ -234,7 +234,7 @@ def in_context_segmentation(
         reference_quirks: see above.
 
     >>> masks = torch.randint(2, (3, 4, 6), generator=torch.Generator().manual_seed(0))
-    >>> patches = F.one_hot(masks, 2).float()
+    >>> patches = torch.nn.functional.one_hot(masks, 2).float()
     >>> in_context_segmentation(patches, masks, patches, masks, 2).mean_iou
     1.0
     """
