@@ -95,12 +95,15 @@ def test_normalized_scores_are_bounded_and_finite(scale, dtype):
     assert all(torch.isfinite(p.grad).all() for p in [x, *module.parameters()])
 
 
-@pytest.mark.parametrize(("length", "score"), [(1.0, 1.0), (1e-5, 1.0), (1e-7, 0.1), (0.0, 0.0)])
-def test_vectors_shorter_than_eps_shrink_to_zero(length, score):
-    layer = CosineLinear(2, 1, bias=False).double()
-    nn.init.constant_(layer.weight, 1.0)
-    x = torch.full((1, 2), length / 2**0.5, dtype=torch.float64)
-    assert layer(x).item() == pytest.approx(score, rel=1e-9)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("length", "score"), [(1.0, 1.0), (1e-7, 1.0), (1e-30, 1.0), (1e30, 1.0), (0.0, 0.0)]
+)
+def test_the_length_of_vectors_does_not_count(length, score, dtype):
+    layer = CosineLinear(2, 1, bias=False).to(dtype)
+    nn.init.constant_(layer.weight, 1e25)
+    x = torch.full((1, 2), length / 2**0.5, dtype=dtype)
+    assert layer(x).item() == pytest.approx(score, rel=1e-6)
 
 
 def test_norms_of_half_precision_are_taken_in_float32():

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sslkit.backbones.blocks import (
-    Lengths,
     PackedBlock,
     PackedEvaBlock,
     can_pack,
@@ -28,6 +27,7 @@ from sslkit.backbones.rope import rotations
 from sslkit.backbones.supported import require_supported
 from sslkit.backbones.swiglu import FusedSwiGLU
 from sslkit.backbones.tokens import Tokens
+from sslkit.ops.attention import Runs, equal_runs
 
 _PACKED = (PackedBlock, PackedEvaBlock)
 
@@ -209,10 +209,10 @@ class ViTEncoder(nn.Module):
             ValueError: ``images`` is empty, ``masks`` is not as long, or as in :meth:`forward`.
             TypeError: a batch is not floating point.
         """
-        x, lengths, grids = self._pack(images, masks)
+        x, runs, grids = self._pack(images, masks)
         rope = self._rotations(grids)
         for block in self.vit.blocks:
-            x = self._run(block, x, lengths, rope)
+            x = self._run(block, x, runs, rope)
         return self._unpack(x, grids)
 
     def intermediate(self, images: Tensor, n: int) -> list[Tokens]:
@@ -222,11 +222,11 @@ class ViTEncoder(nn.Module):
         """
         if not 1 <= n <= self.depth:
             raise ValueError(f"n must be between 1 and the {self.depth} blocks, got {n}")
-        x, lengths, grids = self._pack([images], None)
+        x, runs, grids = self._pack([images], None)
         rope = self._rotations(grids)
         outputs = []
         for i, block in enumerate(self.vit.blocks):
-            x = self._run(block, x, lengths, rope)
+            x = self._run(block, x, runs, rope)
             if i >= self.depth - n:
                 outputs.append(self._unpack(x, grids)[0])
         return outputs
@@ -255,10 +255,10 @@ class ViTEncoder(nn.Module):
                 f"queries_keys_values: block {block} is a {type(chosen).__name__}; they are known "
                 "for timm's standard Block with its standard Attention, and for its EvaBlock"
             )
-        x, lengths, grids = self._pack([images], None)
+        x, runs, grids = self._pack([images], None)
         rope = self._rotations(grids)
         for earlier in self.vit.blocks[:block]:
-            x = self._run(earlier, x, lengths, rope)
+            x = self._run(earlier, x, runs, rope)
         qkv = chosen.attn.project(chosen.norm1(x), rope)  # [B * T, 3, h, d]
         qkv = qkv.unflatten(0, (len(images), -1))  # [B, T, 3, h, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, T, d]
@@ -329,8 +329,8 @@ class ViTEncoder(nn.Module):
 
     def _pack(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None
-    ) -> tuple[Tensor, Lengths, list[tuple[int, int, int]]]:
-        """All tokens ``[T, D]``, the length of each crop, and ``(B_i, H_i, W_i)`` of each batch."""
+    ) -> tuple[Tensor, Runs, list[tuple[int, int, int]]]:
+        """All tokens ``[T, D]``, their runs of equal crops, ``(B_i, H_i, W_i)`` of each batch."""
         if not images:
             raise ValueError("forward_many: images is empty; give at least one batch of images")
         masks = [None] * len(images) if masks is None else masks
@@ -339,16 +339,17 @@ class ViTEncoder(nn.Module):
                 f"masks must hold one mask or None for each of the {len(images)} batches in "
                 f"images, got {len(masks)}"
             )
-        packed, grids = [], []
-        lengths: Lengths = ()
+        packed, grids, lengths, counts = [], [], [], []
         for i, (batch, mask) in enumerate(zip(images, masks, strict=True)):
             grid = self._check(batch, mask, "images" if len(images) == 1 else f"images[{i}]")
             x = embed(self.vit, batch, grid, self._resample, mask_token=self.mask_token, masks=mask)
             B, length, _ = x.shape
             packed.append(x.flatten(0, 1))
-            lengths += (length,) * B
+            lengths.append(length)
+            counts.append(B)
             grids.append((B, *grid))
-        return (packed[0] if len(packed) == 1 else torch.cat(packed)), lengths, grids
+        x = packed[0] if len(packed) == 1 else torch.cat(packed)
+        return x, equal_runs(lengths, counts), grids
 
     def _rotations(self, grids: Sequence[tuple[int, int, int]]) -> Tensor | None:
         """Rotary positions of the packed tokens, ``[T, 2 * head_dim]``; None where there are none.
@@ -371,10 +372,10 @@ class ViTEncoder(nn.Module):
         self._round_periods_()
         return self
 
-    def _run(self, block: nn.Module, x: Tensor, lengths: Lengths, rope: Tensor | None) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, runs: Runs, rope: Tensor | None) -> Tensor:
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(run_block, block, x, lengths, rope, use_reentrant=False)
-        return run_block(block, x, lengths, rope)
+            return checkpoint(run_block, block, x, runs, rope, use_reentrant=False)
+        return run_block(block, x, runs, rope)
 
     def _unpack(self, x: Tensor, grids: Sequence[tuple[int, int, int]]) -> list[Tokens]:
         """Final norm, then the packed ``[T, D]`` tokens as one :class:`Tokens` for each batch."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sslkit.evaluation.confusion import confusion_matrices, iou, mean_iou
@@ -24,6 +23,7 @@ from sslkit.evaluation.segmentation import (
     predicted_masks,
 )
 from sslkit.evaluation.subject import Subject
+from sslkit.unit_rows import unit_rows
 
 _IMAGES_AT_ONCE = 64
 
@@ -129,7 +129,7 @@ def build_memory(
         keep = _kept_patches(frequencies > 0, patches_per_image, generator)
         key, label = some.reshape(len(some), H * W, D)[keep], frequencies[keep]
         if dtype is not None:
-            key, label = F.normalize(key.float(), dim=1).to(dtype), label.to(dtype)
+            key, label = unit_rows(key).to(dtype), label.to(dtype)
         keys.append(key)
         labels.append(label)
     if not sum(map(len, keys)):
@@ -234,7 +234,7 @@ def in_context_segmentation(
         reference_quirks: see above.
 
     >>> masks = torch.randint(2, (3, 4, 6), generator=torch.Generator().manual_seed(0))
-    >>> patches = F.one_hot(masks, 2).float()
+    >>> patches = torch.nn.functional.one_hot(masks, 2).float()
     >>> in_context_segmentation(patches, masks, patches, masks, 2).mean_iou
     1.0
     """

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject, require_labels
+from sslkit.unit_rows import unit_rows
 
 _KEYS_AT_ONCE = 16_384
 _FIRST_KEYS = 2048
@@ -75,12 +75,11 @@ def cosine_neighbours(
 
 
 def _unit(x: Tensor, name: str) -> Tensor:
-    """Rows of length 1, float32; rows of zeros stay. No square of an entry over- or underflows."""
-    x = x.float()
-    largest = x.abs().amax(1, keepdim=True)  # NaN and infinity survive
-    if not largest.isfinite().all():
+    """Rows of length 1, float32; rows of zeros stay."""
+    rows = unit_rows(x).float()
+    if not rows.isfinite().all():
         raise ValueError(f"{name} hold NaN or infinite values")
-    return F.normalize(x / largest.clamp_min(torch.finfo(torch.float32).tiny), dim=1)
+    return rows
 
 
 def _keep_best_(best: Tensor, where: Tensor, similarity: Tensor, start: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sslkit.files import atomic_write
-from sslkit.rasa.planes import check_planes
+from sslkit.rasa.planes import check_planes, orthonormal_basis
 from sslkit.rasa.projector import RASAProjector
 
 _TORCH_MAGIC = (b"PK", b"\x80")  # a zip archive, and PyTorch's format before 1.6
@@ -53,9 +53,12 @@ def load_rasa(path: str | os.PathLike[str]) -> RASAProjector:
     iteration, so that it leaves a rest of the earlier ones: `removals_in_turn` of `read_planes` is
     that, exactly.
 
+    A float32 basis, which earlier versions wrote, is made orthonormal in float64.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else, or more than tensors.
+        ValueError: it holds something else, or more than tensors; or its basis is not finite, or
+            not orthonormal to 4e-6 (`RASAProjector.from_planes` takes any rows).
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "rasa.safetensors"
@@ -73,14 +76,18 @@ def load_rasa(path: str | os.PathLike[str]) -> RASAProjector:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     basis = tensors.get("basis")
-    if set(tensors) != {"basis"} or basis is None or basis.ndim != 2 or len(basis) % 2:
+    if set(tensors) != {"basis"} or basis is None:
         raise ValueError(
             f"{path} is not a RASA file: expected one tensor, basis [2 T, D], got "
             f"{len(tensors)}, such as {sorted(tensors)[:1]}. An encoder with RASA folded in needs "
             "no RASA file: give it as the weights"
         )
+    try:
+        basis = orthonormal_basis(basis)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a RASA file: {error}") from error
     rasa = RASAProjector(basis.shape[1], num_iterations=len(basis) // 2)
-    rasa.load_state_dict(tensors)
+    rasa.basis.copy_(basis)
     return rasa
 
 

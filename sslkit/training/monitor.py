@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from sslkit.unit_rows import unit_rows
 
 _MEANING = {
     "uniform targets": (
@@ -58,7 +59,7 @@ def feature_std(features: Tensor) -> Tensor:
     x = features.detach().to(torch.promote_types(features.dtype, torch.float32))
     if len(x) < 2:
         return x.new_full((), math.nan)
-    z = F.normalize(x, dim=-1)
+    z = unit_rows(x)
     return z.var(dim=0).sum().sqrt()
 
 
