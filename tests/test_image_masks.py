@@ -77,7 +77,7 @@ def test_masks_are_upright_as_images_are(tmp_path):
     assert data.mask(0).shape == data[0][0].shape[1:] == (4, 6)
 
 
-@pytest.mark.parametrize("missing", ["train.txt", "annotations.json", "masks"])
+@pytest.mark.parametrize("missing", ["train.txt", "images", "masks"])
 def test_a_missing_part_is_named_with_the_layout(tmp_path, missing):
     write(tmp_path)
     (tmp_path / missing).rename(tmp_path / "elsewhere")
@@ -91,12 +91,15 @@ def test_bad_contents_are_named(tmp_path):
     Image.new("L", (5, 4)).save(tmp_path / "masks" / "a.png")
     with pytest.raises(UnreadableImage, match=r"masks/a.png.*\[4, 5\].*images/a.png is \[4, 6\]"):
         data.mask(0)
-    Image.new("RGB", (6, 4)).save(tmp_path / "masks" / "a.png")
-    with pytest.raises(UnreadableImage, match=r"8-bit grey or palette, this one has mode RGB"):
+    Image.new("CMYK", (6, 4)).save(tmp_path / "masks" / "a.png", "TIFF")
+    with pytest.raises(UnreadableImage, match=r"grey .* or RGB, this one has mode CMYK"):
         data.mask(0)
     (tmp_path / "masks" / "b.png").unlink()
     with pytest.raises(UnreadableImage, match=r"b\.png"):
         data.mask(1)
+    with pytest.raises(FileNotFoundError, match=r"no mask .*b\.png; 1 of 2 images have none"):
+        ImagesAndMasks(tmp_path)
+    Image.new("L", (6, 4)).save(tmp_path / "masks" / "b.png")
     (tmp_path / "annotations.json").write_text('{"classes": ["background"], "images": {}}')
     with pytest.raises(ValueError, match=r"names 1 class"):
         ImagesAndMasks(tmp_path)

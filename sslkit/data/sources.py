@@ -72,7 +72,7 @@ def open_source(
       shards go to ``root/shards``.
     - a folder with ``.tar`` files in it: these shards. When some are called ``train...`` and others
       ``val...``, ``valid...``, ``validation...`` or ``test...``, these are the two splits.
-    - a folder of images and masks with lists of names:
+    - a folder with ``images`` and ``masks``, and lists of names or none:
       :class:`sslkit.data.annotated.image_masks.ImagesAndMasks`.
     - another folder: :class:`ImageFolder`. With sub-folders ``train`` and one of ``val``,
       ``valid``, ``validation``, ``test`` (the first that exists), these are the two splits.
@@ -158,10 +158,12 @@ def _find_tar_shards(text: str, path: Path, split: Split) -> tuple[str | list[st
 
 def _open_folder(folder: Path, split: Split, max_side: int) -> tuple[Source, bool]:
     # Here, because sslkit.data.annotated opens images by this module.
-    from sslkit.data.annotated.image_masks import ImagesAndMasks, is_images_and_masks
+    from sslkit.data.annotated.image_masks import ImagesAndMasks, has_lists, is_images_and_masks
 
     if is_images_and_masks(folder):
-        return ImagesAndMasks(folder, split=split, max_side=max_side), True
+        listed = has_lists(folder)
+        own_split = split if listed else None
+        return ImagesAndMasks(folder, split=own_split, max_side=max_side), listed
     children = {child.name for child in folder.iterdir() if child.is_dir()}
     test_folder = own_test_split(children)
     if test_folder is None:

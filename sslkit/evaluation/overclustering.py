@@ -21,6 +21,7 @@ from sslkit.evaluation.segmentation import (
     known_pixels,
     masked_patches,
     merge_clusters,
+    require_classes,
     resize_masks,
 )
 from sslkit.evaluation.subject import Subject
@@ -60,6 +61,7 @@ def overclustering(
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     ignore_index: int = 255,
     reference_quirks: bool = False,
+    class_names: Sequence[str] | None = None,
 ) -> Overclustering:
     """Cluster the patches of all images, name the clusters by the masks, and score them.
 
@@ -91,6 +93,10 @@ def overclustering(
         seeds: one run each.
         ignore_index: the label of pixels that belong to no class.
         reference_quirks: see above.
+        class_names: for messages.
+
+    Raises:
+        Unsuitable: the masks have pixels of fewer than two classes.
 
     >>> masks = torch.arange(12).view(1, 3, 4).repeat(10, 1, 1) % 3
     >>> patches = torch.nn.functional.one_hot(masks, 3).float()
@@ -107,6 +113,9 @@ def overclustering(
         )
     if not seeds:
         raise ValueError("seeds is empty: name at least one run of k-means")
+    require_classes(
+        masks, num_classes, name="masks", class_names=class_names, ignore_index=ignore_index
+    )
     size = (masks.shape[1], masks.shape[2]) if size is None else size
     mode = "nearest" if reference_quirks else "nearest-exact"
     masks = resize_masks(masks, size, mode=mode)
@@ -296,6 +305,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
             num_restarts=options.num_restarts,
             seeds=options.seeds,
             reference_quirks=options.reference_quirks,
+            class_names=names,
         )
         name = f"K={num_clusters}"
         statistic = partial(matched_mean_iou, absent_as_zero=options.reference_quirks)
