@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslkit.evaluation.labels import with_labels
+from sslkit.evaluation.labels import warn_of_one_class, with_labels
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject, labelled
 
@@ -162,6 +162,7 @@ def knn_predict(
             "that the softmax is over"
         )
     train_labels, train_features = with_labels(train_labels, train_features, name="train_labels")
+    warn_of_one_class(train_labels, name="train_labels")
     if num_classes is not None and int(train_labels.max()) >= num_classes:
         raise ValueError(
             f"train_labels holds {int(train_labels.max())}, but num_classes={num_classes}"

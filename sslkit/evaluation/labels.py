@@ -60,6 +60,16 @@ def labelled_rows(labels: Tensor, *, name: str, stacklevel: int = 2) -> Tensor |
     return rows
 
 
+def warn_of_one_class(labels: Tensor, *, name: str, stacklevel: int = 2) -> None:
+    """Warn if labels [N] are all the same: a classifier can then predict nothing else."""
+    if bool((labels == labels[0]).all()):
+        warnings.warn(
+            f"{name} hold the one class {int(labels[0])}: nothing else can be predicted, whatever "
+            "the features",
+            stacklevel=stacklevel + 1,
+        )
+
+
 def with_labels(
     labels: Tensor, *tensors: Tensor | None, name: str, stacklevel: int = 2
 ) -> tuple[Tensor, ...]:

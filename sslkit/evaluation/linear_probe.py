@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sslkit.evaluation.confusion import confusion_matrix
 from sslkit.evaluation.features import Features
-from sslkit.evaluation.labels import with_labels
+from sslkit.evaluation.labels import warn_of_one_class, with_labels
 from sslkit.evaluation.linear_head import (
     ITEMS_AT_ONCE,
     LinearHead,
@@ -125,6 +125,7 @@ def linear_probe(
     train_labels, train_cls, train_mean_patch = with_labels(
         train_labels, train_cls, train_mean_patch, name="train_labels"
     )
+    warn_of_one_class(train_labels, name="train_labels")
     test_labels, test_cls, test_mean_patch = with_labels(
         test_labels, test_cls, test_mean_patch, name="test_labels"
     )

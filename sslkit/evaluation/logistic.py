@@ -18,6 +18,7 @@ from sslkit.evaluation.confusion import confusion_matrix
 from sslkit.evaluation.labels import with_labels
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject, labelled
+from sslkit.evaluation.tokens import Unsuitable
 
 Metric = Literal["accuracy", "mean_per_class"]
 
@@ -125,7 +126,7 @@ def logistic_regression(
     train_labels, train_features = with_labels(train_labels, train_features, name="train_labels")
     test_labels, test_features = with_labels(test_labels, test_features, name="test_labels")
     if len(train_labels.unique()) < 2:
-        raise ValueError(
+        raise Unsuitable(
             f"train_labels hold the one class {int(train_labels[0])}: logistic regression needs two"
         )
     x, y = _array(train_features, dtype), train_labels.cpu().numpy()
@@ -223,7 +224,7 @@ def held_out_part(labels: Tensor, share: float, *, generator: torch.Generator) -
     start = torch.rand((), generator=generator, dtype=torch.float64)
     steps = torch.floor(torch.arange(len(order) + 1, dtype=torch.float64) * share + start)
     if not len(order):
-        raise ValueError(
+        raise Unsuitable(
             f"there is nothing to hold out: each of the {len(labels)} items is the only one of its "
             "class; at least one class needs two labelled items"
         )

@@ -4,6 +4,7 @@ The protocol of Leopart (Ziegler and Asano 2022, arXiv 2204.13101, section 4) wi
 constants; the Franca paper's Table 4 and Figure 10 (arXiv 2507.14137).
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from sslkit.evaluation.segmentation import (
     resize_masks,
 )
 from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.tokens import Unsuitable
 
 _ROWS_AT_ONCE = 65_536
 
@@ -290,10 +292,15 @@ class Options:
 def evaluate(subject: Subject, options: Options) -> Outcome:
     """Mean IoU over the test images for each number of clusters, the mean over seeds."""
     test, masks, names = masked_patches(subject, "test")
+    num_patches = test.patches.shape[:3].numel()
     scores, by_seed, figures = {}, {}, {}
     for wanted in options.num_clusters:
         num_clusters = wanted or len(names)
-        if num_clusters > test.patches.shape[:3].numel():
+        if num_clusters > num_patches:
+            warnings.warn(
+                f"num_clusters={num_clusters} is left out: there are {num_patches} test patches",
+                stacklevel=2,
+            )
             continue
         result = overclustering(
             test.patches,
@@ -322,7 +329,9 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
             class_names=names,
         )
     if not scores:
-        raise ValueError(f"num_clusters={options.num_clusters} are all more than the patches")
+        raise Unsuitable(
+            f"num_clusters={options.num_clusters} are all more than the {num_patches} test patches"
+        )
     return Outcome(scores, figures, {"mIoU by seed": by_seed})
 
 

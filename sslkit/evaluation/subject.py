@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sslkit.data.channels import with_channels
 from sslkit.data.seeds import sample_seed
-from sslkit.data.sources import Source
+from sslkit.data.sources import Source, UnreadableImage
 from sslkit.evaluation.feature_cache import cached_features
 from sslkit.evaluation.features import Features, evenly_spaced, extract, model_channels
 from sslkit.evaluation.labels import NO_LABEL, labelled_rows
@@ -243,7 +243,12 @@ class Subject:
     def _maps(self, source: str, annotation: str, features: Features) -> Tensor:
         read = getattr(self.annotated(source, annotation), annotation)
         view = cast(EvalTransform, self.view("dense"))
-        return torch.stack([view.mask(read(i)) for i in features.indices.tolist()])
+        try:
+            return torch.stack([view.mask(read(i)) for i in features.indices.tolist()])
+        except UnreadableImage as error:
+            raise ValueError(
+                f"a {annotation} of the {source} data cannot be used: {error}"
+            ) from error
 
     def _projected(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """RASA, then the first features, of the final tokens."""

@@ -280,7 +280,7 @@ def _classes_found(folder: Path, files: Sequence[str]) -> MaskClasses:
         f"{_shown(values, coloured)}"
         + (f"; {IGNORE} is ignored" if ignored else "")
         + (" (background and foreground)" if len(values) == 2 else ""),
-        stacklevel=3,
+        stacklevel=2,
     )
     return MaskClasses(names, values, ignored, coloured)
 
