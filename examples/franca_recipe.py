@@ -1403,6 +1403,7 @@ def multi_crop(plan: Plan, settings: Settings) -> MultiCrop:
         local_scale=settings.crops.local_scale,
         num_local=settings.crops.num_local,
         blur_sigma=settings.crops.blur_sigma,
+        channels=settings.model.in_chans,
     )
 
 

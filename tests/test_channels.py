@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from sslkit import backbones
+from sslkit.data import MultiCrop, MultiCropDataset
 from sslkit.data.channels import with_channels
 from sslkit.data.image_array import ImageArray
 from sslkit.data.scenes import Scenes
@@ -96,6 +97,17 @@ def test_protocols_of_a_grey_model_on_colour_images():
         outcome = module.evaluate(subject, options)
         assert outcome.scores or outcome.figures
     assert subject.images("test", [0])[0].shape == (1, 16, 16)
+
+
+def test_crops_of_a_grey_model():
+    crops = MultiCrop(global_size=16, local_size=8, num_local=1, channels=1)
+    found = crops(images(3)[0][0], generator=torch.Generator().manual_seed(0))
+    grey = with_channels(images(3)[0][0], 1)
+    expected = crops(grey, generator=torch.Generator().manual_seed(0))
+    assert found.globals_.shape == (2, 1, 16, 16)
+    assert torch.equal(found.globals_, expected.globals_)
+    dataset = MultiCropDataset(images(3), crops, seed=0)
+    assert dataset[0, 1].crops.locals_.shape == (1, 1, 8, 8)
 
 
 def test_the_extraction_command_reads_a_folder_of_photographs_for_a_grey_model(tmp_path):

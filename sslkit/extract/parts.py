@@ -293,7 +293,8 @@ class _Job:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in ("rows", "labels", "indices")}
                 said = file.metadata()
-            part = Part(*tensors.values(), json.loads(said["unreadable"]))
+            errors = json.loads(said["unreadable"])
+            part = Part(tensors["rows"], tensors["labels"], tensors["indices"], errors)
             if len(part.labels) + len(part.unreadable) != self.size(start):
                 raise ValueError(f"it is not of {self.size(start)} images")
             if said.get("crc32", str(_checksum(tensors))) != str(_checksum(tensors)):

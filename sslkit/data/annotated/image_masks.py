@@ -257,8 +257,8 @@ def _classes_found(folder: Path, files: Sequence[str]) -> MaskClasses:
     greys: set[int] = set()
     colours: set[int] = set()
     for file in files:
-        values, is_coloured = read_mask_values(str(folder / file))
-        (colours if is_coloured else greys).update(np.unique(values).tolist())
+        levels, is_coloured = read_mask_values(str(folder / file))
+        (colours if is_coloured else greys).update(np.unique(levels).tolist())
     coloured = bool(colours)
     found = sorted(colours | {grey * 0x010101 for grey in greys}) if coloured else sorted(greys)
     ignored = (IGNORE,) if not coloured and len(found) > 2 and IGNORE in found else ()
