@@ -170,8 +170,7 @@ class ViM:
             bias: b, [C].
             num_principal: dimension of the principal space, 0 < P < D. The default is the paper's
                 1000 for D > 1500 and 512 below, and D // 2 for D < 768, which the authors'
-                code added; at most N // 2, as N features span no more than N dimensions. OpenOOD
-                v1.5 takes 256.
+                code added; N // 2 where N is no larger than that. OpenOOD v1.5 takes 256.
         """
         D = features.shape[1]
         if weight.ndim != 2 or weight.shape[1] != D or bias.shape != weight.shape[:1]:
@@ -181,7 +180,8 @@ class ViM:
             )
         if num_principal is None:
             num_principal = 1000 if D > 1500 else 512 if D >= 768 else D // 2
-            num_principal = max(1, min(num_principal, len(features) // 2))
+            if len(features) <= num_principal:  # they span no more dimensions than they are
+                num_principal = max(1, len(features) // 2)
         if not 0 < num_principal < D:
             raise ValueError(
                 f"num_principal={num_principal} must be between 1 and {D - 1}: features have {D} "
