@@ -27,6 +27,7 @@ from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
+from warnings import warn
 
 import torch
 import tyro
@@ -67,12 +68,13 @@ from sslkit.data import (
     train_test_split,
 )
 from sslkit.data.annotated import Segmented
+from sslkit.data.channels import with_channels
 from sslkit.data.crops import random_crop
 from sslkit.data.throughput import DataWatch
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.attention import cls_attention
 from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
-from sslkit.evaluation.features import evenly_spaced, extract
+from sslkit.evaluation.features import Features, Unsuitable, evenly_spaced, extract
 from sslkit.evaluation.floor import Pixels
 from sslkit.evaluation.in_context import in_context_segmentation
 from sslkit.evaluation.knn import knn_accuracy
@@ -1470,6 +1472,7 @@ def multi_crop(plan: Plan, settings: Settings) -> MultiCrop:
         local_scale=settings.crops.local_scale,
         num_local=settings.crops.num_local,
         blur_sigma=settings.crops.blur_sigma,
+        channels=settings.model.in_chans,
     )
 
 
@@ -1576,11 +1579,21 @@ def knn_score(
     return knn_accuracy(train, train_labels, test, test_labels, ks=(k,))[k]
 
 
-def online_knn(encoder: nn.Module, plan: Plan, settings: Settings, sources: Sources) -> float:
-    """k-NN on a sample of the images: the teacher's, while it trains."""
+def have_labels(*splits: Features) -> bool:
+    """Whether each split has an image with a label."""
+    return all(bool((features.labels >= 0).any()) for features in splits)
+
+
+def online_knn(
+    encoder: nn.Module, plan: Plan, settings: Settings, sources: Sources
+) -> float | None:
+    """k-NN on a sample of the images: the teacher's, while it trains. None: none has a label."""
     counts = (settings.evaluation.online_train, settings.evaluation.online_test)
     images = subject(encoder, plan, settings, sources, counts)
     train, test = (images.features(split, "cls") for split in Sources._fields)
+    if not have_labels(train, test):
+        warn("no online k-NN: none of the images it looks at has a label", stacklevel=2)
+        return None
     return knn_score(train.labels, test.labels, train.cls, test.cls, k=settings.evaluation.knn)
 
 
@@ -1609,18 +1622,20 @@ def evaluate(settings: Settings, parallel: Parallel) -> None:
     for name, (encoder, plan) in contestants.items():
         print(f"evaluate: {name}")
         encoder = encoder.to(parallel.device)
-        if sources.labelled:
-            images = subject(
-                encoder, plan, settings, sources, (options.num_train, options.num_test)
-            )
+        images = subject(encoder, plan, settings, sources, (options.num_train, options.num_test))
+        labelled = sources.labelled
+        if labelled:
             train, test = (images.features(split, "cls") for split in Sources._fields)
+            labelled = have_labels(train, test)
+        if labelled:
             score = partial(knn_score, train.labels, test.labels, k=options.knn)
             results["knn"][name] = score(train.cls, test.cls)
-            if name in floor:  # what the curve of the online score has to be compared with
-                results["online_knn"][name] = online_knn(encoder, plan, settings, sources)
+            online = online_knn(encoder, plan, settings, sources) if name in floor else None
+            if online is not None:  # what the curve of the online score has to be compared with
+                results["online_knn"][name] = online
         if isinstance(encoder, Pixels):
             continue
-        if sources.labelled:
+        if labelled:
             results["matryoshka"][name] = matryoshka_curve(
                 train.cls, test.cls, score=score, sizes=settings.model.nesting_dims or None
             )
@@ -1628,13 +1643,17 @@ def evaluate(settings: Settings, parallel: Parallel) -> None:
         train, test = (images.features(split, "patches", view="dense") for split in Sources._fields)
         results["position_r2"][name] = position_probe(train.patches, test.patches).r2
         if isinstance(sources.train, Segmented):
-            results["in_context"][name] = in_context_segmentation(
-                train.patches,
-                images.masks("train", train),
-                test.patches,
-                images.masks("test", test),
-                len(sources.train.mask_class_names),
-            ).mean_iou
+            masks = (images.masks(*split) for split in (("train", train), ("test", test)))
+            try:
+                results["in_context"][name] = in_context_segmentation(
+                    train.patches,
+                    next(masks),
+                    test.patches,
+                    next(masks),
+                    len(sources.train.mask_class_names),
+                ).mean_iou
+            except Unsuitable as error:
+                print(f"evaluate: no in-context segmentation: {error}")
     with atomic_write(settings.output / "results.json") as file:
         file.write(json.dumps(results, indent=2).encode())
 
@@ -1810,7 +1829,8 @@ def feature_pictures(settings: Settings, results: dict[str, Any], plan: Plan) ->
     test = open_data(settings).test
     view = eval_view(plan.global_size, settings)
     encoder = load_encoder(plan.name, settings)
-    images = torch.stack([view(image) for image in some_images(test, 6)])
+    shown = (with_channels(image, encoder.in_chans) for image in some_images(test, 6))
+    images = torch.stack([view(image) for image in shown])
     with torch.no_grad():
         patches = encoder(images).patches
         q, k, _ = encoder.queries_keys_values(images)

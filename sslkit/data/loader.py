@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from sslkit.data.crops import MultiCrop, check_image
+from sslkit.data.crops import MultiCrop
 from sslkit.data.decode import UnreadableImage
 from sslkit.data.protocols import MAX_REPLACEMENTS, Source, StreamReader, StreamSource
 from sslkit.data.sample_stream import PERMUTATION, REPLACEMENT, VIEWS, Positions, SampleStream
@@ -84,7 +84,7 @@ class MultiCropDataset(Dataset[Sample]):
     ) -> DrawnSample:
         """The views of ``image``, uint8 [C, h, w], by the random choices of sample ``key``."""
         start = time.perf_counter()
-        check_image(image)
+        image = self.crops.checked(image)
         generator = torch.Generator().manual_seed(sample_seed(self.seed, VIEWS, *key))
         views = self.crops.draw(*image.shape[1:], generator=generator)
         return DrawnSample(

@@ -81,7 +81,7 @@ def open_source(
       and divided as wholes, by their names.
     - a folder with ``.tar`` files in it: these shards. When some are called ``train...`` and others
       ``val...``, ``valid...``, ``validation...`` or ``test...``, these are the two splits.
-    - a folder of images and masks with lists of names:
+    - a folder with ``images`` and ``masks``, and lists of names or none:
       :class:`sslkit.data.annotated.image_masks.ImagesAndMasks`.
     - a folder with ``.parquet`` files in it or below it, and no image: these files, by their
       splits (:func:`sslkit.data.hugging_face.find_parquet`).
@@ -192,10 +192,12 @@ def _find_parquet(text: str, path: Path) -> dict[str, list[str]] | None:
 
 def _open_folder(folder: Path, split: Split, max_side: int) -> tuple[Source, bool]:
     # Here, because sslkit.data.annotated opens images by this module.
-    from sslkit.data.annotated.image_masks import ImagesAndMasks, is_images_and_masks
+    from sslkit.data.annotated.image_masks import ImagesAndMasks, has_lists, is_images_and_masks
 
     if is_images_and_masks(folder):
-        return ImagesAndMasks(folder, split=split, max_side=max_side), True
+        listed = has_lists(folder)
+        own_split = split if listed else None
+        return ImagesAndMasks(folder, split=own_split, max_side=max_side), listed
     children = {child.name for child in folder.iterdir() if child.is_dir()}
     test_folder = own_test_split(children)
     if test_folder is None:

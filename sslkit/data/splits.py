@@ -64,10 +64,14 @@ class Subset:
         for annotation in ("mask", "boxes", "box_classes", "depth"):
             if hasattr(source, annotation):
                 setattr(self, annotation, functools.partial(self._annotation, annotation))
-        if hasattr(source, "mask_class_names"):
-            self.mask_class_names = source.mask_class_names
         if hasattr(source, "epoch_order_within"):
             self.epoch_order = functools.partial(source.epoch_order_within, indices)
+
+    def __getattr__(self, name: str) -> Any:
+        # Asked for late: a source may have to read all its masks to name their classes.
+        if name == "mask_class_names" and "source" in self.__dict__:
+            return getattr(self.source, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __len__(self) -> int:
         return len(self.indices)

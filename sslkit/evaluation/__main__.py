@@ -15,6 +15,7 @@ import tyro
 
 from sslkit.command_line import run_command
 from sslkit.data.annotated.open import open_annotated
+from sslkit.data.decode import UnreadableImage
 from sslkit.evaluation.comparison import compare, table, write
 from sslkit.evaluation.models import Model, open_model
 from sslkit.evaluation.protocols import PROTOCOLS
@@ -188,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = {name: getattr(settings, _field(name)) for name in protocols}
     try:
         evaluate(settings.run, options, skip_unsuitable=chosen == "all")
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, UnreadableImage) as error:
         sys.exit(f"error: {error}")
 
 
