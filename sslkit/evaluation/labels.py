@@ -36,8 +36,8 @@ def labelled_rows(labels: Tensor, *, name: str, stacklevel: int = 2) -> Tensor |
     wrong = labels[(labels < NO_LABEL) | (labels >= MAX_CLASSES)]
     if len(wrong):
         raise ValueError(
-            f"{name} hold {int(wrong[0])}: labels are classes 0, 1, 2, ... (fewer than {MAX_CLASSES}), "
-            "or -1 for items without a label"
+            f"{name} hold {int(wrong[0])}: labels are classes 0, 1, 2, ... below {MAX_CLASSES}, or "
+            "-1 for items without a label"
         )
     rows = (labels != NO_LABEL).nonzero()[:, 0]
     if len(rows) == len(labels) > 0:
