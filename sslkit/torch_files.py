@@ -33,6 +33,7 @@ _ALLOWED = {
     "torch._utils._rebuild_parameter_with_state",
     "torch._utils._rebuild_tensor",
     "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
 }
 _STORAGE = re.compile(r"torch\.(storage\.|cuda\.)?\w*Storage")
 _LEGACY_PICKLES = 5  # magic number, version, machine, content, names of the storages
@@ -146,6 +147,11 @@ def _check_globals(path: Path, file: IO[bytes], num_pickles: int) -> None:
     """Raise an UnpicklingError for a class or function that a file of weights does not need."""
     for _ in range(num_pickles):
         for name in _globals(file):
+            if name.startswith("torch._utils._rebuild_") and not _is_allowed(name):
+                raise _Refused(
+                    f"holds a tensor that is sparse, quantised, nested or without values ({name}): "
+                    "save dense tensors of floating-point numbers"
+                )
             if not _is_allowed(name):
                 raise pickle.UnpicklingError(f"GLOBAL {name}")
 

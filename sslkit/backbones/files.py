@@ -27,7 +27,7 @@ _SHARDED = (
     "*/*/*/*.distcp",
 )  # a run, down to a rank's file
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_DEEPEST, _MOST_VALUES = 32, 1_000_000  # dicts in dicts, and values in a file, in all
+_DEEPEST, _MOST_VALUES = 32, 200_000  # dicts in dicts, and values in a file, in all
 _OTHER_KINDS = {
     b"\x1f\x8b": "a gzip archive: unpack it first, and give the file inside",
     b"version https://git-lfs": "a git-lfs pointer, not the file it points to: run git lfs pull",
@@ -106,7 +106,7 @@ def _open_folder(name: str, folder: Path) -> WeightsFile:
     for whole in WHOLE_FILES:
         if (folder / whole).is_file():
             return _open_files(name, [folder / whole], config)
-    found = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
+    found = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
     if not found:
         for pattern in _SHARDED:
             if parts := sorted(folder.glob(pattern)):
@@ -201,7 +201,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _flatten(path: Path, value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
     """Dotted names and values of nested dicts."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and value:
         if len(keys) > _DEEPEST:
             raise ValueError(f"{path} holds dicts nested more than {_DEEPEST} deep")
         for key, inner in value.items():

@@ -48,12 +48,19 @@ def build_encoder(
             listed. Nothing was built then.
     """
     settings = check_settings(f"{file.name}: the settings", settings, NETWORK)
+    if settings.get("depth", 1) > len(network.tensors):
+        raise ValueError(
+            f"{file.name}: a network of {settings['depth']} blocks has more tensors than the "
+            f"{len(network.tensors)} in the file"
+        )
     encoder = _create(settings, folded_norm)
     expected = {name: t.shape for name, t in encoder.state_dict().items()}
     fit = _Fit(network, layout, ignore)
     state = {name: fit.take(name, shape) for name, shape in expected.items()}
     fit.check(file.name, settings)
     found = {name: tensor for name, tensor in state.items() if tensor is not None}
+    if not found:
+        raise ValueError(f"ignore={list(ignore)} leaves no tensor of {file.name} to load")
     channels = {}
     if in_chans is not None and in_chans != settings["in_chans"]:
         found[_PATCH_WEIGHT] = adapt_channels(found[_PATCH_WEIGHT], in_chans)

@@ -15,7 +15,7 @@ from typing import Any, get_args
 from sslkit.backbones.positions import PosInterpolation
 from sslkit.matryoshka import Nesting
 
-MOST_BLOCKS = 1000
+MOST_BLOCKS = 256  # the largest released Vision Transformers have 64
 _LONGEST_SHOWN = 60  # characters of a refused value
 
 
@@ -80,7 +80,8 @@ _TOKENS = _integer(0, 1 << 12)
 
 
 def _pair(low: int, high: int) -> _Rule:
-    return _integer(low, high) | _sequence(_integer(low, high), 2, 2) | _NONE
+    rule = _integer(low, high) | _sequence(_integer(low, high), 2, 2) | _NONE
+    return _Rule(f"a side or (height, width), each an integer from {low} to {high}", rule.holds)
 
 
 NETWORK: Mapping[str, _Rule] = {
@@ -166,13 +167,13 @@ def check_settings(where: str, settings: Any, rules: Mapping[str, _Rule]) -> dic
     >>> check_settings("w.safetensors: settings", {"checkpoint_path": "/etc/passwd"}, NETWORK)
     Traceback (most recent call last):
     ...
-    ValueError: w.safetensors: settings have 'checkpoint_path', which a file may not set
+    ValueError: w.safetensors: settings: 'checkpoint_path' is not a setting that a file may state
     """
     if not isinstance(settings, Mapping):
         raise ValueError(f"{where} must be values by name, got {_shown(settings)}")
     for name, value in settings.items():
         if name not in rules:
-            raise ValueError(f"{where} have {_shown(name)}, which a file may not set")
+            raise ValueError(f"{where}: {_shown(name)} is not a setting that a file may state")
         if not rules[name].holds(value):
             raise ValueError(f"{where}: {name} must be {rules[name].words}, got {_shown(value)}")
     return dict(settings)
