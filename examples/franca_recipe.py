@@ -1126,7 +1126,11 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     unreadable = UnreadableLog(num_images, threshold=settings.max_unreadable)
     # Somewhat past the warm-up: an untrained network shows the signs of a collapsed one.
     grace_steps = plan.frozen_steps + round(1.25 * settings.optim.lr_warmup * plan.steps)
-    monitor = CollapseMonitor(trainer.num_prototypes, grace_steps=grace_steps)
+    monitor = CollapseMonitor(
+        trainer.num_prototypes, grace_steps=grace_steps, loss_grace_steps=max(grace_steps, 100)
+    )
+    if num_images is not None and plan.batch_size > num_images:
+        say(parallel, f"warning: {repeated_images(plan.batch_size, num_images)}")
     if settings.accumulation > 1 and settings.losses.koleo > 0:
         say(parallel, "accumulation: KoLeo sees the neighbours within each micro-batch alone")
     with ExitStack() as stack:
