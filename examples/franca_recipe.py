@@ -72,11 +72,12 @@ from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
 from sslkit.evaluation.features import evenly_spaced, extract
 from sslkit.evaluation.floor import Pixels
 from sslkit.evaluation.in_context import in_context_segmentation
-from sslkit.evaluation.knn import knn_accuracy
+from sslkit.evaluation.knn import knn_predict
 from sslkit.evaluation.matryoshka import matryoshka_curve
 from sslkit.evaluation.pca import pca_maps
 from sslkit.evaluation.position import position_probe
 from sslkit.evaluation.report import format_table, write_report
+from sslkit.evaluation.scores import Score, bootstrap
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import EvalTransform
 from sslkit.factored_logits import Logits, concatenated
@@ -1130,7 +1131,12 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
         trainer.num_prototypes, grace_steps=grace_steps, loss_grace_steps=max(grace_steps, 100)
     )
     if num_images is not None and plan.batch_size > num_images:
-        say(parallel, f"warning: {repeated_images(plan.batch_size, num_images)}")
+        option = "--batch-size" if plan.name == "pretrain" else "--highres.batch-size"
+        say(
+            parallel,
+            f"warning: {option} {plan.batch_size} is larger than the data set: each step sees some "
+            f"of its {num_images} images more than once. Give at most {num_images}, or more images",
+        )
     if settings.accumulation > 1 and settings.losses.koleo > 0:
         say(parallel, "accumulation: KoLeo sees the neighbours within each micro-batch alone")
     with ExitStack() as stack:
@@ -1490,7 +1496,14 @@ def knn_score(
     train_labels: Tensor, test_labels: Tensor, train: Tensor, test: Tensor, *, k: int
 ) -> float:
     """Top-1 accuracy of weighted k-NN."""
-    return knn_accuracy(train, train_labels, test, test_labels, ks=(k,))[k]
+    return knn_hits(train_labels, test_labels, train, test, k=k).value
+
+
+def knn_hits(
+    train_labels: Tensor, test_labels: Tensor, train: Tensor, test: Tensor, *, k: int
+) -> Score:
+    """That accuracy as a score over the test images, which can be resampled."""
+    return Score.mean(knn_predict(train, train_labels, test, ks=(k,))[k] == test_labels)
 
 
 def online_knn(encoder: nn.Module, plan: Plan, settings: Settings, sources: Sources) -> float:
@@ -1521,6 +1534,7 @@ def evaluate(settings: Settings, parallel: Parallel) -> None:
 
     scores = ("knn", "online_knn", "matryoshka", "in_context", "position_r2")
     results: dict[str, Any] = {name: {} for name in scores}
+    measured: dict[str, dict[str, Score]] = {"knn": {}, "in_context": {}, "position_r2": {}}
     for name, (encoder, plan) in contestants.items():
         print(f"evaluate: {name}")
         encoder = encoder.to(parallel.device)
@@ -1530,7 +1544,10 @@ def evaluate(settings: Settings, parallel: Parallel) -> None:
             )
             train, test = (images.features(split, "cls") for split in Sources._fields)
             score = partial(knn_score, train.labels, test.labels, k=options.knn)
-            results["knn"][name] = score(train.cls, test.cls)
+            measured["knn"][name] = knn_hits(
+                train.labels, test.labels, train.cls, test.cls, k=options.knn
+            )
+            results["chance"] = {"knn": 1 / sources.train.num_classes}
             if name in floor:  # what the curve of the online score has to be compared with
                 results["online_knn"][name] = online_knn(encoder, plan, settings, sources)
         if isinstance(encoder, Pixels):
@@ -1541,17 +1558,33 @@ def evaluate(settings: Settings, parallel: Parallel) -> None:
             )
         images = subject(encoder, plan, settings, sources, 2 * (options.num_dense,))
         train, test = (images.features(split, "patches", view="dense") for split in Sources._fields)
-        results["position_r2"][name] = position_probe(train.patches, test.patches).r2
+        probe = position_probe(train.patches, test.patches)
+        measured["position_r2"][name] = Score.mean(probe.r2_by_image(), percent=False)
         if isinstance(sources.train, Segmented):
-            results["in_context"][name] = in_context_segmentation(
+            segmented = in_context_segmentation(
                 train.patches,
                 images.masks("train", train),
                 test.patches,
                 images.masks("test", test),
                 len(sources.train.mask_class_names),
-            ).mean_iou
+            )
+            measured["in_context"][name] = Score.of_confusion(segmented.confusions)
+    results |= {kind: {m: s.value for m, s in by.items()} for kind, by in measured.items()}
+    results["intervals"] = {
+        kind: {m: interval(s, settings) for m, s in by.items()} for kind, by in measured.items()
+    }
+    results["test_images"] = {
+        kind: score.num_items for kind, by in measured.items() for score in by.values()
+    }
     with atomic_write(settings.output / "results.json") as file:
         file.write(json.dumps(results, indent=2).encode())
+
+
+def interval(score: Score, settings: Settings) -> list[float]:
+    """Both ends of the score's 95 % interval; the same resamples of test images for all models."""
+    found = bootstrap(score, generator=torch.Generator().manual_seed(settings.seed))
+    assert found is not None
+    return [found.low, found.high]
 
 
 def subject(
@@ -1580,20 +1613,30 @@ def subject(
 def summary(results: dict[str, Any], last: str, k: int) -> list[tuple[str, str]]:
     """The short table: every score, from the untrained network to the last stage."""
 
-    def chain(scores: dict[str, float]) -> str:
-        return " -> ".join(f"{name} {100 * score:.1f} %" for name, score in scores.items())
+    def models(kind: str) -> list[tuple[str, str]]:
+        return [
+            (f"- {name}", f"{100 * score:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
+            for name, score in results[kind].items()
+            for low, high in [results["intervals"][kind][name]]
+        ]
+
+    def r2(name: str) -> str:
+        low, high = results["intervals"]["position_r2"][name]
+        return f"{results['position_r2'][name]:.3f} [{low:.3f}, {high:.3f}]"
 
     rows = []
+    images = {kind: f"{count} test images" for kind, count in results["test_images"].items()}
     if results["knn"]:
-        rows.append((f"k-NN accuracy (k = {k})", chain(results["knn"])))
+        chance = f"{images['knn']}, chance {100 * results['chance']['knn']:.1f} %"
+        rows += [(f"k-NN accuracy (k = {k})", chance), *models("knn")]
         curve = results["matryoshka"][last].items()
         sizes = ", ".join(f"{size}: {100 * score:.1f} %" for size, score in curve)
         rows.append((f"k-NN accuracy by embedding size ({last})", sizes))
     if results["in_context"]:
-        rows.append(("in-context segmentation, mIoU", chain(results["in_context"])))
-    r2 = results["position_r2"]
-    if "rasa" in r2:
-        rows.append(("position R2, before -> after RASA", f"{r2[last]:.3f} -> {r2['rasa']:.3f}"))
+        rows += [("in-context segmentation, mIoU", images["in_context"]), *models("in_context")]
+    if "rasa" in results["position_r2"]:
+        value = f"{r2(last)} -> {r2('rasa')}, {images['position_r2']}, chance 0"
+        rows.append(("position R2, before -> after RASA", value))
     return rows
 
 
@@ -1606,6 +1649,7 @@ def report(settings: Settings, parallel: Parallel) -> None:
     results = json.loads(path.read_text())
     plan = final_plan(settings)
     missing = [name for name in finished_stages(settings) if name not in results["position_r2"]]
+    missing += ["the intervals of scores"] * ("intervals" not in results)
     if missing:
         raise SettingsError(f"{path} is older than {missing[0]}; run --stages evaluate report")
     rows = summary(results, plan.name, settings.evaluation.knn)
@@ -1614,14 +1658,16 @@ def report(settings: Settings, parallel: Parallel) -> None:
         **view_pictures(settings),
         **feature_pictures(settings, results, plan),
     }
+    columns = ("Score", "Value [95 % interval over test images]")
     page = write_report(
         settings.output,
         title=f"Franca on {settings.data}",
         settings=dataclasses.asdict(settings),
         results=rows,
+        columns=columns,
         figures=figures,
     )
-    print(format_table(rows))
+    print(format_table([columns, *rows]))
     print(f"report: {page}")
 
 

@@ -83,7 +83,7 @@ def test_a_loss_beyond_or_below_ln_K_is_not_that_of_a_uniform_student(loss):
     nothing = {"target_entropy": {}, "mean_entropy": {}, "spread": 0.6}
     assert monitor.update(0, losses={"level": loss}, **nothing) == []
     (warning,) = monitor.update(1, losses={"level": 1.3863}, **nothing)
-    assert warning.startswith("step 1: uniform student: loss 1.386, ")
+    assert warning.startswith("step 1: uniform student: loss 1.386 stays at ln K = 1.386 in level.")
 
 
 def test_a_loss_on_its_way_past_ln_K_is_not_judged():
@@ -108,7 +108,7 @@ def test_levels_that_collapse_share_one_warning():
     monitor = make_monitor()
     dino, both = {"dino/level0": math.log(16)}, {"dino/level0": math.log(16), "ibot/level0": LIMIT}
     (first,) = monitor.update(0, **{**HEALTHY, "losses": dino})
-    assert "loss 2.773, that of a constant prediction is ln K = 2.773 in dino/level0." in first
+    assert "loss 2.773 stays at ln K = 2.773 in dino/level0." in first
     assert monitor.update(1, **{**HEALTHY, "losses": both}) == []
     (together,) = make_monitor().update(0, **{**HEALTHY, "losses": both})
     assert "ln K = 2.773 in dino/level0 and 1 more." in together

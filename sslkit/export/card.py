@@ -123,7 +123,8 @@ def _of_recipe(results: Mapping[str, Any], model: str) -> tuple[list[Score], lis
         if isinstance(found, Mapping):
             scores += [Score(title.format(size), value) for size, value in found.items()]
         elif found is not None:
-            scores.append(Score(title, found))
+            interval = results.get("intervals", {}).get(key, {}).get(model)
+            scores.append(Score(title, found, None if interval is None else tuple(interval)))
     return scores, list(known)
 
 

@@ -11,7 +11,7 @@ HELP = "docs/recipe.md, Reading the curves"
 _MEANING = {
     "uniform targets": "entropy of the targets {value} of at most ln K = {limit}",
     "one prototype": "entropy of the mean target {value} of at most ln K = {limit}",
-    "uniform student": "loss {value}, that of a constant prediction is ln K = {limit}",
+    "uniform student": "loss {value} stays at ln K = {limit}",
     "one feature": "spread of the features {value}, healthy towards 1",
 }
 """For each sign: what was seen, in the first of the levels that show it."""
