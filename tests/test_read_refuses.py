@@ -318,6 +318,16 @@ def test_memory_follows_the_size_of_a_file(tmp_path):
     one = torch.zeros(1)
     loop: dict = {}
     loop["a"] = loop
+    many = torch.zeros(10**6, 1, 1)  # sums and products of these broadcast
+    v3, bias = (
+        released.values(released.dinov3_shapes(64, 1, 256, heads=2)),
+        "blocks.0.attn.qkv.bias",
+    )
+    spread_head = {
+        "dino_head.last_layer.weight_g": many,
+        "dino_head.last_layer.weight_v": torch.zeros(1000, 1000),
+        "dino_head.mlp.weight": torch.zeros(1000, 64),
+    }
     files = {
         "stride": STATE | {"patch_embed.proj.weight": one.expand(10**6, 3, 14, 14)},
         "names": STATE | {f"blocks.0.{i}": torch.zeros(10**4).expand(99, -1) for i in range(99)},
@@ -328,6 +338,9 @@ def test_memory_follows_the_size_of_a_file(tmp_path):
         "nothing": STATE | {"z": nested(30, {})},
         "deep": STATE | {"z": nested(60, {"c": one})},
         "loop": STATE | {"z": loop},
+        "wide head": STATE | spread_head,
+        "wide token": STATE | {"register_tokens": torch.zeros(1, 1, 64), "cls_token": many},
+        "wide mask": {**v3, bias: many[:, 0], f"{bias}_mask": many[:, 0, 0]},
         "kind": STATE | {"norm.bias": torch.zeros(64, dtype=torch.complex64)},
     }
     for name, state in files.items():
@@ -375,6 +388,9 @@ print(json.dumps(said))
         "nothing": "holds more than 200,000 values",
         "deep": "nested more than 32 deep",
         "loop": "nested more than 32 deep",
+        "wide head": "^read$",
+        "wide token": r"shapes \[1000000, 1, 1\] and \[1, 1, 64\] cannot be added",
+        "wide mask": r"a mask of shape \[1000000\] for a bias of \[1000000, 1\]",
         "kind": r"norm\.bias is torch\.complex64",
         "bytes": "it needs builtins.bytearray",
         "tensor": r"(they repeat the same memory|cannot be read as a file of torch\.save)",

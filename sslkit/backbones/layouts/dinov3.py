@@ -254,6 +254,8 @@ def _effective(bias: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
 
     The released masks are zero for q and v too.
     """
+    if mask is not None and mask.shape != bias.shape:
+        raise ValueError(f"a mask of shape {list(mask.shape)} for a bias of {list(bias.shape)}")
     q, k, v = (bias if mask is None else bias * mask).chunk(3)
     if not bool((k == 0).all()):
         raise ValueError(

@@ -235,7 +235,12 @@ def stack_rows(*parts: Tensor) -> Tensor:
 
 def merge_class_position(cls_token: Tensor, pos_embed: Tensor) -> Tensor:
     """Class token with its position: ``[1, 1, D], [1, 1 + N, D] -> [1, 1, D]``."""
-    return cls_token + pos_embed[:, :1]
+    position = pos_embed[:, :1]
+    if cls_token.shape != position.shape:
+        raise ValueError(
+            f"shapes {list(cls_token.shape)} and {list(position.shape)} cannot be added"
+        )
+    return cls_token + position
 
 
 def patch_positions(pos_embed: Tensor) -> Tensor:
