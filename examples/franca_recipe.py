@@ -77,11 +77,13 @@ from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
 from sslkit.evaluation.features import Features, Unsuitable, evenly_spaced, extract
 from sslkit.evaluation.floor import Pixels
 from sslkit.evaluation.in_context import in_context_segmentation
-from sslkit.evaluation.knn import knn_accuracy
+from sslkit.evaluation.knn import knn_predict
+from sslkit.evaluation.labels import with_labels
 from sslkit.evaluation.matryoshka import matryoshka_curve
 from sslkit.evaluation.pca import pca_maps
 from sslkit.evaluation.position import position_probe
 from sslkit.evaluation.report import format_table, write_report
+from sslkit.evaluation.scores import Score, bootstrap
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import EvalTransform
 from sslkit.factored_logits import Logits, concatenated
@@ -1172,7 +1174,16 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     unreadable = UnreadableLog(num_images, threshold=settings.max_unreadable)
     # Somewhat past the warm-up: an untrained network shows the signs of a collapsed one.
     grace_steps = plan.frozen_steps + round(1.25 * plan.lr_warmup * plan.steps)
-    monitor = CollapseMonitor(trainer.num_prototypes, grace_steps=grace_steps)
+    monitor = CollapseMonitor(
+        trainer.num_prototypes, grace_steps=grace_steps, loss_grace_steps=max(grace_steps, 100)
+    )
+    if num_images is not None and plan.batch_size > num_images:
+        option = "--batch-size" if plan.name == "pretrain" else "--highres.batch-size"
+        say(
+            parallel,
+            f"warning: {option} {plan.batch_size} is larger than the data set: each step sees some "
+            f"of its {num_images} images more than once. Give at most {num_images}, or more images",
+        )
     if settings.accumulation > 1 and settings.losses.koleo > 0:
         say(parallel, "accumulation: KoLeo sees the neighbours within each micro-batch alone")
     with ExitStack() as stack:
@@ -1576,7 +1587,15 @@ def knn_score(
     train_labels: Tensor, test_labels: Tensor, train: Tensor, test: Tensor, *, k: int
 ) -> float:
     """Top-1 accuracy of weighted k-NN."""
-    return knn_accuracy(train, train_labels, test, test_labels, ks=(k,))[k]
+    return knn_hits(train_labels, test_labels, train, test, k=k).value
+
+
+def knn_hits(
+    train_labels: Tensor, test_labels: Tensor, train: Tensor, test: Tensor, *, k: int
+) -> Score:
+    """That accuracy as a score over the labelled test images, which can be resampled."""
+    test_labels, test = with_labels(test_labels, test, name="test_labels")
+    return Score.mean(knn_predict(train, train_labels, test, ks=(k,))[k] == test_labels)
 
 
 def have_labels(*splits: Features) -> bool:
@@ -1619,6 +1638,7 @@ def evaluate(settings: Settings, parallel: Parallel) -> None:
         contestants[stage] = (load_encoder(stage, settings), first if stage == "pretrain" else last)
 
     results: dict[str, Any] = {name: {} for name in SCORES}
+    measured: dict[str, dict[str, Score]] = {"knn": {}, "in_context": {}, "position_r2": {}}
     for name, (encoder, plan) in contestants.items():
         print(f"evaluate: {name}")
         encoder = encoder.to(parallel.device)
@@ -1629,7 +1649,10 @@ def evaluate(settings: Settings, parallel: Parallel) -> None:
             labelled = have_labels(train, test)
         if labelled:
             score = partial(knn_score, train.labels, test.labels, k=options.knn)
-            results["knn"][name] = score(train.cls, test.cls)
+            measured["knn"][name] = knn_hits(
+                train.labels, test.labels, train.cls, test.cls, k=options.knn
+            )
+            results["chance"] = {"knn": 1 / sources.train.num_classes}
             online = online_knn(encoder, plan, settings, sources) if name in floor else None
             if online is not None:  # what the curve of the online score has to be compared with
                 results["online_knn"][name] = online
@@ -1641,21 +1664,38 @@ def evaluate(settings: Settings, parallel: Parallel) -> None:
             )
         images = subject(encoder, plan, settings, sources, 2 * (options.num_dense,))
         train, test = (images.features(split, "patches", view="dense") for split in Sources._fields)
-        results["position_r2"][name] = position_probe(train.patches, test.patches).r2
+        probe = position_probe(train.patches, test.patches)
+        measured["position_r2"][name] = Score.mean(probe.r2_by_image(), percent=False)
         if isinstance(sources.train, Segmented):
             masks = (images.masks(*split) for split in (("train", train), ("test", test)))
             try:
-                results["in_context"][name] = in_context_segmentation(
+                segmented = in_context_segmentation(
                     train.patches,
                     next(masks),
                     test.patches,
                     next(masks),
                     len(sources.train.mask_class_names),
-                ).mean_iou
+                )
             except Unsuitable as error:
                 print(f"evaluate: no in-context segmentation: {error}")
+            else:
+                measured["in_context"][name] = Score.of_confusion(segmented.confusions)
+    results |= {kind: {m: s.value for m, s in by.items()} for kind, by in measured.items()}
+    results["intervals"] = {
+        kind: {m: interval(s, settings) for m, s in by.items()} for kind, by in measured.items()
+    }
+    results["test_images"] = {
+        kind: score.num_items for kind, by in measured.items() for score in by.values()
+    }
     with atomic_write(settings.output / "results.json") as file:
         file.write(json.dumps(results, indent=2).encode())
+
+
+def interval(score: Score, settings: Settings) -> list[float]:
+    """Both ends of the score's 95 % interval; the same resamples of test images for all models."""
+    found = bootstrap(score, generator=torch.Generator().manual_seed(settings.seed))
+    assert found is not None
+    return [found.low, found.high]
 
 
 def subject(
@@ -1684,20 +1724,30 @@ def subject(
 def summary(results: dict[str, Any], last: str, k: int) -> list[tuple[str, str]]:
     """The short table: every score, from the untrained network to the last stage."""
 
-    def chain(scores: dict[str, float]) -> str:
-        return " -> ".join(f"{name} {100 * score:.1f} %" for name, score in scores.items())
+    def models(kind: str) -> list[tuple[str, str]]:
+        return [
+            (f"- {name}", f"{100 * score:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
+            for name, score in results[kind].items()
+            for low, high in [results["intervals"][kind][name]]
+        ]
+
+    def r2(name: str) -> str:
+        low, high = results["intervals"]["position_r2"][name]
+        return f"{results['position_r2'][name]:.3f} [{low:.3f}, {high:.3f}]"
 
     rows = []
+    images = {kind: f"{count} test images" for kind, count in results["test_images"].items()}
     if results["knn"]:
-        rows.append((f"k-NN accuracy (k = {k})", chain(results["knn"])))
+        chance = f"{images['knn']}, chance {100 * results['chance']['knn']:.1f} %"
+        rows += [(f"k-NN accuracy (k = {k})", chance), *models("knn")]
         curve = results["matryoshka"][last].items()
         sizes = ", ".join(f"{size}: {100 * score:.1f} %" for size, score in curve)
         rows.append((f"k-NN accuracy by embedding size ({last})", sizes))
     if results["in_context"]:
-        rows.append(("in-context segmentation, mIoU", chain(results["in_context"])))
-    r2 = results["position_r2"]
-    if "rasa" in r2:
-        rows.append(("position R2, before -> after RASA", f"{r2[last]:.3f} -> {r2['rasa']:.3f}"))
+        rows += [("in-context segmentation, mIoU", images["in_context"]), *models("in_context")]
+    if "rasa" in results["position_r2"]:
+        value = f"{r2(last)} -> {r2('rasa')}, {images['position_r2']}, chance 0"
+        rows.append(("position R2, before -> after RASA", value))
     return rows
 
 
@@ -1715,14 +1765,16 @@ def report(settings: Settings, parallel: Parallel) -> None:
         **view_pictures(settings),
         **feature_pictures(settings, results, plan),
     }
+    columns = ("Score", "Value [95 % interval over test images]")
     page = write_report(
         settings.output,
         title=f"Franca on {settings.data}",
         settings=dataclasses.asdict(settings),
         results=rows,
+        columns=columns,
         figures=figures,
     )
-    print(format_table(rows))
+    print(format_table([columns, *rows]))
     print(f"report: {page}")
 
 
@@ -1732,8 +1784,8 @@ def read_results(path: Path, stages: Sequence[str]) -> dict[str, Any]:
     results = read_json_object(path, remedy)
     for name in SCORES:
         scores = results.get(name)
-        fits = scores_by_size if name == "matryoshka" else is_number
-        if not isinstance(scores, dict) or not all(map(fits, scores.values())):
+        has_kind = scores_by_size if name == "matryoshka" else is_number
+        if not isinstance(scores, dict) or not all(map(has_kind, scores.values())):
             raise DamagedFile(f"{path} has no scores {name!r} by encoder: {remedy}")
     needed = dict.fromkeys(("knn", "matryoshka", "in_context", "position_r2"), stages)
     for name, encoders in (needed | {"online_knn": ("raw pixels",)}).items():
@@ -1741,7 +1793,22 @@ def read_results(path: Path, stages: Sequence[str]) -> dict[str, Any]:
         optional = name == "in_context" or not results["knn"]
         if missing and (results[name] or name == "position_r2" or not optional):
             raise SettingsError(f"{path} is older than {missing[0]}; {remedy}")
+    for kind in ("intervals", "test_images", "chance"):
+        if not isinstance(results.get(kind), dict):
+            raise SettingsError(f"{path} is older than the {kind} of scores; {remedy}")
+    for kind in ("knn", "in_context", "position_r2"):
+        ends = results["intervals"].get(kind)
+        fits = isinstance(ends, dict) and all(is_interval(ends.get(name)) for name in results[kind])
+        if results[kind] and not (fits and is_number(results["test_images"].get(kind))):
+            raise DamagedFile(f"{path} has no interval of each score {kind!r}: {remedy}")
+    if results["knn"] and not is_number(results["chance"].get("knn")):
+        raise DamagedFile(f"{path} has no chance of the score 'knn': {remedy}")
     return results
+
+
+def is_interval(value: Any) -> bool:
+    """Whether a value of JSON has both ends of an interval."""
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
 
 
 def is_number(value: Any) -> bool:

@@ -91,3 +91,15 @@ def file_digest(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def parse_json(text: str | bytes, name: str) -> Any:
+    """The value of a JSON text from somebody else's file.
+
+    Raises:
+        ValueError: it is not UTF-8, not JSON, or nested too deep; the message begins with ``name``.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error

@@ -152,5 +152,18 @@ def test_a_poisoned_weight_stops_the_run_by_name_and_spares_the_checkpoint(
 def test_a_collapsing_run_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A teacher that gives every image the uniform target.
     hot = "--stages pretrain --targets.start-temperature 100 --targets.temperature 100"
-    recipe.main(smoke(tmp_path / "run", *hot.split(), "--optim.lr-warmup", "0"))
-    assert "warning: step 3: uniform targets" in capsys.readouterr().out
+    few = ("--num-scenes", "6")  # and a batch of 8
+    recipe.main(smoke(tmp_path / "run", *hot.split(), "--optim.lr-warmup", "0", *few))
+    printed = capsys.readouterr().out.splitlines()
+    warnings = [line for line in printed if line.startswith("warning: ")]
+    assert [line for line in warnings if "--batch-size" in line] == [
+        "warning: --batch-size 8 is larger than the data set: each step sees some of its 6 images "
+        "more than once. Give at most 6, or more images"
+    ]
+    assert [line[:34] for line in warnings[1:]] == ["warning: step 3: uniform targets: "]
+    assert all(len(line) <= 150 for line in warnings)
+
+
+def test_a_healthy_run_warns_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.main(smoke(tmp_path / "run", "--stages", "pretrain", "--optim.lr-warmup", "0"))
+    assert "warning: " not in capsys.readouterr().out
