@@ -17,6 +17,7 @@ import dataclasses
 import errno
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -65,6 +66,8 @@ from sslkit.data import (
 )
 from sslkit.data.annotated import Segmented
 from sslkit.data.crops import random_crop
+from sslkit.data.fingerprint import changes, fingerprints
+from sslkit.data.local import is_local
 from sslkit.data.throughput import DataWatch
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.attention import cls_attention
@@ -120,6 +123,7 @@ from sslkit.training.parallel import (
     whole,
 )
 from sslkit.training.progress import TrainingProgress
+from sslkit.training.run_folder import FolderError, own_folder
 from sslkit.training.settings import as_json, differences, from_json
 from sslkit.training.signals import stop_request
 
@@ -343,11 +347,11 @@ class Settings:
     stages: tuple[Stage, ...] = ("pretrain", "highres", "rasa", "evaluate", "report")
     """Each needs the results of those before it, from this call or an earlier one."""
     resume: bool = False
-    """Continue the run in --output from its last checkpoint."""
+    """Continue the run in --output from its last checkpoint, with its settings and stages."""
     init_from: str = ""
     """Weights to continue training from: any file or name that sslkit.backbones.read takes."""
     accept_changes: bool = False
-    """Let --resume continue with other settings than the run was made with."""
+    """Continue with other settings or other data than the run was made with."""
     seed: int = 0
     """Of all random numbers: initial weights, order of the images, crops, masks."""
     steps: int = 625_000
@@ -1107,6 +1111,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
             raise SettingsError(f"these settings make another network: {error}") from error
     if parallel.is_main:
         write_settings(settings)
+        write_data(settings, sources)
     batches = iter(
         make_loader(
             MultiCropDataset(images, multi_crop(plan, settings), seed=settings.seed),
@@ -1375,10 +1380,26 @@ def open_data(settings: Settings) -> Sources:
 
     try:
         if is_stream(settings.data):
-            return Sources(*train_test_split(opened("test"), 0.5, settings.seed))
-        return Sources(opened("train"), opened("test"))
+            sources = Sources(*train_test_split(opened("test"), 0.5, settings.seed))
+        else:
+            sources = Sources(opened("train"), opened("test"))
     except (OSError, ImportError, ValueError) as error:
         raise SettingsError(f"--data: {error}") from error
+    require_same_data(settings, sources)
+    return sources
+
+
+def require_same_data(settings: Settings, sources: Sources) -> None:
+    """Refuse other images, or other classes, than those that the run in --output has begun on."""
+    stored = read_json(settings.output / "data.json")
+    if stored is None or settings.accept_changes or not has_begun("pretrain", settings.output):
+        return
+    if found := changes(stored, fingerprints(sources._asdict())):
+        raise SettingsError(
+            f"--data {settings.data} is not what the run in {settings.output} began on: "
+            f"{'; '.join(found)}. Bring the data back as they were, choose another --output, or "
+            "insist with --accept-changes"
+        )
 
 
 def open_training_images(settings: Settings, sources: Sources) -> Source | StreamSource:
@@ -1753,6 +1774,7 @@ class SettingsError(ValueError):
     """Settings that contradict one another, or what is on the disk."""
 
 
+TRAINING: tuple[Stage, ...] = ("pretrain", "highres")
 STAGES: dict[Stage, Callable[[Settings, Parallel], None]] = {
     "pretrain": lambda settings, parallel: train(pretraining(settings), settings, parallel),
     "highres": lambda settings, parallel: train(high_resolution(settings), settings, parallel),
@@ -1760,6 +1782,13 @@ STAGES: dict[Stage, Callable[[Settings, Parallel], None]] = {
     "evaluate": evaluate,
     "report": report,
 }
+
+# What the stages read and write in --output.
+RUN_FILES = (
+    *STAGES,
+    *(f"{name}.safetensors" for name in ("init", *STAGES, "rasa_projector")),
+    *("settings.json", "data.json", "results.json", "report.md", "figures"),
+)
 
 # What may differ between two calls on one --output without changing the training.
 FREE_SETTINGS = {
@@ -1775,20 +1804,72 @@ def run(settings: Settings) -> None:
         parallel = start(settings.device)
     except ValueError as error:
         raise SettingsError(f"--device {settings.device}: {error}") from error
-    try:
-        check(settings, parallel.world_size, again=parallel.any(restarted()))
-        parallel.wait()  # nobody writes before all have looked
-        if parallel.is_main and not (settings.accept_changes and read_settings(settings.output)):
-            write_settings(settings)  # changed ones once they have proved to fit
-        for name, stage in STAGES.items():
-            if name not in ("pretrain", "highres"):  # one process does the rest
-                parallel = stop(parallel)
-            if name in settings.stages and (parallel.is_main or parallel.group is not None):
-                stage(settings, parallel)
+    again = parallel.any(restarted())
+    try:  # what is left of the job before a restart may still be ending
+        with own_folder(settings.output, RUN_FILES, parallel, patience=120.0 if again else 0.0):
+            parallel = run_stages(settings, parallel, again=again)
+    except FolderError as error:
+        stop(parallel)
+        raise SettingsError(f"--output {error}") from error
     except (Stopped, NonFiniteLoss, CheckpointError):
         stop(parallel)  # together; who fails alone ends without waiting for the others
         raise
     stop(parallel)
+
+
+def run_stages(settings: Settings, parallel: Parallel, *, again: bool) -> Parallel:
+    """The stages, once the settings are checked. `again`: see :func:`check`."""
+    check(settings, parallel.world_size, again=again)
+    parallel.wait()  # nobody writes before all have looked
+    if settings.resume:
+        say(parallel, what_is_left(settings))
+    if parallel.is_main and not (settings.accept_changes and read_settings(settings.output)):
+        write_settings(settings)  # changed ones once they have proved to fit
+    finished = settings.resume  # and so is each stage up to this one
+    for name, stage in STAGES.items():
+        if name not in TRAINING:  # one process does the rest
+            parallel = stop(parallel)
+        if name in settings.stages and (parallel.is_main or parallel.group is not None):
+            finished = finished and is_finished(name, settings.output)
+            if finished and name not in TRAINING:
+                say(parallel, f"{name}: finished already")
+            else:
+                stage(settings, parallel)
+    return parallel
+
+
+def is_finished(stage: Stage, output: Path) -> bool:
+    """Whether a stage has its result, newer than what it is made from."""
+    exports = {name: output / f"{name}.safetensors" for name in (*TRAINING, "rasa")}
+    results, page = output / "results.json", output / "report.md"
+    trained = [exports[name] for name in TRAINING]
+    if stage in TRAINING:
+        return exports[stage].exists()
+    result, made_from = {
+        "rasa": (exports["rasa"], trained),
+        "evaluate": (results, [*trained, exports["rasa"]]),
+        "report": (page, [results]),
+    }[stage]
+    times = [path.stat().st_mtime_ns for path in made_from if path.exists()]
+    return result.exists() and result.stat().st_mtime_ns >= max(times, default=0)
+
+
+def what_is_left(settings: Settings) -> str:
+    """The stages that a resumed run goes on with, and where in them it is."""
+    stages = []
+    for name in settings.stages:
+        if is_finished(name, settings.output):
+            continue
+        at = ""
+        if name in TRAINING:
+            latest = Checkpoints(settings.output / name / "checkpoints").latest()
+            plan = pretraining(settings) if name == "pretrain" else high_resolution(settings)
+            at = f" (at step {0 if latest is None else step_of(latest)} of {plan.steps})"
+        stages.append(name + at)
+    return (
+        f"resuming {settings.output}: {', '.join(stages) or 'all is finished'}. Data: "
+        f"{settings.data}. Settings not given here come from {settings.output}/settings.json"
+    )
 
 
 def check(settings: Settings, world_size: int, *, again: bool = False) -> None:
@@ -1808,7 +1889,7 @@ def check(settings: Settings, world_size: int, *, again: bool = False) -> None:
     stored = read_settings(settings.output)
     if stored is None and settings.resume:
         raise SettingsError(f"--resume: {settings.output} holds no run")
-    begun = {name for name in ("pretrain", "highres") if has_begun(name, settings.output)}
+    begun = {name for name in TRAINING if has_begun(name, settings.output)}
     if stored is None or not begun:
         return  # nothing there, or settings that never came as far as a checkpoint
     if "pretrain" in settings.stages and not (settings.resume or again):
@@ -1827,7 +1908,7 @@ def check(settings: Settings, world_size: int, *, again: bool = False) -> None:
             f"{settings.output} was made with other settings: {'; '.join(changed)}. Leave them as "
             "they were, choose another --output, or insist with --accept-changes"
         )
-    asked = [name for name in ("pretrain", "highres") if name in settings.stages]
+    asked = [name for name in TRAINING if name in settings.stages]
     finished = [settings.output / f"{name}.safetensors" for name in asked]
     if changed and all(path.exists() for path in finished):
         raise SettingsError(
@@ -1953,41 +2034,73 @@ def refused_by_parts(settings: Settings) -> list[str]:
 
 
 def write_settings(settings: Settings) -> None:
-    """The first thing that goes into the output folder."""
+    """The first thing that goes into the output folder, with all stages the run was asked for."""
+    stored = read_settings(settings.output)
+    begun = any(has_begun(name, settings.output) for name in TRAINING)
+    if stored is not None and (begun or settings.resume):
+        asked = tuple(name for name in STAGES if name in (*stored.stages, *settings.stages))
+        settings = replace(settings, stages=asked)
+    write(settings.output, "settings.json", as_json(settings))
+
+
+def write_data(settings: Settings, sources: Sources) -> None:
+    """What the data are, which later calls have to find again."""
+    write(settings.output, "data.json", json.dumps(fingerprints(sources._asdict()), indent=1))
+
+
+def write(output: Path, name: str, text: str) -> None:
+    """A small file in the output folder."""
     try:
-        settings.output.mkdir(parents=True, exist_ok=True)
-        with atomic_write(settings.output / "settings.json") as file:
-            file.write(as_json(settings).encode())
+        output.mkdir(parents=True, exist_ok=True)
+        with atomic_write(output / name) as file:
+            file.write(text.encode())
     except OSError as error:
-        raise SettingsError(f"--output {settings.output} cannot be written: {error}") from error
+        raise SettingsError(f"--output {output} cannot be written: {error}") from error
 
 
 def read_settings(output: Path) -> Settings | None:
     """The settings that a run in `output` was started with."""
     path = output / "settings.json"
     try:
-        return from_json(path.read_text(), Settings()) if path.exists() else None
+        stored = from_json(path.read_text(), Settings()) if path.exists() else None
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"{path} cannot be read ({error}): it is damaged, or another version of this recipe "
             "wrote it. Restore it, or choose another --output"
         ) from error
+    return None if stored is None else replace(stored, output=output)  # it may have been moved
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """An object that the recipe wrote; None where there is none."""
+    try:
+        content = json.loads(path.read_text()) if path.exists() else None
+        if content is None or isinstance(content, dict):
+            return content
+        problem: object = f"it holds {type(content).__name__}, expected an object"
+    except (OSError, ValueError, RecursionError) as error:
+        problem = error
+    raise SettingsError(f"{path} is damaged ({problem}): restore it, or remove it")
 
 
 def parse(arguments: Sequence[str]) -> Settings:
     """The command line over the settings of the run in --output, or of --preset.
 
-    Which stages to run, and whether to resume, is asked anew in each call.
+    Whether to resume is asked anew in each call, and so is which stages to run: all of the preset,
+    or, of a run that is resumed, those that it was asked for.
     """
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--output", type=Path, default=Settings().output)
     first.add_argument("--preset", choices=list(PRESETS), default=None)
     first.add_argument("--init-from", "--init_from", default=None)
+    first.add_argument("--data", default=None)
+    first.add_argument("--resume", action="store_true")
     known, _ = first.parse_known_args(arguments)
     default, stored = PRESETS[known.preset or "demo"], read_settings(known.output)
-    if known.preset is None:
-        default = stored or default
-    stages = PRESETS[default.preset].stages
+    if stored and (known.preset is None or (known.resume and known.preset == stored.preset)):
+        default = stored
+        require_typed(stored, known.data, known.init_from)
+    stages = stored.stages if stored and known.resume else PRESETS[default.preset].stages
     default = replace(default, resume=False, accept_changes=False, stages=stages)
     loaded = None
     if known.init_from and stored is not None and goes_on(stored, known.init_from, known.output):
@@ -1998,6 +2111,28 @@ def parse(arguments: Sequence[str]) -> Settings:
         default = following(default, known.init_from, loaded.encoder)
     settings = tyro.cli(Settings, default=default, args=arguments)
     return settings if loaded is None else agreeing(settings, default, loaded)
+
+
+def require_typed(stored: Settings, data: str | None, init_from: str | None) -> None:
+    """Refuse to start a program or to ask the network because a file says so.
+
+    The folder of a run may come from somebody else. `data` and `init_from` are what this call says.
+    """
+    named = []
+    try:
+        if data is None and not is_local(stored.data):
+            named.append(f"--data '{stored.data}'")
+    except (ImportError, ValueError) as error:
+        raise SettingsError(f"--data: {error}") from error
+    begun = has_begun("pretrain", stored.output)  # then the weights are in the folder
+    read = stored.init_from != "" and not begun
+    if init_from is None and read and not os.path.exists(stored.init_from):
+        named.append(f"--init-from '{stored.init_from}'")
+    if named:
+        raise SettingsError(
+            f"{stored.output}/settings.json names what may start a program or ask another machine: "
+            f"{' and '.join(named)}. If you trust that, say it again in this call"
+        )
 
 
 def goes_on(stored: Settings, init_from: str, output: Path) -> bool:

@@ -298,7 +298,7 @@ def two_checkpoints(tmp_path):
     return checkpoints, save(checkpoints, 2)
 
 
-FILES = (".metadata", "__0_0.distcp", "manifest.json")
+FILES = ("tensors.json", "rank_0.safetensors", "manifest.json")
 
 
 @pytest.mark.parametrize("file", FILES)

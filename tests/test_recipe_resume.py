@@ -110,11 +110,11 @@ def test_online_knn_does_not_disturb_the_training(uninterrupted: Path, tmp_path:
 def test_finished_stages_are_left_alone(
     uninterrupted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*.distcp")}
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("rank_*")}
     assert before
     train(uninterrupted, "--resume")
     assert capsys.readouterr().out.count("finished already") == 2
-    assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*.distcp")}
+    assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("rank_*")}
 
 
 def test_a_resumed_run_needs_no_settings_but_the_output(

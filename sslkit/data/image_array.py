@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sslkit.data.fingerprint import digest
 from sslkit.data.splits import Split
+
+_DIGESTED = 64  # images whose bytes tell one array from another
 
 
 class ImageArray:
@@ -93,6 +97,13 @@ class ImageArray:
     def name(self, index: int) -> str:
         """The file and the position in it."""
         return f"{self.path}[{index}]"
+
+    def names_digest(self) -> str:
+        """A digest of shape, labels and evenly spaced images, which have no names."""
+        step = -(-len(self) // _DIGESTED)
+        sample = (np.ascontiguousarray(image).tobytes() for image in self._images[::step])
+        labels = b"" if self._labels is None else np.ascontiguousarray(self._labels).tobytes()
+        return digest(chain([str(self._images.shape), labels], sample))
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)

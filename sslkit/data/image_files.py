@@ -52,3 +52,7 @@ class ImageFiles:
     def name(self, index: int) -> str:
         """The path of the file."""
         return os.path.join(self.folder, self._files[index])
+
+    def names_digest(self) -> str:
+        """A digest of the names relative to the folder, for :mod:`sslkit.data.fingerprint`."""
+        return self._files.digest()

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sslkit.data.fingerprint import digest, fingerprint
 from sslkit.data.protocols import Source
 from sslkit.data.seeds import sample_seed
 
@@ -55,6 +56,11 @@ class Subset:
     def name(self, index: int) -> str:
         """The name that the whole source has for this image."""
         return self.source.name(int(self.indices[index]))
+
+    def names_digest(self) -> str:
+        """A digest of the whole source's names and of the indices."""
+        whole = fingerprint(self.source)["names"]
+        return digest([whole, self.indices.numpy().tobytes()])
 
     def _annotation(self, annotation: str, index: int) -> Tensor:
         return getattr(self.source, annotation)(int(self.indices[index]))

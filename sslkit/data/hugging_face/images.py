@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sslkit.data.decode import MAX_SIDE, UnreadableImage, decode_image, read_image
+from sslkit.data.fingerprint import digest
+
+_DIGESTED = 64  # images whose bytes tell one data set from another
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -54,6 +57,12 @@ class HuggingFaceImages:
         """The path that the data set has for the image, if any, and its index."""
         return self._columns.name(self._dataset[index], f"[{index}]")
 
+    def names_digest(self) -> str:
+        """A digest of labels and of evenly spaced images, undecoded: all are in large files."""
+        step = max(-(-len(self) // _DIGESTED), 1)
+        rows = (self._dataset[index] for index in range(0, len(self), step))
+        return digest(part for row in rows for part in self._columns.identity(row))
+
 
 class Columns:
     """Which columns hold image and label, and how a row is read; see :class:`HuggingFaceImages`."""
@@ -85,6 +94,13 @@ class Columns:
         """The path that the data set has for the row's image, if any, and ``position``."""
         cell = row[self.image] or {}
         return f"{cell.get('path') or ''}{position}"
+
+    def identity(self, row: dict[str, Any]) -> tuple[bytes, str]:
+        """What tells the row from others: the image's bytes, or else its file name; the label."""
+        cell = row[self.image] or {}
+        label = None if self.label is None else row[self.label]
+        path = (cell.get("path") or "").rpartition("/")[2]
+        return cell.get("bytes") or path.encode(), str(label)
 
     def decode(self, row: dict[str, Any], position: str, max_side: int) -> tuple[Tensor, int]:
         """The row's image, uint8 [3, h, w], and its label, -1 where there is none."""
