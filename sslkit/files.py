@@ -1,11 +1,12 @@
 """Files that are written whole or not at all, and how to tell one from another."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _CHUNK = 1 << 24  # bytes read at a time
 
@@ -70,3 +71,15 @@ def file_digest(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def parse_json(text: str | bytes, name: str) -> Any:
+    """The value of a JSON text from somebody else's file.
+
+    Raises:
+        ValueError: it is not UTF-8, not JSON, or nested too deep; the message begins with ``name``.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error

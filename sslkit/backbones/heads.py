@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslkit.backbones.settings import HEAD, check_settings
 from sslkit.matryoshka import MatryoshkaProjector
 
 Head = MatryoshkaProjector | dict[str, Tensor]
@@ -49,8 +50,11 @@ def build_head(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> M
     Raises:
         ValueError: the tensors are not exactly the projector's.
     """
-    with torch.device("meta"):
-        head = MatryoshkaProjector(**arguments)
+    try:
+        with torch.device("meta"):
+            head = MatryoshkaProjector(**check_settings("the head's arguments", arguments, HEAD))
+    except (TypeError, RuntimeError) as error:  # an argument is missing, or sizes overflow
+        raise ValueError(f"no head can be built of {dict(arguments)}: {error}") from error
     expected = {name: t.shape for name, t in head.state_dict().items()}
     found = {name: t.shape for name, t in tensors.items()}
     if found != expected:

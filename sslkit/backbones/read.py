@@ -162,14 +162,21 @@ def read(
 
 
 def _recognise(file: WeightsFile, network: Network, stated: Stated) -> Layout:
-    """Whose names a network has. Raises a ValueError if nobody's."""
+    """Whose names a network has. Raises a ValueError that begins with the file if nobody's."""
+    try:
+        return _layout(file, network, stated)
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from error
+
+
+def _layout(file: WeightsFile, network: Network, stated: Stated) -> Layout:
     names, config = network.tensors, file.config
     if "embeddings.patch_embeddings.projection.weight" in names:
         if in_any_block(names, "layer_scale1.lambda1"):
             return transformers_dinov2.describe(names, config, stated)
         raise ValueError(
-            f"{file.name} is a Vision Transformer of transformers, but not DINOv2: its blocks have "
-            "no layer_scale1.lambda1"
+            "a Vision Transformer of transformers, but not DINOv2: its blocks have no "
+            "layer_scale1.lambda1"
         )
     if "embeddings.patch_embeddings.weight" in names:
         return dinov3.describe_transformers(names, config, stated)
