@@ -49,6 +49,7 @@ from sslkit import (
 )
 from sslkit.backbones import Loaded, ViTEncoder
 from sslkit.backbones.heads import misfit
+from sslkit.backbones.settings import HEAD, NETWORK, check_settings
 from sslkit.data import (
     Batch,
     MultiCrop,
@@ -83,7 +84,7 @@ from sslkit.evaluation.report import format_table, write_report
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import EvalTransform
 from sslkit.factored_logits import Logits, concatenated
-from sslkit.files import atomic_write, file_digest
+from sslkit.files import atomic_write, file_digest, parse_json
 from sslkit.rasa import patch_positions, save_rasa
 from sslkit.schedules import (
     cosine,
@@ -585,6 +586,22 @@ def make_encoder(model: Model, global_size: int) -> ViTEncoder:
     )
 
 
+def check_network(model: Model) -> Literal[True]:
+    """Raise ValueError if these are not settings that an exported encoder could state."""
+    more = parse_json(model.backbone_settings, "backbone_settings")
+    check_settings("backbone_settings", more, NETWORK)
+    check_settings("settings", {"name": model.backbone, "in_chans": model.in_chans}, NETWORK)
+    head = {
+        "num_prototypes": model.num_prototypes,
+        "hidden_dim": model.head_hidden_dim,
+        "num_layers": model.head_layers,
+        **({"nesting_dims": model.nesting_dims} if model.nesting_dims else {}),
+    }
+    for bottleneck in (model.dino_bottleneck, model.ibot_bottleneck):
+        check_settings("heads", {**head, "bottleneck_dim": bottleneck}, HEAD)
+    return True
+
+
 class FrancaNetwork(nn.Module):
     """A ViT and two nested heads: one for class tokens, one for masked patches."""
 
@@ -849,6 +866,10 @@ class Trainer:
         self, plan: Plan, settings: Settings, parallel: Parallel, initial: Loaded | None = None
     ) -> None:
         self.plan, self.settings, self.parallel = plan, settings, parallel
+        if plan.name == "highres":
+            group = checkpoint_group(parallel.group)
+            pretrained, path = last_checkpoint("pretrain", settings, group)
+            require_fit(pretraining(settings), settings, pretrained, path)
         torch.manual_seed(settings.seed)
         self.student = FrancaNetwork(settings.model, settings.crops.global_size)
         if initial is not None:  # the teacher is a copy, whichever the heads are
@@ -870,8 +891,6 @@ class Trainer:
         self.loss = FrancaLoss(settings.targets.student_temperature, parallel.group)
         networks = (self.student, self.teacher.module)
         if plan.name == "highres":
-            group = checkpoint_group(parallel.group)
-            pretrained, path = last_checkpoint("pretrain", settings, group)
             pretrained.load_(path, self.weights(), partial=True)
             for network in networks:
                 network.backbone.set_img_size_(plan.global_size)
@@ -1097,6 +1116,8 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     sources = open_data(settings)
     images = open_training_images(settings, sources)
     latest = checkpoints.latest()
+    if latest is not None:
+        require_fit(plan, settings, checkpoints, latest)
     begins = latest is None and plan.name == "pretrain" and settings.init_from != ""
     trainer = Trainer(plan, settings, parallel, read_weights(settings) if begins else None)
     if begins:
@@ -1177,6 +1198,16 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
         if parallel.any(request.arrived):
             raise Stopped(plan.name, plan.steps)
     save_teacher(plan.name, plan.steps, trainer)
+
+
+def require_fit(plan: Plan, settings: Settings, checkpoints: Checkpoints, path: Path) -> None:
+    """Refuse a checkpoint of another network before this one takes its memory."""
+    with torch.device("meta"):
+        network = FrancaNetwork(settings.model, plan.global_size)
+    try:
+        checkpoints.require_fit(path, {"student": network.state_dict()}, partial=True)
+    except ValueError as error:
+        raise SettingsError(f"these settings make another network: {error}") from error
 
 
 def save_teacher(name: str, step: int, trainer: Trainer) -> None:
@@ -1498,6 +1529,17 @@ def load_encoder(stage: str, settings: Settings) -> ViTEncoder:
     return backbones.load(settings.output / f"{stage}.safetensors").eval()
 
 
+def require_export_of(settings: Settings) -> None:
+    """Refuse settings of another encoder than the exported one, before one is made of them."""
+    plan = final_plan(settings)
+    with torch.device("meta"):
+        asked = make_encoder(settings.model, plan.global_size).state_dict()
+    found = load_encoder(plan.name, settings).state_dict()
+    if {k: x.shape for k, x in asked.items()} != {k: x.shape for k, x in found.items()}:
+        path = settings.output / f"{plan.name}.safetensors"
+        raise SettingsError(f"--model: {path} has another encoder than these settings make")
+
+
 def eval_view(size: int, settings: Settings) -> EvalTransform:
     """The deterministic view of an image that evaluations use."""
     return EvalTransform(size, resize=round(size * settings.evaluation.resize_over_crop))
@@ -1521,8 +1563,9 @@ def online_knn(encoder: nn.Module, plan: Plan, settings: Settings, sources: Sour
 def evaluate(settings: Settings, parallel: Parallel) -> None:
     """Scores of the untrained encoder and of every stage's, in `results.json`."""
     options, sources = settings.evaluation, open_data(settings)
+    require_export_of(settings)
     torch.manual_seed(settings.seed)
-    untrained = FrancaNetwork(settings.model, settings.crops.global_size).backbone
+    untrained = make_encoder(settings.model, settings.crops.global_size)  # as before training
     first, last = pretraining(settings), final_plan(settings)
     # Pixels are what features have to beat.
     contestants: dict[str, tuple[nn.Module, Plan]] = {
@@ -1838,20 +1881,21 @@ def run_stages(settings: Settings, parallel: Parallel, *, again: bool) -> Parall
     return parallel
 
 
+RESULTS: dict[Stage, str] = {
+    **{name: f"{name}.safetensors" for name in ("pretrain", "highres", "rasa")},
+    "evaluate": "results.json",
+    "report": "report.md",
+}
+
+
 def is_finished(stage: Stage, output: Path) -> bool:
-    """Whether a stage has its result, newer than what it is made from."""
-    exports = {name: output / f"{name}.safetensors" for name in (*TRAINING, "rasa")}
-    results, page = output / "results.json", output / "report.md"
-    trained = [exports[name] for name in TRAINING]
-    if stage in TRAINING:
-        return exports[stage].exists()
-    result, made_from = {
-        "rasa": (exports["rasa"], trained),
-        "evaluate": (results, [*trained, exports["rasa"]]),
-        "report": (page, [results]),
-    }[stage]
-    times = [path.stat().st_mtime_ns for path in made_from if path.exists()]
-    return result.exists() and result.stat().st_mtime_ns >= max(times, default=0)
+    """Whether a stage has its result, newer than those of the stages before it."""
+    result = output / RESULTS[stage]
+    if stage in TRAINING or not result.exists():
+        return result.exists()
+    before = (output / RESULTS[name] for name in list(STAGES)[: list(STAGES).index(stage)])
+    times = [path.stat().st_mtime_ns for path in before if path.exists()]
+    return result.stat().st_mtime_ns >= max(times, default=0)
 
 
 def what_is_left(settings: Settings) -> str:
@@ -1922,6 +1966,17 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+# Settings may come with a folder from somebody else: none may take any amount of memory.
+LARGEST = {
+    "workers": 1024,
+    **dict.fromkeys(("scene_size", "crops.global_size", "crops.local_size"), 1 << 13),
+    **dict.fromkeys(("highres.global_size", "highres.local_size"), 1 << 13),
+    **dict.fromkeys(("batch_size", "highres.batch_size", "targets.queue"), 1 << 20),
+    **dict.fromkeys(("evaluation.batch_size", "rasa.num_iterations"), 1 << 12),
+    **{"crops.num_local": 256, "num_scenes": 1 << 27},
+}
+
+
 def refused_numbers(settings: Settings, world_size: int) -> list[str]:
     """What is out of its range, for so many processes."""
     positive = ["steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_last"]
@@ -1932,11 +1987,16 @@ def refused_numbers(settings: Settings, world_size: int) -> list[str]:
         positive.append("highres.steps")
         batches.append("highres.batch_size")
     lowest = dict.fromkeys(positive, 1) | dict.fromkeys(("workers", "keep_every"), 0)
-    values = {name: attrgetter(name)(settings) for name in (*lowest, *batches)}
+    values = {name: attrgetter(name)(settings) for name in (*lowest, *batches, *LARGEST)}
     problems = [
         f"{flag(name)} must be at least {least}, got {values[name]}"
         for name, least in lowest.items()
         if values[name] < least
+    ]
+    problems += [
+        f"{flag(name)} must be at most {most}, got {values[name]}"
+        for name, most in LARGEST.items()
+        if values[name] > most
     ]
     problems += [
         f"{flag(name)} {values[name]} does not divide into {world_size} processes of "
@@ -2026,7 +2086,9 @@ def refused_by_parts(settings: Settings) -> list[str]:
     attempt("--crops", lambda: multi_crop(plans[0], settings))
     attempt("--masks", lambda: mask_generator((2, 2), settings.masks))
     attempt("--optim or --targets", lambda: [schedule(0, plan, settings) for plan in plans])
-    network = attempt("--model", lambda: FrancaNetwork(settings.model, plans[0].global_size))
+    network: Any = None
+    if attempt("--model", lambda: check_network(settings.model)):
+        network = attempt("--model", lambda: FrancaNetwork(settings.model, plans[0].global_size))
     if network is not None:
         attempt("--optim", lambda: make_groups(network, settings.optim))
         attempt("--crops or --highres", sizes)

@@ -177,7 +177,7 @@ class Checkpoints:
     def load_(self, path: str | os.PathLike[str], state: State, *, partial: bool = False) -> None:
         """Fill the tensors of ``state`` with those of a checkpoint, by name, in place.
 
-        Checksums of all files are verified first, then names, types and shapes.
+        Names, types and shapes are compared first, then the checksums of all files.
 
         Args:
             path: a folder that :meth:`save` wrote.
@@ -192,17 +192,31 @@ class Checkpoints:
                 differ; all are listed. Nothing has been changed then.
         """
         path = Path(path)
-        _require_fit(self.described(path), dict(_flat(state)), path, partial=partial)
+        self.require_fit(path, state, partial=partial)
+        self._attempt(lambda: self._verify(path), f"{path} is damaged: ", self._way_out(path))
         self._attempt(
             lambda: load(dict(state), storage_reader=TensorReader(path), **self._together),
             f"could not read {path}: ",
             self._way_out(path),
         )
 
+    def require_fit(
+        self, path: str | os.PathLike[str], state: State, *, partial: bool = False
+    ) -> None:
+        """Raise an error unless :meth:`load_` could fill ``state``.
+
+        Only the description is read, and tensors may be on the ``meta`` device: so a network is
+        compared with a checkpoint before it takes memory.
+
+        Raises:
+            FileNotFoundError, CheckpointError, ValueError: see :meth:`load_`.
+        """
+        _require_fit(self.described(path), dict(_flat(state)), Path(path), partial=partial)
+
     def described(self, path: str | os.PathLike[str]) -> dict[str, Tensor]:
         """The tensors of a checkpoint by dotted name, of the saved types and shapes, without data.
 
-        They are on the ``meta`` device. Checksums of all files are verified.
+        They are on the ``meta`` device.
 
         Raises:
             FileNotFoundError, CheckpointError: see :meth:`load_`.
@@ -215,7 +229,7 @@ class Checkpoints:
         tensors: dict[str, Tensor] = {}
 
         def read() -> None:
-            self._verify(path)
+            self._verify(path, only=DESCRIPTION)
             saved = cast(Described, TensorReader(path).read_metadata().state_dict_metadata)
             for name, tensor in saved.items():
                 dtype = tensor.properties.dtype
@@ -280,7 +294,7 @@ class Checkpoints:
             # What somebody still reads may refuse to go; the next time will do.
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def _verify(self, folder: Path) -> None:
+    def _verify(self, folder: Path, *, only: str | None = None) -> None:
         """Raise OSError unless every file is as it was written; each process looks at its share."""
         try:
             files = json.loads((folder / _MANIFEST).read_text())
@@ -295,9 +309,11 @@ class Checkpoints:
             )
         if DESCRIPTION not in files:
             raise OSError(f"its {_MANIFEST} does not list {DESCRIPTION}")
-        for name in sorted(files)[self._rank :: self._world_size]:
+        for name in files:
             if not _FILE.fullmatch(name):
                 raise OSError(f"its {_MANIFEST} lists {name!r}, which is not a file of checkpoints")
+        own = sorted(files)[self._rank :: self._world_size]
+        for name in own if only is None else [only]:
             if not (folder / name).is_file() or (folder / name).is_symlink():
                 raise OSError(f"{name} is missing")
             if file_digest(folder / name) != files[name]:
