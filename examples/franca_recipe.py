@@ -1868,16 +1868,15 @@ def run_stages(settings: Settings, parallel: Parallel, *, again: bool) -> Parall
         say(parallel, what_is_left(settings))
     if parallel.is_main and not (settings.accept_changes and read_settings(settings.output)):
         write_settings(settings)  # changed ones once they have proved to fit
-    finished = settings.resume  # and so is each stage up to this one
+    left = unfinished(settings) if settings.resume else settings.stages
     for name, stage in STAGES.items():
         if name not in TRAINING:  # one process does the rest
             parallel = stop(parallel)
         if name in settings.stages and (parallel.is_main or parallel.group is not None):
-            finished = finished and is_finished(name, settings.output)
-            if finished and name not in TRAINING:
-                say(parallel, f"{name}: finished already")
-            else:
+            if name in left or name in TRAINING:  # these look for themselves
                 stage(settings, parallel)
+            else:
+                say(parallel, f"{name}: finished already")
     return parallel
 
 
@@ -1898,21 +1897,26 @@ def is_finished(stage: Stage, output: Path) -> bool:
     return result.stat().st_mtime_ns >= max(times, default=0)
 
 
+def unfinished(settings: Settings) -> list[Stage]:
+    """The first stage of `--stages` without its result, and those after it."""
+    asked = [name for name in STAGES if name in settings.stages]
+    while asked and is_finished(asked[0], settings.output):
+        asked.pop(0)
+    return asked
+
+
 def what_is_left(settings: Settings) -> str:
-    """The stages that a resumed run goes on with, and where in them it is."""
-    stages = []
-    for name in settings.stages:
-        if is_finished(name, settings.output):
-            continue
-        at = ""
-        if name in TRAINING:
-            latest = Checkpoints(settings.output / name / "checkpoints").latest()
-            plan = pretraining(settings) if name == "pretrain" else high_resolution(settings)
-            at = f" (at step {0 if latest is None else step_of(latest)} of {plan.steps})"
-        stages.append(name + at)
+    """The stages that a resumed run continues with, where in the first it is, and what it reads."""
+    left = unfinished(settings)
+    stages = ", ".join(left) or "all is finished"
+    for plan in (pretraining(settings), high_resolution(settings)):
+        if left[:1] == [plan.name]:
+            latest = Checkpoints(settings.output / plan.name / "checkpoints").latest()
+            step = 0 if latest is None else step_of(latest)
+            stages = stages.replace(plan.name, f"{plan.name} (at step {step} of {plan.steps})", 1)
     return (
-        f"resuming {settings.output}: {', '.join(stages) or 'all is finished'}. Data: "
-        f"{settings.data}. Settings not given here come from {settings.output}/settings.json"
+        f"resuming {settings.output}: {stages}. Data: {settings.data}. Settings not given here "
+        f"come from {settings.output}/settings.json"
     )
 
 
