@@ -250,9 +250,14 @@ def test_weights_of_a_name_that_stands_in_a_folder_are_not_fetched(started: Path
         recipe.main(call)
 
 
-def test_a_folder_writes_to_itself(started: Path, tmp_path: Path) -> None:
-    store(started, output=str(tmp_path / "elsewhere"))
-    assert recipe.parse(["--output", str(started), "--resume"]).output == started
+def test_a_folder_writes_to_itself(
+    started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    started.rename("runs/franca")  # the default of --output
+    store(Path("runs/franca"), output=str(tmp_path / "elsewhere"))
+    assert recipe.parse(["--resume"]).output == Path("runs/franca")
 
 
 @pytest.mark.parametrize(
