@@ -51,6 +51,7 @@ from sslkit import (
 )
 from sslkit.backbones import Loaded, ViTEncoder
 from sslkit.backbones.heads import misfit
+from sslkit.backbones.settings import HEAD, NETWORK, check_settings
 from sslkit.command_line import run_command
 from sslkit.data import (
     Batch,
@@ -70,6 +71,8 @@ from sslkit.data import (
 from sslkit.data.annotated import Segmented
 from sslkit.data.channels import with_channels
 from sslkit.data.crops import random_crop
+from sslkit.data.fingerprint import changes, fingerprints
+from sslkit.data.local import is_local
 from sslkit.data.throughput import DataWatch
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.attention import cls_attention
@@ -87,7 +90,7 @@ from sslkit.evaluation.scores import Score, bootstrap
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import EvalTransform
 from sslkit.factored_logits import Logits, concatenated
-from sslkit.files import DamagedFile, atomic_write, file_digest, read_json_object
+from sslkit.files import DamagedFile, atomic_write, file_digest, parse_json, read_json_object
 from sslkit.rasa import patch_positions, save_rasa
 from sslkit.schedules import (
     cosine,
@@ -127,6 +130,7 @@ from sslkit.training.parallel import (
     whole,
 )
 from sslkit.training.progress import TrainingProgress
+from sslkit.training.run_folder import FolderError, own_folder
 from sslkit.training.settings import as_json, differences, from_json
 from sslkit.training.signals import stop_request
 
@@ -361,11 +365,11 @@ class Settings:
     stages: tuple[Stage, ...] = ("pretrain", "highres", "rasa", "evaluate", "report")
     """Each needs the results of those before it, from this call or an earlier one."""
     resume: bool = False
-    """Continue the run in --output from its last checkpoint."""
+    """Continue the run in --output from its last checkpoint, with its settings and stages."""
     init_from: str = ""
     """Weights to continue training from: any file or name that sslkit.backbones.read takes."""
     accept_changes: bool = False
-    """Let --resume continue with other settings than the run was made with."""
+    """Continue with other settings or other data than the run was made with."""
     seed: int = 0
     """Of all random numbers: initial weights, order of the images, crops, masks."""
     steps: int = 625_000
@@ -620,6 +624,22 @@ def make_encoder(model: Model, global_size: int) -> ViTEncoder:
         activation_checkpointing=model.activation_checkpointing,
         **json.loads(model.backbone_settings),
     )
+
+
+def check_network(model: Model) -> Literal[True]:
+    """Raise ValueError if these are not settings that an exported encoder could state."""
+    more = parse_json(model.backbone_settings, "backbone_settings")
+    check_settings("backbone_settings", more, NETWORK)
+    check_settings("settings", {"name": model.backbone, "in_chans": model.in_chans}, NETWORK)
+    head = {
+        "num_prototypes": model.num_prototypes,
+        "hidden_dim": model.head_hidden_dim,
+        "num_layers": model.head_layers,
+        **({"nesting_dims": model.nesting_dims} if model.nesting_dims else {}),
+    }
+    for bottleneck in (model.dino_bottleneck, model.ibot_bottleneck):
+        check_settings("heads", {**head, "bottleneck_dim": bottleneck}, HEAD)
+    return True
 
 
 class FrancaNetwork(nn.Module):
@@ -895,6 +915,10 @@ class Trainer:
         self, plan: Plan, settings: Settings, parallel: Parallel, initial: Loaded | None = None
     ) -> None:
         self.plan, self.settings, self.parallel = plan, settings, parallel
+        if plan.name == "highres":
+            group = checkpoint_group(parallel.group)
+            pretrained, path = last_checkpoint("pretrain", settings, group)
+            require_fit(pretraining(settings), settings, pretrained, path)
         torch.manual_seed(settings.seed)
         model = replace(settings.model, drop_path=plan.drop_path)
         self.student = FrancaNetwork(model, settings.crops.global_size)
@@ -917,8 +941,6 @@ class Trainer:
         self.loss = FrancaLoss(settings.targets.student_temperature, parallel.group)
         networks = (self.student, self.teacher.module)
         if plan.name == "highres":
-            group = checkpoint_group(parallel.group)
-            pretrained, path = last_checkpoint("pretrain", settings, group)
             load_checkpoint_(pretrained, path, self.weights(), partial=True)
             # As scripts/modify_ckpt_highres.py of the release; local crops keep the encoder's rule.
             for network in networks:
@@ -1146,6 +1168,8 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     sources = open_data(settings)
     images = open_training_images(settings, sources)
     latest = checkpoints.latest()
+    if latest is not None:
+        require_fit(plan, settings, checkpoints, latest)
     begins = latest is None and plan.name == "pretrain" and settings.init_from != ""
     trainer = Trainer(plan, settings, parallel, read_weights(settings) if begins else None)
     if begins:
@@ -1157,6 +1181,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
         load_checkpoint_(checkpoints, latest, trainer.state())
     if parallel.is_main:
         write_settings(settings)
+        write_data(settings, sources)
     loader = make_loader(
         MultiCropDataset(images, multi_crop(plan, settings), seed=settings.seed),
         batch_size=plan.batch_size,
@@ -1248,6 +1273,16 @@ def load_checkpoint_(
     """Fill `state` from a checkpoint, or raise an error that says that it is of other settings."""
     try:
         checkpoints.load_(path, state, partial=partial)
+    except ValueError as error:
+        raise SettingsError(f"these settings make another network: {error}") from error
+
+
+def require_fit(plan: Plan, settings: Settings, checkpoints: Checkpoints, path: Path) -> None:
+    """Refuse a checkpoint of another network before this one takes its memory."""
+    with torch.device("meta"):
+        network = FrancaNetwork(settings.model, plan.global_size)
+    try:
+        checkpoints.require_fit(path, {"student": network.state_dict()}, partial=True)
     except ValueError as error:
         raise SettingsError(f"these settings make another network: {error}") from error
 
@@ -1454,10 +1489,28 @@ def open_data(settings: Settings) -> Sources:
 
     try:
         if is_stream(settings.data):
-            return Sources(*train_test_split(opened("test"), 0.5, settings.seed))
-        return Sources(opened("train"), opened("test"))
+            sources = Sources(*train_test_split(opened("test"), 0.5, settings.seed))
+        else:
+            sources = Sources(opened("train"), opened("test"))
     except (OSError, ImportError, RuntimeError, ValueError) as error:
         raise SettingsError(f"--data: {error}") from error
+    require_same_data(settings, sources)
+    return sources
+
+
+def require_same_data(settings: Settings, sources: Sources) -> None:
+    """Refuse other images, or other classes, than those that the run in --output has begun on."""
+    path = settings.output / "data.json"
+    begun = path.exists() and has_begun("pretrain", settings.output)
+    if settings.accept_changes or not begun:
+        return
+    stored = read_json_object(path, "restore it, or remove it")
+    if found := changes(stored, fingerprints(sources._asdict())):
+        raise SettingsError(
+            f"--data {settings.data} is not what the run in {settings.output} began on: "
+            f"{'; '.join(found)}. Bring the data back as they were, choose another --output, or "
+            "insist with --accept-changes"
+        )
 
 
 def open_training_images(settings: Settings, sources: Sources) -> Source | StreamSource:
@@ -1578,6 +1631,17 @@ def read_export(stage: str, settings: Settings, reader: Callable[[Path], T]) -> 
         raise DamagedFile(f"{path} is damaged: {error}. {remedy}") from error
 
 
+def require_export_of(settings: Settings) -> None:
+    """Refuse settings of another encoder than the exported one, before one is made of them."""
+    plan = final_plan(settings)
+    with torch.device("meta"):
+        asked = make_encoder(settings.model, plan.global_size).state_dict()
+    found = load_encoder(plan.name, settings).state_dict()
+    if {k: x.shape for k, x in asked.items()} != {k: x.shape for k, x in found.items()}:
+        path = settings.output / f"{plan.name}.safetensors"
+        raise SettingsError(f"--model: {path} has another encoder than these settings make")
+
+
 def eval_view(size: int, settings: Settings) -> EvalTransform:
     """The deterministic view of an image that evaluations use."""
     return EvalTransform(size, resize=round(size * settings.evaluation.resize_over_crop))
@@ -1622,8 +1686,9 @@ SCORES = ("knn", "online_knn", "matryoshka", "in_context", "position_r2")
 def evaluate(settings: Settings, parallel: Parallel) -> None:
     """Scores of the untrained encoder and of every stage's, in `results.json`."""
     options, sources = settings.evaluation, open_data(settings)
+    require_export_of(settings)
     torch.manual_seed(settings.seed)
-    untrained = FrancaNetwork(settings.model, settings.crops.global_size).backbone
+    untrained = make_encoder(settings.model, settings.crops.global_size)  # as before training
     first, last = pretraining(settings), final_plan(settings)
     # Pixels are what features have to beat.
     contestants: dict[str, tuple[nn.Module, Plan]] = {
@@ -1964,6 +2029,7 @@ class SettingsError(ValueError):
     """Settings that contradict one another, or what is on the disk."""
 
 
+TRAINING: tuple[Stage, ...] = ("pretrain", "highres")
 STAGES: dict[Stage, Callable[[Settings, Parallel], None]] = {
     "pretrain": lambda settings, parallel: train(pretraining(settings), settings, parallel),
     "highres": lambda settings, parallel: train(high_resolution(settings), settings, parallel),
@@ -1971,6 +2037,13 @@ STAGES: dict[Stage, Callable[[Settings, Parallel], None]] = {
     "evaluate": evaluate,
     "report": report,
 }
+
+# What the stages read and write in --output.
+RUN_FILES = (
+    *STAGES,
+    *(f"{name}.safetensors" for name in ("init", *STAGES, "rasa_projector")),
+    *("settings.json", "data.json", "results.json", "report.md", "figures"),
+)
 
 # What may differ between two calls on one --output without changing the training.
 FREE_SETTINGS = {
@@ -1986,20 +2059,77 @@ def run(settings: Settings) -> None:
         parallel = start(settings.device)
     except ValueError as error:
         raise SettingsError(f"--device {settings.device}: {error}") from error
-    try:
-        check(settings, parallel.world_size, again=parallel.any(restarted()))
-        parallel.wait()  # nobody writes before all have looked
-        if parallel.is_main and not (settings.accept_changes and read_settings(settings.output)):
-            write_settings(settings)  # changed ones once they have proved to fit
-        for name, stage in STAGES.items():
-            if name not in ("pretrain", "highres"):  # one process does the rest
-                parallel = stop(parallel)
-            if name in settings.stages and (parallel.is_main or parallel.group is not None):
-                stage(settings, parallel)
+    again = parallel.any(restarted())
+    try:  # what is left of the job before a restart may still be ending
+        with own_folder(settings.output, RUN_FILES, parallel, patience=120.0 if again else 0.0):
+            parallel = run_stages(settings, parallel, again=again)
+    except FolderError as error:
+        stop(parallel)
+        raise SettingsError(f"--output {error}") from error
     except (Stopped, NonFiniteLoss, CheckpointError):
         stop(parallel)  # together; who fails alone ends without waiting for the others
         raise
     stop(parallel)
+
+
+def run_stages(settings: Settings, parallel: Parallel, *, again: bool) -> Parallel:
+    """The stages, once the settings are checked. `again`: see :func:`check`."""
+    check(settings, parallel.world_size, again=again)
+    parallel.wait()  # nobody writes before all have looked
+    if settings.resume:
+        say(parallel, what_is_left(settings))
+    if parallel.is_main and not (settings.accept_changes and read_settings(settings.output)):
+        write_settings(settings)  # changed ones once they have proved to fit
+    left = unfinished(settings) if settings.resume else settings.stages
+    for name, stage in STAGES.items():
+        if name not in TRAINING:  # one process does the rest
+            parallel = stop(parallel)
+        if name in settings.stages and (parallel.is_main or parallel.group is not None):
+            if name in left or name in TRAINING:  # these look for themselves
+                stage(settings, parallel)
+            else:
+                say(parallel, f"{name}: finished already")
+    return parallel
+
+
+RESULTS: dict[Stage, str] = {
+    **{name: f"{name}.safetensors" for name in ("pretrain", "highres", "rasa")},
+    "evaluate": "results.json",
+    "report": "report.md",
+}
+
+
+def is_finished(stage: Stage, output: Path) -> bool:
+    """Whether a stage has its result, newer than those of the stages before it."""
+    result = output / RESULTS[stage]
+    if stage in TRAINING or not result.exists():
+        return result.exists()
+    before = (output / RESULTS[name] for name in list(STAGES)[: list(STAGES).index(stage)])
+    times = [path.stat().st_mtime_ns for path in before if path.exists()]
+    return result.stat().st_mtime_ns >= max(times, default=0)
+
+
+def unfinished(settings: Settings) -> list[Stage]:
+    """The first stage of `--stages` without its result, and those after it."""
+    asked = [name for name in STAGES if name in settings.stages]
+    while asked and is_finished(asked[0], settings.output):
+        asked.pop(0)
+    return asked
+
+
+def what_is_left(settings: Settings) -> str:
+    """The stages that a resumed run continues with, where in the first it is, and what it reads."""
+    left = unfinished(settings)
+    stages = ", ".join(left) or "all is finished"
+    for plan in (pretraining(settings), high_resolution(settings)):
+        if left[:1] == [plan.name]:
+            latest = Checkpoints(settings.output / plan.name / "checkpoints").latest()
+            step = 0 if latest is None else step_of(latest)
+            stages = stages.replace(plan.name, f"{plan.name} (at step {step} of {plan.steps})", 1)
+    return (
+        f"resuming {settings.output}: {stages}. Data: {settings.data}. Settings not given here "
+        f"come from {settings.output}/settings.json"
+    )
 
 
 def check(settings: Settings, world_size: int, *, again: bool = False) -> None:
@@ -2019,7 +2149,7 @@ def check(settings: Settings, world_size: int, *, again: bool = False) -> None:
     stored = read_settings(settings.output)
     if stored is None and settings.resume:
         raise SettingsError(f"--resume: {settings.output} holds no run")
-    begun = {name for name in ("pretrain", "highres") if has_begun(name, settings.output)}
+    begun = {name for name in TRAINING if has_begun(name, settings.output)}
     if stored is None or not begun:
         return  # nothing there, or settings that never came as far as a checkpoint
     if "pretrain" in settings.stages and not (settings.resume or again):
@@ -2038,7 +2168,7 @@ def check(settings: Settings, world_size: int, *, again: bool = False) -> None:
             f"{settings.output} was made with other settings: {'; '.join(changed)}. Leave them as "
             "they were, choose another --output, or insist with --accept-changes"
         )
-    asked = [name for name in ("pretrain", "highres") if name in settings.stages]
+    asked = [name for name in TRAINING if name in settings.stages]
     finished = [settings.output / f"{name}.safetensors" for name in asked]
     if changed and all(path.exists() for path in finished):
         raise SettingsError(
@@ -2052,6 +2182,17 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+# Settings may come with a folder from somebody else: none may take any amount of memory.
+LARGEST = {
+    "workers": 1024,
+    **dict.fromkeys(("scene_size", "crops.global_size", "crops.local_size"), 1 << 13),
+    **dict.fromkeys(("highres.global_size", "highres.local_size"), 1 << 13),
+    **dict.fromkeys(("batch_size", "highres.batch_size", "targets.queue"), 1 << 20),
+    **dict.fromkeys(("evaluation.batch_size", "rasa.num_iterations"), 1 << 12),
+    **{"crops.num_local": 256, "num_scenes": 1 << 27},
+}
+
+
 def refused_numbers(settings: Settings, world_size: int) -> list[str]:
     """What is out of its range, for so many processes."""
     positive = ["steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_last"]
@@ -2062,11 +2203,16 @@ def refused_numbers(settings: Settings, world_size: int) -> list[str]:
         positive.append("highres.steps")
         batches.append("highres.batch_size")
     lowest = dict.fromkeys(positive, 1) | dict.fromkeys(("workers", "keep_every"), 0)
-    values = {name: attrgetter(name)(settings) for name in (*lowest, *batches)}
+    values = {name: attrgetter(name)(settings) for name in (*lowest, *batches, *LARGEST)}
     problems = [
         f"{flag(name)} must be at least {least}, got {values[name]}"
         for name, least in lowest.items()
         if values[name] < least
+    ]
+    problems += [
+        f"{flag(name)} must be at most {most}, got {values[name]}"
+        for name, most in LARGEST.items()
+        if values[name] > most
     ]
     problems += [
         f"{flag(name)} {values[name]} does not divide into {world_size} processes of "
@@ -2158,7 +2304,9 @@ def refused_by_parts(settings: Settings) -> list[str]:
     attempt("--crops", lambda: multi_crop(plans[0], settings))
     attempt("--masks", lambda: mask_generator((2, 2), settings.masks))
     attempt("--optim or --targets", lambda: [schedule(0, plan, settings) for plan in plans])
-    network = attempt("--model", lambda: FrancaNetwork(settings.model, plans[0].global_size))
+    network: Any = None
+    if attempt("--model", lambda: check_network(settings.model)):
+        network = attempt("--model", lambda: FrancaNetwork(settings.model, plans[0].global_size))
     if network is not None:
         attempt("--optim", lambda: make_groups(network, settings.optim))
         attempt("--crops or --highres", sizes)
@@ -2166,41 +2314,61 @@ def refused_by_parts(settings: Settings) -> list[str]:
 
 
 def write_settings(settings: Settings) -> None:
-    """The first thing that goes into the output folder."""
+    """The first thing that goes into the output folder, with all stages the run was asked for."""
+    stored = read_settings(settings.output)
+    begun = any(has_begun(name, settings.output) for name in TRAINING)
+    if stored is not None and (begun or settings.resume):
+        asked = tuple(name for name in STAGES if name in (*stored.stages, *settings.stages))
+        settings = replace(settings, stages=asked)
+    write(settings.output, "settings.json", as_json(settings))
+
+
+def write_data(settings: Settings, sources: Sources) -> None:
+    """What the data are, which later calls have to find again."""
+    write(settings.output, "data.json", json.dumps(fingerprints(sources._asdict()), indent=1))
+
+
+def write(output: Path, name: str, text: str) -> None:
+    """A small file in the output folder."""
     try:
-        settings.output.mkdir(parents=True, exist_ok=True)
-        with atomic_write(settings.output / "settings.json") as file:
-            file.write(as_json(settings).encode())
+        output.mkdir(parents=True, exist_ok=True)
+        with atomic_write(output / name) as file:
+            file.write(text.encode())
     except OSError as error:
-        raise SettingsError(f"--output {settings.output} cannot be written: {error}") from error
+        raise SettingsError(f"--output {output} cannot be written: {error}") from error
 
 
 def read_settings(output: Path) -> Settings | None:
     """The settings that a run in `output` was started with."""
     path = output / "settings.json"
     try:
-        return from_json(path.read_text(), Settings()) if path.exists() else None
+        stored = from_json(path.read_text(), Settings()) if path.exists() else None
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"{path} cannot be read ({error}): it is damaged, or another version of this recipe "
             "wrote it. Restore it, or choose another --output"
         ) from error
+    return None if stored is None else replace(stored, output=output)  # it may have been moved
 
 
 def parse(arguments: Sequence[str]) -> Settings:
     """The command line over the settings of the run in --output, or of --preset.
 
-    Which stages to run, and whether to resume, is asked anew in each call.
+    Whether to resume is asked anew in each call, and so is which stages to run: all of the preset,
+    or, of a run that is resumed, those that it was asked for.
     """
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--output", type=Path, default=Settings().output)
     first.add_argument("--preset", choices=list(PRESETS), default=None)
     first.add_argument("--init-from", "--init_from", default=None)
+    first.add_argument("--data", default=None)
+    first.add_argument("--resume", action="store_true")
     known, _ = first.parse_known_args(arguments)
     default, stored = PRESETS[known.preset or "demo"], read_settings(known.output)
-    if known.preset is None:
-        default = stored or default
-    stages = PRESETS[default.preset].stages
+    if stored and (known.preset is None or (known.resume and known.preset == stored.preset)):
+        default = stored
+        require_typed(stored, known.data, known.init_from)
+    stages = stored.stages if stored and known.resume else PRESETS[default.preset].stages
     default = replace(default, resume=False, accept_changes=False, stages=stages)
     loaded = None
     if known.init_from and stored is not None and goes_on(stored, known.init_from, known.output):
@@ -2211,6 +2379,28 @@ def parse(arguments: Sequence[str]) -> Settings:
         default = following(default, known.init_from, loaded.encoder)
     settings = tyro.cli(Settings, default=default, args=arguments)
     return settings if loaded is None else agreeing(settings, default, loaded)
+
+
+def require_typed(stored: Settings, data: str | None, init_from: str | None) -> None:
+    """Refuse to start a program or to ask the network because a file says so.
+
+    The folder of a run may come from somebody else. `data` and `init_from` are what this call says.
+    """
+    named = []
+    try:
+        if data is None and not is_local(stored.data):
+            named.append(f"--data '{stored.data}'")
+    except (ImportError, ValueError) as error:
+        raise SettingsError(f"--data: {error}") from error
+    begun = has_begun("pretrain", stored.output)  # then the weights are in the folder
+    read = stored.init_from != "" and not begun
+    if init_from is None and read and not os.path.exists(stored.init_from):
+        named.append(f"--init-from '{stored.init_from}'")
+    if named:
+        raise SettingsError(
+            f"{stored.output}/settings.json names what may start a program or ask another machine: "
+            f"{' and '.join(named)}. If you trust that, say it again in this call"
+        )
 
 
 def goes_on(stored: Settings, init_from: str, output: Path) -> bool:

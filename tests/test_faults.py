@@ -248,9 +248,9 @@ def test_a_flipped_byte_is_refused_and_the_checkpoint_before_it_offered(tmp_path
     (tmp_path / "run" / "pretrain.safetensors").unlink()
     checkpoints = Checkpoints(tmp_path / "run" / "pretrain" / "checkpoints")
     damaged, before = checkpoints.latest(), checkpoints.paths()[-2]
-    content = bytearray((damaged / "__0_0.distcp").read_bytes())
+    content = bytearray((damaged / "rank_0.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
-    (damaged / "__0_0.distcp").write_bytes(content)
+    (damaged / "rank_0.safetensors").write_bytes(content)
     with pytest.raises(SystemExit, match=rf"error: .*{damaged.name} is damaged: .*{before.name}$"):
         recipe.main(smoke(tmp_path / "run", *TRAINING.split(), "--resume"))
     damaged.rename(tmp_path / "set aside")

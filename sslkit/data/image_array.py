@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,8 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sslkit.data.fingerprint import digest
 from sslkit.data.labels import NO_LABEL, as_labels, check_num_classes, count_classes
 from sslkit.data.splits import Split
+
+_DIGESTED = 64  # images whose bytes tell one array from another
 
 
 class ImageArray:
@@ -120,6 +124,13 @@ class ImageArray:
     def key(self, index: int) -> str:
         """The position: an array may grow at its end."""
         return str(index)
+
+    def names_digest(self) -> str:
+        """A digest of shape, labels and evenly spaced images, which have no names."""
+        step = -(-len(self) // _DIGESTED)
+        sample = (np.ascontiguousarray(image).tobytes() for image in self._images[::step])
+        labels = b"" if self.labels is None else self.labels.tobytes()
+        return digest(chain([str(self._images.shape), labels], sample))
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)

@@ -69,3 +69,7 @@ class ImageFiles:
     def key(self, index: int) -> str:
         """The path below the folder, with ``/`` between its parts on any platform."""
         return self._files[index].replace(os.sep, "/")
+
+    def names_digest(self) -> str:
+        """A digest of the names relative to the folder, for :mod:`sslkit.data.fingerprint`."""
+        return self._files.digest()

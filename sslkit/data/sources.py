@@ -166,7 +166,9 @@ def _find_tar_shards(text: str, path: Path, split: Split) -> tuple[str | list[st
         return (text, False) if means_shards else None
     shards: dict[str, list[str]] = {}
     for shard in sorted(path.glob("*.tar")):
-        shards.setdefault(re.split(r"[^a-z]", shard.name)[0], []).append(str(shard))
+        shards.setdefault(re.split(r"[^a-z]", shard.name)[0], []).append(
+            os.path.join(path, shard.name)  # ./pipe:x.tar, not pipe:x.tar
+        )
     test = own_test_split(shards)
     if test is not None:
         return shards["train" if split == "train" else test], True

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sslkit.data.fingerprint import digest, fingerprint
 from sslkit.data.protocols import Source, item_key, known_labels
 from sslkit.data.seeds import sample_seed
 
@@ -92,6 +93,11 @@ class Subset:
         """The labels of the images where the whole source knows them, int64 [n]; else None."""
         labels = known_labels(self.source)
         return None if labels is None else labels[self.indices.numpy()]
+
+    def names_digest(self) -> str:
+        """A digest of the whole source's names and of the indices."""
+        whole = fingerprint(self.source)["names"]
+        return digest([whole, self.indices.numpy().tobytes()])
 
     def _annotation(self, annotation: str, index: int) -> Any:
         return getattr(self.source, annotation)(int(self.indices[index]))

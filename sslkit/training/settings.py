@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+_LONGEST = 60  # characters of a refused value in a message
 
 
 def as_json(settings: Any) -> str:
@@ -31,18 +34,18 @@ def as_json(settings: Any) -> str:
 def from_json(text: str, default: T) -> T:
     """What :func:`as_json` wrote; fields that it does not name are those of ``default``.
 
-    Fields are of the types int, float, bool, str, Path, Literal, tuples of these, and other such
-    dataclasses. An int is taken for a float; any other value must have the field's type.
+    Each value must be of its field's type: int, float, bool, str, a ``Literal``, a tuple of such, a
+    path, or another such dataclass. Nothing is converted, but for integers where a float belongs.
 
     Raises:
-        ValueError: the text is not a JSON object, or has a name that is not a field, by its dotted
-            name, or a value that the field cannot have.
+        ValueError: the text is not a JSON object, or has a name that is not a field, or a value of
+            another type. The message gives the dotted name.
     """
     try:
         values = json.loads(text)
     except RecursionError as error:
-        raise ValueError("the text is nested too deeply") from error
-    return _restored(values, default, "")
+        raise ValueError("the text is nested too deep") from error
+    return cast(T, _restored(values, default, ""))
 
 
 def differences(old: T, new: T, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -63,42 +66,55 @@ def differences(old: T, new: T, prefix: str = "") -> Iterator[tuple[str, Any, An
 
 def _restored(values: Any, default: Any, prefix: str) -> Any:
     if not isinstance(values, Mapping):
-        raise ValueError(f"{prefix.rstrip('.') or 'the text'} is no JSON object but {values!r}")
+        where = prefix.rstrip(".") or "the text"
+        raise ValueError(f"{where} is not a JSON object but {_shown(values)}")
     own = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
     types = get_type_hints(type(default))
     changed = {}
     for name, value in values.items():
         if name not in own:
-            raise ValueError(f"there is no setting {prefix}{name}")
+            raise ValueError(f"there is no setting {prefix}{name[:_LONGEST]}")
         if dataclasses.is_dataclass(own[name]):
             changed[name] = _restored(value, own[name], f"{prefix}{name}.")
         else:
             try:
                 changed[name] = _typed(value, types[name])
-            except (ValueError, OverflowError) as error:
-                raise ValueError(f"{prefix}{name}: {error}") from error
+            except TypeError as error:
+                raise ValueError(f"{prefix}{name}: {error}") from None
     return dataclasses.replace(default, **changed)
 
 
-def _typed(value: Any, expected: Any) -> Any:
-    """A value of JSON as one of the type of a field."""
-    if get_origin(expected) is Literal:
-        if value not in get_args(expected):
-            raise ValueError(f"{value!r} is not one of {get_args(expected)}")
-        return value
-    if get_origin(expected) is tuple:
-        if not isinstance(value, list):
-            raise ValueError(f"a list is needed, and {value!r} is not iterable")
-        each = get_args(expected)
-        if each[-1] is Ellipsis:
-            each = each[:1] * len(value)
-        if len(each) != len(value):
-            raise ValueError(f"{len(each)} values are needed, got {value!r}")
-        return tuple(map(_typed, value, each))
-    if expected is float and type(value) is int:
-        return float(value)
-    if expected is Path and isinstance(value, str):
+def _typed(value: Any, kind: Any) -> Any:
+    """The value, if it is of this type; TypeError if it is not."""
+    arguments = get_args(kind)
+    if get_origin(kind) is Literal:
+        if isinstance(value, str) and value in arguments:
+            return value
+    elif get_origin(kind) is tuple and isinstance(value, list):
+        if arguments[1:] == (...,):
+            return tuple(_typed(each, arguments[0]) for each in value)
+        if len(value) == len(arguments):
+            return tuple(_typed(each, one) for each, one in zip(value, arguments, strict=True))
+    elif kind is Path and isinstance(value, str):
         return Path(value)
-    if type(value) is not expected:
-        raise ValueError(f"{expected.__name__} is needed, got {value!r}")
-    return value
+    elif kind is float and type(value) in (int, float) and abs(value) < sys.float_info.max:
+        return float(value)
+    elif kind in (bool, int, str) and type(value) is kind and not _is_huge(value):
+        return value
+    names = kind.__name__ if isinstance(kind, type) and not arguments else str(kind)
+    raise TypeError(f"expected {names.replace('typing.', '')}, found {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """A value in a few characters; of containers the kind alone, for they may be deep."""
+    if isinstance(value, str):
+        return repr(value[:_LONGEST])
+    if _is_huge(value):
+        return "a number of too many digits"
+    plain = value is None or isinstance(value, bool | int | float)
+    return str(value) if plain else f"a {type(value).__name__}"
+
+
+def _is_huge(value: Any) -> bool:
+    """Whether it is an integer that no tensor and no loop can take."""
+    return isinstance(value, int) and abs(value) > sys.maxsize

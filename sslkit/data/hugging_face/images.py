@@ -1,18 +1,23 @@
 """A map-style data set as a source, and rows in memory as one."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from sslkit.data.decode import MAX_SIDE
+from sslkit.data.fingerprint import digest
 from sslkit.data.hugging_face.columns import Columns, cell_key
 from sslkit.data.labels import NO_LABEL, as_labels, count_classes, labels_by_name, number_classes
 from sslkit.data.string_table import StringTable
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+_DIGESTED = 64  # images whose bytes tell one data set from another
 
 
 class _Rows:
@@ -74,6 +79,12 @@ class _Rows:
                 keys.append(f"{key}#{times[key]}" if times[key] else key)
             self._keys = StringTable(keys)
         return self._keys[index]
+
+    def names_digest(self) -> str:
+        """A digest of all labels and of evenly spaced images, undecoded."""
+        step = max(-(-len(self) // _DIGESTED), 1)
+        cells = (self._row(index).get(self._columns.image) for index in range(0, len(self), step))
+        return digest(chain([self.labels.tobytes()], (cell_key(x, self._root) for x in cells)))
 
     def _row(self, index: int) -> dict[str, Any]:
         raise NotImplementedError

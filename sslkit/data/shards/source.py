@@ -7,12 +7,14 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from copy import copy
+from itertools import chain
 from typing import IO, Any
 
 import numpy as np
 from torch import Tensor
 
 from sslkit.data.decode import MAX_SIDE, UnreadableImage, decode_image
+from sslkit.data.fingerprint import digest
 from sslkit.data.image_folder import IMAGE_EXTENSIONS
 from sslkit.data.labels import NO_LABEL, check_num_classes, count_classes, label_rule
 from sslkit.data.shards.cache import ShardCache
@@ -182,6 +184,11 @@ class TarShards:
             except (OSError, IndexError):
                 pass  # what the shard held when it was opened is gone
         return f"{name}:[{item}]"
+
+    def names_digest(self) -> str:
+        """A digest of the shards' file names and their numbers of samples."""
+        shards = (shard.rpartition("/")[2] for shard in self.shards)
+        return digest(chain(shards, [self._sizes.tobytes()]))
 
     def epoch_order(self, seed: int) -> LaneOrder:
         """The order of one epoch, which reads few shards at a time."""
