@@ -6,11 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from sslkit.data.decode import MAX_SIDE
 from sslkit.data.image_files import ImageFiles
-
-IMAGE_EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp"),
-    *(".tif", ".tiff", ".gif", ".jp2", ".ppm", ".pgm", ".pbm"),
-)
+from sslkit.data.image_formats import IMAGE_EXTENSIONS
 
 
 class ImageFolder(ImageFiles):

@@ -8,7 +8,7 @@ from typing import IO
 
 import numpy as np
 
-from sslkit.data.image_folder import IMAGE_EXTENSIONS
+from sslkit.data.image_formats import IMAGE_EXTENSIONS
 from sslkit.data.string_table import StringTable
 
 NO_LABEL, BAD_LABEL = -1, -2

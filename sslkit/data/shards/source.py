@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from sslkit.data.decode import MAX_SIDE, UnreadableImage, decode_image
-from sslkit.data.image_folder import IMAGE_EXTENSIONS
+from sslkit.data.image_formats import IMAGE_EXTENSIONS
 from sslkit.data.shards.cache import ShardCache
 from sslkit.data.shards.index import Contents, read_contents
 from sslkit.data.shards.members import BAD_LABEL, Members, read_members
