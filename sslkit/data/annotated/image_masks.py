@@ -11,14 +11,14 @@ Boxes are half open, in pixels. ``classes`` names the classes of masks, boxes an
 class 0 is the background, which no image is labelled with.
 """
 
-import json
 import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sslkit.data.annotated.files import AnnotatedFiles, read_class_map
+from sslkit.data.annotated.boxes import is_numbers
+from sslkit.data.annotated.files import AnnotatedFiles, read_json, read_text
 from sslkit.data.decode import MAX_SIDE
 from sslkit.data.splits import Split
 
@@ -70,12 +70,13 @@ class ImagesAndMasks(AnnotatedFiles):
                 f"{root} lacks {', '.join(missing)}; expected images/NAME.jpg, "
                 "masks/NAME.png, train.txt and val.txt with a NAME a line, and annotations.json"
             )
-        names = found.read_text().split()
+        names = read_text(found).split()
         endings = {path.stem: path.suffix for path in (root / "images").iterdir()}
         if not names or (absent := [name for name in names if name not in endings]):
             what = f"names {absent[0]}, which images/ does not have" if names else "is empty"
             raise FileNotFoundError(f"{found} {what}")
         self.mask_class_names, labels, boxes = _read_annotations(annotations)
+        self._annotations = annotations
         self._boxes = [boxes.get(name, []) for name in names]
         self._masks = root / "masks"
         super().__init__(
@@ -89,11 +90,13 @@ class ImagesAndMasks(AnnotatedFiles):
     def mask(self, index: int) -> Tensor:
         """The class of each pixel, uint8 [h, w], 255 where none counts."""
         path = self._masks / f"{self.stem(index)}.png"
-        return self.fit_mask(read_class_map(path), index, str(path))
+        return self.fit_mask(self.class_map(path, index), index, str(path))
 
     def boxes(self, index: int) -> Tensor:
         """Boxes (x0, y0, x1, y1) in pixels, half open, float32 [n, 4]."""
-        return self.fit_boxes([box[1:] for box in self._boxes[index]], index)
+        return self.fit_boxes(
+            [box[1:] for box in self._boxes[index]], index, str(self._annotations)
+        )
 
     def box_classes(self, index: int) -> Tensor:
         """The class of each box, as in masks, int64 [n]."""
@@ -105,10 +108,14 @@ def _read_annotations(
 ) -> tuple[tuple[str, ...], dict[str, int], dict[str, list[list[float]]]]:
     """The classes, and by the images' names their labels and their boxes (c, x0, y0, x1, y1)."""
     try:
-        annotations = json.loads(path.read_text())
+        annotations = read_json(path)
         classes, images = tuple(map(str, annotations["classes"])), dict(annotations["images"])
         labels = {name: int(each.get("label", 0)) - 1 for name, each in images.items()}
         boxes = {name: each.get("boxes", []) for name, each in images.items()}
+        for name, each in boxes.items():
+            for box in each:
+                if not is_numbers(box, 5) or box[0] not in range(len(classes)):
+                    raise ValueError(f"{name} has the box {box!r}, not [c, x0, y0, x1, y1]")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f'{path} is not {{"classes": [...], "images": {{NAME: {{"label": c, "boxes": [...]}}'

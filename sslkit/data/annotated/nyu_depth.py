@@ -13,11 +13,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from sslkit.data.annotated.files import AnnotatedFiles, check_files, describe_layout
+from sslkit.data.annotated.files import (
+    AnnotatedFiles,
+    check_files,
+    describe_layout,
+    read_stored_values,
+)
 from sslkit.data.decode import MAX_SIDE, UnreadableImage
+from sslkit.data.regular_file import read_regular
 
 EIGEN_CROP = (slice(45, 471), slice(41, 601))
 """Rows and columns of the 480 by 640 pixels that Eigen et al. 2014 evaluate on."""
@@ -184,12 +189,9 @@ class NYUDepthFolder(AnnotatedFiles):
         """Metres, float32 [h, w]; 0 where the camera saw none."""
         image = Path(self.name(index))
         path = image.with_name(_depth_name(image.name))
-        try:
-            with Image.open(path) as file:
-                millimetres = np.array(file)
-        except (OSError, SyntaxError) as error:
-            raise UnreadableImage(str(path), f"{type(error).__name__}: {error}") from error
-        if millimetres.ndim != 2 or millimetres.dtype == np.uint8:
+        _, millimetres = read_stored_values(path, image=str(image))
+        is_depth = millimetres.ndim == 2 and millimetres.dtype in (np.uint16, np.int32)
+        if not is_depth or millimetres.min() < 0:
             raise UnreadableImage(
                 str(path), f"depth is 16-bit grey, this is {millimetres.dtype} {millimetres.shape}"
             )
