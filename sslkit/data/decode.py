@@ -136,6 +136,8 @@ def open_image(
     parts = split_metadata(content)
     if parts.size is not None:  # some of Pillow's readers take memory when they are opened
         check_size(parts.size)
+        if parts.format != "JPEG":  # which may be decoded at a smaller scale
+            check_memory(parts.size, parts.format, extra_bytes=parts.extra_bytes, max_bytes=max_bytes)
     with _open_any_size(parts.content) as image:
         check_size(image.size)
         orientation = parts.orientation or read_orientation(image.info.get("exif")) or 1
@@ -143,7 +145,9 @@ def open_image(
         if max_side is not None and longer > max_side:
             width, height = (max(side * max_side // longer, 1) for side in image.size)
             image.draft(None, (width, height))
-        check_memory(image, extra_bytes=parts.extra_bytes, max_bytes=max_bytes)
+        check_memory(
+            image.size, image.format, extra_bytes=parts.extra_bytes, max_bytes=max_bytes
+        )
         yield OpenedImage(image, stored_size, orientation, parts.content)
 
 
@@ -155,13 +159,20 @@ def check_size(size: tuple[int, int]) -> None:
         )
 
 
-def check_memory(image: Image.Image, *, extra_bytes: int = 0, max_bytes: int = MAX_BYTES) -> None:
-    """Raise ValueError if decoding an opened image would take more than ``max_bytes``.
+def check_memory(
+    size: tuple[int, int],
+    image_format: str | None,
+    *,
+    extra_bytes: int = 0,
+    max_bytes: int = MAX_BYTES,
+) -> None:
+    """Raise ValueError if decoding an image (width, height) would take more than ``max_bytes``.
 
-    ``extra_bytes`` is what its decoder takes beside a multiple of the pixels.
+    ``image_format`` is Pillow's name, or None for pixels in memory; ``extra_bytes`` is what the
+    decoder takes beside a multiple of the pixels.
     """
-    width, height = image.size
-    decoder = FORMATS[image.format].decoder_bytes if image.format in FORMATS else 0
+    width, height = size
+    decoder = FORMATS[image_format].decoder_bytes if image_format in FORMATS else 0
     needed = width * height * (_BYTES_A_PIXEL + decoder) + extra_bytes
     if needed > max_bytes:
         raise ValueError(
@@ -270,7 +281,7 @@ def pil_to_tensor(image: Image.Image, *, max_side: int = MAX_SIDE) -> Tensor:
     tensor([127, 127, 127], dtype=torch.uint8)
     """
     check_size(image.size)
-    check_memory(image)
+    check_memory(image.size, image.format)
     image.load()
     orientation = 1
     if image.format != "TIFF":  # which Pillow turns by itself

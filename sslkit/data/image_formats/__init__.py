@@ -6,6 +6,7 @@ the orientation, the one value of the metadata that images are read by, is read 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from PIL import Image
@@ -66,9 +67,9 @@ def split_metadata(content: bytes) -> ImageParts:
     Raises:
         ValueError: the structure of the file is broken where the pixels are.
     """
-    for each in FORMATS.values():
+    for name, each in FORMATS.items():
         if each.split and any(content.startswith(start, at) for at, start in each.magic):
-            return each.split(content)
+            return replace(each.split(content), format=name)
     return ImageParts(content)
 
 

@@ -18,12 +18,14 @@ class ImageParts:
             is read here.
         size: (width, height) in pixels as stored; None where only the decoder knows.
         extra_bytes: memory that the decoder needs for this file beside its pixels.
+        format: Pillow's name of the format, where it was told here.
     """
 
     content: bytes
     orientation: int | None = None
     size: tuple[int, int] | None = None
     extra_bytes: int = 0
+    format: str | None = None
 
 
 def read_orientation(exif: bytes | None, xmp: bytes | str | None = None) -> int | None:
