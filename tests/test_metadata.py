@@ -1,4 +1,4 @@
-"""Broken metadata of an image file costs nothing; the orientation counts wherever it can be read."""
+"""Broken metadata of an image file costs nothing; its orientation counts where it can be read."""
 
 import io
 import struct

@@ -137,7 +137,9 @@ def open_image(
     if parts.size is not None:  # some of Pillow's readers take memory when they are opened
         check_size(parts.size)
         if parts.format != "JPEG":  # which may be decoded at a smaller scale
-            check_memory(parts.size, parts.format, extra_bytes=parts.extra_bytes, max_bytes=max_bytes)
+            check_memory(
+                parts.size, parts.format, extra_bytes=parts.extra_bytes, max_bytes=max_bytes
+            )
     with _open_any_size(parts.content) as image:
         check_size(image.size)
         orientation = parts.orientation or read_orientation(image.info.get("exif")) or 1
@@ -145,9 +147,7 @@ def open_image(
         if max_side is not None and longer > max_side:
             width, height = (max(side * max_side // longer, 1) for side in image.size)
             image.draft(None, (width, height))
-        check_memory(
-            image.size, image.format, extra_bytes=parts.extra_bytes, max_bytes=max_bytes
-        )
+        check_memory(image.size, image.format, extra_bytes=parts.extra_bytes, max_bytes=max_bytes)
         yield OpenedImage(image, stored_size, orientation, parts.content)
 
 

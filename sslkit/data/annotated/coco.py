@@ -152,9 +152,7 @@ class COCOThings(AnnotatedFiles):
         names, entries, things = _read_instances(self.path, coarse=classes == "coarse")
         files = [each["file_name"] for each in entries]
         self._sizes = np.array([(each["height"], each["width"]) for each in entries], np.int32)
-        in_boxes = [
-            {thing.label for thing in each if crowd or not thing.crowd} for each in things
-        ]
+        in_boxes = [{thing.label for thing in each if crowd or not thing.crowd} for each in things]
         check_files(images, files, "image")
         self.crowd = crowd
         self.mask_class_names = tuple(names)

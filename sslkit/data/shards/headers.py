@@ -131,7 +131,7 @@ def _pax_records(text: bytes, at: int) -> dict[str, str]:
         length = int(digits) if digits.isdigit() else 0
         line = text[start + len(digits) + 1 : start + length]
         key, equals, value = line.partition(b"=")
-        if not equals or not line.endswith(b"\n"):
+        if not equals or start + length > len(text) or not line.endswith(b"\n"):
             raise DamagedTar(f"broken pax records at byte {at}")
         records[_string(key)] = _string(value[:-1])
         start += length
