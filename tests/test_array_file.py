@@ -30,7 +30,7 @@ HUGE = "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 1000, 1000, 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (npy(HUGE), r"3000000000000000 bytes, but the archive has 0"),
+        (npy(HUGE), r"3000000000000 bytes, but the archive has 0"),
         (npy(HUGE.replace("3)", "-3)")), "bytes"),
         (npy("{'descr': '|O', 'fortran_order': False, 'shape': (2,), }", b"cos"), "objects"),
         (npy("no header"), "header"),

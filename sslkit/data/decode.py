@@ -98,7 +98,7 @@ class OpenedImage:
     """An image whose pixels are not decoded yet.
 
     Attributes:
-        image: Pillow's; its ``size`` is that to be decoded to. It knows none of the file's metadata.
+        image: Pillow's; its ``size`` is that to be decoded to. It knows no metadata.
         stored_size: (width, height) in the file.
         orientation: EXIF's, 1 to 8.
         content: the file that Pillow reads.
@@ -176,8 +176,8 @@ def check_memory(
     needed = width * height * (_BYTES_A_PIXEL + decoder) + extra_bytes
     if needed > max_bytes:
         raise ValueError(
-            f"decoding {width} x {height} = {width * height} pixels takes {needed} bytes, more than "
-            f"the limit max_bytes={max_bytes} that guards against decompression bombs"
+            f"decoding {width} x {height} = {width * height} pixels takes {needed} bytes, more "
+            f"than the limit max_bytes={max_bytes} that guards against decompression bombs"
         )
 
 

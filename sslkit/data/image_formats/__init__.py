@@ -40,7 +40,7 @@ class Format(NamedTuple):
 
 _TIFF_STARTS = ((0, b"II*\0"), (0, b"MM\0*"), (0, b"II+\0"), (0, b"MM\0+"))
 
-# By Pillow's names. WebP: two canvases, the pixels inside the codec, a copy of them as bytes, 4 each.
+# By Pillow's names. WebP: two canvases, the codec's pixels, a copy of them as bytes, 4 each.
 # AVIF: 16-bit planes (8), the codec's reference frames, the copy. JPEG 2000: four components of
 # 32 bits, twice, and the copy.
 FORMATS: dict[str, Format] = {

@@ -44,7 +44,7 @@ def _table_bytes(flags: bytes) -> int:
 
 
 def _end_of_blocks(content: bytes, at: int) -> int:
-    """The first byte after the blocks at ``at``: each a length and data, the last one of length 0."""
+    """The first byte after the blocks at ``at``: each a length and data, the last of length 0."""
     while at < len(content) and content[at]:
         at += 1 + content[at]
     return at + 1

@@ -33,7 +33,8 @@ def read_orientation(exif: bytes | None, xmp: bytes | str | None = None) -> int 
 
     Nothing else in the blocks is looked at, so it may be broken.
 
-    >>> read_orientation(b"Exif\\0\\0II*\\0\\x08\\0\\0\\0\\1\\0\\x12\\1\\3\\0\\1\\0\\0\\0\\6\\0\\0\\0")
+    >>> directory = b"\\1\\0\\x12\\1\\3\\0\\1\\0\\0\\0\\6\\0\\0\\0"
+    >>> read_orientation(b"Exif\\0\\0II*\\0\\x08\\0\\0\\0" + directory)
     6
     >>> read_orientation(b"no TIFF header", b'<x tiff:Orientation="3"/>')
     3

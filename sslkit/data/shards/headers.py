@@ -1,7 +1,7 @@
 """The headers of a tar file, read without trust in what they say.
 
-Python's ``tarfile`` follows a header of negative size backwards, for ever (CVE-2025-8194), and takes
-as much memory as an extended header asks for; which of these a Python has mended depends on its
+Python's ``tarfile`` follows a header of negative size backwards, for ever (CVE-2025-8194), and
+takes as much memory as an extended header asks for; which of these a Python has mended depends on its
 version. The format: POSIX.1-2017, pax; GNU's additions: the manual of GNU tar, "Basic Tar Format".
 """
 
@@ -87,7 +87,7 @@ def _read(file: IO[bytes], at: int, count: int) -> bytes:
 
 
 def _is_header(block: bytes) -> bool:
-    """Whether the checksum is right: of all bytes, its own taken as blanks; some sum signed ones."""
+    """Whether the checksum is right: of all bytes, its own as blanks; some sum signed bytes."""
     others = block[:148] + b" " * 8 + block[156:]
     unsigned = sum(others)
     negative = sum(byte >= 128 for byte in others)

@@ -74,7 +74,7 @@ def read_members(path: str | os.PathLike[str]) -> Members:
 
 @dataclass
 class _Group:
-    """Members of one key; ``stem`` is what lies between the key and the last extension, "" if nothing."""
+    """Members of one key; a stem is what lies between the key and the last extension."""
 
     key: str
     images: list[tuple[str, TarMember]] = field(default_factory=list)  # stem, member
