@@ -1,8 +1,8 @@
 """The headers of a tar file, read without trust in what they say.
 
 Python's ``tarfile`` follows a header of negative size backwards, for ever (CVE-2025-8194), and
-takes as much memory as an extended header asks for; which of these a Python has mended depends on its
-version. The format: POSIX.1-2017, pax; GNU's additions: the manual of GNU tar, "Basic Tar Format".
+takes as much memory as an extended header asks for; which of these a Python has mended depends on
+its version. The format: POSIX.1-2017, pax; GNU's additions: the manual of GNU tar, "Basic Tar Format".
 """
 
 import contextlib
