@@ -2,7 +2,9 @@
 
 Python's ``tarfile`` follows a header of negative size backwards, for ever (CVE-2025-8194), and
 takes as much memory as an extended header asks for; which of these a Python has mended depends on
-its version. The format: POSIX.1-2017, pax; GNU's additions: the manual of GNU tar, "Basic Tar Format".
+its version.
+
+The format: POSIX.1-2017, pax; GNU's additions: the manual of GNU tar, "Basic Tar Format".
 """
 
 import contextlib
