@@ -431,7 +431,7 @@ class SlowFile(io.FileIO):
 def test_threads_and_many_shards(shards, monkeypatch):
     monkeypatch.setattr(source, "_MAX_OPEN_FILES", 2)
     monkeypatch.setattr(source, "_MAX_MEMBER_TABLES", 2)
-    monkeypatch.setattr(source, "open", SlowFile, raising=False)
+    monkeypatch.setattr(source, "open_regular", SlowFile)
     images = TarShards(shards / "*.tar")
     expected = contents(images)
     same = []

@@ -1,7 +1,6 @@
 """An array of images, in memory or in a file, as a source."""
 
 import os
-import zipfile
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sslkit.data.array_file import NpzFile, open_npy
 from sslkit.data.fingerprint import digest
 from sslkit.data.labels import NO_LABEL, as_labels, check_num_classes, count_classes
 from sslkit.data.splits import Split
@@ -84,7 +84,7 @@ class ImageArray:
         """
         path = Path(path)
         if path.suffix.lower() == ".npz":
-            with _load_arrays(path) as arrays:
+            with NpzFile(path) as arrays:
                 # Without test images, the training images are there to be divided.
                 whole = (("images", "labels"), *_npz_split_keys("train"))
                 for image_key, label_key in (*_npz_split_keys(split), *whole):
@@ -101,8 +101,8 @@ class ImageArray:
                     f"{sorted(arrays.keys())}"
                 )
         labels_path = path.with_name(f"{path.stem}_labels.npy")
-        labels = _load_arrays(labels_path) if labels_path.exists() else None
-        source = cls(_load_arrays(path), labels, path=str(path))
+        labels = open_npy(labels_path) if labels_path.exists() else None
+        source = cls(open_npy(path), labels, path=str(path))
         source._file_mapped = str(path)
         return source
 
@@ -141,23 +141,15 @@ class ImageArray:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._file_mapped is not None:
-            self._images = _load_arrays(Path(self._file_mapped))
+            self._images = open_npy(Path(self._file_mapped))
 
 
 def has_splits(path: Path) -> bool:
     """Whether an array file has test images of its own."""
     if path.suffix.lower() == ".npy":
         return False
-    with _load_arrays(path) as arrays:
+    with NpzFile(path) as arrays:
         return any(key in arrays for key, _ in _npz_split_keys("test"))
-
-
-def _load_arrays(path: Path) -> Any:
-    """``np.load`` without pickle; a .npy is memory-mapped, a .npz an open archive."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"cannot open the array file {path}: {error}") from error
 
 
 def _npz_split_keys(split: Split) -> tuple[tuple[str, str], ...]:

@@ -5,12 +5,8 @@ from collections.abc import Iterator
 
 from sslkit.data.decode import MAX_SIDE
 from sslkit.data.image_files import ImageFiles
+from sslkit.data.image_formats import IMAGE_EXTENSIONS
 from sslkit.data.labels import MAX_CLASSES, labels_by_name, natural_order
-
-IMAGE_EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp"),
-    *(".tif", ".tiff", ".gif", ".jp2", ".ppm", ".pgm", ".pbm"),
-)
 
 
 class ImageFolder(ImageFiles):

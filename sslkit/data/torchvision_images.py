@@ -11,7 +11,7 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
-from sslkit.data.decode import MAX_SIDE, UnreadableImage, pil_to_tensor
+from sslkit.data.decode import MAX_SIDE, UnreadableImage, pil_to_tensor, unreadable_as
 from sslkit.data.labels import NO_LABEL, as_label, as_labels, check_num_classes, count_classes
 from sslkit.data.splits import Split
 
@@ -47,13 +47,14 @@ class TorchvisionImages:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        try:
-            image, target = self.dataset[index]
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} images")
+        with unreadable_as(self.name(index)):
+            item = self.dataset[index]
+        image, target = item
+        with unreadable_as(self.name(index)):
             if isinstance(image, Image.Image):
                 image = pil_to_tensor(image, max_side=self.max_side)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UnreadableImage(self.name(index), reason) from error
         if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3:
             raise TypeError(
                 f"{self.name(index)} is {type(image).__name__}, not an image; this torchvision "

@@ -22,8 +22,6 @@ two values, such as 0 and 255, the smaller is the background and the other the f
 Without both lists the images have no splits; `sslkit.data.open_source` then divides them.
 """
 
-import json
-import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -33,12 +31,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from sslkit.data.annotated.files import AnnotatedFiles
-from sslkit.data.decode import MAX_SIDE, UnreadableImage
-from sslkit.data.image_folder import IMAGE_EXTENSIONS
+from sslkit.data.annotated.boxes import is_numbers
+from sslkit.data.annotated.files import AnnotatedFiles, read_json, read_text
+from sslkit.data.decode import MAX_BYTES, MAX_SIDE, UnreadableImage, open_image, unreadable_as
+from sslkit.data.image_formats import IMAGE_EXTENSIONS
+from sslkit.data.labels import as_label
+from sslkit.data.regular_file import read_regular
 from sslkit.data.splits import Split
 
 IGNORE = 255
@@ -160,6 +160,7 @@ class ImagesAndMasks(AnnotatedFiles):
         _require_masks(self._masks, names, self._mask_files)
         path = root / "annotations.json"
         annotations = _read_annotations(path) if path.is_file() else None
+        self._annotations = str(path)
         labels, boxes = (annotations.labels, annotations.boxes) if annotations else ({}, {})
         labelled = any(label >= 0 for label in labels.values())
         self._stated = None if annotations is None else annotations.classes
@@ -198,7 +199,8 @@ class ImagesAndMasks(AnnotatedFiles):
 
     def boxes(self, index: int) -> Tensor:
         """Boxes (x0, y0, x1, y1) in pixels, half open, float32 [n, 4]."""
-        return self.fit_boxes([box[1:] for box in self._boxes[index]], index)
+        boxes = [box[1:] for box in self._boxes[index]]
+        return self.fit_boxes(boxes, index, self._annotations)
 
     def box_classes(self, index: int) -> Tensor:
         """The class of each box, as in masks, int64 [n]."""
@@ -220,20 +222,20 @@ def read_mask_values(
     Raises:
         UnreadableImage: a broken file, another format, size or mode.
     """
-    try:
-        with Image.open(path) as file:
-            if file.format not in _MASK_FORMATS:
-                raise ValueError(
-                    f"it is a {file.format} file; masks are {', '.join(_MASK_FORMATS)}: "
-                    "compression with loss changes classes"
+    with unreadable_as(path):
+        content = read_regular(path, max_bytes=MAX_BYTES)
+        with open_image(content) as opened:
+            image = opened.image
+            if image.format not in _MASK_FORMATS:
+                raise UnreadableImage(
+                    path,
+                    f"it is a {image.format} file; masks are {', '.join(_MASK_FORMATS)}: "
+                    "compression with loss changes classes",
                 )
-            stored = (file.height, file.width)
+            stored = (image.height, image.width)
             if size is not None and stored != size:
-                raise ValueError(f"it is {list(stored)}, but {of} is {list(size)}")
-            mode, pixels = file.mode, np.array(file)
-    except Exception as error:  # Pillow's readers raise errors of any type on broken bytes
-        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise UnreadableImage(path, reason) from error
+                raise UnreadableImage(path, f"it is {list(stored)}, but {of} is {list(size)}")
+            mode, pixels = image.mode, np.array(image)
     if mode in ("LA", "RGBA"):
         if (pixels[..., -1] != 255).any():
             raise UnreadableImage(path, "parts of it are transparent: a mask has no transparency")
@@ -319,10 +321,7 @@ def _require_masks(folder: Path, names: Sequence[str], masks: Mapping[str, str])
 
 
 def _read_list(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the list {path} is not UTF-8 text: {error}") from error
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 class _Annotations(NamedTuple):
@@ -335,11 +334,11 @@ class _Annotations(NamedTuple):
 
 def _read_annotations(path: Path) -> _Annotations:
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_json(path)
         names, images = tuple(map(str, content["classes"])), dict(content.get("images", {}))
-        labels = {name: int(each.get("label", 0)) - 1 for name, each in images.items()}
-        boxes = {name: [list(map(float, box)) for box in each.get("boxes", [])]
-                 for name, each in images.items()}  # fmt: skip
+        # Class 0 is the background, which is no more a label than -1.
+        labels = {name: max(as_label(each.get("label", 0)), 0) - 1 for name, each in images.items()}
+        boxes = {name: list(each.get("boxes", [])) for name, each in images.items()}
         stated, ignored = content.get("values"), content.get("ignore")
         values = _stated_values(range(len(names)) if stated is None else stated)
         if ignored is None:
@@ -375,11 +374,11 @@ def _read_annotations(path: Path) -> _Annotations:
     return _Annotations(MaskClasses(names, values, ignored, coloured), labels, boxes)
 
 
-def _is_box(box: Sequence[float], num_classes: int) -> bool:
-    if len(box) != 5 or not all(map(math.isfinite, box)):
+def _is_box(box: Any, num_classes: int) -> bool:
+    if not is_numbers(box, 5):
         return False
     c, x0, y0, x1, y1 = box
-    return c == int(c) and 0 <= c < num_classes and x0 < x1 and y0 < y1
+    return c in range(num_classes) and x0 < x1 and y0 < y1
 
 
 def _stated_values(values: Sequence[Any]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from sslkit.data.annotated.files import describe_layout
+from sslkit.data.annotated.files import describe_layout, read_text
 from sslkit.data.decode import MAX_SIDE
 from sslkit.data.image_files import ImageFiles
 from sslkit.data.labels import as_label, check_num_classes
@@ -158,7 +158,7 @@ def _read_list(path: Path) -> tuple[list[str], list[int]]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no list {path}")
     files, labels = [], []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         file, _, label = line.strip().rpartition(" ")

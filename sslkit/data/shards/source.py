@@ -15,8 +15,9 @@ from torch import Tensor
 
 from sslkit.data.decode import MAX_SIDE, UnreadableImage, decode_image
 from sslkit.data.fingerprint import digest
-from sslkit.data.image_folder import IMAGE_EXTENSIONS
+from sslkit.data.image_formats import IMAGE_EXTENSIONS
 from sslkit.data.labels import NO_LABEL, check_num_classes, count_classes, label_rule
+from sslkit.data.regular_file import open_regular
 from sslkit.data.shards.cache import ShardCache
 from sslkit.data.shards.index import Contents, read_contents
 from sslkit.data.shards.members import BAD_LABEL, Members, read_members
@@ -89,6 +90,7 @@ class TarShards:
         max_side: int = MAX_SIDE,
     ):
         self.damaged: dict[str, str] = {}
+        self._has_remarked = False
         self.lanes = lanes
         self.window = window
         self.max_side = max_side
@@ -104,6 +106,8 @@ class TarShards:
         sizes = [size for size, _ in counts]
         if not any(sizes):
             reason = next((f"; {url}: {why}" for url, why in self.damaged.items()), "")
+            remarks = (text for members in self._tables.values() for text in members.remarks)
+            reason += next((f"; {text}" for text in remarks), "")
             raise FileNotFoundError(
                 f"no image in the {len(shards)} tar shard(s) of {asked}; looked for members "
                 f"ending in {' '.join(IMAGE_EXTENSIONS)}{reason}"
@@ -248,6 +252,10 @@ class TarShards:
         members = read_members(self._path(shard))
         if members.damage is not None:
             self._note_damage(shard, members.damage)
+        if members.remarks and not self._has_remarked:
+            self._has_remarked = True  # once for all shards, which will be of one maker
+            text = "; ".join(members.remarks)
+            warnings.warn(f"shard {shard}: {text}", RuntimeWarning, stacklevel=2)
         with self._lock:
             self._tables[shard] = members
             while len(self._tables) > _MAX_MEMBER_TABLES:
@@ -261,7 +269,7 @@ class TarShards:
                 self._files.clear()
                 self._pid = os.getpid()
             if path not in self._files:
-                self._files[path] = open(path, "rb")  # noqa: SIM115
+                self._files[path] = open_regular(path)
             self._files.move_to_end(path)
             file = self._files[path]
             file.seek(offset)
