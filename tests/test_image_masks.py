@@ -112,7 +112,7 @@ def test_bad_contents_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"names 1 class"):
         ImagesAndMasks(tmp_path)
     classes = '"classes": ["background", "cat"]'
-    for images in ('["a"]', '{"a": 1}', '{"a": {"label": null}}'):
+    for images in ('["a"]', '{"a": 1}', '{"a": {"label": "1"}}'):
         (tmp_path / "annotations.json").write_text(f'{{{classes}, "images": {images}}}')
         with pytest.raises(ValueError, match=r"annotations.json is not \{"):
             ImagesAndMasks(tmp_path)
