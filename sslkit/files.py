@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and how to tell one from another."""
+"""Files that are written whole or not at all, and files that are read without trust."""
 
 import hashlib
 import json
@@ -9,26 +9,82 @@ from pathlib import Path
 from typing import IO, Any
 
 _CHUNK = 1 << 24  # bytes read at a time
+_SHOWN = 60  # characters of a value in a message
 
 
 class DamagedFile(ValueError):
     """A file does not hold what it should; the message names it and says what to do."""
 
 
+def parse_json(text: str | bytes, name: str, remedy: str = "") -> Any:
+    """Parse a JSON text that anybody may have written.
+
+    Args:
+        text: the text; bytes are UTF-8.
+        name: the file, or the part of it, that the message begins with.
+        remedy: what to do about it, the end of the message.
+
+    Raises:
+        DamagedFile: the text is not UTF-8, not JSON, or nested too deep.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        end = f"; {remedy}" if remedy else ""
+        raise DamagedFile(f"{name} is not JSON: {error}{end}") from error
+
+
 def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read a file that holds a JSON object.
 
     Raises:
         DamagedFile: the file holds something else; the message ends with ``remedy``.
         OSError: the file cannot be read.
     """
-    try:
-        value = json.loads(path.read_bytes().decode())
-    except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"{path} is not JSON ({error}): {remedy}") from error
+    value = parse_json(path.read_bytes(), str(path), remedy)
     if not isinstance(value, dict):
-        raise DamagedFile(f"{path} holds {str(value)[:80]!r}, not a JSON object: {remedy}")
+        raise DamagedFile(f"{path} holds {describe_value(value)}, not a JSON object; {remedy}")
     return value
+
+
+@contextmanager
+def damage_explained(
+    name: str, remedy: str, *, what: str = "is damaged", also: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """A ``with`` block that reads a file: an error of broken content becomes a `DamagedFile`.
+
+    Args:
+        name: the file, the beginning of the message.
+        remedy: what to do about it, the end of the message.
+        what: what is wrong with the file.
+        also: exceptions of the reader, besides those that Python raises for values of other kinds.
+
+    >>> with damage_explained("a.json", "remove it"):
+    ...     {}["shape"]
+    Traceback (most recent call last):
+    ...
+    sslkit.files.DamagedFile: a.json is damaged (KeyError: 'shape'): remove it
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, *also) as error:
+        raise DamagedFile(f"{name} {what} ({type(error).__name__}: {error}): {remedy}") from error
+
+
+def describe_value(value: Any) -> str:
+    """Describe a value from a file in a few characters; of a container, only the type is told.
+
+    >>> describe_value("cat"), describe_value([[[]]]), describe_value(10**200)
+    ("'cat'", 'a list', 'an integer of more than 40 digits')
+    """
+    if value is None or isinstance(value, bool | float):
+        return repr(value)
+    if isinstance(value, int):
+        return repr(value) if abs(value) < 10**40 else "an integer of more than 40 digits"
+    if isinstance(value, str):
+        text = repr(value[: _SHOWN + 1])
+        return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return f"a {type(value).__name__}"
 
 
 @contextmanager
@@ -91,15 +147,3 @@ def file_digest(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def parse_json(text: str | bytes, name: str) -> Any:
-    """The value of a JSON text from somebody else's file.
-
-    Raises:
-        ValueError: it is not UTF-8, not JSON, or nested too deep; the message begins with ``name``.
-    """
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON: {error}") from error

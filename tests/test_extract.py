@@ -416,5 +416,5 @@ def test_mistakes_take_one_line_and_leave_nothing(
 
 def test_rasa_of_another_size(tmp_path, given):
     save_file(RASAProjector(50).state_dict(), tmp_path / "rasa")
-    with pytest.raises(ValueError, match=r"x must be \[..., D=50\] features"):
+    with pytest.raises(ValueError, match=r"x must be float features \[..., D=50\]"):
         extract_to_file(replace(given, rasa=tmp_path / "rasa"), tmp_path / "f.npy", parallel=ALONE)

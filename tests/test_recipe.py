@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from sslkit.training.checkpoint import Checkpoints
 from tests.recipe import ALONE, batch, batches, recipe, tiny, trainer
 
 LEVELS = range(5)
@@ -343,6 +345,25 @@ def test_unfinished_pretraining_cannot_be_continued_at_high_resolution(tmp_path:
     settings = tiny(output=tmp_path, highres={"global_size": 48, "local_size": 16})
     with pytest.raises(recipe.SettingsError, match="no finished pretrain: run --stages pretrain"):
         recipe.Trainer(recipe.high_resolution(settings), settings, ALONE)
+
+
+def test_the_high_resolution_stage_resamples_positions_with_antialiasing(tmp_path: Any) -> None:
+    """scripts/modify_ckpt_highres.py of the release: once; the crops of a step keep their rule."""
+    settings = tiny(output=tmp_path, highres={"global_size": 48, "local_size": 16})
+    pretrained = trainer(settings)
+    stored = pretrained.student.backbone.vit.pos_embed.detach()  # [1, 1 + 8 * 8, D]
+    checkpoints = Checkpoints(tmp_path / "pretrain" / "checkpoints")
+    checkpoints.save(settings.steps, pretrained.state())
+    checkpoints.wait()
+    (tmp_path / "pretrain.safetensors").touch()
+
+    own = recipe.Trainer(recipe.high_resolution(settings), settings, ALONE)
+    grid = stored[:, 1:].unflatten(1, (8, 8)).movedim(-1, 1)
+    expected = F.interpolate(grid, size=(12, 12), mode="bicubic", antialias=True)
+    expected = torch.cat([stored[:, :1], expected.flatten(2).mT], dim=1)
+    for network in (own.student, own.teacher.module):
+        torch.testing.assert_close(network.backbone.vit.pos_embed.detach(), expected)
+        assert network.backbone.pos_interpolation == "dinov2"
 
 
 def test_compiled_blocks_change_nothing() -> None:

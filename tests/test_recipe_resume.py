@@ -250,5 +250,5 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
     assert json.loads((output / "data.json").read_text()) != record
     (output / "pretrain.safetensors").unlink()
     (output / "data.json").write_text("[")
-    with pytest.raises(SystemExit, match=r"data\.json is not JSON .*: restore it, or remove it"):
+    with pytest.raises(SystemExit, match=r"data\.json is not JSON: .*; restore it, or remove it"):
         recipe.main(["--output", str(output), "--resume"])

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from sslkit.backbones.positions import PosInterpolation
+from sslkit.files import describe_value
 from sslkit.matryoshka import Nesting
 
 MOST_BLOCKS = 256  # the largest released Vision Transformers have 64
-_LONGEST_SHOWN = 60  # characters of a refused value
 
 
 @dataclass(frozen=True)
@@ -170,24 +170,12 @@ def check_settings(where: str, settings: Any, rules: Mapping[str, _Rule]) -> dic
     ValueError: w.safetensors: settings: 'checkpoint_path' is not a setting that a file may state
     """
     if not isinstance(settings, Mapping):
-        raise ValueError(f"{where} must be values by name, got {_shown(settings)}")
+        raise ValueError(f"{where} must be values by name, got {describe_value(settings)}")
     for name, value in settings.items():
         if name not in rules:
-            raise ValueError(f"{where}: {_shown(name)} is not a setting that a file may state")
+            found = describe_value(name)
+            raise ValueError(f"{where}: {found} is not a setting that a file may state")
         if not rules[name].holds(value):
-            raise ValueError(f"{where}: {name} must be {rules[name].words}, got {_shown(value)}")
+            found = describe_value(value)
+            raise ValueError(f"{where}: {name} must be {rules[name].words}, got {found}")
     return dict(settings)
-
-
-def _shown(value: Any) -> str:
-    """A value in a few characters; of containers the kind alone, for they may be deep."""
-    if isinstance(value, str):
-        value = value[: _LONGEST_SHOWN + 1]
-    if (
-        value is None
-        or type(value) in (str, bool, float)
-        or (type(value) is int and value.bit_length() < 100)
-    ):
-        text = repr(value)
-        return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
-    return f"a {type(value).__name__}"

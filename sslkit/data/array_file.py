@@ -8,9 +8,10 @@ from typing import IO
 
 import numpy as np
 
+from sslkit.data.decode import MAX_BYTES
 from sslkit.data.regular_file import check_regular
 
-_MAX_BYTES, _MAX_RATIO = 2**31, 100
+_MAX_RATIO = 100
 
 
 def open_npy(path: Path) -> np.ndarray:
@@ -33,14 +34,15 @@ def open_npy(path: Path) -> np.ndarray:
 class NpzFile(Mapping[str, np.ndarray]):
     """The arrays of a .npz archive by name, each read when asked for; never by pickle.
 
-    An array is read if it has at most 2 GiB, or 100 times the bytes of the file: noise does not
-    shrink, images seldom to less than a tenth, and a few kilobytes can claim any length.
+    An array is read if it has at most 2 GiB (`sslkit.data.decode.MAX_BYTES`) or at most 100 times
+    the bytes of the file. Noise does not shrink, images seldom shrink to less than a tenth, and a
+    header of a few bytes can claim any length.
 
     Args:
         path: the archive.
 
     Raises:
-        ValueError: it, or on access an array, cannot be read, with the reason.
+        ValueError: the archive cannot be read, or, on access, an array of it.
     """
 
     def __init__(self, path: Path):
@@ -98,7 +100,7 @@ class NpzFile(Mapping[str, np.ndarray]):
                 f"its header says {dtype} of shape {shape}, {count} bytes, but the archive has "
                 f"{num_bytes - file.tell()} for it"
             )
-        limit = max(_MAX_BYTES, _MAX_RATIO * os.path.getsize(self.path))
+        limit = max(MAX_BYTES, _MAX_RATIO * os.path.getsize(self.path))
         if count > limit:
             raise ValueError(f"it unfolds to {count} bytes, more than the limit of {limit}")
 

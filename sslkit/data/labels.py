@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from sslkit.files import describe_value
+
 NO_LABEL = -1
 """The label of an image without one. Sources keep such images; what scores leaves them out."""
 
@@ -47,7 +49,7 @@ def as_label(value: Any, *, num_classes: int | None = None) -> int:
         else:
             if NO_LABEL <= label < limit:
                 return label
-    raise ValueError(f"its label is {_shown(value)}; {label_rule(limit)}")
+    raise ValueError(f"its label is {describe_value(value)}; {label_rule(limit)}")
 
 
 def label_rule(num_classes: int) -> str:
@@ -148,8 +150,8 @@ def check_num_classes(num_classes: Any, *, of: str) -> int:
     is_integer = isinstance(num_classes, int | np.integer) and not isinstance(num_classes, bool)
     if not is_integer or not 0 <= num_classes <= MAX_CLASSES:
         raise ValueError(
-            f"{of}: the number of classes is {_shown(num_classes)}; it must be an integer from 0 "
-            f"to {MAX_CLASSES}"
+            f"{of}: the number of classes is {describe_value(num_classes)}; it must be an integer "
+            f"from 0 to {MAX_CLASSES}"
         )
     return int(num_classes)
 
@@ -161,11 +163,6 @@ def natural_order(text: str) -> tuple[list[Any], str]:
         digits = parts[i].lstrip("0")
         parts[i] = len(digits), digits
     return parts, text
-
-
-def _shown(value: Any, limit: int = 40) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= limit else f"{shown[:limit]}..."
 
 
 def _listed(names: Sequence[str], limit: int = 10) -> str:

@@ -35,7 +35,7 @@ from sslkit.evaluation.features import (
     report_unreadable,
 )
 from sslkit.evaluation.tokens import IMAGE_TOKENS
-from sslkit.files import atomic_write
+from sslkit.files import atomic_write, damage_explained, parse_json
 
 _VERSION = 1
 
@@ -148,15 +148,11 @@ def _read_meta(folder: Path, described: Mapping[str, Any]) -> dict[str, Any] | N
     path = folder / "meta.json"
     if not path.exists():
         return None
-    try:
-        meta = json.loads(path.read_text())
+    with damage_explained(str(path), f"remove {folder}"):
+        meta: dict[str, Any] = parse_json(path.read_bytes(), "it")
         shapes = [size for shape in meta["shapes"].values() for size in shape]
         if not all(type(size) is int and size > 0 for size in shapes) or not meta["of"].keys():
             raise ValueError(f"shapes {meta['shapes']}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}): remove {folder}"
-        ) from error
     different = [
         f"{name}: {meta['of'].get(name)!r} there, {described.get(name)!r} asked for"
         for name in sorted(meta["of"].keys() | described.keys())
@@ -199,18 +195,13 @@ def _read_journal(path: Path, indices: Sequence[int]) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     done = 0
     for number, text in enumerate(complete.splitlines(), start=1):
-        try:
-            line = json.loads(text)
+        with damage_explained(f"line {number} of {path}", f"remove {path.parent}"):
+            line = parse_json(text, "it")
             counts = [len(line[name]) for name in ("indices", "labels", "grids")]
             if counts != counts[:1] * 3 or line["images"] != counts[0] + len(line["unreadable"]):
                 raise ValueError("its parts are of different lengths")
             if not set(line["indices"]) <= set(indices[done : done + line["images"]]):
                 raise ValueError("it is of other images than those that come next")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"line {number} of {path} is damaged ({type(error).__name__}: {error}): remove "
-                f"{path.parent}"
-            ) from error
         done += line["images"]
         lines.append(line)
     return lines

@@ -5,7 +5,6 @@ arXiv 1902.10811), -Sketch (Wang et al. 2019, arXiv 1905.13549), ReaL labels (Be
 arXiv 2006.07159). The lists of classes and the ReaL labels are those that timm ships.
 """
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from sslkit.evaluation.linear_probe import probe_subject
 from sslkit.evaluation.ood import whole_source
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject, labelled
+from sslkit.files import parse_json
 
 Variant = Literal[
     "imagenet", "imagenet-a", "imagenet-r", "imagenet-v2", "imagenet-sketch", "imagenet-real"
@@ -189,7 +189,7 @@ def read_real_labels(path: str | os.PathLike[str] | None = None) -> tuple[tuple[
     text = _timm_file("imagenet_real_labels.json") if path is None else Path(path).read_text()
     name = "timm's imagenet_real_labels.json" if path is None else path
     try:
-        sets = tuple(tuple(int(c) for c in labels) for labels in json.loads(text))
+        sets = tuple(tuple(int(c) for c in labels) for labels in parse_json(text, str(name)))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{name} is not a ReaL file, a JSON list of lists of class numbers: {error}"

@@ -87,10 +87,7 @@ def read_scores(path: str | Path, model: str) -> tuple[tuple[Score, ...], str | 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no results at {path}")
-    try:
-        results = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    results = parse_json(path.read_bytes(), str(path))
     if not isinstance(results, Mapping):
         raise ValueError(f"{path} holds no results by name, but a {type(results).__name__}")
     evaluated = "protocols" in results

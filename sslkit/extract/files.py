@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from sslkit import __version__
-from sslkit.files import atomic_write
+from sslkit.files import atomic_write, damage_explained, parse_json
 
 _METADATA_KEY = b"sslkit.extract"
 FORMATS = (".npy", ".parquet")
@@ -111,21 +111,17 @@ def read_description(path: Path) -> dict[str, Any]:
     """
     path = Path(path)
     described = description_path(path)
-    try:
+    what = "does not say what features it is of"
+    with damage_explained(str(described), "remove it, or choose another file", what=what):
         if path.suffix == ".parquet":
             text = (_import_parquet().read_schema(path).metadata or {}).get(_METADATA_KEY)
         else:
             text = described.read_bytes()
         if text is None:
             raise ValueError("it was not written by python -m sslkit.extract")
-        description = json.loads(text)
+        description: dict[str, Any] = parse_json(text, "it")
         if not description["settings"].keys() or not description["shape"].keys():
             raise ValueError("it describes nothing")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{described} does not say what features it is of ({type(error).__name__}: {error}): "
-            "remove it, or choose another file"
-        ) from error
     return description
 
 

@@ -35,7 +35,7 @@ from sslkit.extract.files import (
     require_same,
     write_features,
 )
-from sslkit.files import atomic_write, file_digest
+from sslkit.files import atomic_write, damage_explained, file_digest, parse_json
 from sslkit.rasa import RASAProjector, load_rasa
 from sslkit.training.parallel import Parallel
 
@@ -215,13 +215,9 @@ class _Job:
             with atomic_write(path) as file:
                 file.write(json.dumps(settings, indent=2).encode())
             return
-        try:
-            there = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path} does not say what the parts beside it are of ({type(error).__name__}: "
-                f"{error}): remove {self.folder}"
-            ) from error
+        what = "does not say what the parts beside it are of"
+        with damage_explained(str(path), f"remove {self.folder}", what=what, also=(OSError,)):
+            there = dict(parse_json(path.read_bytes(), "it"))
         require_same(there, settings, f"the unfinished {self.output} in {self.folder}")
 
     def size(self, start: int) -> int:
@@ -289,21 +285,17 @@ class _Job:
     def _read(self, start: int) -> Part:
         """A part that is there; a ValueError if it is not as it was written."""
         path = self._path(start)
-        try:
+        remedy = "remove it, and run the command again to make it anew"
+        with damage_explained(f"the part {path}", remedy, also=(SafetensorError,)):
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in ("rows", "labels", "indices")}
                 said = file.metadata()
-            errors = json.loads(said["unreadable"])
+            errors = parse_json(said["unreadable"], "the list of unreadable images")
             part = Part(tensors["rows"], tensors["labels"], tensors["indices"], errors)
             if len(part.labels) + len(part.unreadable) != self.size(start):
                 raise ValueError(f"it is not of {self.size(start)} images")
             if said.get("crc32", str(_checksum(tensors))) != str(_checksum(tensors)):
                 raise ValueError("its checksum is another")
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"the part {path} is damaged ({type(error).__name__}: {error}): remove it, and run "
-                "the command again to make it anew"
-            ) from error
         return part
 
     def _path(self, start: int) -> Path:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from sslkit.files import atomic_write, file_digest, flush_directory
+from sslkit.files import atomic_write, file_digest, flush_directory, parse_json
 from sslkit.training.tensor_storage import (
     DESCRIPTION,
     DTYPES,
@@ -298,8 +298,8 @@ class Checkpoints:
     def _verify(self, folder: Path, *, only: str | None = None) -> None:
         """Raise OSError unless every file is as it was written; each process looks at its share."""
         try:
-            files = json.loads((folder / _MANIFEST).read_text())
-        except (OSError, ValueError, RecursionError) as error:
+            files = parse_json((folder / _MANIFEST).read_bytes(), "it")
+        except (OSError, ValueError) as error:
             raise OSError(f"its {_MANIFEST} cannot be read ({error})") from error
         if not isinstance(files, dict):
             raise OSError(f"its {_MANIFEST} holds {type(files).__name__}, expected an object")

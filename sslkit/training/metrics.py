@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkit.files import DamagedFile, atomic_write
+from sslkit.files import DamagedFile, atomic_write, describe_value, parse_json
 
 Number = float | int | Tensor
 
@@ -129,12 +129,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     *lines, _unfinished = Path(path).read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:
-            raise DamagedFile(
-                f"line {number} of {path} is not JSON: {error}; delete that line"
-            ) from error
+        row = parse_json(line, f"line {number} of {path}", "delete that line")
         if not isinstance(row, dict) or type(row.get("step")) is not int:
             raise DamagedFile(
                 f'line {number} of {path} has no integer "step": {line[:80]!r}; delete that line'
@@ -142,8 +137,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         for name, value in row.items():
             if value is not None and type(value) not in (int, float):
                 raise DamagedFile(
-                    f"line {number} of {path} has {name!r}: {str(value)[:80]!r}, which is not a "
-                    "number; delete that line"
+                    f"line {number} of {path} has {name!r}: {describe_value(value)}, which is not "
+                    "a number; delete that line"
                 )
         rows.append(row)
     return rows

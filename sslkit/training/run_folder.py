@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from sslkit.data.regular_file import check_regular
+from sslkit.files import parse_json
 from sslkit.training.parallel import Parallel
 
 try:
@@ -142,8 +144,7 @@ def _acquire(path: Path, deadline: float) -> int:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         descriptor = os.open(path, flags, 0o644)
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OSError(errno.EINVAL, "not a regular file", str(path))
+            check_regular(path, os.fstat(descriptor).st_mode)
             if not _lock(descriptor, path):
                 if time.monotonic() > deadline:
                     raise FolderError(_in_use(descriptor, path))
@@ -191,10 +192,10 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _in_use(descriptor: int, path: Path) -> str:
     try:
-        record = json.loads(os.read(descriptor, 1000))
+        record = parse_json(os.read(descriptor, 1000), LOCK)
         host, process, since = (record[name] for name in ("host", "process", "since"))
         who = f"process {int(process)} on host {str(host)!r} since {str(since)!r}"
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         who = "another process"
     return (
         f"{path.parent} is in use by {who}. Wait until that run has ended or stop it, or choose "

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
-T = TypeVar("T")
+from sslkit.files import describe_value, parse_json
 
-_LONGEST = 60  # characters of a refused value in a message
+T = TypeVar("T")
 
 
 def as_json(settings: Any) -> str:
@@ -41,11 +41,7 @@ def from_json(text: str, default: T) -> T:
         ValueError: the text is not a JSON object, or has a name that is not a field, or a value of
             another type. The message gives the dotted name.
     """
-    try:
-        values = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("the text is nested too deep") from error
-    return cast(T, _restored(values, default, ""))
+    return cast(T, _restored(parse_json(text, "the text"), default, ""))
 
 
 def differences(old: T, new: T, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -67,13 +63,13 @@ def differences(old: T, new: T, prefix: str = "") -> Iterator[tuple[str, Any, An
 def _restored(values: Any, default: Any, prefix: str) -> Any:
     if not isinstance(values, Mapping):
         where = prefix.rstrip(".") or "the text"
-        raise ValueError(f"{where} is not a JSON object but {_shown(values)}")
+        raise ValueError(f"{where} is not a JSON object but {describe_value(values)}")
     own = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
     types = get_type_hints(type(default))
     changed = {}
     for name, value in values.items():
         if name not in own:
-            raise ValueError(f"there is no setting {prefix}{name[:_LONGEST]}")
+            raise ValueError(f"there is no setting {prefix}{name[:60]}")
         if dataclasses.is_dataclass(own[name]):
             changed[name] = _restored(value, own[name], f"{prefix}{name}.")
         else:
@@ -102,17 +98,7 @@ def _typed(value: Any, kind: Any) -> Any:
     elif kind in (bool, int, str) and type(value) is kind and not _is_huge(value):
         return value
     names = kind.__name__ if isinstance(kind, type) and not arguments else str(kind)
-    raise TypeError(f"expected {names.replace('typing.', '')}, found {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    """A value in a few characters; of containers the kind alone, for they may be deep."""
-    if isinstance(value, str):
-        return repr(value[:_LONGEST])
-    if _is_huge(value):
-        return "a number of too many digits"
-    plain = value is None or isinstance(value, bool | int | float)
-    return str(value) if plain else f"a {type(value).__name__}"
+    raise TypeError(f"expected {names.replace('typing.', '')}, found {describe_value(value)}")
 
 
 def _is_huge(value: Any) -> bool:

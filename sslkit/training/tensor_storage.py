@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from sslkit.files import atomic_write
+from sslkit.files import atomic_write, parse_json
 
 DESCRIPTION = "tensors.json"
 _LARGEST = 2**63 - 1
@@ -131,7 +131,7 @@ class TensorReader(FileSystemReader):
         tensors: dict[str, TensorStorageMetadata] = {}
         files: dict[MetadataIndex, str] = {}
         try:
-            described = json.loads((self._folder / DESCRIPTION).read_bytes())
+            described = parse_json((self._folder / DESCRIPTION).read_bytes(), DESCRIPTION)
             for name, tensor in _dict(described).items():
                 shape = _sizes(tensor["shape"])
                 chunks = []
@@ -144,7 +144,7 @@ class TensorReader(FileSystemReader):
                     raise ValueError(f"the parts of {name} are not the whole of it")
                 properties = TensorProperties(dtype=_TYPES[tensor["dtype"]])
                 tensors[name] = TensorStorageMetadata(properties, shape, chunks)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{DESCRIPTION} does not describe tensors ({reason})") from error
         return Metadata(dict(tensors), storage_data=files)

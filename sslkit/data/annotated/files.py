@@ -1,6 +1,5 @@
 """Image files whose annotations match the images as they are read, and errors about layouts."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from sslkit.data.decode import (
 )
 from sslkit.data.image_files import ImageFiles
 from sslkit.data.regular_file import read_regular
+from sslkit.files import parse_json
 
 _SHOWN = 8  # names of what was found, in a message
 _MAX_TEXT_BYTES = 2**32
@@ -160,12 +160,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         OSError: see `read_text`.
         ValueError: it is not JSON.
     """
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from error
-    except RecursionError as error:
-        raise ValueError(f"{os.fspath(path)} is nested too deeply") from error
+    return parse_json(read_text(path), os.fspath(path))
 
 
 def check_layout(folder: Path, wanted: Sequence[str], tree: str) -> None:

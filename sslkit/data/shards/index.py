@@ -4,7 +4,6 @@ It is webdataset's: JSON with a list ``shardlist`` of objects with ``url``, ``ns
 known, ``filesize``. ``num_classes`` and ``class_names`` are added to it here.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from sslkit.data.labels import check_num_classes
 from sslkit.data.regular_file import read_regular
 from sslkit.data.shards.urls import is_remote, open_url
+from sslkit.files import parse_json
 
 INDEX_NAME = "shards.json"
 _MAX_INDEX_BYTES = 2**30
@@ -93,14 +93,14 @@ def read_index(location: str) -> dict[str, Any] | None:
             raise ValueError(f"cannot read the index of tar shards: {error}") from error
         return None
     try:
-        index = json.loads(content)
+        index = parse_json(content, "it")
         if not all(isinstance(each["url"], str) for each in index["shardlist"]):
             raise TypeError("a url is not text")
         for each in index["shardlist"]:
             count = each["nsamples"]
             if type(count) is not int or not 0 <= count <= _MAX_SAMPLES:
                 raise ValueError(f"nsamples is {count!r}; expected 0 to {_MAX_SAMPLES}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{location!r} is not an index of tar shards, which is JSON with a list 'shardlist' "
             f"of objects with 'url' and 'nsamples': {type(error).__name__}: {error}"
