@@ -161,7 +161,7 @@ class Model:
     activation_checkpointing: bool = False
     """Compute each block again in the backward pass: less memory, a second forward pass."""
     num_prototypes: int = 131072
-    """Of the finest level; a level of m of D features has int(K * m / D)."""
+    """Prototypes K of the finest level; a level of m of D features has int(K * m / D)."""
     nesting_dims: tuple[int, ...] = ()
     """Features of each level, coarse to fine; empty: D/16, D/8, D/4, D/2, D (paper section 4)."""
     nesting: Literal["slice", "slice_linear", "linear"] = "slice"
@@ -171,18 +171,18 @@ class Model:
     head_layers: int = 3
     """Linear layers of that MLP, up to the bottleneck."""
     dino_bottleneck: int = 384
-    """Features of a class token that prototypes are compared with, at each level."""
+    """Features of a class token at each level, compared with the prototypes."""
     ibot_bottleneck: int = 256
-    """The same of a patch."""
+    """Features of a patch at each level, compared with the prototypes."""
     normalize: bool = True
-    """Bounded scores as in DINO; False: the released head, with unbounded ones."""
+    """Normalise the heads, so that scores are bounded as in DINO; False: the released, unbounded head."""
     factored_scores: bool = False
     """Form scores in chunks, again whenever they are read: less memory, twice the products."""
 
 
 @dataclass(frozen=True)
 class Crops:
-    """Multi-crop (DINOv2 and the released configuration; docs/faithfulness.md on the blur)."""
+    """Multi-crop (DINOv2 and the released configuration; for the blur, docs/faithfulness.md)."""
 
     global_size: int = 224
     """Pixels a side of the two views that student and teacher see."""
@@ -195,7 +195,7 @@ class Crops:
     num_local: int = 8
     """Small views of an image; each adds a comparison with the teacher, and time."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Of the blur, in pixels of the view, so that small views lose more of their detail."""
+    """Range of the blur's standard deviation, in pixels of the view: small views lose more detail."""
 
 
 @dataclass(frozen=True)
@@ -217,21 +217,21 @@ class Targets:
     """What the teacher hands to the losses."""
 
     kind: Literal["sinkhorn", "centering"] = "sinkhorn"
-    """sinkhorn: the batch uses all prototypes equally; centering: their mean score is taken off."""
+    """sinkhorn: the batch uses all prototypes equally; centering: a running mean is subtracted."""
     sinkhorn_iterations: int = 3
-    """Of the balancing; the more, the more equally prototypes are used."""
+    """Iterations of the balancing; more of them use the prototypes more equally."""
     queue: int = 0
     """Past rows, of all processes, that each level is balanced with; for small batches."""
     centering_momentum: float = 0.9
-    """Of the mean score; nearer to 1 it follows the teacher more slowly."""
+    """Momentum of the running mean; nearer to 1 it follows the teacher more slowly."""
     start_temperature: float = 0.04
-    """Of the teacher at the first step; the lower, the sharper its targets."""
+    """Teacher temperature at the first step; a lower one gives sharper targets."""
     temperature: float = 0.07
-    """Of the teacher after its warm-up."""
+    """Teacher temperature after its warm-up."""
     temperature_warmup: float = 30 / 500
     """Share of the steps over which the teacher temperature rises linearly."""
     student_temperature: float = 0.1
-    """Of the student at every step."""
+    """Student temperature, the same at every step."""
 
 
 @dataclass(frozen=True)
@@ -239,11 +239,11 @@ class Losses:
     """Weights of the three terms; DINO and iBOT are sums over the nesting levels."""
 
     dino: float = 1.0
-    """Of class tokens, which should get the teacher's targets of other views of the image."""
+    """Weight of the DINO loss: class tokens predict the teacher's targets of other views."""
     ibot: float = 1.0
-    """Of masked patches, which should get the teacher's targets at their places."""
+    """Weight of the iBOT loss: masked patches predict the teacher's targets at their places."""
     koleo: float = 0.1
-    """Of nearness of the class tokens of different images, which it drives apart."""
+    """Weight of KoLeo, which pushes the class tokens of different images apart."""
 
 
 @dataclass(frozen=True)
@@ -253,23 +253,23 @@ class Optim:
     base_lr: float = 7.01e-4
     """Highest learning rate, at batch 1024; scaled by sqrt(batch / 1024)."""
     final_lr: float = 1e-6
-    """What it falls to along a cosine."""
+    """Learning rate at the end of the cosine."""
     lr_warmup: float = 80 / 500
-    """Share of the steps over which it first rises linearly from 0."""
+    """Share of the steps over which the learning rate first rises linearly from 0."""
     weight_decay: tuple[float, float] = (0.04, 0.2)
-    """At the first and last step, a cosine between; biases and norms have none."""
+    """Weight decay at the first and last step, a cosine between; biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Momentum of AdamW's averages of the gradient and of its square."""
     layer_decay: float = 1.0
     """Learning rate of a block over that of the next; below 1 early blocks keep what they know."""
     patch_embed_lr_scale: float = 0.2
-    """Of the learning rate, for the patch embedding; below 1 it changes more slowly."""
+    """Factor of the learning rate of the patch embedding; below 1 it changes more slowly."""
     clip: float = 3.0
     """Largest gradient norm of each of backbone, DINO head, iBOT head."""
     freeze_prototypes: float = 1 / 500
     """Share of the steps during which the last layers keep their initial value."""
     momentum: tuple[float, float] = (0.994, 1.0)
-    """Of the teacher, at the first and last step, a cosine between; nearer to 1 it is slower."""
+    """Teacher momentum at the first and last step, a cosine between; nearer to 1 it is slower."""
     momentum_batch: int = 0
     """Batch that `momentum` is stated at, momentum ** (batch / this) at others; 0: at any batch."""
 
@@ -281,19 +281,19 @@ class Init:
     heads: Literal["auto", "file", "fresh"] = "auto"
     """auto: the file's if it has both and they are as --model says."""
     head_warmup: float = 0.1
-    """Share of the steps in which fresh heads learn on a backbone that rests."""
+    """Share of the steps in which fresh heads learn on a frozen backbone."""
     sha256: str = ""
-    """Of the file; one that is given has to be right."""
+    """Expected SHA-256 of the --init-from file; a mismatch is an error."""
 
 
 @dataclass(frozen=True)
 class HighRes:
     """High-resolution adaptation (paper section 4): the same training with schedules of its own."""
 
-    # The released configs/finetune/vitb14_finetune.yaml, 100 epochs of 200 iterations, but for the
-    # batch: its file says 32 images a GPU and not on how many. The paper says that the schedules of
-    # pretraining are compressed and that the teacher warms up for 10 K iterations, which in the
-    # file are the learning rate's.
+    # The values of the released configs/finetune/vitb14_finetune.yaml, 100 epochs of 200 iterations.
+    # The batch is the exception: the file has 32 images a GPU and does not say on how many GPUs. The
+    # paper says that the schedules of pretraining are compressed and that the teacher warms up for
+    # 10 K iterations; in the file, 10 K is the warm-up of the learning rate.
     steps: int = 20_000
     """Optimizer steps."""
     global_size: int = 518
@@ -371,7 +371,7 @@ class Settings:
     accept_changes: bool = False
     """Continue with other settings or other data than the run was made with."""
     seed: int = 0
-    """Of all random numbers: initial weights, order of the images, crops, masks."""
+    """Seed of all random numbers: initial weights, order of the images, crops, masks."""
     steps: int = 625_000
     """Optimizer steps of the pretraining."""
     batch_size: int = 2048
@@ -385,11 +385,11 @@ class Settings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where networks compute; auto: a GPU where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the encoder; auto: bfloat16 autocast on a GPU, float32 on a CPU."""
+    """Encoder precision; auto: bfloat16 autocast on a GPU, float32 on a CPU."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
-    """Among several processes; auto: ddp, or fsdp where a GPU would be too small for it."""
+    """How processes share the training; auto: ddp, or fsdp where a GPU would be too small for it."""
     hsdp_replicas: int = 1
-    """Of fsdp: copies of the sharded networks, for example one a node."""
+    """With fsdp, copies of the sharded networks, for example one a node."""
     compile_blocks: bool = False
     """torch.compile of every block of the encoder."""
     scene_size: int = 256
@@ -405,9 +405,9 @@ class Settings:
     checkpoint_every: int = 1250
     """Steps between two checkpoints, from which --resume continues."""
     keep_last: int = 2
-    """Latest checkpoints that are kept; with 2 a damaged one costs little."""
+    """Number of recent checkpoints to keep; 2 survive a damaged one."""
     keep_every: int = 62_500
-    """Checkpoints of every so many steps are kept for good; 0: none."""
+    """Steps between two checkpoints that are kept for good; 0: none."""
     model: Model = field(default_factory=Model)
     crops: Crops = field(default_factory=Crops)
     masks: Masks = field(default_factory=Masks)
@@ -421,9 +421,9 @@ class Settings:
 
 
 # The defaults above are ViT-B on ImageNet-21K. Each value of model, crops, masks, targets, losses
-# and optim is in both the paper's section 4 and the released configuration (24f8c60: configs/train,
-# and ssl_default_config.yaml where these are silent), or only in the latter, unless a comment says
-# otherwise. Those of rasa and evaluation are ours: see docs/faithfulness.md.
+# and optim is in the released configuration (24f8c60: configs/train, and ssl_default_config.yaml
+# where these are silent) and, if the paper gives it, also in the paper's section 4, unless a comment
+# says otherwise. The values of rasa and evaluation are ours: see docs/faithfulness.md.
 #
 #                          paper                  released configuration               taken
 #   steps, ViT-B           625 K (500 epochs)     1 M (800 epochs of 1250)             paper
@@ -457,7 +457,7 @@ PRESETS: dict[PresetName, Settings] = {
         # configs/train/LAION/vitg14.yaml. ViT-L's there has .48-1, .05-.32 and a base lr of 1e-3.
         crops=Crops(global_scale=(0.45, 1.0), local_scale=(0.05, 0.45)),
         optim=Optim(base_lr=2.0e-4),
-        # No file adapts a ViT-g: schedules as of ViT-B, the drop path stays that of pretraining.
+        # No released file adapts a ViT-g: the schedules are ViT-B's, the drop path pretraining's.
         highres=HighRes(batch_size=3072, drop_path=0.4),
     ),
     # Two CPU cores, minutes: 32 px views of 48 px scenes, and every part of the method. Changed for
@@ -499,8 +499,8 @@ PRESETS: dict[PresetName, Settings] = {
             freeze_prototypes=0.02,
             momentum=(0.98, 1.0),
         ),
-        # The shares of the demo's pretraining: in 20 steps the released warm-up, half of them,
-        # leaves too few at the full learning rate.
+        # The shares of the demo's pretraining. The released warm-up, half of the steps, would leave
+        # too few of 20 at the full learning rate.
         highres=HighRes(
             steps=20,
             global_size=48,
@@ -591,7 +591,7 @@ PRESETS["adapt"] = Settings(
         momentum=(0.99, 1.0),
         momentum_batch=64,
     ),
-    # Few steps on trained weights, as above: a short warm-up.
+    # A short warm-up, as in the demo: the steps are few and the weights trained.
     highres=HighRes(steps=200, batch_size=32, lr_scale=0.1, lr_warmup=0.05, freeze_prototypes=0.01),
     evaluation=Evaluation(
         num_train=5000,
@@ -627,7 +627,7 @@ def make_encoder(model: Model, global_size: int) -> ViTEncoder:
 
 
 def check_network(model: Model) -> Literal[True]:
-    """Raise ValueError if these are not settings that an exported encoder could state."""
+    """Raise ValueError if an exported encoder could not state these settings."""
     more = parse_json(model.backbone_settings, "backbone_settings")
     check_settings("backbone_settings", more, NETWORK)
     check_settings("settings", {"name": model.backbone, "in_chans": model.in_chans}, NETWORK)
@@ -881,7 +881,7 @@ def schedule(step: int, plan: Plan, settings: Settings) -> Schedule:
 
 
 def backbone_lr_scale(step: int, plan: Plan) -> float:
-    """Of the learning rate: 0 while fresh heads learn alone, then a warm-up of its own."""
+    """Factor of the backbone's learning rate: 0 while fresh heads learn alone, then a warm-up."""
     warmup_steps = round(plan.lr_warmup * plan.steps) if plan.frozen_steps else 0
     return joining(step, frozen_steps=plan.frozen_steps, warmup_steps=warmup_steps)
 
@@ -942,7 +942,7 @@ class Trainer:
         networks = (self.student, self.teacher.module)
         if plan.name == "highres":
             load_checkpoint_(pretrained, path, self.weights(), partial=True)
-            # As scripts/modify_ckpt_highres.py of the release; local crops keep the encoder's rule.
+            # As in scripts/modify_ckpt_highres.py of the release. Local crops keep the encoder's rule.
             for network in networks:
                 network.backbone.set_img_size_(plan.global_size, pos_interpolation="antialias")
         self.distribute(networks)
@@ -1087,7 +1087,7 @@ class Trainer:
         return {name: term.detach() for name, term in terms.items()}, student.cls.detach()
 
     def seed(self, purpose: int, *words: int) -> int:
-        """Of the random numbers of this stage for one purpose."""
+        """Seed of this stage's random numbers for one purpose."""
         return sample_seed(self.settings.seed, list(STAGES).index(self.plan.name), purpose, *words)
 
     def masks(self, step: int, batch: Batch) -> Tensor:
@@ -1132,7 +1132,7 @@ class Trainer:
 
 
 def queue_columns(network: FrancaNetwork) -> list[int]:
-    """Of each level of both heads: its scores, or the features that factored ones are made of."""
+    """Columns of each level of both heads: its scores, or the features of factored scores."""
     return [
         prototypes.in_features if network.factored_scores else prototypes.out_features
         for head in network.heads.values()
@@ -1213,7 +1213,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
         say(parallel, "accumulation: KoLeo sees the neighbours within each micro-batch alone")
     with ExitStack() as stack:
         request = stack.enter_context(stop_request())
-        # Also when the training fails, but not for whoever interrupts it a second time.
+        # Also when the training fails, but not after a second Ctrl-C.
         stack.push(lambda kind, *_: None if kind is KeyboardInterrupt else checkpoints.wait())
         batches = stack.enter_context(iter(loader))
         saved = -1 if latest is None else start
@@ -1270,7 +1270,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
 def load_checkpoint_(
     checkpoints: Checkpoints, path: Path, state: dict[str, Any], *, partial: bool = False
 ) -> None:
-    """Fill `state` from a checkpoint, or raise an error that says that it is of other settings."""
+    """Fill `state` from a checkpoint; an error says if the settings do not fit."""
     try:
         checkpoints.load_(path, state, partial=partial)
     except ValueError as error:
@@ -1301,7 +1301,7 @@ def save_teacher(name: str, step: int, trainer: Trainer) -> None:
 
 
 class Stopped(Exception):
-    """A SIGTERM or SIGINT has come, and everything is saved."""
+    """A SIGTERM or SIGINT has arrived, and everything is saved."""
 
     def __str__(self) -> str:
         stage, step, number = self.args
@@ -1499,7 +1499,7 @@ def open_data(settings: Settings) -> Sources:
 
 
 def require_same_data(settings: Settings, sources: Sources) -> None:
-    """Refuse other images, or other classes, than those that the run in --output has begun on."""
+    """Refuse images or classes other than those that the run in --output began with."""
     path = settings.output / "data.json"
     begun = path.exists() and has_begun("pretrain", settings.output)
     if settings.accept_changes or not begun:
@@ -1507,9 +1507,9 @@ def require_same_data(settings: Settings, sources: Sources) -> None:
     stored = read_json_object(path, "restore it, or remove it")
     if found := changes(stored, fingerprints(sources._asdict())):
         raise SettingsError(
-            f"--data {settings.data} is not what the run in {settings.output} began on: "
-            f"{'; '.join(found)}. Bring the data back as they were, choose another --output, or "
-            "insist with --accept-changes"
+            f"--data {settings.data} is not what the run in {settings.output} began with: "
+            f"{'; '.join(found)}. Restore the data, choose another --output, or insist with "
+            "--accept-changes"
         )
 
 
@@ -1619,7 +1619,7 @@ def export_metadata(stage: str, settings: Settings, name: str = "stage") -> str:
 
 
 def read_export(stage: str, settings: Settings, reader: Callable[[Path], T]) -> T:
-    """What a reader finds in the export of a stage, or an error that says how to make it again."""
+    """Return what `reader` makes of a stage's export; an error says how to make the file again."""
     path = settings.output / f"{stage}.safetensors"
     try:
         return reader(path)
@@ -1627,12 +1627,12 @@ def read_export(stage: str, settings: Settings, reader: Callable[[Path], T]) -> 
         again = "--resume" if stage in ("pretrain", "highres") else f"--stages {stage}"
         remedy = f"Delete it and make it again with {again}"
         if stage == "init":
-            remedy = "Bring it back, or start again in another --output"
+            remedy = "Restore it, or start again in another --output"
         raise DamagedFile(f"{path} is damaged: {error}. {remedy}") from error
 
 
 def require_export_of(settings: Settings) -> None:
-    """Refuse settings of another encoder than the exported one, before one is made of them."""
+    """Refuse settings that make another encoder than the exported one, before building it."""
     plan = final_plan(settings)
     with torch.device("meta"):
         asked = make_encoder(settings.model, plan.global_size).state_dict()
@@ -1657,7 +1657,7 @@ def knn_score(
 def knn_hits(
     train_labels: Tensor, test_labels: Tensor, train: Tensor, test: Tensor, *, k: int
 ) -> Score:
-    """That accuracy as a score over the labelled test images, which can be resampled."""
+    """`knn_score` with its value for each labelled test image, which can be resampled."""
     test_labels, test = with_labels(test_labels, test, name="test_labels")
     return Score.mean(knn_predict(train, train_labels, test, ks=(k,))[k] == test_labels)
 
@@ -1670,12 +1670,12 @@ def have_labels(*splits: Features) -> bool:
 def online_knn(
     encoder: nn.Module, plan: Plan, settings: Settings, sources: Sources
 ) -> float | None:
-    """k-NN on a sample of the images: the teacher's, while it trains. None: none has a label."""
+    """k-NN accuracy of the teacher on a sample of the images; None if none of them has a label."""
     counts = (settings.evaluation.online_train, settings.evaluation.online_test)
     images = subject(encoder, plan, settings, sources, counts)
     train, test = (images.features(split, "cls") for split in Sources._fields)
     if not have_labels(train, test):
-        warn("no online k-NN: none of the images it looks at has a label", stacklevel=2)
+        warn("no online k-NN: none of the sampled images has a label", stacklevel=2)
         return None
     return knn_score(train.labels, test.labels, train.cls, test.cls, k=settings.evaluation.knn)
 
@@ -1757,7 +1757,7 @@ def evaluate(settings: Settings, parallel: Parallel) -> None:
 
 
 def interval(score: Score, settings: Settings) -> list[float]:
-    """Both ends of the score's 95 % interval; the same resamples of test images for all models."""
+    """95 % interval, [low, high], of a score. All models share the resamples of test images."""
     found = bootstrap(score, generator=torch.Generator().manual_seed(settings.seed))
     assert found is not None
     return [found.low, found.high]
@@ -1766,7 +1766,7 @@ def interval(score: Score, settings: Settings) -> list[float]:
 def subject(
     encoder: nn.Module, plan: Plan, settings: Settings, sources: Sources, counts: tuple[int, ...]
 ) -> Subject:
-    """An encoder and so many images of each split, in the views that evaluations use."""
+    """An encoder and `counts` images of each split, in the views that evaluations use."""
     parameters = list(encoder.parameters())
     return Subject(
         type(encoder).__name__,
@@ -1844,7 +1844,7 @@ def report(settings: Settings, parallel: Parallel) -> None:
 
 
 def read_results(path: Path, stages: Sequence[str]) -> dict[str, Any]:
-    """The scores in `results.json`, of these stages and of what they are compared with."""
+    """Read the scores of these stages, and of what they are compared with, from `results.json`."""
     remedy = "run --stages evaluate report"
     results = read_json_object(path, remedy)
     for name in SCORES:
@@ -1872,17 +1872,17 @@ def read_results(path: Path, stages: Sequence[str]) -> dict[str, Any]:
 
 
 def is_interval(value: Any) -> bool:
-    """Whether a value of JSON has both ends of an interval."""
+    """Whether a JSON value is the two ends of an interval."""
     return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is one."""
+    """Whether a JSON value is a number."""
     return type(value) in (int, float)
 
 
 def scores_by_size(value: Any) -> bool:
-    """Whether a value of JSON has numbers by embedding size."""
+    """Whether a JSON value maps embedding sizes to numbers."""
     return isinstance(value, dict) and all(
         size.isdecimal() and is_number(score) for size, score in value.items()
     )
@@ -1912,7 +1912,7 @@ def training_pictures(settings: Settings, results: dict[str, Any], last: str) ->
         prototypes = {"dino": head.num_prototypes_per_level}
         figures["losses"] = draw.loss_curves(records, num_prototypes=prototypes)
     else:
-        print(f"report: {path} has no losses, so that their curves are left out")
+        print(f"report: {path} has no losses: their curves are left out")
     key = f"knn/{settings.evaluation.knn}"
     if online := [(record["step"], record[key]) for record in records if key in record]:
         steps, accuracy = zip(*online, strict=True)
@@ -1985,7 +1985,7 @@ def feature_pictures(settings: Settings, results: dict[str, Any], plan: Plan) ->
 
 
 def position_errors(path: Path) -> list[float]:
-    """The error of each of RASA's iterations, from the header of its export."""
+    """Read the position error of each of RASA's iterations from the header of its export."""
     errors = json.loads(backbones.read_metadata(path)["position_errors"])
     return [float(error) for error in errors]
 
@@ -2073,7 +2073,7 @@ def run(settings: Settings) -> None:
 
 
 def run_stages(settings: Settings, parallel: Parallel, *, again: bool) -> Parallel:
-    """The stages, once the settings are checked. `again`: see :func:`check`."""
+    """Check the settings, then run the stages. `again`: see :func:`check`."""
     check(settings, parallel.world_size, again=again)
     parallel.wait()  # nobody writes before all have looked
     if settings.resume:
@@ -2118,7 +2118,7 @@ def unfinished(settings: Settings) -> list[Stage]:
 
 
 def what_is_left(settings: Settings) -> str:
-    """The stages that a resumed run continues with, where in the first it is, and what it reads."""
+    """The stages that are left of a resumed run, its step in the first of them, and its data."""
     left = unfinished(settings)
     stages = ", ".join(left) or "all is finished"
     for plan in (pretraining(settings), high_resolution(settings)):
@@ -2182,7 +2182,7 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-# Settings may come with a folder from somebody else: none may take any amount of memory.
+# Settings may come with a folder from somebody else, so that sizes are bounded.
 LARGEST = {
     "workers": 1024,
     **dict.fromkeys(("scene_size", "crops.global_size", "crops.local_size"), 1 << 13),
@@ -2194,7 +2194,7 @@ LARGEST = {
 
 
 def refused_numbers(settings: Settings, world_size: int) -> list[str]:
-    """What is out of its range, for so many processes."""
+    """Settings that are out of range with `world_size` processes."""
     positive = ["steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_last"]
     batches = ["batch_size"]
     if settings.targets.kind == "sinkhorn":
@@ -2253,7 +2253,7 @@ def has_begun(stage: str, output: Path) -> bool:
 
 
 def refused_parallelism(settings: Settings, world_size: int) -> list[str]:
-    """What is wrong with --parallel and its like for so many processes."""
+    """Problems of --parallel and related settings with `world_size` processes."""
     problems = []
     if (settings.parallel == "none") != (world_size == 1) and settings.parallel != "auto":
         problems.append(
@@ -2314,7 +2314,7 @@ def refused_by_parts(settings: Settings) -> list[str]:
 
 
 def write_settings(settings: Settings) -> None:
-    """The first thing that goes into the output folder, with all stages the run was asked for."""
+    """Write `settings.json`, the first file in the output folder, with all stages asked for."""
     stored = read_settings(settings.output)
     begun = any(has_begun(name, settings.output) for name in TRAINING)
     if stored is not None and (begun or settings.resume):
@@ -2324,12 +2324,12 @@ def write_settings(settings: Settings) -> None:
 
 
 def write_data(settings: Settings, sources: Sources) -> None:
-    """What the data are, which later calls have to find again."""
+    """Write `data.json`: what the data are, which later calls compare with theirs."""
     write(settings.output, "data.json", json.dumps(fingerprints(sources._asdict()), indent=1))
 
 
 def write(output: Path, name: str, text: str) -> None:
-    """A small file in the output folder."""
+    """Write a small file into the output folder."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         with atomic_write(output / name) as file:
@@ -2354,8 +2354,8 @@ def read_settings(output: Path) -> Settings | None:
 def parse(arguments: Sequence[str]) -> Settings:
     """The command line over the settings of the run in --output, or of --preset.
 
-    Whether to resume is asked anew in each call, and so is which stages to run: all of the preset,
-    or, of a run that is resumed, those that it was asked for.
+    Two settings are not taken from the run: whether to resume, and the stages. By default these are
+    all stages of the preset, or with --resume, the stages that the run was asked for.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--output", type=Path, default=Settings().output)
@@ -2382,9 +2382,9 @@ def parse(arguments: Sequence[str]) -> Settings:
 
 
 def require_typed(stored: Settings, data: str | None, init_from: str | None) -> None:
-    """Refuse to start a program or to ask the network because a file says so.
+    """Refuse to start a program or to use the network because a file says so.
 
-    The folder of a run may come from somebody else. `data` and `init_from` are what this call says.
+    The folder of a run may come from somebody else. `data` and `init_from` are those of this call.
     """
     named = []
     try:
@@ -2399,12 +2399,12 @@ def require_typed(stored: Settings, data: str | None, init_from: str | None) -> 
     if named:
         raise SettingsError(
             f"{stored.output}/settings.json names what may start a program or ask another machine: "
-            f"{' and '.join(named)}. If you trust that, say it again in this call"
+            f"{' and '.join(named)}. If you trust it, give it again in this call"
         )
 
 
 def goes_on(stored: Settings, init_from: str, output: Path) -> bool:
-    """Whether a run from these weights has begun: it needs the file no more."""
+    """Whether a run from these weights has begun, so that it no longer needs the file."""
     same = stored.init_from == init_from and digest_of(init_from) in ("", stored.init.sha256)
     return same and has_begun("pretrain", output)
 

@@ -45,7 +45,7 @@ def test_an_array_of_a_npz(tmp_path, content, reason):
 
 
 def test_a_zip_that_unfolds_to_gigabytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("sslkit.data.array_file._MAX_BYTES", 10_000)
+    monkeypatch.setattr("sslkit.data.array_file.MAX_BYTES", 10_000)
     np.savez_compressed(tmp_path / "a.npz", images=np.zeros((100, 100, 100), np.uint8))
     with pytest.raises(ValueError, match=r"unfolds to 1000000 bytes, more than the limit of"):
         open_source(tmp_path / "a.npz")

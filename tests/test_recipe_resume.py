@@ -243,7 +243,7 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"error: --data .*: (train|test): \d+ images, now \d+"):
         recipe.main(["--output", str(output), "--resume"])
     (tmp_path / "export").rename(output / "pretrain.safetensors")
-    with pytest.raises(SystemExit, match=r"is not what the run in .* began on"):
+    with pytest.raises(SystemExit, match=r"is not what the run in .* began with"):
         recipe.main(["--output", str(output), "--stages", "evaluate"])
     (output / "pretrain.safetensors").unlink()
     recipe.main(["--output", str(output), "--resume", "--accept-changes"])

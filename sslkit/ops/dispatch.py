@@ -21,7 +21,7 @@ Body = Literal["torch", "triton"]
 Impl = Literal["auto", "torch", "triton"]
 
 MIN_TRITON = (3, 2)
-"""Oldest Triton whose compiler takes every kernel; it comes with torch 2.6."""
+"""Oldest Triton whose compiler takes every kernel."""
 
 _recordings: list[list[tuple[str, Body]]] = []
 

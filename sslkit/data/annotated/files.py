@@ -108,6 +108,7 @@ def read_class_map(path: str | os.PathLike[str], *, image: str | None = None) ->
         UnreadableImage: it cannot be read, has another mode, or the sizes differ.
 
     >>> import tempfile
+    >>> from PIL import Image
     >>> with tempfile.NamedTemporaryFile(suffix=".png") as file:
     ...     image = Image.new("P", (3, 1), 2)
     ...     image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
