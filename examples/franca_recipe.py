@@ -175,7 +175,7 @@ class Model:
     ibot_bottleneck: int = 256
     """Features of a patch at each level, compared with the prototypes."""
     normalize: bool = True
-    """Normalise the heads, so that scores are bounded as in DINO; False: the released, unbounded head."""
+    """Normalise in the heads, which bounds scores, as in DINO; False: as in the released head."""
     factored_scores: bool = False
     """Form scores in chunks, again whenever they are read: less memory, twice the products."""
 
@@ -195,7 +195,7 @@ class Crops:
     num_local: int = 8
     """Small views of an image; each adds a comparison with the teacher, and time."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Range of the blur's standard deviation, in pixels of the view: small views lose more detail."""
+    """Standard deviation of the blur in pixels of the view, from and to; small views lose more."""
 
 
 @dataclass(frozen=True)
@@ -290,10 +290,10 @@ class Init:
 class HighRes:
     """High-resolution adaptation (paper section 4): the same training with schedules of its own."""
 
-    # The values of the released configs/finetune/vitb14_finetune.yaml, 100 epochs of 200 iterations.
-    # The batch is the exception: the file has 32 images a GPU and does not say on how many GPUs. The
-    # paper says that the schedules of pretraining are compressed and that the teacher warms up for
-    # 10 K iterations; in the file, 10 K is the warm-up of the learning rate.
+    # The values of the released configs/finetune/vitb14_finetune.yaml 100 epochs of 200 steps,
+    # except the batch: the file has 32 images a GPU and does not say on how many GPUs. The paper
+    # says that the schedules of pretraining are compressed and that the teacher warms up for 10 K
+    # iterations; in the file, 10 K is the warm-up of the learning rate.
     steps: int = 20_000
     """Optimizer steps."""
     global_size: int = 518
@@ -387,7 +387,7 @@ class Settings:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Encoder precision; auto: bfloat16 autocast on a GPU, float32 on a CPU."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
-    """How processes share the training; auto: ddp, or fsdp where a GPU would be too small for it."""
+    """How processes share the work; auto: ddp, or fsdp where a GPU would be too small for it."""
     hsdp_replicas: int = 1
     """With fsdp, copies of the sharded networks, for example one a node."""
     compile_blocks: bool = False
@@ -422,8 +422,8 @@ class Settings:
 
 # The defaults above are ViT-B on ImageNet-21K. Each value of model, crops, masks, targets, losses
 # and optim is in the released configuration (24f8c60: configs/train, and ssl_default_config.yaml
-# where these are silent) and, if the paper gives it, also in the paper's section 4, unless a comment
-# says otherwise. The values of rasa and evaluation are ours: see docs/faithfulness.md.
+# where these are silent) and, if the paper gives it, also in its section 4, unless a comment says
+# otherwise. The values of rasa and evaluation are ours: see docs/faithfulness.md.
 #
 #                          paper                  released configuration               taken
 #   steps, ViT-B           625 K (500 epochs)     1 M (800 epochs of 1250)             paper
@@ -942,7 +942,7 @@ class Trainer:
         networks = (self.student, self.teacher.module)
         if plan.name == "highres":
             load_checkpoint_(pretrained, path, self.weights(), partial=True)
-            # As in scripts/modify_ckpt_highres.py of the release. Local crops keep the encoder's rule.
+            # As the release's scripts/modify_ckpt_highres.py; local crops keep the encoder's rule.
             for network in networks:
                 network.backbone.set_img_size_(plan.global_size, pos_interpolation="antialias")
         self.distribute(networks)

@@ -1,4 +1,4 @@
-"""A command as a program: how it ends when it is interrupted or its output has nowhere to go."""
+"""How a command ends when it is interrupted or its output cannot be written."""
 
 import multiprocessing
 import os
@@ -9,12 +9,13 @@ from typing import NoReturn
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run ``main`` and exit with its status, 0 for None; for ``if __name__ == "__main__":``.
+    """Run ``main`` and exit with the status that it returns; None counts as 0.
 
-    An interrupt (Ctrl-C) ends the program at once with one line and status 130, the status of a
-    shell's command that SIGINT ended. Files and other resources are closed by the blocks that own
-    them; child processes are killed, and threads are not waited for. Output that cannot be written,
-    for example because ``head`` has read enough, ends it with one line and status 1.
+    Use it as ``if __name__ == "__main__": run_command(main)``. An interrupt (Ctrl-C) ends the
+    program at once with one line and status 130, the status that shells give to a command that
+    SIGINT ended: ``with`` blocks close what they own, child processes are killed, and threads are
+    not waited for. If the output cannot be written, for example because ``head`` has read enough,
+    the program ends with one line and status 1.
     """
     status: int | str | None = 1
     try:
@@ -37,7 +38,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
 
 def describe(error: OSError) -> str:
-    """The file, if there is one, and what the system says of it.
+    """Return the file of an error, if it names one, and what the system says about it.
 
     >>> describe(FileNotFoundError(2, "No such file or directory", "runs/demo"))
     'runs/demo: No such file or directory'
@@ -49,7 +50,7 @@ def describe(error: OSError) -> str:
 
 
 def _discard_unwritable_output() -> bool:
-    """Whether all output could be written; what could not is not tried again at the exit."""
+    """Whether all output could be written. Python then does not try the rest again at exit."""
     try:
         sys.stdout.flush()
     except OSError:

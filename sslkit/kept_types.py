@@ -1,7 +1,7 @@
-"""Buffers that keep their type whatever ``half()``, ``to(dtype)`` or a checkpoint says.
+"""Buffers that keep their types through ``half()``, ``to(dtype)`` and checkpoints.
 
-Running sums, past scores and orthonormal directions are exact or useless. A module around them is
-cast for the sake of its weights; the state keeps its range and its precision.
+Running sums, past scores and orthonormal directions need the range and the precision of their type.
+A module is cast for the sake of its weights, so these buffers do not take part.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 
 class KeepsTypes(nn.Module):
-    """A module whose own buffers keep their types, and their values with them.
+    """Base class of modules whose own buffers keep their types.
 
-    ``half()``, ``double()``, ``to(dtype)`` and ``to(device, dtype)``, called on the module or on
-    one around it, move the buffers to the device and leave their types. ``load_state_dict``
-    converts what a checkpoint holds, with ``assign=True`` too. On Apple's MPS, which has no
-    float64, a float64 buffer stays on the CPU.
+    ``half()``, ``double()``, ``to(dtype)`` and ``to(device, dtype)``, called on the module or on a
+    module that contains it, move the buffers to the device but do not change their types.
+    ``load_state_dict`` converts stored buffers to these types, also with ``assign=True``. On
+    Apple's MPS, which has no float64, a float64 buffer stays on the CPU.
 
     >>> class Mean(KeepsTypes):
     ...     def __init__(self):

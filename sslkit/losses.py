@@ -238,8 +238,8 @@ class KoLeoLoss(nn.Module):
     """Spread features apart: minus the mean log distance to the nearest neighbour.
 
     The Kozachenko-Leonenko entropy estimator as a regulariser (Sablayrolles et al. 2019, "Spreading
-    vectors for similarity search"; DINOv2, section 4). With ``z = x / |x|`` row by row, whatever
-    the scale of x (rows of zeros stay zeros and get no gradient)::
+    vectors for similarity search"; DINOv2, section 4). With ``z = x / |x|`` row by row, for x
+    of any scale (rows of zeros stay zeros and get no gradient)::
 
         for i in range(B):
             j = argmax over j != i of z[i] · z[j]

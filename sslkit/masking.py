@@ -33,7 +33,7 @@ class CyclicMaskGenerator:
             ``"random"`` masks patches drawn one by one without replacement.
         shift: roll the masks (CyclicMask).
         aspect_ratio: (lowest, highest) height / width of the block. The ratio is drawn
-            log-uniformly from those of them at which the block fits the grid.
+            log-uniformly from the part of this range at which the block fits the grid.
 
     Raises:
         ValueError: a setting is out of its range, ``batch_size`` is negative, or ``num_masked`` is
@@ -138,17 +138,17 @@ def block(
 ) -> Tensor:
     """A contiguous masked block of exactly ``num_masked`` patches, bool [H, W].
 
-    The ratio height / width is drawn log-uniformly from the part of ``aspect_ratio`` that fits the
-    grid, which holds blocks between ``num_masked / W**2`` and ``H**2 / num_masked``. Where the two
-    ranges do not overlap, the block takes the fitting ratio that is nearest to ``aspect_ratio``.
+    The ratio height / width is drawn log-uniformly from the part of ``aspect_ratio`` at which the
+    block fits the grid, that is between ``num_masked / W**2`` and ``H**2 / num_masked``. Where the
+    two ranges do not overlap, the fitting ratio nearest to ``aspect_ratio`` is taken.
     The height or the width, either with probability 1/2, is rounded up to whole patches, and the
     other side is the smallest that holds the block. The place is uniform. Surplus patches, fewer
     than the rounded side is long, are removed from one of the two edges along that side, starting
     at one of its two ends, each equally likely. What is left is 4-connected and prefers no
     direction.
 
-    The released Franca draws the ratio alike. It always rounds the width, and always removes the
-    surplus from the right end of the bottom edge.
+    The released Franca draws the ratio in the same way. It always rounds the width, and always
+    removes the surplus from the right end of the bottom edge.
 
     >>> block((3, 4), 5, generator=torch.Generator().manual_seed(4)).int()
     tensor([[0, 0, 0, 0],
@@ -236,8 +236,8 @@ def _fitting_ratio(
 def _rectangle(grid_size: tuple[int, int], area: int, ratio: float) -> tuple[int, int]:
     """(height, width) of a block of ``area`` patches and less than one row of surplus.
 
-    The width follows from ``ratio`` and is rounded up, but not by a rounding error alone. It is at
-    least ``ceil(area / H)``, so that the height fits the H rows of the grid.
+    The width follows from ``ratio`` and is rounded up, except for an excess as small as a rounding
+    error. It is at least ``ceil(area / H)``, so that the height fits the H rows of the grid.
     """
     H, W = grid_size
     width = max(math.ceil(math.sqrt(area / ratio) - 1e-9), math.ceil(area / H))

@@ -34,11 +34,11 @@ class MatryoshkaProjector(nn.Module):
 
         (m_l + 1) h + (num_layers - 2) (h + 1) h + (h + 1) b + K_l b
 
-    With ``normalize=True`` the prototypes' directions alone count, and their gradients are
-    orthogonal to them; their length, ``0.02 sqrt(b)`` at the start, sets how far a step of the
-    optimizer turns them. Both norms are taken in float32 at least and at any length; zeros stay
-    zeros (`sslkit.unit_rows`). The scores come in the precision of the surrounding autocast: call
-    the projector outside of it for float32 scores.
+    With ``normalize=True`` only the directions of the prototypes count, and their gradients are
+    orthogonal to them. Their length, ``0.02 sqrt(b)`` at the start, decides how far a step of the
+    optimizer turns them. Both norms are computed in float32 at least, for vectors of any length;
+    zeros stay zeros (`sslkit.unit_rows`). The scores have the precision of the surrounding
+    autocast: call the projector outside of it for float32 scores.
 
     Args:
         in_dim: D, the size of the features.
@@ -51,10 +51,11 @@ class MatryoshkaProjector(nn.Module):
         hidden_dim: h, width of the hidden layers. 2048 in the released configuration.
         bottleneck_dim: b. Released: 384 for the DINO head, 256 for the iBOT head.
         num_layers: linear layers in the MLP; 1 is a single Linear(m_l, b).
-        normalize: False computes what the released head does (with ``num_layers`` > 1): nothing is
-            normalised and a GELU also follows the last layer of the MLP, so scores are unbounded.
-            Prototypes start at length 1. They are one weight here and a length times a direction
-            there (weight norm, both learned), so an optimizer moves them differently.
+        normalize: with False the projector computes what the released head does (if ``num_layers``
+            > 1): nothing is normalised and a GELU also follows the last layer of the MLP, so scores
+            are unbounded. Prototypes start at length 1. Here they are one weight, in the release a
+            learned length times a learned direction (weight norm), so an optimizer moves them
+            differently.
 
     Attributes:
         heads: the L MLPs, coarse to fine.

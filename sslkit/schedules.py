@@ -1,8 +1,8 @@
 """Hyper-parameters as plain functions of the step.
 
 Nothing here holds state: a resumed run gets every value right from the step number alone.
-Every function returns a Python float. Steps may come as Python numbers, from NumPy or as a tensor
-of one element; they are finite and not negative.
+Every function returns a Python float. A step may be a Python number, a NumPy number or a tensor of
+one element; it must be finite and not negative.
 
 Steps count from 0. The warm-up follows DINOv2 and the released Franca: ``linspace(start, end,
 warmup_steps)``, both ends included, so that step 0 has the start value and step
@@ -168,7 +168,7 @@ def _between(start: float, end: float, share: float) -> float:
 
 
 def _count(name: str, value: SupportsFloat) -> int:
-    """A number of steps or images as a Python number: a float only if it was given as one."""
+    """Return a number of steps or images as a Python int, or as a float if it is not whole."""
     number = _finite(name, value)
     if number < 0:
         raise ValueError(f"{name} must not be negative, got {value}; steps count from 0")
@@ -176,7 +176,7 @@ def _count(name: str, value: SupportsFloat) -> int:
 
 
 def _finite(name: str, value: SupportsFloat) -> float:
-    """The Python float of a number."""
+    """Return a finite number as a Python float."""
     if isinstance(value, bool | str):
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:

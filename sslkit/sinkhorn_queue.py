@@ -55,9 +55,9 @@ class SinkhornQueue(KeepsTypes):
     Args:
         num_rows: Q.
         num_columns: K, or the size of the features for `FactoredLogits`.
-        dtype: that rows are kept in, also through ``half()`` and ``to(dtype)``: ``torch.float32``;
+        dtype: type of the rows, also after ``half()`` and ``to(dtype)``: ``torch.float32``;
             ``torch.bfloat16``, which halves the memory; or ``torch.float64`` for float64 logits.
-            float16 will not do: a score of 1e5, which float32 and bfloat16 logits may have, is
+            float16 is refused: a score of 1e5, which float32 and bfloat16 logits may have, is
             infinite in it.
 
     Attributes:
@@ -71,8 +71,8 @@ class SinkhornQueue(KeepsTypes):
     Raises:
         ValueError: a size is below 1; logits have other columns or are on another device than the
             queue; a row mask has another shape than ``[B]``.
-        TypeError: ``dtype`` is another one, logits are not floating point or are float64 where the
-            queue is not (or the other way round), or a row mask is not bool.
+        TypeError: ``dtype`` is none of these; logits are not floating point; logits or the queue
+            are float64 and the other is not; or a row mask is not bool.
 
     Example:
         A batch of two, both nearest to prototype 0; earlier batches went to 1 and 2. Balanced by
@@ -151,7 +151,7 @@ class SinkhornQueue(KeepsTypes):
         if score_dtype(stored) != score_dtype(self.rows):
             raise TypeError(
                 f"logits are {stored.dtype} and the queue keeps {self.rows.dtype}: float64 goes "
-                "with float64 alone; make the queue with dtype=torch.float64, or cast the logits"
+                "only with float64; make the queue with dtype=torch.float64, or cast the logits"
             )
         return stored
 

@@ -19,7 +19,7 @@ class EMATeacher(nn.Module, Generic[Student]):
     ``update(student)`` after each optimizer step moves every parameter and copies every buffer::
 
         teacher = momentum * teacher + (1 - momentum) * student     # parameters
-        teacher = student      # buffers (BatchNorm's, ...), and parameters of integers or booleans
+        teacher = student      # buffers (BatchNorm's, ...), and integer or boolean parameters
 
     The copy is the attribute ``module``; calling the teacher runs it in eval mode without
     gradients. It stays in eval mode whatever ``train()`` is called on it or on a module around it.
@@ -27,8 +27,8 @@ class EMATeacher(nn.Module, Generic[Student]):
 
     Parameters are matched by name. Pass the module without a wrapper: ``EMATeacher(ddp.module)``
     and ``update(ddp.module)``; for ``torch.compile(model)`` pass ``model``. Keep the teacher's
-    parameters in float32: bfloat16 rounds away any step smaller than 2^-9 of the value, that is
-    nearly all of them.
+    parameters in float32: bfloat16 rounds away any step smaller than 2^-9 of the value, which
+    is nearly all of them.
 
     Sharded parameters (DTensor) are moved shard by shard, without communication. ``fully_shard``
     modules cannot be copied, so build the teacher first, then shard ``student`` and
@@ -40,8 +40,9 @@ class EMATeacher(nn.Module, Generic[Student]):
         momentum: share of its own value that a parameter keeps in one update, in [0, 1].
 
     Raises:
-        ValueError: ``momentum`` is outside of its range, or ``student`` cannot be copied: it is
-            sharded by ``fully_shard``, a DistributedDataParallel, or not initialised yet (lazy).
+        ValueError: ``momentum`` is not in [0, 1], or ``student`` cannot be copied because it is
+            sharded by ``fully_shard``, wrapped in DistributedDataParallel, or has lazy parameters
+            that are not initialised yet.
 
     >>> student = nn.Linear(2, 1)
     >>> teacher = EMATeacher(student, momentum=0.75)
@@ -74,9 +75,9 @@ class EMATeacher(nn.Module, Generic[Student]):
             momentum: for this update, in place of the one given at construction: a schedule.
 
         Raises:
-            ValueError: a name is missing or unexpected; a shape, a device or the kind of a tensor
-                (sharded or not, in the same way; real, complex or integer) differs; or a type has
-                no mean (8-bit floats). Nothing has been changed then.
+            ValueError: a name is missing or unexpected; a shape, a device, the sharding or the kind
+                of numbers (real, complex, integer) differs; or the teacher's parameters are of a
+                type without a mean (8-bit floats). Nothing has been changed then.
         """
         momentum = self.momentum if momentum is None else _checked_momentum(momentum)
         parameters = _pairs(
@@ -114,7 +115,7 @@ def ema_(pairs: list[tuple[Tensor, Tensor]], momentum: float) -> None:
         firsts, seconds = groups[type(mine), mine.dtype, mine.device]
         firsts.append(mine)
         seconds.append(theirs.to(mine.dtype))
-    for _, dtype, device in groups:  # before anything is moved
+    for _, dtype, device in groups:  # before anything is changed
         try:
             nothing = torch.zeros(0, dtype=dtype, device=device)
             torch.lerp(nothing, nothing, 0.5)
@@ -198,7 +199,7 @@ def _pairs(
 
 
 def _sharding(tensor: Tensor) -> tuple[Any, ...]:
-    """Mesh and placements of a DTensor; nothing of another tensor."""
+    """Mesh and placements of a DTensor; empty for other tensors."""
     names = ("device_mesh", "placements")
     return tuple(getattr(tensor, name) for name in names if hasattr(tensor, name))
 

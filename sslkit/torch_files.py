@@ -1,4 +1,4 @@
-"""Files of ``torch.save``: tensors and plain data, without code, in memory that fits the file.
+"""Files of ``torch.save``, read without trust: no code runs, and memory is bounded by the file.
 
 ``torch.load(weights_only=True)`` runs no code, but it still makes what the file asks for: a zip
 member that unpacks to gigabytes, ``bytearray(10 ** 11)``, a tensor whose strides are 0. These are
@@ -41,15 +41,15 @@ _MEGABYTE = 1 << 20
 
 
 def read_torch_file(path: Path) -> Any:
-    """What a file of ``torch.save`` holds: tensors on the CPU, in plain containers.
+    """Read a file of ``torch.save``: tensors on the CPU, in plain containers.
 
     Args:
         path: a zip archive, or a file from before PyTorch 1.6.
 
     Raises:
-        ValueError: the file is damaged; it is an archive of TorchScript; it holds more than tensors
-            and plain data; it is compressed, so that it would grow in memory. The message names the
-            file and says what to do.
+        ValueError: the file is damaged, is a TorchScript archive, holds more than tensors and plain
+            data, or is compressed, so that it would grow in memory. The message names the file and
+            says what to do.
     """
     with path.open("rb") as opened:
         zipped = opened.read(2) == b"PK"
@@ -83,10 +83,10 @@ def read_torch_file(path: Path) -> Any:
 
 
 def plain_tensor(name: str, tensor: Tensor) -> Tensor:
-    """The tensor without gradient, class or attributes of its own, sharing its memory.
+    """Return a plain tensor that shares memory with ``tensor``: no gradient, subclass, attributes.
 
     Raises:
-        ValueError: it is sparse, nested or without values, and cannot be a weight.
+        ValueError: the tensor is sparse, nested, quantised or without values.
     """
     plain = torch.Tensor.detach(tensor)
     if plain.is_nested or plain.layout is not torch.strided or plain.is_quantized or plain.is_meta:
@@ -98,8 +98,8 @@ def plain_tensor(name: str, tensor: Tensor) -> Tensor:
 def require_proportion(name: str, tensors: Iterable[Tensor], num_bytes: int) -> None:
     """Raise a ValueError if tensors claim far more memory than the file has bytes.
 
-    A view may repeat its memory: ``zeros(1).expand(10 ** 12)`` is a file of a kilobyte. Names that
-    share weights are well, as long as all tensors written out take at most four times the file.
+    A view may repeat its memory: ``zeros(1).expand(10 ** 12)`` is a file of a kilobyte. Names may
+    share weights, as long as all tensors written out take at most four times the file.
 
     >>> require_proportion("w.pt", [torch.zeros(1).expand(10**9)], 1000)
     Traceback (most recent call last):
@@ -116,7 +116,7 @@ def require_proportion(name: str, tensors: Iterable[Tensor], num_bytes: int) -> 
 
 
 class _Refused(Exception):
-    """What is wrong with a file, as the end of a sentence that its path begins."""
+    """What is wrong with a file: the end of a sentence that begins with its path."""
 
 
 def _check_archive(path: Path) -> None:
@@ -134,8 +134,8 @@ def _check_archive(path: Path) -> None:
         unpacked, size = sum(member.file_size for member in members), path.stat().st_size
         if unpacked > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise _Refused(
-                f"is compressed: its {size:,} bytes unpack to {unpacked:,}, and torch.save writes "
-                "none such. Where you trust it, unpack it and zip it without compression (zip -0)"
+                f"is compressed: its {size:,} bytes unpack to {unpacked:,}, and torch.save does "
+                "not compress. If you trust it, unpack it and zip it without compression (zip -0)"
             )
         for member in members:
             if member.filename.lower().endswith(".pkl"):

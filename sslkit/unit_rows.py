@@ -1,4 +1,4 @@
-"""Vectors at length 1, whatever their scale.
+"""Normalisation of vectors of any scale.
 
 The square of a float32 number above 2e19 is infinite and that of one below 1e-23 is zero, so a
 textbook normalisation turns such vectors into zeros or leaves them as they are. Dividing by a power
@@ -18,10 +18,11 @@ _EXPONENT_BITS = {
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Vectors of the last axis at length 1; a vector of zeros stays zero.
+    """Scale the vectors along the last axis to length 1; a vector of zeros stays zero.
 
-    ``z = x / |x|``, whose gradient is ``(g - z <z, g>) / |x|``, and zero for a vector of zeros. A
-    vector with NaN or infinity has NaN in its result. Differentiable any number of times.
+    The result is ``z = x / |x|``. Its gradient is ``(g - z <z, g>) / |x|``, and zero for a vector
+    of zeros. A vector with NaN or infinity has NaN in its result. The function can be
+    differentiated any number of times.
 
     Args:
         x: [..., D], any float type.
@@ -39,10 +40,10 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """The largest power of two up to each positive number, float32 or float64.
+    """The largest power of two that is at most each positive number, float32 or float64.
 
-    Kept within the range in which it and its inverse are normal numbers. Zero, infinity and NaN
-    give an end of it.
+    It is clamped to the range in which it and its inverse are normal numbers. Zero, infinity and
+    NaN give an end of that range.
     """
     integer, exponent_bits = _EXPONENT_BITS[x.dtype]
     least = torch.finfo(x.dtype).tiny
@@ -50,13 +51,13 @@ def power_of_two(x: Tensor) -> Tensor:
 
 
 class _UnitRows(torch.autograd.Function):
-    """Keeps the result for the backward, which is in memory anyway, and not its input."""
+    """Saves its result, which is in memory anyway, for the backward pass, and not its input."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        """The unit vectors, and their lengths [..., 1]; infinity where there is none."""
+        """The unit vectors, and the lengths [..., 1] of x, infinity for vectors of zeros."""
         largest = x.abs().amax(dim=-1, keepdim=True)
         power = power_of_two(largest)
         scaled = x / power

@@ -1,4 +1,4 @@
-"""Array files of NumPy, .npy and .npz, read without trust in what they say of themselves."""
+"""NumPy's array files, .npy and .npz, read without trusting their headers."""
 
 import os
 import zipfile
@@ -15,10 +15,10 @@ _MAX_RATIO = 100
 
 
 def open_npy(path: Path) -> np.ndarray:
-    """The array of a .npy file, memory-mapped; never by pickle.
+    """Memory-map the array of a .npy file; nothing is unpickled.
 
     Raises:
-        ValueError: it cannot be opened, with the reason.
+        ValueError: the file cannot be opened; the message gives the reason.
     """
     try:
         check_regular(path)
@@ -32,7 +32,9 @@ def open_npy(path: Path) -> np.ndarray:
 
 
 class NpzFile(Mapping[str, np.ndarray]):
-    """The arrays of a .npz archive by name, each read when asked for; never by pickle.
+    """Mapping from names to the arrays of a .npz archive; nothing is unpickled.
+
+    An array is read on access, each time anew.
 
     An array is read if it has at most 2 GiB (`sslkit.data.decode.MAX_BYTES`) or at most 100 times
     the bytes of the file. Noise does not shrink, images seldom shrink to less than a tenth, and a

@@ -1,26 +1,27 @@
-"""Images brought to the number of channels that a network takes."""
+"""Conversion of images to the number of channels that a network takes."""
 
 import torch
 from torch import Tensor
 
 
 def with_channels(image: Tensor, channels: int) -> Tensor:
-    """An image of ``channels`` channels, uint8 [channels, h, w].
+    """Convert an image to ``channels`` channels, uint8 [channels, h, w].
 
-    - As many channels as asked for: the image itself.
+    - The same number: the image itself.
     - 3 to 1: luminance, ``(19595 R + 38470 G + 7471 B + 32768) >> 16``, the ITU-R 601-2 luma that
       Pillow's ``convert("L")`` computes. Equal channels keep their value.
     - 1 to 3: the grey channel three times.
 
-    Other numbers have no agreed meaning (transparency, infrared, ...) and are refused. Image files
-    never get here with transparency: `sslkit.data.decode` composites it over white.
+    Other conversions are refused, since further channels have no agreed meaning (transparency,
+    infrared, ...). Images from files have no transparency: `sslkit.data.decode` composites it over
+    white.
 
     Args:
         image: uint8 [C, h, w].
-        channels: those of the network.
+        channels: the number of channels of the network.
 
     Raises:
-        ValueError: other numbers of channels.
+        ValueError: there is no rule for this conversion.
 
     >>> with_channels(torch.tensor([[[255]], [[0]], [[0]]], dtype=torch.uint8), 1)
     tensor([[[76]]], dtype=torch.uint8)

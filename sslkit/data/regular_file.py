@@ -1,4 +1,4 @@
-"""Opens files of data: regular ones only, so that a pipe or a device cannot hold a run up."""
+"""Opens only regular files, so that a pipe or a device cannot block a run."""
 
 import os
 import stat
@@ -9,9 +9,9 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
     """Open a regular file, or a link to one, for reading.
 
     Raises:
-        OSError: it cannot be opened, or is a folder, a pipe, a device or a socket.
+        OSError: the path cannot be opened, or is a folder, a pipe, a device or a socket.
     """
-    # Without O_NONBLOCK, opening a pipe waits for somebody who writes into it.
+    # Without O_NONBLOCK, opening a pipe waits until something writes into it.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | os.O_CLOEXEC)
     try:
         check_regular(path, os.fstat(descriptor).st_mode)
@@ -26,7 +26,7 @@ def check_regular(path: str | os.PathLike[str], mode: int | None = None) -> None
 
     Args:
         path: the file.
-        mode: its ``st_mode``; default: looked up.
+        mode: its ``st_mode``, looked up by default.
     """
     mode = os.stat(path).st_mode if mode is None else mode
     if not stat.S_ISREG(mode):
@@ -40,11 +40,11 @@ def check_regular(path: str | os.PathLike[str], mode: int | None = None) -> None
 
 
 def read_regular(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
-    """The content of a regular file.
+    """Read a regular file.
 
     Raises:
         OSError: see `open_regular`.
-        ValueError: it is larger than ``max_bytes``.
+        ValueError: the file is larger than ``max_bytes``.
     """
     with open_regular(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size

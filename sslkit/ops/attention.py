@@ -37,7 +37,7 @@ SINGLE_TILE_TOKENS = 64
 
 
 Runs = tuple[tuple[int, int], ...]
-"""``(length, count)`` of each run of crops of equal lengths."""
+"""One ``(length, count)`` for each run of neighbouring crops of equal length."""
 
 
 def equal_runs(lengths: Sequence[int], counts: Sequence[int] | None = None) -> Runs:
@@ -75,8 +75,8 @@ def packed_attention(
     Args:
         qkv: ``[T, 3, h, d]``, queries, keys and values of h heads of size d, in any float type.
         lengths: number of tokens of each crop, in the order of packing; sums to T.
-        counts: how many neighbouring crops each length stands for; None: one. A compiled graph
-            serves any counts, where a longer list of lengths would need another graph.
+        counts: number of neighbouring crops that each length stands for; one each by default. A
+            compiled graph serves any counts, but needs recompilation for a longer list of lengths.
         scale: factor of the dot products; ``d ** -0.5`` when None.
         impl: ``"auto"``, ``"torch"`` or ``"triton"`` (see :mod:`sslkit.ops.dispatch`). The Triton
             body takes float16 and bfloat16, heads of 32 and 64, and crops of up to 384 tokens;
@@ -159,7 +159,7 @@ def _packed_attention(
 
 
 def _pieces(qkv: Tensor, runs: Runs, impl: str) -> Iterator[tuple[Body, Runs]]:
-    """Neighbouring runs that one call of a body takes: for PyTorch, one."""
+    """Groups of neighbouring runs for one call of a body each; PyTorch's takes a single run."""
     for too_long, group in groupby(runs, key=lambda run: run[0] > MAX_TOKENS_TRITON):
         some = tuple(group)
         problem = _unsupported(qkv, max(n for n, _ in some) if too_long else None)

@@ -261,7 +261,7 @@ def _column_sum(
     bias: Tensor,
     impl: str,
 ) -> Tensor:
-    """Packed ``[ΣK]``: a sum over all rows, by the op for tensors and the one for factors."""
+    """Sum over all rows, packed ``[ΣK]``, by the op for tensors or the op for factored logits."""
     temperatures = problems.temperatures
     sums = [
         factored(x[0].features, x[0].prototypes, temperatures[0], bias, row_masks[0], impl)

@@ -182,8 +182,8 @@ def packed_column_mass(
     return body.column_mass(logits, temperatures, bias, row_masks)
 
 
-# Passes over factored logits, a chunk of rows at a time. The loop is inside the op: in a compiled
-# graph it would make another graph of every number of rows.
+# Passes over factored logits, a chunk of rows at a time. The loop is inside the op, because in a
+# compiled graph it would need another graph for every number of rows.
 
 
 @torch.library.custom_op(
@@ -250,7 +250,7 @@ def factored_column_mass(
 def _row_chunks(
     features: Tensor, prototypes: Tensor, row_mask: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Logits of some rows after the other, and their part of the mask; one chunk of no rows."""
+    """Chunks of logits and of the mask, in the order of the rows; no rows are one empty chunk."""
     logits = FactoredLogits(features, prototypes)
     B, K = logits.shape
     for rows in chunks(B, K, logits.device) if B > 0 else [slice(0, 0)]:
@@ -260,7 +260,7 @@ def _row_chunks(
 def merge_logsumexp(
     first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Shift and sum over the rows of both, from those of each."""
+    """Combine (shift, sum) of two sets of rows into that of their union."""
     larger = torch.maximum(first[0], second[0])
     shift = finite_shift(larger)
     sums = (total * torch.exp(own - shift) for own, total in (first, second))

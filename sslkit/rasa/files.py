@@ -56,8 +56,8 @@ def load_rasa(path: str | os.PathLike[str]) -> RASAProjector:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else, or more than tensors; or its basis is not finite, or
-            not orthonormal to 4e-6 (`RASAProjector.from_planes` takes any rows).
+        ValueError: it holds something else, or more than tensors; or its basis is not finite or not
+            orthonormal to 4e-6 (`RASAProjector.from_planes` takes planes of any rows).
 
     >>> import tempfile, torch
     >>> path = Path(tempfile.mkdtemp()) / "rasa.safetensors"

@@ -15,11 +15,11 @@ def removal(basis: Tensor) -> Tensor:
 
 
 def remove(x: Tensor, basis: Tensor) -> Tensor:
-    """Float64 features x [..., D] without the span of orthonormal (or zero) rows ``basis`` [n, D].
+    """Remove the span of orthonormal (or zero) rows ``basis`` [n, D] from float64 x [..., D].
 
-    ``basis basis^T = I + E`` with E at rounding level, so one removal leaves ``E (basis x)``: it is
-    small, but linear in what was removed, and least squares finds it. The second removal leaves
-    ``E^2 (basis x)``, far below the rounding of the difference itself.
+    ``basis basis^T = I + E`` with E at rounding level, so one removal leaves ``E (basis x)``. That
+    is small, but linear in what was removed, so that least squares finds it. The second removal
+    leaves ``E^2 (basis x)``, far below the rounding of the difference itself.
     """
     for _ in range(2):
         x = x - (x @ basis.T) @ basis
@@ -69,15 +69,16 @@ def removals_in_turn(planes: Sequence[Tensor]) -> Tensor:
 
 
 def orthonormal_basis(basis: Tensor) -> Tensor:
-    """A stored basis [2 T, D], orthonormal to the precision of its type, made so in float64.
+    """Make a stored basis [2 T, D], orthonormal to the precision of its type, so in float64.
 
-    Rows keep their places, and zero rows stay. A basis that is orthonormal to 1e-14 comes back as
-    it is, in float64.
+    Rows keep their places, and zero rows stay. A basis that is orthonormal to 1e-14 is returned
+    unchanged, in float64.
 
     Raises:
-        ValueError: it is not a float matrix of an even number of rows and more columns, a number is
-            not finite, or an entry of ``basis basis^T`` is further than 4e-6 from that of
-            orthonormal rows: 32 roundings of float32; for float16 and bfloat16, 32 of theirs.
+        ValueError: the basis is not a float matrix with an even number of rows and more columns
+            than rows, a number is not finite, or an entry of ``basis basis^T`` differs from the
+            identity's by more than 4e-6, which is 32 roundings of float32 (for float16 and
+            bfloat16, 32 roundings of theirs).
     """
     if not basis.is_floating_point() or basis.ndim != 2 or len(basis) % 2 or len(basis) == 0:
         raise ValueError(
@@ -100,7 +101,7 @@ def orthonormal_basis(basis: Tensor) -> Tensor:
         raise ValueError(
             f"the rows of basis are not orthonormal: an entry of basis basis^T is {gap:.2g} from "
             f"the identity's, where rounding explains {allowed:.2g}. Give planes of any length "
-            "and angle to RASAProjector.from_planes"
+            "and angle to RASAProjector.from_planes instead"
         )
     if gap > 1e-14:
         precise[given] = gram_schmidt(rows, rows[:0])
@@ -108,7 +109,7 @@ def orthonormal_basis(basis: Tensor) -> Tensor:
 
 
 def check_planes(planes: Sequence[Tensor]) -> None:
-    """Raise a ValueError unless there are planes, all of them finite, real, [2, D] with one D."""
+    """Raise a ValueError unless there are planes, all finite floats [2, D] with one D."""
     if wrong := [str(plane.dtype) for plane in planes if not plane.is_floating_point()]:
         raise ValueError(f"planes must be floating point, got {wrong[0]}")
     shapes = [list(plane.shape) for plane in planes]

@@ -44,9 +44,9 @@ class RASAProjector(KeepsTypes):
 
     Before `fit`, nothing is removed.
 
-    The basis is float64 and stays so through ``half()`` and checkpoints, and ``forward`` projects
-    in float64 and rounds once to the type of x. So what is left in the removed directions is the
-    rounding of the result, which least squares cannot tell from noise, in any type of x.
+    The basis is float64 and stays so through ``half()`` and checkpoints. ``forward`` projects in
+    float64 and rounds once to the type of x. The removed directions are then left with the rounding
+    of the result alone, which least squares cannot tell from noise, whatever the type of x.
 
     Args:
         dim: D, the size of the features.
@@ -206,7 +206,11 @@ class RASAProjector(KeepsTypes):
     def forward(self, x: Tensor) -> Tensor:
         """Features [..., D] without the span of ``basis``, in x's type.
 
-        Computed in float64, which autocast leaves alone; for x on MPS, which has none, on the CPU.
+        The projection is computed in float64, also under autocast. MPS has no float64, so that for
+        x on MPS it is computed on the CPU.
+
+        Raises:
+            ValueError: x is not floating point, or its last axis is not D.
         """
         if x.ndim == 0 or x.shape[-1] != self.dim or not x.is_floating_point():
             raise ValueError(
@@ -218,8 +222,8 @@ class RASAProjector(KeepsTypes):
     def matrix(self) -> Tensor:
         """P = I - basis^T basis, float64 [D, D]: symmetric, idempotent, ``forward(x) = x @ P``.
 
-        A product with P rounded to float32 leaves position at the level of that rounding, 1e-7 of
-        what was removed, where exact least squares finds some of it: prefer ``forward``.
+        Prefer ``forward``: a product with P in float32 leaves position at the level of the
+        rounding, 1e-7 of what was removed, and exact least squares finds some of it.
         """
         return removal(self.basis)
 
@@ -228,7 +232,7 @@ class RASAProjector(KeepsTypes):
     ) -> nn.Linear:
         """A copy of a linear layer that carries the projection (equation 3).
 
-        Exact but for one rounding of the weights to the layer's type.
+        It is exact up to one rounding of the weights to the layer's type.
 
         ``side="output"``, for the layer that produces the features, ``out_features = D`` (the
         paper's last ViT layer)::
@@ -268,7 +272,7 @@ class RASAProjector(KeepsTypes):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Orthonormal in float64, whatever type the basis was stored in."""
+        """Load the basis as `orthonormal_basis` makes it, whatever type it was stored in."""
         stored = state_dict.get(prefix + "basis")
         if isinstance(stored, Tensor) and not stored.is_meta:
             try:

@@ -63,7 +63,7 @@ class Checkpoints:
     ``keep_every`` is deleted.
 
     A checkpoint holds safetensors files and JSON (:mod:`sslkit.training.tensor_storage`). Reading
-    one runs no code, opens no file outside of it, and takes the memory of the state to be filled.
+    one runs no code, opens no file outside of it, and takes no memory beyond the state to fill.
     Checkpoints of sslkit 0.1, which are pickles, are refused.
 
     Importing this module silences the note of `torch.distributed.checkpoint` that there is no
@@ -205,8 +205,8 @@ class Checkpoints:
     ) -> None:
         """Raise an error unless :meth:`load_` could fill ``state``.
 
-        Only the description is read, and tensors may be on the ``meta`` device: so a network is
-        compared with a checkpoint before it takes memory.
+        Only the description is read, and the tensors of ``state`` may be on the ``meta`` device, so
+        that a network can be compared with a checkpoint before it takes memory.
 
         Raises:
             FileNotFoundError, CheckpointError, ValueError: see :meth:`load_`.
@@ -214,9 +214,7 @@ class Checkpoints:
         _require_fit(self.described(path), dict(_flat(state)), Path(path), partial=partial)
 
     def described(self, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-        """The tensors of a checkpoint by dotted name, of the saved types and shapes, without data.
-
-        They are on the ``meta`` device.
+        """Types and shapes of a checkpoint: tensors without data, on ``meta``, by dotted name.
 
         Raises:
             FileNotFoundError, CheckpointError: see :meth:`load_`.
@@ -364,7 +362,7 @@ def step_of(path: Path) -> int:
 
 
 def _checksums(folder: Path, rank: int) -> dict[str, str]:
-    """Of the files that process ``rank`` wrote; the first one writes the description as well."""
+    """Checksums of the files that process ``rank`` wrote; the first also writes the description."""
     own = [folder / f"rank_{rank}.safetensors"] + [folder / DESCRIPTION] * (rank == 0)
     return {path.name: file_digest(path) for path in own if path.exists()}
 

@@ -1,4 +1,4 @@
-"""Failures of a run that its surroundings cause, in words for whoever started it."""
+"""Messages for failures that the surroundings of a run cause: disks, memory, processes."""
 
 import errno
 
@@ -14,11 +14,11 @@ _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
 
 
 def explain(error: BaseException) -> str | None:
-    """What happened and what to do; None for an error that is not from the surroundings.
+    """Say what happened and what to do; None for an error that the surroundings did not cause.
 
-    Known are full disks, files that cannot be opened, short memory and other limits, dead worker
-    processes and lost processes of a distributed run. An error of any other kind may be a bug,
-    whose traceback is needed.
+    These failures are known: full disks, files that cannot be opened, too little memory and other
+    limits, dead worker processes, and lost processes of a distributed run. An error of any other
+    kind may be a bug, whose traceback is needed.
 
     >>> explain(OSError(28, "No space left on device"))
     'No space left on device. Free space, then continue with --resume from the last checkpoint'
@@ -32,7 +32,11 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in _TOO_MANY:
         return f"{describe(error)}. Lower --workers, or raise the limits of this user (ulimit -a)"
     if isinstance(error, OSError) and error.filename is not None:
-        hint = ". Move away what has this name, and try again" if error.errno in _IN_THE_WAY else ""
+        hint = (
+            ". Move what has this name out of the way, and try again"
+            if error.errno in _IN_THE_WAY
+            else ""
+        )
         return describe(error) + hint
     if _out_of_memory(error):
         said = str(error).strip().split(". ")[0] or "out of memory"
@@ -43,7 +47,7 @@ def explain(error: BaseException) -> str | None:
     if lost_worker(error):
         return (
             f"a process that loads images is gone ({str(error).splitlines()[0].strip()}), often "
-            "for want of memory: lower --workers, then continue with --resume from the last "
+            "because memory ran out: lower --workers, then continue with --resume from the last "
             "checkpoint"
         )
     if lost_contact(error):
@@ -55,7 +59,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """On a GPU or in the host's memory, which PyTorch tells by a RuntimeError."""
+    """Whether memory ran out, on a GPU or on the host, for which PyTorch has a RuntimeError."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )

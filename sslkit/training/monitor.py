@@ -15,7 +15,7 @@ _MEANING = {
     "uniform student": "loss {value} stays at ln K = {limit}",
     "one feature": "spread of the features {value}, healthy towards 1",
 }
-"""For each sign: what was seen, in the first of the levels that show it."""
+"""For each sign: what was seen in the first level that shows it."""
 
 
 def feature_std(features: Tensor) -> Tensor:
@@ -62,14 +62,14 @@ class CollapseMonitor:
         different samples get different prototypes.)
     uniform student
         ``|loss - ln K| <= (1 - uniform_loss) * ln K``: a student that predicts 1 / K for everything
-        has a cross-entropy of exactly ln K, whatever the targets. A larger loss is another thing:
-        that of a student that is sure and wrong, as in the first steps of every run.
+        has a cross-entropy of exactly ln K, whatever the targets. A larger loss means that the
+        student is sure and wrong, as in the first steps of every run.
     one feature
         ``spread <= one_feature``, with the spread of :func:`feature_std`: all images have nearly
         the same features.
 
-    A sign is reported once: when a level has shown it for ``patience`` updates in a row for the
-    first time. A value that is NaN shows no sign.
+    Each sign is reported once, as soon as a level has shown it for ``patience`` updates in a row.
+    A value that is NaN shows no sign.
 
     Early in a healthy run all four can be there: at step 0 the loss is about ln K, and the features
     of a random network hardly differ. Choose ``grace_steps`` past the warm-up of the learning rate.
@@ -77,8 +77,8 @@ class CollapseMonitor:
     Args:
         num_prototypes: K of each level, by the names that :meth:`update` uses.
         grace_steps: no warning before this step.
-        loss_grace_steps: none of a uniform student before this step: on its way down, the loss of
-            a healthy run passes ln K. ``grace_steps`` by default.
+        loss_grace_steps: no warning of a uniform student before this step, because the loss of a
+            healthy run passes ln K on its way down. ``grace_steps`` by default.
         patience: updates in a row, at least 1.
         uniform_targets: of ln K.
         few_prototypes: of ln K. At .05 a level of 1024 prototypes uses about 1.4 of them.
@@ -190,7 +190,7 @@ class CollapseMonitor:
         return warnings
 
     def _within(self, low: float, high: float, values: Mapping[str, float]) -> dict[str, float]:
-        """The values between two fractions of their ln K."""
+        """The values that lie between two fractions of their ln K."""
         return {n: v for n, v in values.items() if low <= v / self.limits[n] <= high}
 
     def _text(self, sign: str, names: list[str], value: float) -> str:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 _WINDOW = 30.0
 """Seconds over which speeds are averaged."""
 _TIMED_STEPS = 3
-"""Steps after the first one, which also starts workers and compiles, before time left is shown."""
+"""Steps to time before the time left is shown, after the first, which starts and compiles."""
 
 
 class TrainingProgress:
@@ -195,7 +195,7 @@ class _Speed:
         return (images - images_before) / (end - start) if end > start else math.nan
 
     def left(self, total_steps: int) -> str:
-        """The time left in words; nothing before enough steps have been timed."""
+        """The time left in words; empty until enough steps have been timed."""
         (start, step_before, _), (end, step, _) = self._marks[int(self._cold)], self._marks[-1]
         if step >= total_steps:
             return f"{_duration(0)} left"

@@ -37,19 +37,19 @@ class FolderError(RuntimeError):
 def own_folder(
     folder: Path, names: Iterable[str], parallel: Parallel, *, patience: float = 0.0
 ) -> Iterator[None]:
-    """A ``with`` block in which the processes of this run, and no others, write to ``folder``.
+    """A ``with`` block in which only the processes of this run write to ``folder``.
 
-    The first process locks it (:func:`one_run_at_a_time`) and looks for links among ``names``
+    The first process locks the folder (:func:`one_run_at_a_time`) and refuses links among ``names``
     (:func:`refuse_links`).
 
     Args:
-        folder: of the run, made if it is missing.
+        folder: the folder of the run; it is made if it is missing.
         names: files and folders in it that the run reads or writes.
         parallel: all processes of the run.
         patience: seconds to wait for a run that is about to end.
 
     Raises:
-        FolderError: in all processes.
+        FolderError: the folder is in use, cannot be written or has such a link; in all processes.
     """
     with ExitStack() as stack:
         problem: list[str | None] = [None]
@@ -70,19 +70,19 @@ def own_folder(
 
 @contextmanager
 def one_run_at_a_time(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
-    """Keep other runs out of ``folder``, which is made if it is missing, for a ``with`` block.
+    """Keep other runs out of ``folder`` for a ``with`` block.
 
-    The lock is one of the operating system on the file ``run.lock``. It ends with the process that
-    took it, however that ends: a file that a killed process or a machine without power has left is
-    not an obstacle. Child processes do not keep the lock. On a network file system it holds between
-    machines if the file system has POSIX locks (NFS has, Lustre with the mount option ``flock``);
-    where there are none at all, a warning says that nothing keeps a second run out.
+    The operating system holds the lock, on the file ``run.lock``. The lock ends with the process
+    that took it, however the process ends, so that a file left behind by a killed process or a
+    power cut is not an obstacle. Child processes do not keep the lock. On a network file system it
+    works between machines if the file system has POSIX locks (NFS has them, Lustre with the mount
+    option ``flock``). Without any locks, a warning says that nothing keeps a second run out.
 
-    The file holds the name of the host, the process and the time, for the message. It goes at the
-    end of the block, and so does the folder if the block has left it empty.
+    The file holds the name of the host, the process and the time, for the message. It is removed at
+    the end of the block. So is the folder, if this block made it and leaves it empty.
 
     Args:
-        folder: of a run.
+        folder: the folder of a run; it is made if it is missing.
         patience: seconds to wait for a run that is about to end.
 
     Raises:
@@ -116,7 +116,7 @@ def one_run_at_a_time(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Raise FolderError if one of ``names`` in ``folder``, or a thing below, is a link or a pipe.
+    """Raise FolderError if a file of ``names`` in ``folder``, or below them, is a link or a pipe.
 
     A link in the folder of a run would let it read and write elsewhere, and a pipe would let it
     wait forever. The folder itself may be a link.
@@ -160,7 +160,7 @@ def _acquire(path: Path, deadline: float) -> int:
 def _lock(descriptor: int, path: Path) -> bool:
     """Whether the lock could be taken.
 
-    It is a POSIX record lock, which belongs to the process. One of ``flock`` belongs to the open
+    It is a POSIX record lock, which belongs to the process. A lock of ``flock`` belongs to the open
     file and would live on in loader processes that outlive the run.
     """
     if fcntl is None:
@@ -176,14 +176,14 @@ def _lock(descriptor: int, path: Path) -> bool:
                 raise
             problem = f"this file system has no POSIX locks ({error})"
     warnings.warn(
-        f"cannot lock {path}: {problem}. See to it that no other run uses this folder",
+        f"cannot lock {path}: {problem}. Make sure that no other run uses this folder",
         stacklevel=2,
     )
     return True
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one of this name."""
+    """Whether the open file is still the file at ``path``."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

@@ -32,14 +32,14 @@ def as_json(settings: Any) -> str:
 
 
 def from_json(text: str, default: T) -> T:
-    """What :func:`as_json` wrote; fields that it does not name are those of ``default``.
+    """Read what :func:`as_json` wrote; fields that the text does not name are those of ``default``.
 
-    Each value must be of its field's type: int, float, bool, str, a ``Literal``, a tuple of such, a
-    path, or another such dataclass. Nothing is converted, but for integers where a float belongs.
+    Each value must be of its field's type: int, float, bool, str, a ``Literal``, a tuple of these,
+    a path, or another such dataclass. Nothing is converted, except an integer where a float belongs.
 
     Raises:
-        ValueError: the text is not a JSON object, or has a name that is not a field, or a value of
-            another type. The message gives the dotted name.
+        ValueError: the text is not a JSON object, a name is not a field, or a value has another
+            type. The message gives the dotted name.
     """
     return cast(T, _restored(parse_json(text, "the text"), default, ""))
 
@@ -81,7 +81,7 @@ def _restored(values: Any, default: Any, prefix: str) -> Any:
 
 
 def _typed(value: Any, kind: Any) -> Any:
-    """The value, if it is of this type; TypeError if it is not."""
+    """Return the value as this type, or raise a TypeError if it is of another one."""
     arguments = get_args(kind)
     if get_origin(kind) is Literal:
         if isinstance(value, str) and value in arguments:
@@ -102,5 +102,5 @@ def _typed(value: Any, kind: Any) -> Any:
 
 
 def _is_huge(value: Any) -> bool:
-    """Whether it is an integer that no tensor and no loop can take."""
+    """Whether this is an integer too large for any tensor and any loop."""
     return isinstance(value, int) and abs(value) > sys.maxsize

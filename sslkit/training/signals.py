@@ -1,4 +1,4 @@
-"""Stopping when asked to: a scheduler's SIGTERM, a terminal's Ctrl-C (SIGINT)."""
+"""Requests to stop: a scheduler's SIGTERM and a terminal's Ctrl-C (SIGINT)."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class _StopWaiting(BaseException):
-    """Leaves a wait; not an Exception, which somebody's code might catch."""
+    """Leaves a wait. It is not an Exception, which the code that waits might catch."""
 
 
 @dataclass
@@ -34,9 +34,10 @@ class StopRequest:
         return self.number != 0
 
     def unless_stopped(self, wait: Callable[[], T]) -> T | None:
-        """The result of ``wait()``, or None if a request arrives before it returns.
+        """Return the result of ``wait()``, or None if a request arrives before it returns.
 
-        For what may take long or hang, such as the next batch, and is not needed any more then.
+        Use it for a wait that may take long or hang, such as for the next batch, and whose result
+        is no longer needed after a request.
         """
         try:
             self._waiting = True
@@ -61,12 +62,12 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Note SIGTERM and SIGINT instead of ending, inside a ``with`` block in the main thread.
+    """Note SIGTERM and SIGINT instead of ending, in a ``with`` block in the main thread.
 
     A training loop looks at ``arrived`` between two steps, saves and leaves. A second SIGINT raises
-    KeyboardInterrupt. A second SIGTERM is noted too: whoever loses patience sends SIGKILL. A SIGINT
-    that is ignored, as in a shell's background jobs, stays ignored. The earlier handlers come back
-    with the end of the block.
+    KeyboardInterrupt. A second SIGTERM is only noted; SIGKILL ends the process at once. If SIGINT
+    was ignored before, as in a shell's background jobs, it stays ignored. The earlier handlers are
+    restored at the end of the block.
 
     >>> with stop_request() as request:
     ...     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,13 +1,13 @@
-"""Storage of `torch.distributed.checkpoint` in files that hold numbers and text, and no code.
+"""Storage for `torch.distributed.checkpoint` in files that hold numbers and text but no code.
 
     FOLDER/
       tensors.json          every tensor: its type, its shape, and which file has which part of it
       rank_0.safetensors    the parts that process 0 wrote
       ...
 
-PyTorch's own storage keeps the description as a pickle, which runs what it names when it is read.
-Here the description is JSON, and a part is read only if its type, its shape and the size of its
-file are those of the description and of the tensor that it goes to.
+PyTorch's own storage keeps the description as a pickle, and reading a pickle can run code. Here the
+description is JSON, and a part is read only if its type, its shape and the size of its file agree
+with the description and with the tensor to be filled.
 """
 
 import json
@@ -53,20 +53,20 @@ _CODES = {
 }
 _TYPES = {code: dtype for dtype, code in _CODES.items()}
 Described = Mapping[str, TensorStorageMetadata]
-"""What a checkpoint holds, by dotted name; it has nothing but tensors."""
+"""Descriptions of the tensors in a checkpoint, by dotted name."""
 
 DTYPES = frozenset(_CODES)
 """The types of tensors that can be stored."""
 
 
 class TensorWriter(FileSystemWriter):
-    """Writes the parts of tensors that a process owns, and on the first process the description.
+    """Writes the parts of tensors that a process owns; the first process writes the description.
 
     Files are flushed to the disk.
 
     Args:
         folder: an empty folder.
-        rank: the number of this process.
+        rank: the rank of this process.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -75,7 +75,7 @@ class TensorWriter(FileSystemWriter):
         self._file = f"rank_{rank}.safetensors"
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """The parts in ``plan``, as one safetensors file."""
+        """Write the parts in ``plan`` as one safetensors file."""
         parts = {
             item.index.fqn: cast(Tensor, planner.resolve_data(item)).detach().cpu()
             for item in plan.items
@@ -119,7 +119,7 @@ class TensorReader(FileSystemReader):
     """Reads what :class:`TensorWriter` wrote.
 
     Raises:
-        ValueError: from :meth:`read_metadata`, if the description is not one.
+        ValueError: from :meth:`read_metadata`, if the description cannot be used.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -127,7 +127,7 @@ class TensorReader(FileSystemReader):
         self._folder = folder
 
     def read_metadata(self) -> Metadata:
-        """The description, checked field by field."""
+        """Read the description and check it field by field."""
         tensors: dict[str, TensorStorageMetadata] = {}
         files: dict[MetadataIndex, str] = {}
         try:
@@ -215,7 +215,7 @@ def _sizes(value: Any) -> torch.Size:
 
 
 def _file_name(value: Any) -> str:
-    """The name of a file of processes, which cannot lead out of its folder."""
+    """Return the name of a file ``rank_N.safetensors``, which cannot lead out of its folder."""
     number = str(value).removeprefix("rank_").removesuffix(".safetensors")
     if value != f"rank_{number}.safetensors" or not (number.isascii() and number.isdecimal()):
         raise ValueError(f"{value!r} is not the name of a file of a checkpoint")

@@ -1,23 +1,23 @@
-"""Boxes of annotation files: four numbers each, in order and inside the image."""
+"""Checks of the boxes in annotation files: four numbers, in order and inside the image."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
-# Files round: boxes of COCO and VOC reach over the border by fractions of a pixel.
+# Files are rounded: boxes of COCO and VOC cross the border by fractions of a pixel.
 _OVERHANG = 1.0
 
 
 def check_boxes(boxes: Sequence[Any], size: tuple[int, int], name: str) -> None:
-    """Raise ValueError unless all ``boxes`` can be boxes of an image.
+    """Raise ValueError unless all ``boxes`` are possible boxes of an image.
 
     A box is (x0, y0, x1, y1): four finite numbers, x0 <= x1 and y0 <= y1, and at most one pixel
-    outside the image. (Files are known to have empty boxes, which x0 = x1 is.)
+    outside the image. (Empty boxes, with x0 = x1, occur in files and are accepted.)
 
     Args:
         boxes: as read from a file.
         size: (h, w) of the image.
-        name: the file, and what the boxes are of, for the message.
+        name: the file and the image, for the message.
 
     >>> check_boxes([[0, 0, 4.5, 3]], (3, 4), "a.json")
     >>> check_boxes([[3, 0, 2, 3]], (3, 4), "a.json")

@@ -191,7 +191,7 @@ class COCOThings(AnnotatedFiles):
         )
 
     def _size(self, index: int) -> tuple[int, int]:
-        """(height, width) that the JSON file has, once it is known to be that of the image."""
+        """(height, width) of the image in the JSON file, which must be that of the image file."""
         size = (int(self._sizes[index][0]), int(self._sizes[index][1]))
         stored, _ = self.sizes(index)
         if size != stored:
@@ -219,10 +219,10 @@ def _find_images(root: Path, split: str, tree: str) -> Path:
 def _read_instances(
     path: Path, *, coarse: bool
 ) -> tuple[list[str], list[dict[str, Any]], list[list[_Thing]]]:
-    """The classes, the entries of the images by their numbers, and the things in each image.
+    """Read the classes, the entries of the images by their numbers, and the things in each image.
 
     Raises:
-        ValueError: an entry that cannot be used, which the message names.
+        ValueError: an entry cannot be used; the message names it.
     """
     where = "its lists images, annotations and categories"
     try:

@@ -67,14 +67,14 @@ def decode_run_lengths(counts: Sequence[int] | str, size: tuple[int, int]) -> np
 
 
 def decompress_counts(text: str) -> list[int]:
-    """The run lengths that COCO's compressed string stands for.
+    """Decode the run lengths in COCO's compressed string.
 
-    A number is five bits a character, the lowest first: a character's code less 48 is these bits,
-    plus 32 if more follow. The last one's fourth bit (16) is the sign. From the fourth number on,
-    it is the difference from the number two before.
+    A character holds five bits of a number, the lowest bits first: its code less 48 is these bits,
+    plus 32 if more characters follow. Bit 16 of the last character is the sign. From the fourth
+    number on, a number is stored as its difference from the number two places before.
 
     Raises:
-        ValueError: a character that means nothing, or a number that never ends.
+        ValueError: a character has no meaning, or the string ends inside a number.
 
     >>> decompress_counts("52203")
     [5, 2, 2, 2, 5]

@@ -42,7 +42,7 @@ class AnnotatedFiles(ImageFiles):
         return image_sizes(self.name(index), self.max_side)
 
     def class_map(self, path: str | os.PathLike[str], index: int) -> np.ndarray:
-        """`read_class_map` of an image's map, once its size is known to be that of the image."""
+        """Read the class map of an image, which must have the image's size; see `read_class_map`."""
         return read_class_map(path, image=self.name(index))
 
     def fit_mask(self, mask: np.ndarray, index: int, name: str) -> Tensor:
@@ -62,7 +62,7 @@ class AnnotatedFiles(ImageFiles):
     def fit_boxes(self, boxes: Sequence[Sequence[float]], index: int, name: str) -> Tensor:
         """Boxes (x0, y0, x1, y1) in the image that is read, float32 [n, 4].
 
-        ``name`` is their file, for the error of a box that cannot be; see
+        ``name`` is their file, for the error about an impossible box; see
         `sslkit.data.annotated.boxes.check_boxes`.
         """
         (stored_height, stored_width), (height, width) = self.sizes(index)
@@ -101,11 +101,11 @@ def read_class_map(path: str | os.PathLike[str], *, image: str | None = None) ->
 
     Args:
         path: the file.
-        image: the file of the image that it belongs to, whose size must be the same; the sizes are
-            compared before the map is decoded.
+        image: the file of the image that the map belongs to. Both must have the same size, which
+            is checked before the map is decoded.
 
     Raises:
-        UnreadableImage: it cannot be read, has another mode, or the sizes differ.
+        UnreadableImage: the map cannot be read, has another mode, or the sizes differ.
 
     >>> import tempfile
     >>> from PIL import Image
@@ -126,9 +126,9 @@ def read_class_map(path: str | os.PathLike[str], *, image: str | None = None) ->
 def read_stored_values(
     path: str | os.PathLike[str], *, image: str | None = None
 ) -> tuple[str, np.ndarray]:
-    """Pillow's mode of an image file and the numbers in it, [H, W] or [H, W, C].
+    """Read Pillow's mode of an image file and the numbers in it, [H, W] or [H, W, C].
 
-    Args, errors: see `read_class_map`, but for the mode.
+    Arguments and errors are those of `read_class_map`, but any mode is accepted.
     """
     name = os.fspath(path)
     size = None if image is None else _stored_size(image)
@@ -141,11 +141,11 @@ def read_stored_values(
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a list or an annotation file, which is UTF-8.
+    """Read a list or an annotation file as UTF-8 text.
 
     Raises:
-        OSError: it cannot be opened, or is not a regular file.
-        ValueError: it is not UTF-8, or has more than 4 GiB.
+        OSError: the file cannot be opened, or is not a regular file.
+        ValueError: the file is not UTF-8, or has more than 4 GiB.
     """
     content = read_regular(path, max_bytes=_MAX_TEXT_BYTES)
     try:
@@ -155,11 +155,11 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Raises:
         OSError: see `read_text`.
-        ValueError: it is not JSON.
+        ValueError: the file is not JSON; see also `read_text`.
     """
     return parse_json(read_text(path), os.fspath(path))
 

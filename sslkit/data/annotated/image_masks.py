@@ -1,4 +1,4 @@
-"""Images with a mask each, and boxes and labels where there are any: a layout without a data set.
+"""A folder of your own images with masks, and with boxes and labels where there are any.
 
     FOLDER/
       images/NAME.jpg        any image format
@@ -8,16 +8,17 @@
                                         "images": {NAME: {"label": c,
                                                           "boxes": [[c, x0, y0, x1, y1], ...]}}}
 
-A mask's values are its grey levels (8 or 16 bits), palette indices, or colours. ``classes`` names
-the classes of masks, boxes and labels alike; class 0 is the background, which no image is labelled
-with. ``values`` gives the value of each class, a number or a colour as [R, G, B]; without it,
+The values of a mask are grey levels (8 or 16 bits), palette indices, or colours. ``classes`` names
+the classes of masks, boxes and labels alike. Class 0 is the background, which no image has as its
+label. ``values`` gives the value of each class, a number or a colour as [R, G, B]; without it,
 class c has the value c. Pixels of a value in ``ignore`` belong to no class; without it, 255 is
 ignored unless ``values`` has it. **Binary masks of 0 and 255 need** ``"values": [0, 255]``. Boxes
 are half open, in pixels. ``values``, ``ignore`` and ``images`` may be left out.
 
 Without ``annotations.json`` the values that occur in the masks are the classes, in ascending
-order, and a warning says which they are. If 255 is one of more than two, it is to be ignored; of
-two values, such as 0 and 255, the smaller is the background and the other the foreground.
+order, and a warning says which they are. If there are more than two and 255 is one of them, 255 is
+ignored. Of two values, such as 0 and 255, the smaller is the background and the other the
+foreground.
 
 Without both lists the images have no splits; `sslkit.data.open_source` then divides them.
 """
@@ -42,7 +43,7 @@ from sslkit.data.regular_file import read_regular
 from sslkit.data.splits import Split
 
 IGNORE = 255
-"""The class of pixels that belong to none, in what `ImagesAndMasks.mask` returns."""
+"""The value that `ImagesAndMasks.mask` gives to pixels of no class."""
 
 _SPLIT_FILES: dict[Split, tuple[str, ...]] = {
     "train": ("train.txt",),
@@ -85,7 +86,7 @@ class MaskClasses(NamedTuple):
     coloured: bool
 
     def classes(self, values: np.ndarray, coloured: bool, path: str) -> np.ndarray:
-        """The class of each value, uint8 of its shape; a value of no class is an error."""
+        """Classes of ``values``, uint8 of the same shape; a value of no class is an error."""
         if coloured and not self.coloured:
             raise UnreadableImage(
                 path,
@@ -175,7 +176,7 @@ class ImagesAndMasks(AnnotatedFiles):
 
     @cached_property
     def mask_classes(self) -> MaskClasses:
-        """The classes of the masks; without ``annotations.json`` every mask is read for them."""
+        """The classes of the masks; without ``annotations.json``, every mask is read to find them."""
         if self._stated is not None:
             return self._stated
         return _classes_found(self._masks, list(self._mask_files.values()))
@@ -186,7 +187,7 @@ class ImagesAndMasks(AnnotatedFiles):
         return self.mask_classes.names
 
     def mask(self, index: int) -> Tensor:
-        """The class of each pixel, uint8 [h, w], 255 where none counts.
+        """The class of each pixel, uint8 [h, w]; 255 where there is none.
 
         Raises:
             UnreadableImage: the mask is broken, has another size than the image, or holds a value
@@ -210,17 +211,18 @@ class ImagesAndMasks(AnnotatedFiles):
 def read_mask_values(
     path: str, *, size: tuple[int, int] | None = None, of: str = ""
 ) -> tuple[np.ndarray, bool]:
-    """Grey levels or palette indices [H, W] of a mask and False, or ``0xRRGGBB`` and True.
+    """Read the values [H, W] of a mask, and whether they are colours.
 
-    A colour image whose channels are all equal counts as grey.
+    The values are grey levels or palette indices, or for a colour mask ``0xRRGGBB``. A colour image
+    whose channels are all equal counts as grey.
 
     Args:
         path: a PNG, BMP, TIFF or GIF; its content decides.
-        size: the (height, width) that it must have.
+        size: the (height, width) that the mask must have.
         of: the image of that size, for the message.
 
     Raises:
-        UnreadableImage: a broken file, another format, size or mode.
+        UnreadableImage: the file is broken, or has another format, size or mode.
     """
     with unreadable_as(path):
         content = read_regular(path, max_bytes=MAX_BYTES)
@@ -255,7 +257,7 @@ def read_mask_values(
 
 
 def _classes_found(folder: Path, files: Sequence[str]) -> MaskClasses:
-    """The classes that the values of all masks stand for."""
+    """Find the classes from the values that occur in all masks."""
     greys: set[int] = set()
     colours: set[int] = set()
     for file in files:
@@ -325,7 +327,7 @@ def _read_list(path: Path) -> list[str]:
 
 
 class _Annotations(NamedTuple):
-    """By the images' names: labels, and boxes (c, x0, y0, x1, y1)."""
+    """Labels and boxes (c, x0, y0, x1, y1) by the names of the images."""
 
     classes: MaskClasses
     labels: dict[str, int]
@@ -336,7 +338,7 @@ def _read_annotations(path: Path) -> _Annotations:
     try:
         content = read_json(path)
         names, images = tuple(map(str, content["classes"])), dict(content.get("images", {}))
-        # Class 0 is the background, which is no more a label than -1.
+        # Class 0 is the background, which is not a label, just as -1 is not.
         labels = {name: max(as_label(each.get("label", 0)), 0) - 1 for name, each in images.items()}
         boxes = {name: list(each.get("boxes", [])) for name, each in images.items()}
         stated, ignored = content.get("values"), content.get("ignore")

@@ -141,7 +141,7 @@ class NYUDepthFile:
         return torch.from_numpy(np.ascontiguousarray(depth, np.float32))
 
     def _check_arrays(self, images: Any, depths: Any) -> int:
-        """The number of images, once the shapes and types in the file are known to be right."""
+        """Check the shapes and types in the file and return the number of images."""
         shape = tuple(getattr(images, "shape", ()))
         is_right = len(shape) == 4 and shape[1] == 3 and images.dtype == np.uint8
         depth_shape = tuple(getattr(depths, "shape", ()))
@@ -155,7 +155,7 @@ class NYUDepthFile:
         return shape[0]
 
     def _array(self, file: Any, key: Any, *, max_values: int) -> np.ndarray:
-        """A small array of the file, flat."""
+        """Read a small array of the file, flattened."""
         found = file[key]
         if getattr(found, "size", None) is None or found.size > max_values:
             raise ValueError(

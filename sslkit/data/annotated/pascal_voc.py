@@ -175,7 +175,7 @@ class VOCBoxes(AnnotatedFiles):
 
 
 class _WithoutDoctype(ElementTree.TreeBuilder):
-    """Refuses document types: the entities that one defines can unfold to any length."""
+    """Refuses document types, because entities defined in them can expand to any length."""
 
     def doctype(self, name: str, public: str | None, system: str | None) -> None:
         raise ValueError(f"it defines a document type ({name}), which annotations do not need")
