@@ -290,10 +290,10 @@ class Init:
 class HighRes:
     """High-resolution adaptation (paper section 4): the same training with schedules of its own."""
 
-    # The values of the released configs/finetune/vitb14_finetune.yaml 100 epochs of 200 steps,
+    # The values of the released configs/finetune/vitb14_finetune.yaml, 100 epochs of 200 steps,
     # except the batch: the file has 32 images a GPU and does not say on how many GPUs. The paper
     # says that the schedules of pretraining are compressed and that the teacher warms up for 10 K
-    # iterations; in the file, 10 K is the warm-up of the learning rate.
+    # steps; in the file, 10 K is the warm-up of the learning rate.
     steps: int = 20_000
     """Optimizer steps."""
     global_size: int = 518

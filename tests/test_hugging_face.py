@@ -127,7 +127,7 @@ def test_columns_by_name():
     for arguments, message in [
         ({"label": "fine"}, r"name the image column with image=.*\['image', 'depth'\]"),
         ({"image": "depth"}, r"name the label column with label=.*\['fine', 'coarse'\]"),
-        ({"image": "picture"}, r"image='picture' is no column.*'depth'"),
+        ({"image": "picture"}, r"image='picture' is not a column.*'depth'"),
     ]:
         with pytest.raises(ValueError, match=message):
             HuggingFaceImages(dataset, **arguments)
@@ -493,7 +493,7 @@ def test_columns_of_parquet_that_must_be_named(tmp_path):
         open_source(path)
     assert len(open_source(f"{path}#image=right", test_fraction=0)) == 2
     for words, message in [
-        ("image=middle", "image='middle' is no column of the data set; it has"),
+        ("image=middle", "image='middle' is not a column of the data set; it has"),
         ("picture=left", "columns are named as in NAME#image=COLUMN"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -34,11 +34,9 @@ def open_npy(path: Path) -> np.ndarray:
 class NpzFile(Mapping[str, np.ndarray]):
     """Mapping from names to the arrays of a .npz archive; nothing is unpickled.
 
-    An array is read on access, each time anew.
-
-    An array is read if it has at most 2 GiB (`sslkit.data.decode.MAX_BYTES`) or at most 100 times
-    the bytes of the file. Noise does not shrink, images seldom shrink to less than a tenth, and a
-    header of a few bytes can claim any length.
+    An array is read on access, each time anew, if it has at most 2 GiB
+    (`sslkit.data.decode.MAX_BYTES`) or at most 100 times the bytes of the file. Noise does not
+    shrink, images seldom shrink to less than a tenth, and a short header can claim any length.
 
     Args:
         path: the archive.

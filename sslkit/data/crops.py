@@ -89,11 +89,11 @@ class MultiCrop:
         solarise_probability: of every global view but the first; bright values from 128 up invert.
         mean, std: of the normalisation, one value a channel, for images in 0..1; None is ImageNet's
             for RGB and the average of its three for any other number of channels.
-        channels: of the views; images are brought to it by
-            `sslkit.data.channels.with_channels`. None: those of the image.
+        channels: channels of the views; `sslkit.data.channels.with_channels` converts images to
+            this number. None keeps the channels of the image.
 
     The values are those of DINOv2 (arXiv 2304.07193) and of Franca (arXiv 2507.14137, §4). Their
-    code hands one minus the blur's probability on and so blurs 0, 90 and 50 % of the views. Images
+    code passes on one minus the blur's probability and so blurs 0, 90 and 50 % of the views. Images
     may have any number of channels; saturation, hue and grey leave all but RGB alone.
 
     Raises:

@@ -4,15 +4,16 @@ Rules, applied in this order:
 
 1. A JPEG is decoded at the smallest of its built-in scales (1, 1/2, 1/4, 1/8) whose longer side
    is still at least ``max_side``.
-2. EXIF orientation is applied. Animations give their first frame. No other metadata counts, and
-   broken metadata costs nothing.
+2. EXIF orientation is applied. Animations give their first frame. All other metadata is ignored,
+   and an image with broken metadata can be read.
 3. Colour becomes 8-bit RGB: grey and palette images are expanded, CMYK, YCbCr and the like are
    converted by Pillow, 16-bit grey is scaled by 255 / 65535, transparency is composited over white.
    32-bit float images have no defined range and count as unreadable.
 4. An image whose longer side exceeds ``max_side`` is shrunk to it (bicubic, antialiased).
 
-The format is one of :data:`sslkit.data.image_formats.FORMATS`, told by the content of the file. The
-memory that decoding will take is worked out before it begins, and limited (``MAX_BYTES``).
+The content of a file decides its format, which must be one of
+:data:`sslkit.data.image_formats.FORMATS`. The memory that decoding will take is worked out
+beforehand, and is limited (``MAX_BYTES``).
 """
 
 import contextlib
@@ -35,9 +36,9 @@ from sslkit.data.regular_file import read_regular
 MAX_SIDE = 4096
 MAX_PIXELS = 2**29
 MAX_BYTES = 2**31
-"""Memory that decoding an image may take."""
+"""Bytes of memory that decoding one image may take."""
 MAX_STORED_SIDE = 2**18
-"""Pixels that a side of the image in the file may have."""
+"""Pixels that a side of an image may have in its file."""
 
 # What one pixel takes at the worst moment: 4 bytes as decoded, 4 as RGB, and 4 as the turned or
 # shrunk image or the tensor.
@@ -95,13 +96,13 @@ def unreadable_as(name: str) -> Iterator[None]:
 
 @dataclass
 class OpenedImage:
-    """An image whose pixels are not decoded yet.
+    """An opened image whose pixels are not decoded yet.
 
     Attributes:
-        image: Pillow's; its ``size`` is that to be decoded to. It knows no metadata.
+        image: Pillow's image without metadata; its ``size`` is the size to decode to.
         stored_size: (width, height) in the file.
-        orientation: EXIF's, 1 to 8.
-        content: the file that Pillow reads.
+        orientation: EXIF orientation, 1 to 8.
+        content: the bytes of the file that Pillow reads.
     """
 
     image: Image.Image
@@ -111,7 +112,7 @@ class OpenedImage:
 
     @property
     def upright_size(self) -> tuple[int, int]:
-        """(height, width) of what is in the file, after the orientation is applied."""
+        """(height, width) of the image in the file, with its orientation applied."""
         width, height = self.stored_size
         return (width, height) if self.orientation >= 5 else (height, width)
 
@@ -120,15 +121,15 @@ class OpenedImage:
 def open_image(
     content: bytes, *, max_side: int | None = None, max_bytes: int = MAX_BYTES
 ) -> Iterator[OpenedImage]:
-    """Open an image file and check, before any pixel is decoded, what decoding it will take.
+    """Open an image file, and check before any pixel is decoded what memory decoding will take.
 
     Args:
         content: the whole file.
-        max_side: see :func:`read_image`; JPEGs are set to the smaller scale. None: no limit.
+        max_side: see :func:`read_image`; JPEGs are set to a smaller scale. None: no limit.
         max_bytes: see :func:`read_image`.
 
     Raises:
-        ValueError: empty, or too large.
+        ValueError: the file is empty, or the image too large.
         Exception: whatever Pillow raises on broken bytes.
     """
     if not content:
@@ -152,7 +153,7 @@ def open_image(
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Raise ValueError if a side of an image (width, height) is longer than is read."""
+    """Raise ValueError if a side of an image (width, height) is empty or longer than the limit."""
     if max(size) > MAX_STORED_SIDE or min(size) < 1:
         raise ValueError(
             f"{size[0]} x {size[1]} pixels; sides of 1 to {MAX_STORED_SIDE} pixels are read"
@@ -168,8 +169,8 @@ def check_memory(
 ) -> None:
     """Raise ValueError if decoding an image (width, height) would take more than ``max_bytes``.
 
-    ``image_format`` is Pillow's name, or None for pixels in memory; ``extra_bytes`` is what the
-    decoder takes beside a multiple of the pixels.
+    ``image_format`` is Pillow's name, or None for pixels in memory. ``extra_bytes`` is memory that
+    the decoder takes in addition to a multiple of the pixels.
     """
     width, height = size
     decoder = FORMATS[image_format].decoder_bytes if image_format in FORMATS else 0
@@ -195,16 +196,16 @@ def read_image(
         max_side: longer images are shrunk to this many pixels on the longer side.
         max_pixels: images that would be *decoded* to more pixels (after rule 1) are refused.
         max_bytes: images whose decoding would take more memory are refused, so that a file of a few
-            bytes cannot claim all of it. All forms count that exist at one time: 12 bytes a pixel,
-            and what the decoder needs (WebP 20, AVIF 28, JPEG 2000 36 bytes a pixel more; the
-            coefficients of a progressive JPEG at full scale). The default of 2 GiB admits PNGs of
-            178 million pixels. It takes the place of ``PIL.Image.MAX_IMAGE_PIXELS`` for this
-            call only; Pillow's own limit stays as it is for others. Files of more bytes are not
-            read either, nor images with a side of more than 262,144 pixels.
+            bytes cannot claim all of it. Counted are all forms of the image that exist at one time:
+            12 bytes a pixel, plus what the decoder needs (20 bytes a pixel for WebP, 28 for AVIF,
+            36 for JPEG 2000; the coefficients of a progressive JPEG at full scale). The default of
+            2 GiB admits PNGs of 178 million pixels. It replaces ``PIL.Image.MAX_IMAGE_PIXELS`` for
+            this call only; Pillow's own limit is not changed. Larger files and images with a side
+            of more than 262,144 pixels are refused as well.
 
     Raises:
-        UnreadableImage: missing, empty, truncated, broken, too large, of an unknown kind, or not a
-            regular file.
+        UnreadableImage: the file is missing, empty, truncated, broken, too large, of an unknown
+            format, or not a regular file.
 
     >>> import tempfile
     >>> from PIL import Image
@@ -238,7 +239,7 @@ def decode_image(
         max_side, max_pixels, max_bytes: see :func:`read_image`.
 
     Raises:
-        UnreadableImage: empty, truncated, broken, too large or of an unknown kind.
+        UnreadableImage: the file is empty, truncated, broken, too large or of an unknown format.
     """
     with (
         unreadable_as(name),
@@ -273,7 +274,7 @@ def pil_to_tensor(image: Image.Image, *, max_side: int = MAX_SIDE) -> Tensor:
     may be changed in place.
 
     Raises:
-        ValueError: decoding it would take too much memory, or it has no defined range.
+        ValueError: decoding would take too much memory, or the values have no defined range.
         Exception: whatever Pillow raises on broken bytes.
 
     >>> half_transparent_black = Image.new("RGBA", (2, 1), (0, 0, 0, 128))
@@ -291,7 +292,7 @@ def pil_to_tensor(image: Image.Image, *, max_side: int = MAX_SIDE) -> Tensor:
 
 
 def _finish(image: Image.Image, orientation: int, max_side: int) -> Tensor:
-    """An RGB image turned, shrunk and as a tensor."""
+    """Turn and shrink an RGB image, and make it a tensor."""
     if orientation in _ORIENTATIONS:
         image = image.transpose(_ORIENTATIONS[orientation])
     if max(image.size) > max_side:
@@ -330,14 +331,14 @@ def _decode_jpeg(content: bytes) -> Tensor:
 
 
 def _bands(image: Image.Image) -> list[tuple[int, int, int, int]]:
-    """Boxes of some rows each, which together are the image."""
+    """Bands of rows, as boxes, which together cover the image."""
     width, height = image.size
     rows = max(_BAND_PIXELS // width, 1)
     return [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """The image itself if it is plain RGB, otherwise a new one, converted in bands."""
+    """Convert an image to RGB in bands; a plain RGB image is returned as it is."""
     if image.mode == "F":
         raise ValueError("a 32-bit float image has no defined range; convert it to 8 or 16 bits")
     if image.mode == "RGB" and "transparency" not in image.info:

@@ -1,4 +1,4 @@
-"""What a run keeps of its data, to tell at its next start whether they are still the same."""
+"""What a run stores of its data, to see at its next start whether they are still the same."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,9 +12,9 @@ _SHOWN = 5  # class names in a message
 def fingerprint(source: Source) -> dict[str, Any]:
     """The number of images, a digest of their names, and the classes, as JSON values.
 
-    Neither is an image decoded nor a file opened for it. A source says itself what its names are,
-    by a method ``names_digest() -> str``: paths relative to its folder, shards and their sizes, or,
-    where images have no names, a sample of their bytes. Of other sources every ``name(i)`` is read.
+    No image is decoded and no file opened. A source with a method ``names_digest() -> str`` decides
+    itself what its names are: paths relative to its folder, shards and their sizes, or, if images
+    have no names, a sample of their bytes. For any other source, every ``name(i)`` is read.
 
     >>> import numpy as np
     >>> from sslkit.data.image_array import ImageArray

@@ -24,11 +24,11 @@ class ImageArray:
         images: uint8 [N, h, w], [N, h, w, C] or [N, C, h, w]. With four axes, the smaller of the
             second and the last is the channel axis.
         labels: integers [N] or [N, 1], -1 where there is none (:mod:`sslkit.data.labels`); or None.
-        num_classes: default: one more than the largest label.
+        num_classes: number of classes; by default one more than the largest label.
         path: the file that ``images`` was loaded from, for messages.
 
     Raises:
-        ValueError: images or labels that cannot be used, with the reason.
+        ValueError: images or labels cannot be used; the message gives the reason.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class ImageArray:
         return f"{self.path}[{index}]"
 
     def key(self, index: int) -> str:
-        """The position: an array may grow at its end."""
+        """The position in the array, so that the array may grow at its end."""
         return str(index)
 
     def names_digest(self) -> str:

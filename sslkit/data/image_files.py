@@ -59,7 +59,7 @@ class ImageFiles:
 
     @property
     def labels(self) -> np.ndarray | None:
-        """The labels of all images, int64 [n], -1 where there is none; None if there are none."""
+        """Labels of all images, int64 [n], -1 for images without one; None if no image has one."""
         return None if self._labels is None else self._labels.astype(np.int64)
 
     def name(self, index: int) -> str:

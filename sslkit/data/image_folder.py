@@ -22,9 +22,9 @@ class ImageFolder(ImageFiles):
 
     Args:
         folder: the folder to search.
-        class_names: the classes, for a test folder that goes with a training folder. Every
-            sub-folder of ``folder`` must then be one of them, and only images that lie in none
-            have no label. Where there are no classes, ``()``, there are no labels.
+        class_names: the classes of the training folder, for a test folder. Every sub-folder of
+            ``folder`` must then be one of these classes, and images outside the sub-folders have
+            no label. With ``()`` there are no labels.
         max_side: see :func:`sslkit.data.decode.read_image`.
 
     Raises:

@@ -1,9 +1,9 @@
-"""What a label is, in every source.
+"""The definition of a label, the same in every source.
 
 A label is an integer from 0 to C - 1, where C is the number of classes, or `NO_LABEL` (-1), which
-says that the image has none. A null (None) says the same where a format has nulls. Nothing else is
-a label: not another negative number, a fraction, a NaN, a truth value, or a number of
-`MAX_CLASSES` and more.
+means that the image has none. In formats with nulls, a null (None) means the same. Nothing else is
+a label: not another negative number, a fraction, NaN, a truth value, or a number of `MAX_CLASSES`
+and more.
 
 Classes that come as text are numbered in natural order of their names (`number_classes`), and a
 test split by the classes of its training split (`labels_by_name`).
@@ -18,21 +18,22 @@ import numpy as np
 from sslkit.files import describe_value
 
 NO_LABEL = -1
-"""The label of an image without one. Sources keep such images; what scores leaves them out."""
+"""The label of an image without one. Sources keep such images; scores leave them out."""
 
 MAX_CLASSES = 100_000
-"""The largest number of classes. Memory grows with it; ImageNet-21K has 21,841."""
+"""The largest number of classes, a bound on memory; ImageNet-21K has 21,841."""
 
 
 def as_label(value: Any, *, num_classes: int | None = None) -> int:
-    """The label that ``value`` is: an int in 0 .. C - 1, or `NO_LABEL`, which None is too.
+    """Return ``value`` as a label: an int in 0 .. C - 1, or `NO_LABEL`, also for None.
 
     Args:
         value: an integer of Python or NumPy, an integer tensor with one element, or None.
         num_classes: C; default: `MAX_CLASSES`.
 
     Raises:
-        ValueError: anything else. The message gives the value and the rule, and not the place.
+        ValueError: the value is not a label. The message gives the value and the rule, not the
+            place.
 
     >>> as_label(np.int64(3)), as_label(None)
     (3, -1)
@@ -53,7 +54,7 @@ def as_label(value: Any, *, num_classes: int | None = None) -> int:
 
 
 def label_rule(num_classes: int) -> str:
-    """The rule as a message ends with it."""
+    """The rule, as the end of a message."""
     if num_classes < 1:
         return "a label can only be -1 (no label) where there are no classes"
     return f"a label is an integer from 0 to {num_classes - 1}, or -1 for none"
@@ -66,16 +67,16 @@ def as_labels(
     num_classes: int | None = None,
     name: Callable[[int], str] = "[{}]".format,
 ) -> np.ndarray:
-    """A label for each of n images, int64 [n].
+    """Return the labels of n images, int64 [n].
 
     Args:
-        values: an integer array [n], or a sequence of what `as_label` takes.
+        values: an integer array [n], or a sequence of values that `as_label` takes.
         of: the file or array, for messages.
         num_classes: C; default: `MAX_CLASSES`.
-        name: what messages call image ``i``, after ``of``.
+        name: gives the name of image ``i`` that messages have after ``of``.
 
     Raises:
-        ValueError: something is not a label. The message gives file, image, value and the rule.
+        ValueError: a value is not a label. The message gives file, image, value and rule.
 
     >>> as_labels([2, None, 0], of="table").tolist()
     [2, -1, 0]
@@ -112,7 +113,7 @@ def count_classes(labels: np.ndarray) -> int:
 
 
 def number_classes(names: Iterable[str | None]) -> tuple[str, ...]:
-    """The different names, in natural order, which numbers the classes; None is no name.
+    """Return the different names in natural order, which numbers the classes; None is ignored.
 
     >>> number_classes(["dog10", "dog2", None, "cat", "dog2"])
     ('cat', 'dog2', 'dog10')
@@ -123,10 +124,10 @@ def number_classes(names: Iterable[str | None]) -> tuple[str, ...]:
 def labels_by_name(
     names: Iterable[str | None], class_names: Sequence[str], *, of: str
 ) -> np.ndarray:
-    """The number of each name in ``class_names``, int64 [n]; `NO_LABEL` for None.
+    """Return the position of each name in ``class_names``, int64 [n]; `NO_LABEL` for None.
 
     Raises:
-        ValueError: names that ``class_names`` does not have; the message begins with ``of``.
+        ValueError: ``class_names`` lacks a name; the message begins with ``of``.
 
     >>> labels_by_name(["dog", None], ("cat", "dog"), of="table").tolist()
     [1, -1]
@@ -142,10 +143,10 @@ def labels_by_name(
 
 
 def check_num_classes(num_classes: Any, *, of: str) -> int:
-    """``num_classes`` if it is an integer from 0 to `MAX_CLASSES`.
+    """Return ``num_classes`` if it is an integer from 0 to `MAX_CLASSES`.
 
     Raises:
-        ValueError: it is not; the message begins with ``of``.
+        ValueError: it is something else; the message begins with ``of``.
     """
     is_integer = isinstance(num_classes, int | np.integer) and not isinstance(num_classes, bool)
     if not is_integer or not 0 <= num_classes <= MAX_CLASSES:

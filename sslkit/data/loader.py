@@ -138,8 +138,8 @@ def make_loader(
     """The endless stream of ``dataset`` in batches; iterate over it once.
 
     The iterator owns the worker processes, which ignore SIGTERM and SIGINT and end with it. It is a
-    context manager: ``with iter(make_loader(...)) as batches`` ends them with the block, whatever
-    ends that. See :class:`~sslkit.data.workers.WorkerBatches`.
+    context manager: at the end of ``with iter(make_loader(...)) as batches``, however the block
+    ends, the workers end too. See :class:`~sslkit.data.workers.WorkerBatches`.
 
     Args:
         dataset: the views; its seed also orders the images, by the ``epoch_order`` of its source

@@ -1,4 +1,4 @@
-"""Which names of data lead nowhere but to files of this machine."""
+"""Names of data that stand for nothing but files of this machine."""
 
 import os
 
@@ -7,11 +7,11 @@ from sslkit.data.torchvision_images import torchvision_names
 
 
 def is_local(spec: str | os.PathLike[str]) -> bool:
-    """Whether :func:`sslkit.data.open_source` reads local files for ``spec``, and nothing else.
+    """Whether :func:`sslkit.data.open_source` reads only local files for ``spec``.
 
-    False for whatever starts a program (``pipe:``) or asks another machine for what ``spec`` names
-    (URLs, ``hf:``, ``hf-stream:``), alone or as one of several shards. Torchvision's data sets
-    count as local, although torchvision downloads them: the addresses are its own.
+    The answer is False for anything that starts a program (``pipe:``) or asks another machine
+    (URLs, ``hf:``, ``hf-stream:``), alone or among several shards. Torchvision's data sets count as
+    local although torchvision downloads them, because the addresses are its own.
 
     Raises:
         ImportError, ValueError: shards that :func:`sslkit.data.shards.urls.expand_shards` refuses.

@@ -20,12 +20,12 @@ class Source(Protocol):
     Some images may have labels and others none. A broken image raises
     :class:`~sslkit.data.decode.UnreadableImage`, and only that image is lost.
 
-    A source may have more, which is found by `item_key` and `known_labels`:
+    A source may also have the following, which `item_key` and `known_labels` use:
 
-    - ``key(index) -> str``: the image's name within the data set, by which it is put into the
-      training or the test images. It costs no reading of the image, and depends on nothing but the
-      image: not on where the data set lies or in which order it is listed.
-    - ``labels``: int64 [n], -1 where there is none, or None where only reading the images tells.
+    - ``key(index) -> str``: the image's name within the data set, which decides whether it is a
+      training or a test image. It must not read the image, nor depend on the place of the data set
+      or on the order in which it is listed.
+    - ``labels``: int64 [n], -1 for images without one, or None if the images must be read for them.
     - ``epoch_order(seed)``: see :func:`sslkit.data.make_loader`.
     """
 
@@ -46,7 +46,7 @@ class Source(Protocol):
 
 
 def item_key(source: Source, index: int) -> str:
-    """The name of image ``index`` within its data set: ``source.key(index)``, or else its name.
+    """The name of image ``index`` within its data set: ``key(index)`` or else ``name(index)``.
 
     >>> from sslkit.data.scenes import Scenes
     >>> item_key(Scenes(3), 2)
@@ -57,9 +57,9 @@ def item_key(source: Source, index: int) -> str:
 
 
 def known_labels(source: Source) -> np.ndarray | None:
-    """The labels of all images, int64 [n] with -1 for none, where no image must be read for them.
+    """The labels of all images, int64 [n], -1 for none; None if images must be read for them.
 
-    None where only reading the images tells. A source without classes has no label.
+    In a source without classes no image has a label.
 
     >>> from sslkit.data.image_array import ImageArray
     >>> pixels = np.zeros((3, 8, 8), np.uint8)

@@ -71,19 +71,19 @@ def open_source(
       splits come from different seeds and share no scene. A folder of that name is ``./scenes``.
     - ``hf:NAME`` or ``hf:NAME:CONFIG``: a data set of the Hugging Face Hub, or a local folder, that
       ``datasets.load_dataset`` takes; see :func:`sslkit.data.hugging_face.open_hugging_face`.
-      Of ``hf-stream:NAME``, only the test images, 2,000 at most; the training images have no
-      length: :func:`sslkit.data.hugging_face.open_stream`.
-    - a ``.parquet`` file, a glob or URL of such: :func:`sslkit.data.hugging_face.open_parquet`.
-      Names of the columns of images and labels may follow, here and after ``hf:NAME``:
-      ``birds.parquet#image=jpg,label=species``.
+      For ``hf-stream:NAME``, only the test images, 2,000 at most; the training images have no
+      length, see :func:`sslkit.data.hugging_face.open_stream`.
+    - a ``.parquet`` file, or a glob or URL of Parquet files:
+      :func:`sslkit.data.hugging_face.open_parquet`. The columns of images and labels may be named
+      behind it, as behind ``hf:NAME``: ``birds.parquet#image=jpg,label=species``.
     - webdataset tar shards: a path, glob, brace expansion or URL, several of them joined by
       ``::``: :class:`sslkit.data.shards.TarShards`. Remote shards are copied to ``root/shards``,
       and divided as wholes, by their names.
     - a folder with ``.tar`` files in it: these shards. When some are called ``train...`` and others
       ``val...``, ``valid...``, ``validation...`` or ``test...``, these are the two splits.
-    - a folder with ``images`` and ``masks``, and lists of names or none:
+    - a folder with ``images`` and ``masks``, with or without lists of names:
       :class:`sslkit.data.annotated.image_masks.ImagesAndMasks`.
-    - a folder with ``.parquet`` files in it or below it, and no image: these files, by their
+    - a folder with ``.parquet`` files in or below it, and without images: these files, by their
       splits (:func:`sslkit.data.hugging_face.find_parquet`).
     - another folder: :class:`ImageFolder`. With sub-folders ``train`` and one of ``val``,
       ``valid``, ``validation``, ``test`` (the first that exists), these are the two splits.
@@ -92,8 +92,8 @@ def open_source(
       ``Flowers102``: :class:`TorchvisionImages`, downloaded by torchvision into ``root``.
 
     What has no test split of its own is divided by :func:`train_test_split` with
-    ``test_fraction`` and ``seed``, by a hash of the names of the images: ``split="train"`` and
-    ``split="test"`` never overlap, and images that are added do not move others into the test.
+    ``test_fraction`` and ``seed``, by a hash of the names of the images. ``split="train"`` and
+    ``split="test"`` never overlap, and adding images moves no other image into the test.
     ``test_fraction=0`` gives everything to ``train``.
 
     Raises:
@@ -139,7 +139,9 @@ def open_source(
     elif (parquet := _find_parquet(named, named_path)) is not None:
         source, is_split = open_parquet(text, parquet, split=split, max_side=max_side)
     elif columns and named_path.exists():
-        raise ValueError(f"{named!r} is neither Parquet nor 'hf:NAME': it has no columns to name")
+        raise ValueError(
+            f"{named!r} is neither Parquet nor 'hf:NAME', so it has no columns to name"
+        )
     elif path.is_dir():
         source, is_split = _open_folder(path, split, max_side)
     elif path.suffix.lower() in (".npy", ".npz") and path.is_file():
@@ -177,7 +179,7 @@ def _find_tar_shards(text: str, path: Path, split: Split) -> tuple[str | list[st
 
 
 def _find_parquet(text: str, path: Path) -> dict[str, list[str]] | None:
-    """The Parquet files that ``text`` means, if it does, by their splits."""
+    """The Parquet files that ``text`` stands for, by their splits; None if there are none."""
     if not path.is_dir():
         return find_parquet(text)
     if next(walk_images(text), None) is None:

@@ -1,14 +1,14 @@
 """The training and the test images of a data set that does not divide itself.
 
-Each image is put on one side by a hash of its name within the data set
-(:func:`sslkit.data.protocols.item_key`) and of the seed, as if by its own coin. So images that
-come, go or are listed in another order do not move the others, and neither does another place,
-machine or platform. What follows from it:
+A hash of an image's name within the data set (:func:`sslkit.data.protocols.item_key`) and of the
+seed decides its side, independently of all other images. So images that come, go or are listed in
+another order do not move the others, and neither does another place, machine or platform. This has
+consequences:
 
-- The test images are a share ``test_fraction`` on average: of n images, this times n with a
+- The test images are a share ``test_fraction`` on average. Their number among n images has a
   standard deviation of at most ``sqrt(n) / 2``. Classes are not balanced.
 - An image that is renamed, or moved to another class folder, is another image.
-- Names of images without one, such as those of an array, are positions: images may be appended.
+- Images without names, such as those of an array, are known by their positions: append new ones.
 """
 
 import functools
@@ -47,13 +47,13 @@ def own_test_split(names: Collection[str]) -> str | None:
 class Subset:
     """The images of ``source`` at ``indices`` (int64 [n]), with the same classes.
 
-    It has those of the annotations of :mod:`sslkit.data.annotated` that ``source`` has.
+    It has the same annotations of :mod:`sslkit.data.annotated` as ``source``.
 
     Args:
-        source: the whole.
-        indices: of the images.
-        divisions: how often the images have been divided by `train_test_split`; default: as often
-            as those of ``source``. Each division of a part is independent of the one before.
+        source: the source to take images from.
+        indices: which images.
+        divisions: how often `train_test_split` has divided these images; by default as often as
+            those of ``source``. Each division of a part is independent of the one before.
     """
 
     def __init__(self, source: Source, indices: Tensor, *, divisions: int | None = None):
@@ -69,7 +69,7 @@ class Subset:
             self.epoch_order = functools.partial(source.epoch_order_within, indices)
 
     def __getattr__(self, name: str) -> Any:
-        # Asked for late: a source may have to read all its masks to name their classes.
+        # Looked up late: a source may have to read all its masks to name their classes.
         if name == "mask_class_names" and "source" in self.__dict__:
             return getattr(self.source, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
@@ -85,12 +85,12 @@ class Subset:
         return self.source.name(int(self.indices[index]))
 
     def key(self, index: int) -> str:
-        """The image's name within the data set, as `sslkit.data.protocols.item_key` gives it."""
+        """The image's name within the data set; see `sslkit.data.protocols.item_key`."""
         return item_key(self.source, int(self.indices[index]))
 
     @property
     def labels(self) -> np.ndarray | None:
-        """The labels of the images where the whole source knows them, int64 [n]; else None."""
+        """The labels of these images, int64 [n], if the whole source knows its labels, or None."""
         labels = known_labels(self.source)
         return None if labels is None else labels[self.indices.numpy()]
 
@@ -106,16 +106,16 @@ class Subset:
 def train_test_split(source: Source, test_fraction: float, seed: int) -> tuple[Subset, Subset]:
     """Divide ``source`` into ``(train, test)`` by the images' names, both in its order.
 
-    An image is a test image if `name_hash` of its name is below ``test_fraction``; the one with
-    the smallest hash always is, so that there is a test image. Therefore
+    An image is a test image if `name_hash` of its name is below ``test_fraction``. The image with
+    the smallest hash always is one, so that there is a test image. It follows that
 
-    - images that are added never make a test image of a training image. At most one test image
-      becomes a training image: the only one below which the new smallest hash comes.
-    - images that are removed move none, unless the last test image goes: then the training image
-      with the smallest hash takes its place.
+    - adding images never turns a training image into a test image. It turns at most one test image
+      into a training image: one that was in the test only because its hash was the smallest.
+    - removing images moves no other image, unless the last test image is removed: then the training
+      image with the smallest hash takes its place.
 
-    Both hold for one ``test_fraction`` and ``seed``. A part that is divided again, also with the
-    same seed, is divided independently.
+    Both hold for one ``test_fraction`` and ``seed``. If a part is divided again, even with the same
+    seed, the new division is independent of the first.
 
     Raises:
         ValueError: ``test_fraction`` does not lie between 0 and 1, there are fewer than two images,
@@ -144,13 +144,13 @@ def train_test_split(source: Source, test_fraction: float, seed: int) -> tuple[S
 def choose_test(
     names: Iterable[str], test_fraction: float, seed: int, *, of: str, divisions: int = 0
 ) -> np.ndarray:
-    """Which of n names are for the test, bool [n]; see `train_test_split`.
+    """Choose the names for the test, bool [n]; see `train_test_split`.
 
     Args:
-        names: of what is divided.
-        test_fraction: the share that is for the test, on average.
-        seed: of the choice.
-        of: what is divided, for messages.
+        names: n names of the things that are divided.
+        test_fraction: the share for the test, on average.
+        seed: seed of the choice.
+        of: what the things are called in messages.
         divisions: see `Subset`.
 
     Raises:
@@ -179,10 +179,10 @@ def check_test_fraction(test_fraction: float) -> None:
 
 
 def name_hash(name: str, seed: int, *, divisions: int = 0) -> float:
-    """A number in [0, 1), a function of the name and the seed alone, uniform over names.
+    """Hash a name to a number in [0, 1), uniform over names.
 
-    It is BLAKE2b of the name in UTF-8, composed as Unicode's NFC (file systems differ in that),
-    with the seed and ``divisions`` as its key.
+    The hash is BLAKE2b of the name in UTF-8, after Unicode normalisation to NFC (file systems differ
+    in this), with the seed and ``divisions`` as the key.
 
     >>> round(name_hash("cat/0001.png", seed=0), 4)
     0.072

@@ -26,14 +26,14 @@ class TorchvisionImages:
 
     Args:
         dataset: gives ``(image, target)``, the image a Pillow image or a uint8 tensor [C, h, w].
-            Targets count as labels when the data set says what its classes are, by ``classes``,
-            ``num_classes`` or a list of integer labels, as all of torchvision's classification
-            sets but a few do. A target that is not a label (:mod:`sslkit.data.labels`) makes its
-            image unreadable.
+            Targets are labels if the data set says what its classes are, by ``classes``,
+            ``num_classes`` or a list of integer labels; nearly all classification sets of
+            torchvision do. A target that is not a label (:mod:`sslkit.data.labels`) makes its image
+            unreadable.
         max_side: see :func:`sslkit.data.decode.read_image`.
 
     Raises:
-        ValueError: the data set's list of labels holds something else.
+        ValueError: the data set's list of labels holds a value that is not a label.
     """
 
     def __init__(self, dataset: Any, *, max_side: int = MAX_SIDE):
@@ -72,7 +72,7 @@ class TorchvisionImages:
         return f"{type(self.dataset).__name__}[{index}]"
 
     def key(self, index: int) -> str:
-        """The position, or of a folder of torchvision's, the path below it."""
+        """The position, or in a folder data set of torchvision, the path below the folder."""
         if isinstance(self.dataset, torchvision.datasets.DatasetFolder):
             path = os.path.relpath(self.dataset.samples[index][0], self.dataset.root)
             return path.replace(os.sep, "/")
@@ -126,7 +126,7 @@ def open_torchvision(
 
 
 def _classes_of(dataset: Any) -> tuple[int, tuple[str, ...] | None, np.ndarray | None]:
-    """The number of classes, their names and the label of each image, where they are known."""
+    """Find the number of classes, their names and the labels of the images, if they are known."""
     what = type(dataset).__name__
     names = tuple(map(str, dataset.classes)) if hasattr(dataset, "classes") else None
     given = len(names) if names is not None else getattr(dataset, "num_classes", None)
@@ -142,7 +142,7 @@ def _classes_of(dataset: Any) -> tuple[int, tuple[str, ...] | None, np.ndarray |
 
 
 def _are_integers(values: Any) -> bool:
-    """Whether these are numbers, one an image; null is none."""
+    """Whether these values are one number for each image, or null."""
     if isinstance(values, np.ndarray):
         return values.ndim == 1 and values.size > 0 and np.issubdtype(values.dtype, np.integer)
     is_list = isinstance(values, list | tuple) and len(values) > 0

@@ -1,4 +1,4 @@
-"""Worker processes that outlive a scheduler's or a terminal's signals and end with their iterator.
+"""Worker processes that ignore a scheduler's or a terminal's signals and end with their iterator.
 
 A scheduler sends SIGTERM, and a terminal's Ctrl-C sends SIGINT, to every process of a job at once.
 The process that trains decides when to stop, and needs its workers until then: they ignore both
@@ -36,8 +36,8 @@ class WorkerLoader(Iterable[T]):
     Args:
         dataset: as for ``DataLoader``.
         num_workers: number of worker processes; 0 loads in this one.
-        convert: applied to each batch in this process, when the batch is taken.
-        settings: passed to ``DataLoader``.
+        convert: function applied to each batch in this process, when the batch is taken.
+        settings: further arguments of ``DataLoader``.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class WorkerBatches(Iterator[T], Generic[T]):
     """The batches of a :class:`WorkerLoader`, and the owner of its worker processes.
 
     The workers are killed by :meth:`close`, at the end of a ``with`` block, when the iterator is
-    garbage-collected, and when this process exits. They do nothing that could be left half done.
-    When this process is killed, they end by themselves within seconds.
+    garbage-collected, and when this process exits; they do nothing that could be left half done. If
+    this process is killed, they end by themselves within seconds.
 
     Raises:
-        RuntimeError: from any line of the main thread, as PyTorch does it, when a worker has died;
-            :func:`lost_worker` recognises it.
+        RuntimeError: a worker has died. As in PyTorch, the error may come from any line of the main
+            thread; :func:`lost_worker` recognises it.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class WorkerBatches(Iterator[T], Generic[T]):
 
 
 def lost_worker(error: BaseException) -> bool:
-    """Whether an error is PyTorch's word that a worker process was killed or died.
+    """Whether this is PyTorch's error about a worker process that was killed or died.
 
     >>> lost_worker(RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. "))
     True
@@ -133,7 +133,7 @@ class _Workers:
         self.batches: Any = None
 
     def death(self) -> str | None:
-        """What became of a worker that is dead or about to be, in PyTorch's words."""
+        """What happened to a worker that is dead or dying, in PyTorch's words."""
         ended = connection.wait([process.sentinel for process in self.processes], timeout=1)
         for process in self.processes:
             if process.sentinel in ended and process.exitcode:
@@ -161,9 +161,9 @@ class _Workers:
 
 
 def _recording_context(started: list[BaseProcess]) -> BaseContext:
-    """The default way to start processes, adding each one to ``started``.
+    """The default way to start processes, which also appends each process to ``started``.
 
-    An iterator that fails half-way, for example because memory is short, would lose them.
+    An iterator that fails half-way, for example because memory is short, would lose its workers.
     """
     method = multiprocessing.get_start_method(allow_none=True)
     # Asking for the default would fix it, and nobody could choose another one afterwards.
@@ -180,14 +180,14 @@ def _recording_context(started: list[BaseProcess]) -> BaseContext:
 
 
 def _outlive_signals(worker: int) -> None:
-    """In a worker: leave it to the owner to react to signals, and end when the owner is gone."""
+    """In a worker: ignore signals, to which the owner reacts, and end when the owner is gone."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_after_owner, daemon=True).start()
 
 
 def _end_after_owner() -> None:
-    """PyTorch's workers look for their owner too, but only between two batches."""
+    """End this worker when its owner is gone; PyTorch's workers look only between two batches."""
     # The first tells at once, but not of an owner that is gone already; the second does.
     parent, owner = os.getppid(), multiprocessing.parent_process()
     while os.getppid() == parent and owner is not None and owner.is_alive():

@@ -35,7 +35,7 @@ def from_json(text: str, default: T) -> T:
     """Read what :func:`as_json` wrote; fields that the text does not name are those of ``default``.
 
     Each value must be of its field's type: int, float, bool, str, a ``Literal``, a tuple of these,
-    a path, or another such dataclass. Nothing is converted, except an integer where a float belongs.
+    a path, or another such dataclass. Only integers are converted, where a float belongs.
 
     Raises:
         ValueError: the text is not a JSON object, a name is not a field, or a value has another

@@ -42,7 +42,7 @@ class AnnotatedFiles(ImageFiles):
         return image_sizes(self.name(index), self.max_side)
 
     def class_map(self, path: str | os.PathLike[str], index: int) -> np.ndarray:
-        """Read the class map of an image, which must have the image's size; see `read_class_map`."""
+        """Read an image's class map, which must have the image's size; see `read_class_map`."""
         return read_class_map(path, image=self.name(index))
 
     def fit_mask(self, mask: np.ndarray, index: int, name: str) -> Tensor:

@@ -176,7 +176,7 @@ class ImagesAndMasks(AnnotatedFiles):
 
     @cached_property
     def mask_classes(self) -> MaskClasses:
-        """The classes of the masks; without ``annotations.json``, every mask is read to find them."""
+        """The classes of the masks; without ``annotations.json``, found by reading all masks."""
         if self._stated is not None:
             return self._stated
         return _classes_found(self._masks, list(self._mask_files.values()))

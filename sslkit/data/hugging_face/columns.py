@@ -1,4 +1,4 @@
-"""Which columns of a table hold images and labels, and how an image is read from a cell.
+"""The columns of a table that hold images and labels, and how an image is read from a cell.
 
 A cell with an image is one of the following:
 
@@ -24,26 +24,26 @@ from sslkit.data.decode import UnreadableImage, decode_image, pil_to_tensor, rea
 from sslkit.data.labels import NO_LABEL, as_label, check_num_classes, label_rule
 
 LABEL_NAMES = ("label", "labels", "class", "target")
-"""What a column of labels may be called that is not a ``datasets.ClassLabel``."""
+"""Names by which a column of labels is found if it is not a ``datasets.ClassLabel``."""
 
 SYNTAX = "#image=COLUMN,label=COLUMN"
-"""How columns are named on a command line, at the end of what names the data."""
+"""How columns are named on a command line, at the end of the name of the data."""
 
-_ENDS = 4096  # bytes of either end of an image that tell it from others
+_ENDS = 4096  # bytes at either end of an image that identify it
 
 
 class Columns:
     """The columns of a table's images and labels.
 
     Args:
-        table: the features of a data set, or where these are not known, its first row.
-        image: the column of images; None takes the only one of ``datasets.Image`` (or Pillow
-            images); or else of bytes; or else of arrays of pixels.
+        table: the features of a data set, or if these are not known, its first row.
+        image: the column of images; None takes the only column of ``datasets.Image`` (or Pillow
+            images), or else of bytes, or else of arrays of pixels.
         label: the column of labels, ``""`` for none; None takes the only ``datasets.ClassLabel``,
-            or else the only column that is called one of `LABEL_NAMES`, or else none. Labels are
+            or else the only column whose name is in `LABEL_NAMES`, or else none. Labels are
             integers or names.
-        class_names: the classes, in place of the names that the ClassLabel has.
-        num_classes: how many classes there are, where nothing names them.
+        class_names: names of the classes, instead of those of the ClassLabel.
+        num_classes: number of classes, where nothing names them.
 
     Raises:
         ValueError: a column is missing or cannot hold labels, or there are several to choose from.
@@ -70,8 +70,8 @@ class Columns:
             if kinds[self.label] not in ("ClassLabel", "integers", "text"):
                 raise ValueError(
                     f"the column {self.label!r} is {kinds[self.label]}; labels are integers, text "
-                    f"or a ClassLabel. Name another with {SYNTAX} (in Python label=...), or with "
-                    f"label= and nothing behind it none"
+                    f"or a ClassLabel. Name another column with {SYNTAX} (in Python label=...), or "
+                    f"give label= with nothing behind it to use no labels"
                 )
         if class_names is None and self.label is not None:
             class_names = getattr(table[self.label], "names", None)  # of a ClassLabel
@@ -83,7 +83,7 @@ class Columns:
         self._number = {name: i for i, name in enumerate(self.class_names or ())}
 
     def of(self, dataset: Any) -> Any:
-        """``dataset`` with these columns alone, its images undecoded where it can give them so."""
+        """``dataset`` with only these columns, and with undecoded images where it has them."""
         names = [self.image] if self.label is None else [self.image, self.label]
         dataset = dataset.with_format(None).select_columns(names)
         if not self.is_encoded:
@@ -93,7 +93,7 @@ class Columns:
         return dataset.cast_column(self.image, ImageFeature(decode=False))
 
     def name(self, row: Mapping[str, Any], position: str) -> str:
-        """The path that the table has for the row's image, if any, and ``position``."""
+        """The path of the row's image in the table, if there is one, and ``position``."""
         cell = row.get(self.image)
         path = cell.get("path") if isinstance(cell, dict) else cell if isinstance(cell, str) else ""
         return f"{path or ''}{position}"
@@ -102,15 +102,15 @@ class Columns:
         """The row's image, uint8 [3, h, w].
 
         Raises:
-            UnreadableImage: there is none, or it cannot be decoded.
+            UnreadableImage: the row has no image, or it cannot be decoded.
         """
         return _read_cell(row.get(self.image), self.name(row, position), max_side)
 
     def label_of(self, row: Mapping[str, Any], position: str) -> int:
-        """The row's label, `NO_LABEL` where there are no classes.
+        """The row's label; `NO_LABEL` if there are no classes.
 
         Raises:
-            UnreadableImage: what is there is not a label.
+            UnreadableImage: the value is not a label.
         """
         if self.label is None or self.num_classes == 0:
             return NO_LABEL
@@ -130,11 +130,11 @@ class Columns:
 
 
 def cell_key(cell: Any, root: str | None) -> str:
-    """What tells an image from others: its content where the cell has it, or else its path.
+    """A text that identifies an image: by its content if the cell has it, or else by its path.
 
-    Of the content, it is a hash of its length and its first and last 4096 bytes. Of a path, it is
-    the part below ``root``, the folder of the data set, if it lies there, and otherwise the file's
-    name alone: where the files of a data set of the Hub lie depends on the machine.
+    From the content, it is a hash of the length and of the first and last 4096 bytes. From a path,
+    it is the part below ``root``, the folder of the data set. A path outside of it gives the file's
+    name alone, because the place of a data set of the Hub depends on the machine.
     """
     path = None
     if isinstance(cell, dict):
@@ -218,7 +218,7 @@ def _pixels_or_bytes(values: Any, name: str) -> Image.Image | bytes:
             array = array.transpose(1, 2, 0)  # [C, h, w] -> [h, w, C]
         if array.shape[2] not in (1, 3, 4):
             raise UnreadableImage(
-                name, f"pixels of shape {list(array.shape)}: no 1, 3 or 4 channels"
+                name, f"pixels of shape {list(array.shape)}, which have neither 1, 3 nor 4 channels"
             )
         array = array[..., 0] if array.shape[2] == 1 else array
     return Image.fromarray(np.ascontiguousarray(array))
@@ -239,7 +239,7 @@ _IMAGE_KINDS = ("datasets.Image", "a Pillow image", "bytes", "pixels")
 
 
 def _kind(value: Any) -> str:
-    """What a column holds, by its feature or by a value of it."""
+    """What a column holds, in words, found from its feature or from one of its values."""
     import datasets
 
     if type(value) is datasets.Image:
@@ -272,7 +272,7 @@ def _pick(kinds: dict[str, str], name: str | None, candidates: list[str], what: 
     if name is not None:
         if name not in kinds:
             raise ValueError(
-                f"{what}={name!r} is no column of the data set; it has {sorted(kinds)}"
+                f"{what}={name!r} is not a column of the data set; it has {sorted(kinds)}"
             )
         return name
     if len(candidates) != 1:

@@ -62,13 +62,13 @@ class _Rows:
         return image, int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """The path that the data set has for the image, if any, and its index."""
+        """The path of the image in the data set, if there is one, and its index."""
         return self._columns.name(self._row(index), f"[{index}]")
 
     def key(self, index: int) -> str:
-        """A hash of the image as it is stored, or its path where the data set has that alone.
+        """A hash of the image as it is stored, or its path if the data set has only that.
 
-        Of images that are the same, the second and every further one has its number added.
+        Among equal images, the second and every further one has its number appended.
         """
         if self._keys is None:
             times: dict[str, int] = {}
@@ -100,21 +100,22 @@ class HuggingFaceImages(_Rows):
     """A ``datasets.Dataset`` as a source; images are decoded by :mod:`sslkit.data.decode`.
 
     Args:
-        dataset: map-style. Formats and transforms that were set on it do not count.
+        dataset: a map-style data set. Formats and transforms that were set on it are ignored.
         image: the column of images, of any form in :mod:`sslkit.data.hugging_face.columns`; None
-            takes the only one that may be it.
+            takes the only possible one.
         label: the column of labels, ``""`` for none; None takes the only ``datasets.ClassLabel``,
             or else the only column called ``label``, ``labels``, ``class`` or ``target``, or else
             none. It holds integers or names; null is no label (:mod:`sslkit.data.labels`).
-        class_names: the classes, where labels are names; default: those of a ClassLabel, or all
-            names of the column in natural order.
-        num_classes: default: the number of names, or one more than the largest label.
+        class_names: the classes, where labels are names; by default those of a ClassLabel, or all
+            names in the column in natural order.
+        num_classes: number of classes; by default the number of names, or one more than the largest
+            label.
         root: the folder of the data set, to which the keys of its files are relative.
         max_side: see :func:`sslkit.data.decode.read_image`.
 
     Raises:
-        ValueError: a column is missing, there are several to choose from, or a row has something
-            else than a label.
+        ValueError: a column is missing, there are several to choose from, or a value is not a
+            label.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Opens what ``hf:NAME`` and ``hf-stream:NAME`` name, and Parquet files."""
+"""Opens Hugging Face data sets (``hf:NAME``, ``hf-stream:NAME``) and Parquet files."""
 
 import glob
 import os
@@ -17,7 +17,7 @@ from sslkit.data.splits import Split, Subset, own_test_split
 
 
 class TableSpec(NamedTuple):
-    """What ``NAME[:CONFIG][#image=COLUMN,label=COLUMN]`` says; see `split_columns`."""
+    """The parts of ``NAME[:CONFIG][#image=COLUMN,label=COLUMN]``; see `split_columns`."""
 
     text: str
     name: str
@@ -28,19 +28,20 @@ class TableSpec(NamedTuple):
 def open_hugging_face(
     spec: str, *, split: Split = "train", max_side: int = MAX_SIDE
 ) -> tuple[HuggingFaceImages, bool]:
-    """The images of ``hf:NAME[:CONFIG]``, and whether they are a split of their own.
+    """Open the images of ``hf:NAME[:CONFIG]``, and say whether they are a split of their own.
 
-    ``split="test"`` is the first that exists of the splits ``val``, ``valid``, ``validation`` and
-    ``test``; a data set without any gives its training split for both. The classes are those of the
-    training split; of integers, those of both.
+    ``split="test"`` takes the first that exists of the splits ``val``, ``valid``, ``validation``
+    and ``test``; a data set without any of them gives its training split for both. The classes are
+    those of the training split or, if labels are integers, those of both splits.
 
-    ``NAME`` may also be a Parquet file, a pattern of such, or several files by their splits, which
-    `find_parquet` gives. Columns are named as in ``hf:NAME#image=COLUMN,label=COLUMN``.
+    ``NAME`` may also be a Parquet file or a pattern of Parquet files (see `find_parquet`). Columns
+    are named as in ``hf:NAME#image=COLUMN,label=COLUMN``.
 
     Raises:
         FileNotFoundError: ``datasets`` cannot load it, with its reason.
-        ValueError: there is no split ``train``, and several others; a column is missing or not the
-            only one; a label is not one; or a test image is of a class that training images lack.
+        ValueError: there is no split ``train`` but several others; a column is missing or there are
+            several to choose from; a value is not a label; or a test image has a class that no
+            training image has.
     """
     table = _parse(spec)
     return open_table(table, _load(table, streaming=False), split=split, max_side=max_side)
@@ -49,10 +50,10 @@ def open_hugging_face(
 def open_parquet(
     text: str, files: dict[str, list[str]], *, split: Split = "train", max_side: int = MAX_SIDE
 ) -> tuple[HuggingFaceImages, bool]:
-    """The images in Parquet files, as `open_hugging_face` gives them.
+    """Open the images in Parquet files, with the result of `open_hugging_face`.
 
     Args:
-        text: names them, for messages, and may name columns.
+        text: what names the files, for messages; it may name columns.
         files: from `find_parquet`.
         split: see `open_hugging_face`.
         max_side: see :func:`sslkit.data.decode.read_image`.
@@ -67,7 +68,7 @@ def open_parquet(
 def open_table(
     table: TableSpec, splits: Any, *, split: Split, max_side: int
 ) -> tuple[HuggingFaceImages, bool]:
-    """The images of a ``datasets.DatasetDict``; see `open_hugging_face`."""
+    """Open the images of a ``datasets.DatasetDict``; see `open_hugging_face`."""
     names = _split_names(splits, table.text)
     options: dict[str, Any] = {**table.columns, "root": _root(table.name), "max_side": max_side}
     train, test = (None if name is None else splits[name] for name in names)
@@ -90,7 +91,7 @@ def open_stream(
     max_lanes: int = 64,
     max_side: int = MAX_SIDE,
 ) -> HuggingFaceStream:
-    """The training stream of ``hf-stream:NAME[:CONFIG]``.
+    """Open the training stream of ``hf-stream:NAME[:CONFIG]``.
 
     ``NAME`` is a data set of the Hugging Face Hub or a local folder that ``datasets.load_dataset``
     takes, or a Parquet file. Without a test split of its own, a share ``test_fraction`` of the
@@ -124,10 +125,10 @@ def open_stream_test(
     max_lanes: int = 64,
     max_side: int = MAX_SIDE,
 ) -> Subset | RowsInMemory:
-    """``num_test`` test images that go with :func:`open_stream`, read into memory, undecoded.
+    """Read the first ``num_test`` test images that go with :func:`open_stream`, undecoded.
 
-    They come from the data set's test split, or else are some of what the training stream leaves
-    out.
+    They come from the test split of the data set or, if it has none, from the samples that the
+    training stream leaves out.
     """
     table = _parse(spec)
     splits = _load(table, streaming=True)
@@ -150,13 +151,13 @@ def open_stream_test(
 
 
 def split_columns(text: str) -> tuple[str, dict[str, str]]:
-    """The name of the data in ``NAME#image=COLUMN,label=COLUMN``, and the columns.
+    """Split ``NAME#image=COLUMN,label=COLUMN`` into the name of the data and the columns.
 
-    Either column may be left out, and ``label=`` with nothing behind it means that there are no
-    labels. A ``#`` without a ``=`` behind it belongs to the name.
+    Either column may be left out, and ``label=`` with nothing behind it means no labels. A ``#``
+    without a ``=`` behind it belongs to the name.
 
     Raises:
-        ValueError: something else than the two stands there.
+        ValueError: anything but these two columns is named.
 
     >>> split_columns("birds.parquet#image=jpg,label=species")
     ('birds.parquet', {'image': 'jpg', 'label': 'species'})
@@ -176,12 +177,12 @@ def split_columns(text: str) -> tuple[str, dict[str, str]]:
 
 
 def find_parquet(text: str) -> dict[str, list[str]] | None:
-    """The Parquet files that a path, pattern, URL or folder means, by split; None if it means none.
+    """Find the Parquet files of a path, pattern, URL or folder, by split; None if it has none.
 
     The split of a file is the word ``train``, ``val``, ``valid``, ``validation`` or ``test`` (or
-    ``training``, ``dev``, ``testing``) in its name or else in that of the folder it lies in, set
-    off by other characters than letters, as in ``test-00000-of-00001.parquet``. Where no file has
-    one, all are ``train``.
+    ``training``, ``dev``, ``testing``) in its name, or else in the name of its folder, set off by
+    characters other than letters, as in ``test-00000-of-00001.parquet``. If no file has such a
+    word, all files are ``train``.
 
     Raises:
         FileNotFoundError: no file matches the pattern.
@@ -222,7 +223,7 @@ _SPLIT_WORDS = {
 
 
 def _split_of(path: str) -> str:
-    """The split that a path names, or ``""``: the file's name first, then its folders'."""
+    """The split that a path names, or ``""``: by the file's name, or else by its folders'."""
     for part in reversed(Path(path).parts):
         for word in re.split(r"[^a-z]+", part.lower()):
             if word in _SPLIT_WORDS:
@@ -239,7 +240,7 @@ def _parse(spec: str) -> TableSpec:
 
 
 def _root(name: str) -> str | None:
-    """The folder that keys are relative to: a local data set's own, whatever it is called."""
+    """The folder that keys are relative to: the folder of a local data set."""
     path = os.path.expanduser(name)
     return os.path.abspath(path) if os.path.isdir(path) else None
 
@@ -273,7 +274,7 @@ def _load(table: TableSpec, *, streaming: bool, files: dict[str, list[str]] | No
 
 
 def _check_class_names(paths: Iterable[str]) -> None:
-    """An error if files number their classes differently: ``datasets`` takes the first's names."""
+    """Refuse files that number classes differently: ``datasets`` takes the first file's names."""
     import pyarrow.parquet
     from datasets import ClassLabel, Features
 
@@ -294,7 +295,7 @@ def _check_class_names(paths: Iterable[str]) -> None:
 
 
 def _patterns(files: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Each path as a pattern that matches it alone; URLs as they are."""
+    """Turn each path into a pattern that matches only this path; URLs stay as they are."""
     return {
         split: [f if "://" in f else glob.escape(os.path.abspath(f)) for f in paths]
         for split, paths in files.items()

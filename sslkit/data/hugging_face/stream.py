@@ -44,16 +44,16 @@ class HuggingFaceStream:
       that of its lane, and images of a short lane are shown more often.
     - A broken image is replaced by the next one of its lane that can be read.
 
-    - Images that ``filter`` or ``map`` has decoded lie decoded in memory. One that is broken ends
-      the stream there, with an error that says how to avoid it.
+    - Images that ``filter`` or ``map`` has decoded are kept decoded in memory. If one of them is
+      broken, the stream ends with an error that says how to avoid this.
 
     Args:
-        dataset: streaming. Of one whose features are not known, as after ``map``, the first row
-            shows what its columns hold.
+        dataset: a streaming data set. If its features are not known, as after ``map``, its first
+            row shows what its columns hold.
         image, label: see :class:`HuggingFaceImages`. Labels that are not a ClassLabel need
-            ``num_classes``, or if they are names ``class_names``; without, there are none. An image
-            whose label is not one (:mod:`sslkit.data.labels`) is unreadable.
-        class_names, num_classes: where the features do not say.
+            ``num_classes``, or ``class_names`` if they are names; otherwise they are not used. An
+            image whose value is not a label (:mod:`sslkit.data.labels`) is unreadable.
+        class_names, num_classes: the classes, if the features do not say.
         shuffle: samples in the buffers of all lanes together; they lie in memory, undecoded, in
             each worker (its rank's part).
         max_lanes: how many files are read at a time, at most. A multiple of the number of ranks
@@ -61,13 +61,13 @@ class HuggingFaceStream:
         test_fraction: share of the samples that the stream leaves out, on average: those whose
             image has a small hash (:func:`sslkit.data.splits.name_hash`), wherever they lie.
             :meth:`held_out_images` gives them.
-        seed: of the choice of these.
+        seed: seed of this choice.
         root: see :class:`HuggingFaceImages`.
         max_side: see :func:`sslkit.data.decode.read_image`.
 
     Raises:
-        ValueError: a number out of range, a column that is missing or several to choose from, or no
-            row at all.
+        ValueError: a number is out of range, a column is missing, there are several columns to
+            choose from, or the data set has no row.
     """
 
     def __init__(
@@ -116,14 +116,14 @@ class HuggingFaceStream:
     def held_out_images(self, limit: int = 2000) -> RowsInMemory:
         """The first ``limit`` held-out samples, taken from all lanes in turn, read into memory now.
 
-        They are a ``test_fraction`` of what must be read for them; images that the data set has
-        encoded stay so. The whole data set is read if it has fewer.
+        About ``limit / test_fraction`` samples are read for them, or the whole data set if it has
+        fewer. Images that the data set has encoded stay encoded.
 
         Raises:
             ValueError: ``test_fraction`` is 0, or no sample is held out.
         """
         if self.test_fraction == 0:
-            raise ValueError("this stream holds no sample out; make it with test_fraction=0.1, say")
+            raise ValueError("this stream holds no sample out; make it with a test_fraction")
         found = self._first_rows(limit, held_out=True)
         if len(found) == 0:
             raise ValueError(
@@ -133,7 +133,7 @@ class HuggingFaceStream:
         return found
 
     def first_images(self, limit: int) -> RowsInMemory:
-        """The first ``limit`` samples that are not held out; as for :meth:`held_out_images`."""
+        """The first ``limit`` samples that are not held out; see :meth:`held_out_images`."""
         return self._first_rows(limit, held_out=False)
 
     def _first_rows(self, limit: int, *, held_out: bool) -> RowsInMemory:
@@ -152,7 +152,7 @@ class HuggingFaceStream:
         return RowsInMemory(rows, self._columns, root=self.root, max_side=self.max_side)
 
     def rows(self, seed: int, lane: int, epoch: int) -> Iterator[dict[str, Any]]:
-        """Pass ``epoch`` of ``lane``, undecoded, without what is held out."""
+        """Samples of pass ``epoch`` over ``lane``, undecoded, without those that are held out."""
         # Not by IterableDataset.shuffle: its order depends on the version of datasets, and it
         # keeps threads, which wait for seconds at the end of each pass.
         generator = random.Random(sample_seed(seed, lane, epoch))
@@ -188,8 +188,8 @@ class HuggingFaceStream:
             except Exception as error:  # of any type: the user's functions run here too
                 raise RuntimeError(
                     f"reading shard {index} of the stream failed: {type(error).__name__}: {error}. "
-                    f"If an image is broken that filter or map decodes, give them undecoded ones, "
-                    f"so that it costs nothing else: .cast_column({self._columns.image!r}, "
+                    f"If filter or map decodes a broken image, give them undecoded images, so that "
+                    f"only this one is lost: .cast_column({self._columns.image!r}, "
                     f"datasets.Image(decode=False)) before them"
                 ) from error
             if batch is None:

@@ -1,8 +1,8 @@
-"""Image file formats: which ones are read, and what in a file is pixels and what is metadata.
+"""Image file formats that are read, and how pixels and metadata of a file are told apart.
 
 Decoders fail on broken metadata (EXIF, XMP, colour profiles, comments, resolutions), each version
-in its own way. So they never see any: `split_metadata` gives them a file of the pixels alone, and
-the orientation, the one value of the metadata that images are read by, is read here.
+in its own way. So they never see any: `split_metadata` gives them a file with only the pixels. The
+orientation, the only metadata that is used, is read here.
 """
 
 from collections.abc import Callable
@@ -27,9 +27,9 @@ class Format(NamedTuple):
 
     Attributes:
         extensions: its file name extensions.
-        decoder_bytes: bytes a pixel that Pillow's decoder needs beside the image that it returns.
-        magic: what its files begin with, at which byte, where `split` needs to know.
-        split: the format's `split_metadata`; None where Pillow reads no metadata.
+        decoder_bytes: bytes a pixel that Pillow's decoder needs in addition to its result.
+        magic: how its files begin, and at which byte, if `split` needs to know.
+        split: the format's `split_metadata`; None if Pillow reads no metadata of it.
     """
 
     extensions: tuple[str, ...]
@@ -60,9 +60,9 @@ IMAGE_EXTENSIONS = tuple(extension for each in FORMATS.values() for extension in
 
 
 def split_metadata(content: bytes) -> ImageParts:
-    """The pixels of an image file, and the little that its metadata says about them.
+    """Take an image file apart: a file of its pixels, its orientation and its size.
 
-    A file of another format comes back as it is.
+    A file of another format is returned unchanged.
 
     Raises:
         ValueError: the structure of the file is broken where the pixels are.

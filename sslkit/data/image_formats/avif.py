@@ -9,7 +9,7 @@ _EXIF_ITEM = re.compile(rb"(infe\x02.{7})Exif", re.DOTALL)
 
 
 def split_avif(content: bytes) -> ImageParts:
-    """See `split_metadata`. AVIF is turned by boxes of its own, which Pillow gives as EXIF."""
+    """See `split_metadata`. AVIF has boxes for the orientation, which Pillow gives as EXIF."""
     at = 0
     while at + 8 <= len(content):
         length = int.from_bytes(content[at : at + 4], "big")

@@ -8,7 +8,7 @@ _DISPOSAL = 0b11100  # what becomes of the frame before the next one
 
 
 def split_gif(content: bytes) -> ImageParts:
-    """See `split_metadata`. The first frame stays."""
+    """See `split_metadata`. Only the first frame is kept."""
     at = 13 + _table_bytes(content[10:11])
     kept = [content[:at]]
     while at < len(content):
@@ -39,12 +39,12 @@ def _integer(content: bytes, at: int) -> int:
 
 
 def _table_bytes(flags: bytes) -> int:
-    """The length of the colour table that ``flags`` announce."""
+    """Bytes of the colour table that ``flags`` announces."""
     return 3 << ((flags[0] & 7) + 1) if flags and flags[0] & 0x80 else 0
 
 
 def _end_of_blocks(content: bytes, at: int) -> int:
-    """The first byte after the blocks at ``at``: each a length and data, the last of length 0."""
+    """The end of the blocks at ``at``: each is a length and data, the last has length 0."""
     while at < len(content) and content[at]:
         at += 1 + content[at]
     return at + 1

@@ -10,7 +10,7 @@ _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
 
 def split_jpeg(content: bytes) -> ImageParts:
-    """See `split_metadata`. JFIF and Adobe segments stay: they tell how colours are stored."""
+    """See `split_metadata`. JFIF and Adobe segments stay, as they say how colours are stored."""
     kept, exif, xmp = [content[:2]], b"", b""
     size: tuple[int, int] | None = None
     progressive, components, coefficient_bytes = False, 0, 0
@@ -61,7 +61,7 @@ def _is_needed(marker: int, segment: bytes) -> bool:
 
 
 def _coefficient_bytes(size: tuple[int, int], components: bytes) -> int:
-    """16 bits a coefficient, in blocks of 8 x 8; ``components``: (id, sampling, table) of each."""
+    """Bytes of all coefficients, 16 bits each; ``components`` are (id, sampling, table)."""
     sampling = [(byte >> 4, byte & 15) for byte in components[1::3]]
     most = [max((each[axis] for each in sampling), default=1) or 1 for axis in (0, 1)]
     blocks = [-(-side // (8 * factor)) for side, factor in zip(size, most, strict=True)]

@@ -1,4 +1,4 @@
-"""What every format gives, and the orientation in EXIF and XMP blocks."""
+"""The parts of an image file, and the orientation in EXIF and XMP blocks."""
 
 import re
 from dataclasses import dataclass
@@ -14,11 +14,10 @@ class ImageParts:
 
     Attributes:
         content: a file with the same pixels and without metadata.
-        orientation: 1 to 8, EXIF's orientation; None where the file does not say it in a place that
-            is read here.
-        size: (width, height) in pixels as stored; None where only the decoder knows.
-        extra_bytes: memory that the decoder needs for this file beside its pixels.
-        format: Pillow's name of the format, where it was told here.
+        orientation: EXIF orientation, 1 to 8; None if none is found.
+        size: (width, height) in pixels as stored; None if only the decoder finds it.
+        extra_bytes: memory that the decoder needs for this file in addition to its pixels.
+        format: Pillow's name of the format, if it was recognised here.
     """
 
     content: bytes
@@ -29,9 +28,9 @@ class ImageParts:
 
 
 def read_orientation(exif: bytes | None, xmp: bytes | str | None = None) -> int | None:
-    """The orientation in an EXIF block, or else in an XMP packet: 1 to 8, or None.
+    """Read the orientation in an EXIF block, or else in an XMP packet: 1 to 8, or None.
 
-    Nothing else in the blocks is looked at, so it may be broken.
+    Nothing else in the blocks is read, so that all else in them may be broken.
 
     >>> directory = b"\\1\\0\\x12\\1\\3\\0\\1\\0\\0\\0\\6\\0\\0\\0"
     >>> read_orientation(b"Exif\\0\\0II*\\0\\x08\\0\\0\\0" + directory)
@@ -48,7 +47,7 @@ def read_orientation(exif: bytes | None, xmp: bytes | str | None = None) -> int 
 
 
 def _exif_orientation(block: bytes) -> int | None:
-    """From a TIFF header and its first directory: 12 bytes an entry, (tag, type, count, value)."""
+    """Read it from a TIFF header and first directory, of 12-byte (tag, type, count, value)."""
     orders = {b"II*\0": "little", b"MM\0*": "big"}
     order = orders.get(block[:4])
     if order is None:

@@ -11,7 +11,7 @@ _XMP, _EXIF = b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"
 
 
 def split_png(content: bytes) -> ImageParts:
-    """See `split_metadata`. Of an animation, the still image stays."""
+    """See `split_metadata`. Of an animation, only the still image is kept."""
     kept, exif, xmp = [content[:8]], b"", b""
     header = b""
     at = 8

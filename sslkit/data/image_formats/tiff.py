@@ -17,7 +17,7 @@ _INTEGER_BYTES = {1: 1, 3: 2, 4: 4, 16: 8}  # BYTE, SHORT, LONG, LONG8
 
 
 def split_tiff(content: bytes) -> ImageParts:
-    """See `split_metadata`. The first page stays, its directory anew at the end of the file."""
+    """See `split_metadata`. The first page stays, with a new directory at the end of the file."""
     order: Any = "little" if content.startswith(b"II") else "big"
 
     def integer(at: int, width: int) -> int:

@@ -6,7 +6,7 @@ _METADATA_FLAGS = 0x20 | 0x08 | 0x04  # colour profile, EXIF, XMP
 
 
 def split_webp(content: bytes) -> ImageParts:
-    """See `split_metadata`. Of an animation, the first frame stays."""
+    """See `split_metadata`. Of an animation, only the first frame is kept."""
     kept: list[bytes] = []
     exif, xmp = b"", b""
     size: tuple[int, int] | None = None

@@ -1,8 +1,7 @@
-"""The headers of a tar file, read without trust in what they say.
+"""The headers of a tar file, read without trusting what they say.
 
-Python's ``tarfile`` follows a header of negative size backwards, for ever (CVE-2025-8194), and
-takes as much memory as an extended header asks for; which of these a Python has mended depends on
-its version.
+Python's ``tarfile`` follows a header of negative size backwards for ever (CVE-2025-8194), and takes
+as much memory as an extended header asks for. Some versions of Python have mended these faults.
 
 The format: POSIX.1-2017, pax; GNU's additions: the manual of GNU tar, "Basic Tar Format".
 """
@@ -19,11 +18,11 @@ _LONG_NAME, _LONG_LINK, _SPARSE, _PAX, _PAX_GLOBAL = b"L", b"K", b"S", b"x", b"g
 
 
 class DamagedTar(Exception):
-    """The rest of a tar file cannot be read, for this reason."""
+    """The reason why the rest of a tar file cannot be read."""
 
 
 class TarMember(NamedTuple):
-    """A member of a tar file; ``is_plain``: its ``size`` bytes at ``offset`` are its content."""
+    """A member of a tar file. If ``is_plain``, its content is ``size`` bytes at ``offset``."""
 
     name: str
     is_plain: bool
@@ -33,10 +32,10 @@ class TarMember(NamedTuple):
 
 
 def walk_headers(file: IO[bytes], num_bytes: int) -> Iterator[TarMember]:
-    """The members of a tar file of ``num_bytes``, in order.
+    """Yield the members of a tar file of ``num_bytes``, in order.
 
     Raises:
-        DamagedTar: the file does not go on as a tar file does.
+        DamagedTar: the file is not a tar file from here on.
     """
     for_all: dict[str, str] = {}
     for_next: dict[str, str] = {}
@@ -89,7 +88,7 @@ def _read(file: IO[bytes], at: int, count: int) -> bytes:
 
 
 def _is_header(block: bytes) -> bool:
-    """Whether the checksum is right: of all bytes, its own as blanks; some sum signed bytes."""
+    """Whether the checksum is right: the sum of all bytes, signed or not, its own as blanks."""
     others = block[:148] + b" " * 8 + block[156:]
     unsigned = sum(others)
     negative = sum(byte >= 128 for byte in others)
@@ -97,7 +96,7 @@ def _is_header(block: bytes) -> bool:
 
 
 def _number(field: bytes) -> int | None:
-    """Octal digits, or where the first bit is set, a number of two's complement."""
+    """Read a number: octal digits or, if the first bit is set, two's complement."""
     if field[0] in (0o200, 0o377):
         number = int.from_bytes(field[1:], "big")
         return number if field[0] == 0o200 else number - (1 << 8 * (len(field) - 1))
@@ -112,7 +111,7 @@ def _size(block: bytes, records: dict[str, str], at: int) -> int:
         text = records["size"]
         size = int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
     if size is None or size < 0:
-        found = "a size that is no number" if size is None else f"the size {size}"
+        found = "a size that is not a number" if size is None else f"the size {size}"
         raise DamagedTar(f"the header at byte {at}, of {_name(block)!r}, has {found}")
     return size
 

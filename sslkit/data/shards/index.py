@@ -119,7 +119,7 @@ def _index_beside(shard: str) -> str:
 def _is_whole(shard: str, num_bytes: int | None, num_samples: int) -> bool:
     """Whether a local shard has its size in the index, and room for the samples there.
 
-    One that cannot be looked at has not.
+    A shard that cannot be examined does not count as whole.
     """
     if is_remote(shard):
         return True

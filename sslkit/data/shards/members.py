@@ -27,11 +27,11 @@ class Members:
     Attributes:
         names: the image member of each sample.
         offsets, sizes: int64 [n], where the bytes of the image lie in the file.
-        labels: int64 [n], ``NO_LABEL`` without a ``.cls`` member or where that says so,
-            ``BAD_LABEL`` where it is not a label (:mod:`sslkit.data.labels`).
+        labels: int64 [n]; ``NO_LABEL`` if there is no ``.cls`` member or it says so, ``BAD_LABEL``
+            if it does not hold a label (:mod:`sslkit.data.labels`).
         damage: why the shard ends before its end, or None.
-        remarks: what a user may not expect of how members became samples, or of members that were
-            passed over though they look like images.
+        remarks: surprises for the user: how names with dots became samples, and members that look
+            like images but were passed over.
     """
 
     names: StringTable

@@ -175,9 +175,9 @@ class TarShards:
             return f"{shard}:[{item}]"
 
     def key(self, index: int) -> str:
-        """The shard's file name and the member's, or with an index, the position in the shard.
+        """The file names of shard and member or, with an index, the position in the shard.
 
-        So a shard of which an index says how many samples it has is not read for it.
+        A shard whose number of samples is in an index need not be read for the key.
         """
         shard, item = self._locate(index)
         name = shard.replace("\\", "/").rpartition("/")[2]
@@ -199,7 +199,7 @@ class TarShards:
         return LaneOrder(self._sizes, lanes=self.lanes, window=self.window, seed=seed)
 
     def epoch_order_within(self, indices: Tensor, seed: int) -> LaneOrder:
-        """The same over the samples at ``indices``, which rise: positions in ``indices``."""
+        """`epoch_order` of the samples at ascending ``indices``, as positions in ``indices``."""
         shards = np.searchsorted(self._ends, indices.numpy(), side="right")
         sizes = np.bincount(shards, minlength=len(self._sizes))
         return LaneOrder(sizes, lanes=self.lanes, window=self.window, seed=seed)
@@ -207,8 +207,8 @@ class TarShards:
     def split(self, test_fraction: float, seed: int = 0) -> tuple["TarShards", "TarShards"]:
         """Divide into ``(train, test)`` by whole shards, so that no shard is read for both.
 
-        A shard is for the test by a hash of its file name, as an image is in
-        :func:`sslkit.data.splits.train_test_split`, and the same holds when shards are added.
+        A hash of a shard's file name decides, as the hash of an image's name does in
+        :func:`sslkit.data.splits.train_test_split`; so adding shards moves none into the test.
         """
         names = [shard.replace("\\", "/").rpartition("/")[2] for shard in self.shards]
         is_test = choose_test(names, test_fraction, seed, of="shards")
