@@ -27,7 +27,7 @@ def drop_path(x: Tensor, runs: Runs, drop_prob: float, *, scale_by_keep: bool = 
 
     Args:
         x: ``[T, D]`` tokens of packed crops: the output of a residual branch.
-        runs: ``(tokens, crops)`` of each run of equal crops; a crop keeps or loses all of its rows.
+        runs: ``(tokens, crops)`` of each run of equal crops. A crop keeps or loses all of its rows.
         drop_prob: in [0, 1].
         scale_by_keep: divide what is kept by ``1 - drop_prob``, which keeps the expectation.
 

@@ -276,10 +276,10 @@ class ViTEncoder(nn.Module):
 
         Args:
             img_size: ``(height, width)`` or one number, multiples of the patch size.
-            pos_interpolation: the rule for this once. By default the encoder's own, so that images
-                of the new size have the same tokens before and after. The released Franca trains
-                with ``"dinov2"`` and prepares its 518-pixel stage with ``"antialias"``
-                (scripts/modify_ckpt_highres.py).
+            pos_interpolation: the rule for this call only. By default it is the encoder's own rule,
+                so that images of the new size have the same tokens before and after. The released
+                Franca trains with ``"dinov2"`` and prepares its 518-pixel stage with
+                ``"antialias"`` (scripts/modify_ckpt_highres.py).
 
         Raises:
             ValueError: the size is not a multiple of the patch size, or the rule is unknown.
@@ -330,7 +330,7 @@ class ViTEncoder(nn.Module):
     def _pack(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None
     ) -> tuple[Tensor, Runs, list[tuple[int, int, int]]]:
-        """All tokens ``[T, D]``, their runs of equal crops, ``(B_i, H_i, W_i)`` of each batch."""
+        """All tokens ``[T, D]``, their runs of equal crops, and each batch's ``(B, H, W)``."""
         if not images:
             raise ValueError("forward_many: images is empty; give at least one batch of images")
         masks = [None] * len(images) if masks is None else masks

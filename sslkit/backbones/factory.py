@@ -40,9 +40,9 @@ def create(
             library, of the last block with a linear ramp for timm's.
         patch_size: ``(height, width)`` or one number; the network's own by default.
         activation_checkpointing: see :class:`ViTEncoder`.
-        pos_interpolation: how positions are resampled, see :class:`ViTEncoder`. By default as the
-            network's own code does: ``"dinov2"`` for the networks of this library, as the released
-            Franca trains, ``"antialias"`` for timm's.
+        pos_interpolation: how positions are resampled, see :class:`ViTEncoder`. The default is the
+            rule of the network's own code: ``"dinov2"`` for the networks of this library, as in the
+            training of the released Franca, and ``"antialias"`` for timm's.
         rope_periods: see :class:`ViTEncoder`.
         pretrained: load timm's weights, by download or from its cache. Networks of this library
             have none to download.

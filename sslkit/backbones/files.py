@@ -200,7 +200,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _flatten(path: Path, value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of nested dicts."""
+    """Yield dotted names and values of nested dicts."""
     if isinstance(value, Mapping) and value:
         if len(keys) > _DEEPEST:
             raise ValueError(f"{path} holds dicts nested more than {_DEEPEST} deep")
@@ -211,7 +211,7 @@ def _flatten(path: Path, value: Any, keys: tuple[str, ...] = ()) -> Iterator[tup
 
 
 def _parts(key: object) -> list[str]:
-    """A key as parts of a dotted name; one that is not text or a number by its type alone."""
+    """The parts of a key's dotted name; a key that is not text or a number gives its type."""
     return str(key).split(".") if isinstance(key, str | int) else [type(key).__name__]
 
 

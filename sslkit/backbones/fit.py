@@ -206,10 +206,10 @@ def _matching(name: str, patterns: Iterable[str]) -> str | None:
 def _create(
     settings: Mapping[str, Any], folded_norm: Mapping[str, float] | None, *, fresh: bool = False
 ) -> ViTEncoder:
-    """The network without memory (on the meta device), or with fresh weights.
+    """Build the network without memory (on the meta device), or with fresh weights.
 
     Raises:
-        ValueError: timm has no such network; its errors are of many types, assertions among them.
+        ValueError: timm cannot build the network; its own errors are of many types.
     """
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu" if fresh else "meta"):
@@ -223,10 +223,10 @@ def _create(
 
 
 def _require_share(name: str, expected: Mapping[str, torch.Size], network: Network) -> None:
-    """Fresh weights, which ``ignore`` asks for, take memory that no tensor of the file stands for.
+    """Refuse an encoder that is much larger than the file, most of it fresh weights (``ignore``).
 
     Raises:
-        ValueError: the encoder is more than four times the network in the file.
+        ValueError: the encoder has more than four times the parameters in the file.
     """
     asked = sum(math.prod(shape) for shape in expected.values())
     there = sum(tensor.numel() for tensor in network.tensors.values())

@@ -79,9 +79,9 @@ def read(
         path_or_name: a file, a folder, ``hf:ORG/NAME`` or ``timm:NAME``; see
             :func:`sslkit.backbones.files.open_weights`.
         img_size: resample the position embedding to the grid of this ``(height, width)`` or side,
-            by the rule ``pos_interpolation``; by default the grid stays that of the file. Not
-            needed to encode images of another size, which resamples on the fly by the same rule and
-            gives the same tokens.
+            by the rule ``pos_interpolation``; by default the grid stays that of the file. This is
+            not needed to encode images of another size: they are resampled on the fly by the same
+            rule, which gives the same tokens.
         in_chans: channels of the images, by default the file's. Channel j takes the weights of
             channel ``j mod C``, shared evenly by the channels that take the same ones; with fewer
             channels than the file's C, channel j takes the sum of channels ``j, j + in_chans, ...``

@@ -1,9 +1,9 @@
-"""The settings of a network that a file states: plain values within their ranges, nothing else.
+"""The settings of a network that a file may state: plain values within ranges, nothing else.
 
 A file of weights says which network it is for: in its header (`sslkit.backbones.save`), in a
 ``config.json``, or by the names and shapes of its tensors. It may come from anybody, and timm's
-``create_model`` would open the paths and addresses among its arguments. So every argument is looked
-up here before a network is built, whatever said it.
+``create_model`` would open paths and addresses among its arguments. So every argument is checked
+here before a network is built, wherever it comes from.
 """
 
 import math
@@ -21,7 +21,7 @@ MOST_BLOCKS = 256  # the largest released Vision Transformers have 64
 
 @dataclass(frozen=True)
 class _Rule:
-    """What a value must be, in words and as a test."""
+    """A rule for a value, in words and as a test."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -152,15 +152,15 @@ FOLDED_NORM: Mapping[str, _Rule] = {"eps": _SHARE}
 
 
 def check_settings(where: str, settings: Any, rules: Mapping[str, _Rule]) -> dict[str, Any]:
-    """The settings, if each has a rule and keeps to it.
+    """Return the settings if each of them has a rule and keeps to it.
 
     Args:
         where: the file and the part of it, the beginning of the message.
-        settings: as the file has them.
+        settings: the settings as the file has them.
         rules: `NETWORK`, `HEAD` or `FOLDED_NORM`.
 
     Raises:
-        ValueError: a value of another kind, out of its range, or of a name that files may not set.
+        ValueError: a value is of another kind or out of its range, or files may not state it.
 
     >>> check_settings("w.safetensors: settings", {"depth": 12}, NETWORK)
     {'depth': 12}

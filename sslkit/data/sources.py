@@ -140,7 +140,7 @@ def open_source(
         source, is_split = open_parquet(text, parquet, split=split, max_side=max_side)
     elif columns and named_path.exists():
         raise ValueError(
-            f"{named!r} is neither Parquet nor 'hf:NAME', so it has no columns to name"
+            f"{named!r} is neither Parquet nor 'hf:NAME': there are no columns to name"
         )
     elif path.is_dir():
         source, is_split = _open_folder(path, split, max_side)

@@ -181,8 +181,8 @@ def check_test_fraction(test_fraction: float) -> None:
 def name_hash(name: str, seed: int, *, divisions: int = 0) -> float:
     """Hash a name to a number in [0, 1), uniform over names.
 
-    The hash is BLAKE2b of the name in UTF-8, after Unicode normalisation to NFC (file systems differ
-    in this), with the seed and ``divisions`` as the key.
+    The hash is BLAKE2b of the name in UTF-8, after Unicode normalisation to NFC (file systems
+    differ in this), with the seed and ``divisions`` as the key.
 
     >>> round(name_hash("cat/0001.png", seed=0), 4)
     0.072

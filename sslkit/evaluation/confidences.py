@@ -59,7 +59,8 @@ def knn_confidence(train_features: Tensor, features: Tensor, *, k: int = 50) -> 
     Args:
         train_features: ID training features [N, D].
         features: [B, D].
-        k: OpenOOD's default is 50. Of fewer training items, the farthest counts.
+        k: number of the neighbour; OpenOOD's default is 50. With fewer training items, it is the
+            farthest of them.
 
     Returns:
         Float64 [B], from -2 to 0.
@@ -170,7 +171,7 @@ class ViM:
             bias: b, [C].
             num_principal: dimension of the principal space, 0 < P < D. The default is the paper's
                 1000 for D > 1500 and 512 below, and D // 2 for D < 768, which the authors'
-                code added; N // 2 where N is no larger than that. OpenOOD v1.5 takes 256.
+                code added; N // 2 if N is not larger than that. OpenOOD v1.5 takes 256.
         """
         D = features.shape[1]
         if weight.ndim != 2 or weight.shape[1] != D or bias.shape != weight.shape[:1]:
@@ -230,7 +231,7 @@ def ood_confidences(
 
     Args:
         train_features: ID training features [N, D].
-        train_labels: int [N]; Mahalanobis leaves items of label -1 out.
+        train_labels: int [N]; the Mahalanobis confidence leaves items of label -1 out.
         weight, bias: [C, D] and [C], a linear classifier of these features.
         test_features: [n, D] of each set by name, ID and OOD.
         k: see `knn_confidence`.

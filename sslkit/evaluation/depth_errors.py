@@ -50,8 +50,8 @@ def gradient_loss(predicted: Tensor, truth: Tensor, *, reference_quirks: bool = 
     ``reference_quirks`` gives the published loss of DINOv2, up to the 0.001 that it adds in the
     logarithms. It was written for one [h, w] map and is called with a batch [B, 1, h, w]: it
     strides over and compares the *images of the batch*, pixel by pixel, not the pixels of an image.
-    Its strides are 1, 2, 4, 6, and it compares what is two apart; with fewer than three images it
-    is 0. Probe3D repaired the axes and kept strides and distance.
+    Its strides are 1, 2, 4, 6, and it compares images two apart, so that it is 0 for fewer than
+    three images. Probe3D repaired the axes and kept the strides and the distance.
 
     Args:
         predicted: positive [B, h, w].

@@ -7,8 +7,8 @@ An *encoder* is a module with
 and, for the protocols that look inside,
 
 - ``encoder.patch_size``: height and width of a patch in pixels,
-- ``encoder.in_chans``: C; images of another number of channels are brought to it
-  (`sslkit.data.channels.with_channels`) where they can be,
+- ``encoder.in_chans``: C; images with another number of channels are converted to it where
+  `sslkit.data.channels.with_channels` has a rule,
 - ``encoder.intermediate(images, n)`` -> the same of the last n of ``encoder.depth`` blocks, shallow
   to deep,
 - ``encoder.queries_keys_values(images, block)`` -> q, k, v of a block, each [B, heads, T, d], the

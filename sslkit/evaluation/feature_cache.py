@@ -5,11 +5,11 @@
       TOKEN.f16        float16 rows in the order of the images (`Features.tokens`)
       journal.jsonl    a line a batch, written once its rows are safe
 
-An extraction that was interrupted continues after the last line of its journal. Rows reach the disk
-before their line does: rows beyond the last line are those of a killed process, and are cut off;
-rows that a line promises and the file lacks, or holds with another checksum, mean that the file was
-damaged, and the folder is refused. Nothing is ever filled up. An interrupted extraction is checked
-in full before it continues; of a finished one, the sizes and the first and the last batch.
+An interrupted extraction continues after the last line of its journal. Rows reach the disk before
+their line does. Rows beyond the last line are left over from a killed process and are cut off. If
+rows of a line are missing or have another checksum, the file was damaged and the folder is refused;
+missing rows are never filled up. An interrupted extraction is checked in full before it continues;
+of a finished one, the sizes and the first and the last batch are checked.
 A second process that wants the same features waits for the first, on the file `lock`.
 """
 
@@ -65,12 +65,12 @@ def cached_features(
         folder: made if missing.
         identity: what the features are of, as plain values (the weights, the data, the view): the
             folder's must be the same.
-        encoder: this and all that is not named here as of `extract`.
+        encoder: this and all other arguments: see `extract`.
         progress: the title of a progress bar; None for no bar.
 
     Raises:
-        ValueError: the folder holds features of something else, whose differences are named, or
-            damaged files. Or no image, or a value beyond float16.
+        ValueError: the folder holds features of something else (the differences are named) or
+            damaged files; there is no image; or a value is beyond float16.
 
     >>> import tempfile
     >>> from sslkit.evaluation.encoders import as_encoder
@@ -177,7 +177,7 @@ def _write_meta(folder: Path, described: Mapping[str, Any], batch: EncodedBatch)
 def _require_meta(
     folder: Path, meta: Mapping[str, Any] | None, lines: Sequence[Mapping[str, Any]]
 ) -> None:
-    """That rows have a description, which is written before them."""
+    """Raise a ValueError if there are rows without a description, which is written before them."""
     if meta is None and (any(line["labels"] for line in lines) or any(folder.glob("*.f16"))):
         raise ValueError(
             f"{folder} has features but no meta.json, which says what they are: remove {folder}"
@@ -245,7 +245,7 @@ def _require_rows(
     *,
     whole: bool,
 ) -> None:
-    """That every row of the journal is there, with its checksum; or those of both ends' lines."""
+    """Require every row of the journal with its checksum, or only the first and last batch's."""
     for name, shape in shapes.items():
         path, row = folder / f"{name}.f16", 2 * math.prod(shape)
         size, promised = path.stat().st_size if path.exists() else 0, row * _rows(name, lines)
@@ -271,7 +271,7 @@ def _require_rows(
 def _truncate(
     folder: Path, shapes: Mapping[str, Sequence[int]], lines: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Cut off rows that no line speaks of; `_require_rows` has seen that no row is missing."""
+    """Cut off rows that no line covers; `_require_rows` has checked that no row is missing."""
     for name, shape in shapes.items():
         path = folder / f"{name}.f16"
         if path.exists():

@@ -72,10 +72,10 @@ class Features:
         ]
 
     def select(self, rows: Tensor) -> "Features":
-        """The features of some of the images, copied.
+        """Copy the features of some of the images.
 
         Args:
-            rows: int64 [n], ascending places in ``labels``.
+            rows: int64 [n], ascending positions in ``labels``.
         """
         kept = torch.zeros(len(self), dtype=torch.bool)
         kept[rows] = True
@@ -179,8 +179,8 @@ def extract(
     Args:
         encoder: see `sslkit.evaluation.encoders`.
         source: see `sslkit.data.sources.Source`; only its length and items are used, so that a list
-            of (image, label) pairs will do. Images are brought to the channels that the encoder
-            takes, its ``in_chans``, by `sslkit.data.channels.with_channels`.
+            of (image, label) pairs will do. `sslkit.data.channels.with_channels` converts images to
+            the encoder's ``in_chans``.
         transform: uint8 [C, h, w] -> float [C, h', w'].
         batch_size: images a forward pass.
         want, block, num_layers: see `sslkit.evaluation.tokens.encode`.
@@ -226,7 +226,7 @@ def extract(
 
 
 def model_channels(encoder: nn.Module) -> int | None:
-    """Channels of the images that an encoder takes; None if it does not say (`in_chans`)."""
+    """Number of channels that an encoder takes; None if it has no `in_chans`."""
     channels = getattr(encoder, "in_chans", None)
     return channels if isinstance(channels, int) else None
 

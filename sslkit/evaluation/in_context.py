@@ -235,7 +235,7 @@ def in_context_segmentation(
         num_neighbours, temperature: see `segment`.
         ignore_index: the label of pixels that belong to no class.
         reference_quirks: see above.
-        class_names: for messages.
+        class_names: names of the classes, for messages.
 
     Raises:
         Unsuitable: the test masks have pixels of fewer than two classes.

@@ -76,7 +76,7 @@ def cosine_neighbours(
 
 
 def _unit(x: Tensor, name: str) -> Tensor:
-    """Rows of length 1, float32; rows of zeros stay."""
+    """Normalise rows to length 1, float32; rows of zeros stay zero."""
     rows = unit_rows(x).float()
     if not rows.isfinite().all():
         raise ValueError(f"{name} hold NaN or infinite values")
@@ -136,9 +136,9 @@ def knn_predict(
         train_features: [N, D], normalised here.
         train_labels: int [N]; items of label -1 are left out, and N is the number of the others.
         test_features: [Q, D], normalised here.
-        ks: numbers of neighbours that vote, at most ``num_neighbours``. Where k exceeds N, all N
+        ks: numbers of neighbours that vote, at most ``num_neighbours``. If k exceeds N, all N
             training items vote.
-        num_classes: C, which training labels must be below; only checked.
+        num_classes: C; training labels must be below it. It has no other use.
         temperature: divides the similarities.
         num_neighbours: how many neighbours the softmax is over; at most all N.
         chunk_size: test items compared at once.
@@ -147,8 +147,8 @@ def knn_predict(
         For each k, int64 [Q].
 
     Raises:
-        ValueError: shapes that do not agree, ``ks`` out of range, no training item with a label,
-            or labels that are not integers or below -1.
+        ValueError: shapes do not agree, ``ks`` is out of range, no training item has a label, or
+            labels are not integers or are below -1.
 
     >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
     >>> knn_predict(features, torch.tensor([0, 0, 1]), torch.tensor([[0.1, 1.0]]), ks=(1, 3))

@@ -1,6 +1,6 @@
 """Labels of items in scores, by the rule of :mod:`sslkit.data.labels`.
 
-Whatever computes a score leaves items of label -1 out, in training and in test, and says how many.
+Every score leaves items of label -1 out, in training and in test, and a warning says how many.
 """
 
 import warnings
@@ -12,17 +12,17 @@ from sslkit.data.labels import MAX_CLASSES, NO_LABEL
 
 
 def labelled_rows(labels: Tensor, *, name: str, stacklevel: int = 2) -> Tensor | None:
-    """Indices of the items that have a label, int64 [n]; None if all N have one.
+    """Return the indices of the items that have a label, int64 [n]; None if all N have one.
 
-    Warns how many items have none.
+    A warning says how many items have none.
 
     Args:
         labels: integers [N], classes in 0 .. `MAX_CLASSES` - 1 or -1.
-        name: what messages call them.
-        stacklevel: of the warning; 2 is the caller of this function.
+        name: what messages call the labels.
+        stacklevel: stack level of the warning; 2 is the caller of this function.
 
     Raises:
-        ValueError: labels of another type, shape or range, or no item with a label.
+        ValueError: labels have another type, shape or range, or no item has a label.
 
     >>> labelled_rows(torch.tensor([3, 0]), name="labels") is None
     True
@@ -60,8 +60,8 @@ def warn_of_one_class(labels: Tensor, *, name: str, stacklevel: int = 2) -> None
     """Warn if labels [N] are all the same: a classifier can then predict nothing else."""
     if bool((labels == labels[0]).all()):
         warnings.warn(
-            f"{name} hold the one class {int(labels[0])}: nothing else can be predicted, whatever "
-            "the features",
+            f"{name} hold only the class {int(labels[0])}: nothing else can be predicted, whatever "
+            "the features are",
             stacklevel=stacklevel + 1,
         )
 
@@ -69,9 +69,9 @@ def warn_of_one_class(labels: Tensor, *, name: str, stacklevel: int = 2) -> None
 def with_labels(
     labels: Tensor, *tensors: Tensor | None, name: str, stacklevel: int = 2
 ) -> tuple[Tensor, ...]:
-    """The labels, int64, and the rows of each tensor, of the items that have a label.
+    """Select the labels, int64, and the rows of each tensor, of the items that have a label.
 
-    Nothing is copied if all items have one. What is None stays None.
+    Nothing is copied if all items have a label. A tensor may be None and then stays None.
 
     Args:
         labels: integers [N]; see `labelled_rows`.

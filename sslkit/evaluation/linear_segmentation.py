@@ -158,7 +158,7 @@ def linear_segmentation(
         size, lr, epochs, drop_epoch, batch_size, generator: see `fit_linear_segmentation`.
         ignore_index: the label of pixels that belong to no class.
         reference_quirks: see above.
-        class_names: for messages.
+        class_names: names of the classes, for messages.
 
     Raises:
         Unsuitable: the test masks have pixels of fewer than two classes.

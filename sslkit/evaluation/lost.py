@@ -26,10 +26,10 @@ def lost_mask(keys: Tensor, *, num_candidates: int = 100) -> tuple[Tensor, tuple
         similar    = candidates p with <f_p, f_seed> > 0        (the seed is one of them)
         mask_q     = sum_{p in similar} <f_p, f_q> > 0
 
-    The scale of the keys changes nothing. Of equal degrees the first patch, row by row, comes
-    first; the published code leaves their order to the sort. The paper writes >= 0 where its code,
-    and this, has > 0. A key of zeros, for which the published code stops, is neither seed nor
-    candidate. Where all keys are equal, all patches are the object.
+    The scale of the keys changes nothing. Among equal degrees, patches are ordered row by row; the
+    published code leaves their order to the sort. The paper writes >= 0; its code has > 0, as here.
+    A key of zeros, with which the published code stops, is neither seed nor candidate. If all keys
+    are equal, all patches are the object.
 
     Args:
         keys: [H, W, D].

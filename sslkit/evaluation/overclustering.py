@@ -96,7 +96,7 @@ def overclustering(
         seeds: one run each.
         ignore_index: the label of pixels that belong to no class.
         reference_quirks: see above.
-        class_names: for messages.
+        class_names: names of the classes, for messages.
 
     Raises:
         Unsuitable: the masks have pixels of fewer than two classes.

@@ -55,11 +55,10 @@ def position_probe(
 ) -> PositionProbe:
     """Regress the normalised (row, column) of `sslkit.rasa.patch_positions` on patch features.
 
-    Linear by default: exact least squares with an intercept over all training patches, in float64,
-    by a QR decomposition of the centred features. It finds position in directions of any size: in
-    float64 features down to ``rounding = 2e-16 * max(patches, D)`` of the largest singular value,
-    below which a direction counts as constant. There is no ridge that would hide what a projection
-    in too low a precision leaves.
+    The probe is linear by default: exact least squares with an intercept over all training patches,
+    in float64, by a QR decomposition of the centred features. It finds position in directions of
+    any size. Only directions below ``2e-16 * max(patches, D)`` of the largest singular value count
+    as constant. There is no ridge, which would hide what a projection in low precision leaves.
 
     With ``hidden_dim`` the predictor has two layers, ``Linear(D, hidden_dim), GELU,
     Linear(hidden_dim, 2)``, on features standardised with the training statistics: 1500 steps of
@@ -91,8 +90,8 @@ def position_probe(
 def _fit_linear(patches: Tensor) -> nn.Module:
     """Least squares in float64, streamed over images.
 
-    R of a QR decomposition of all centred rows (z, p) is that of the rows below the R before:
-    unlike a covariance it does not square, and so keeps small directions.
+    R of a QR decomposition of all centred rows (z, p) is the R of new rows below the earlier R.
+    Unlike a covariance it squares nothing, and so keeps small directions.
     """
     B, H, W, D = patches.shape
     n = B * H * W

@@ -45,8 +45,8 @@ def write_report(
 
     Results come first, then the pictures, which carry their own titles and say what to look for,
     then the command, the versions, the machine and the settings, all without the paths of this
-    machine (`without_machine_paths`). Every file is replaced as a
-    whole, ``report.md`` last, so that whoever reads it while it is written sees a complete page.
+    machine (`without_machine_paths`). Every file is replaced as a whole, ``report.md`` last, so
+    that a reader always sees a complete page.
 
     Args:
         directory: made if missing.
@@ -129,10 +129,10 @@ def _provenance() -> list[tuple[str, str]]:
 
 
 def typed_command() -> str:
-    """The command that started this process, without paths of this machine.
+    """Return the command that started this process, without the paths of this machine.
 
-    ``python -m`` and ``torchrun``, which Python replaces by paths, are named as they were typed;
-    other paths as by `without_machine_paths`.
+    ``python -m`` and ``torchrun``, which Python replaces by paths, appear as they were typed. Other
+    paths are shortened by `without_machine_paths`.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None:  # python -m
@@ -148,9 +148,9 @@ def typed_command() -> str:
 
 
 def without_machine_paths(text: str) -> str:
-    """Absolute paths in a text, relative to the working directory or to sslkit's checkout.
+    """Make absolute paths in a text relative to the working directory or to sslkit's checkout.
 
-    Of other paths the last part alone is kept: reports are given to others.
+    Of any other path only the last part is kept, because reports are given to others.
 
     >>> without_machine_paths("--data=/home/me/images")
     '--data=.../images'

@@ -68,8 +68,8 @@ class Score:
     ) -> "Score":
         """A function of the sum of each image's confusion matrix, [n, C, C] or [n, C, K].
 
-        Images without a pixel of any class, whose matrix is 0, are not among the test items: a
-        resample that drew nothing else would have no score.
+        Images without a pixel of any class, whose matrix is 0, do not count as test items, since a
+        resample of only such images would have no score.
 
         >>> two = torch.tensor([[[1, 0], [0, 1]], [[1, 1], [0, 0]]])
         >>> Score.of_confusion(two).value

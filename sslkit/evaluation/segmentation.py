@@ -109,22 +109,22 @@ def require_classes(
     class_names: Sequence[str] | None = None,
     ignore_index: int = 255,
 ) -> None:
-    """Warn of classes without a pixel; refuse masks to score by that have fewer than two classes.
+    """Warn of classes without a pixel, and refuse test masks with fewer than two classes.
 
     The mean IoU leaves out classes that are in neither truth nor prediction, so that with one class
-    it may be 1 whatever the features.
+    it may be 1 whatever the features are.
 
     Args:
         masks: integer classes [B, h, w], in 0..C-1, or ``ignore_index``.
         num_classes: C; with C = 1 nothing is refused.
         name: what messages call the masks.
         scored: whether these are the masks that predictions are compared with.
-        class_names: for messages.
+        class_names: names of the classes, for messages.
         ignore_index: the label of pixels that belong to no class.
 
     Raises:
-        Unsuitable: fewer than two classes have a pixel in masks to score by.
-        ValueError: a pixel is neither of a class nor to be ignored.
+        Unsuitable: ``scored``, and fewer than two classes have a pixel.
+        ValueError: a pixel is neither of a class nor ``ignore_index``.
     """
     counts = torch.zeros(num_classes, dtype=torch.int64)
     for mask in masks:

@@ -215,7 +215,7 @@ class Subject:
         return [transform(self.to_model(image)) for image in images]
 
     def to_model(self, image: Tensor) -> Tensor:
-        """An image uint8 [C, h, w] with the channels that the encoder takes."""
+        """Convert an image, uint8 [C, h, w], to the channels that the encoder takes."""
         channels = model_channels(self.encoder)
         return image if channels is None else with_channels(image, channels)
 
@@ -274,10 +274,10 @@ class Subject:
 
 
 def labelled(features: Features, source: str) -> Features:
-    """The features of the images that have a label; a warning says how many have none.
+    """Select the features of the images that have a label; a warning says how many have none.
 
     Raises:
-        Unsuitable: no image has one.
+        Unsuitable: no image has a label.
         ValueError: a label is below -1.
     """
     if bool((features.labels == NO_LABEL).all()):

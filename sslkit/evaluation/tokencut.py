@@ -19,7 +19,7 @@ from sslkit.unit_rows import unit_rows
 _DENSE = 1024
 """Patches up to which the dense solver is used; it takes 0.1 s there, and grows with their cube."""
 _RESIDUAL = 1e-12
-"""Length of ``M v - value * v`` at which Lanczos iterations end."""
+"""Residual length, of ``M v - value * v``, at which Lanczos iterations end."""
 _EQUAL = 1 - 1e-9
 """Entries of an eigenvector that differ by less, relatively, are the same but for rounding."""
 
@@ -40,8 +40,8 @@ def cut_vector(keys: Tensor, *, threshold: float = 0.2, eps: float = 1e-5) -> Te
         eps: the weight of an edge between unlike patches, which keeps the graph connected.
 
     Raises:
-        ValueError: there are three patches or more, and all edges have one weight, as those of
-            equal keys and of keys of zeros have: every cut is then as good as every other.
+        ValueError: there are three patches or more and all edges have the same weight, as with
+            equal keys or keys of zeros, so that every cut is as good as every other.
 
     >>> keys = torch.tensor([[1.0, 0.0]]).expand(2, 4, 2).clone()
     >>> keys[0, 1:3] = torch.tensor([0.0, 1.0])
@@ -89,18 +89,18 @@ def _edges(keys: Tensor, threshold: float, eps: float) -> Tensor:
 
 
 def _cannot_be_cut(weights: Tensor) -> bool:
-    """Whether all edges have one weight; two patches are always cut in one way."""
+    """Whether all edges of three or more patches have one weight; two can be cut in one way only."""
     edges = weights.clone()
     edges.fill_diagonal_(weights[0, 1].item())
     return len(weights) > 2 and bool((edges == edges[0, 0]).all())
 
 
 def _leading_vector(matrix: np.ndarray, *, across: np.ndarray) -> np.ndarray:
-    """Eigenvector [N] of the largest eigenvalue among those orthogonal to the one given.
+    """Eigenvector [N] of the largest eigenvalue, orthogonal to the given eigenvector.
 
-    Lanczos iterations from a fixed start, each vector orthogonalised against all before. They end
-    where the space is exhausted, which few different keys lead to after few steps. ARPACK goes on
-    there with vectors drawn at random, others at each call.
+    The method is Lanczos iterations from a fixed start, each vector orthogonalised against all
+    earlier ones. They end when the space is exhausted, with few different keys after few steps;
+    ARPACK would then continue with random vectors, other ones at each call.
     """
     from scipy.linalg import eigh_tridiagonal
 
@@ -138,8 +138,8 @@ def tokencut_mask(
     """The side of the cut that is the object, bool [H, W], and the seed (row, column) in it.
 
     With v of `cut_vector`, the seed is ``argmax |v|``, the first of equal ones row by row, and the
-    object is the side ``v > mean(v)``, v being positive at the seed. Where there is nothing to cut,
-    all patches being alike or all unlike, all of them are the object and the first is the seed.
+    object is the side ``v > mean(v)``, with v positive at the seed. If there is nothing to cut,
+    because all patches are alike or all unlike, they are all the object and the first is the seed.
 
     Args:
         keys: [H, W, D].

@@ -182,7 +182,7 @@ def output_is_complete(output: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def require_whole(output: Path, description: Mapping[str, Any]) -> None:
-    """A ValueError that names the file unless every file has the rows that its description says."""
+    """Raise a ValueError, which names the file, unless all files have the described rows."""
     (num_rows, _), *_ = description["shape"].values()
     path = output
     try:

@@ -209,7 +209,7 @@ class _Job:
         return settings
 
     def require_settings(self) -> None:
-        """That the parts, if there are any, are of the same."""
+        """Raise a ValueError if there are parts that were made with other settings."""
         path, settings = self.folder / "settings.json", self.settings
         if not any(self.folder.glob("*.safetensors")):
             with atomic_write(path) as file:
@@ -283,7 +283,7 @@ class _Job:
             yield self._read(start)
 
     def _read(self, start: int) -> Part:
-        """A part that is there; a ValueError if it is not as it was written."""
+        """Read a part, or raise a ValueError if it is damaged."""
         path = self._path(start)
         remedy = "remove it, and run the command again to make it anew"
         with damage_explained(f"the part {path}", remedy, also=(SafetensorError,)):

@@ -158,7 +158,7 @@ def count_blocks(names: Iterable[str], pattern: str) -> int:
 
 
 def block_number(digits: str) -> int:
-    """The number in the name of a block; a ValueError if no network has as many blocks."""
+    """The number in the name of a block, or a ValueError if it is above `MOST_BLOCKS`."""
     if len(digits) > len(str(MOST_BLOCKS)) or int(digits) >= MOST_BLOCKS:
         raise ValueError(
             f"a tensor's name has block {digits[:20]}; networks of more than {MOST_BLOCKS} blocks "
@@ -173,7 +173,7 @@ def in_any_block(tensors: Iterable[str], ending: str) -> bool:
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, ndim: int) -> torch.Size:
-    """The shape of a tensor; a ValueError if it is not there, has other axes or an empty one."""
+    """The shape of a tensor, or a ValueError if it is missing, empty or has another rank."""
     if name not in tensors:
         raise ValueError(f"the network cannot be told from its tensors: there is no {name}")
     shape = tensors[name].shape
@@ -191,7 +191,7 @@ def count_tokens(tensors: Mapping[str, Tensor], name: str) -> int:
 
 
 def config_number(config: Mapping[str, Any], key: str, default: float | None) -> Any:
-    """A positive number of ``config.json``, ``default`` where it has none."""
+    """A positive number in ``config.json``, or ``default`` if it is not there."""
     value = config.get(key)
     if value is None:
         return default
@@ -201,7 +201,7 @@ def config_number(config: Mapping[str, Any], key: str, default: float | None) ->
 
 
 def config_arguments(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """timm's ``model_args`` of ``config.json``."""
+    """timm's ``model_args`` in ``config.json``."""
     value = config.get("model_args") or {}
     if not isinstance(value, Mapping):
         raise ValueError(f"config.json: model_args must be values by name, got {value!r:.60}")
