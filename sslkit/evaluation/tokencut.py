@@ -89,7 +89,7 @@ def _edges(keys: Tensor, threshold: float, eps: float) -> Tensor:
 
 
 def _cannot_be_cut(weights: Tensor) -> bool:
-    """Whether all edges of three or more patches have one weight; two can be cut in one way only."""
+    """Whether all edges have one weight; two patches can still be cut, in one way only."""
     edges = weights.clone()
     edges.fill_diagonal_(weights[0, 1].item())
     return len(weights) > 2 and bool((edges == edges[0, 0]).all())
