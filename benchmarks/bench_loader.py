@@ -150,9 +150,7 @@ def contestants(
             yield [*batch.global_crops, *batch.local_crops, batch.indices]
 
     def decoded() -> Iterator[Sequence[Tensor]]:
-        loader = make_loader(
-            dataset, batch_size=batch_size, num_workers=workers, augment_on="cpu"
-        )
+        loader = make_loader(dataset, batch_size=batch_size, num_workers=workers, augment_on="cpu")
         loader.convert = None  # the batches as the workers send them
         for batch in loader:
             yield [batch.images, batch.indices]
