@@ -36,7 +36,8 @@ class WorkerLoader(Iterable[T]):
     Args:
         dataset: as for ``DataLoader``.
         num_workers: number of worker processes; 0 loads in this one.
-        convert: function applied to each batch in this process, when the batch is taken.
+        convert: function applied to each batch in this process, when the batch is taken; also an
+            attribute.
         settings: further arguments of ``DataLoader``.
     """
 
@@ -53,10 +54,10 @@ class WorkerLoader(Iterable[T]):
             settings["multiprocessing_context"] = _recording_context(self._started)
             settings["worker_init_fn"] = _outlive_signals
         self._loader: DataLoader[Any] = DataLoader(dataset, num_workers=num_workers, **settings)
-        self._convert = convert
+        self.convert = convert
 
     def __iter__(self) -> "WorkerBatches[T]":
-        return WorkerBatches(self._loader, self._started, self._convert)
+        return WorkerBatches(self._loader, self._started, self.convert)
 
 
 class WorkerBatches(Iterator[T], Generic[T]):
