@@ -72,7 +72,7 @@ class EMATeacher(nn.Module, Generic[Student]):
 
         Args:
             student: a module with the same parameter and buffer names and shapes.
-            momentum: for this update, in place of the one given at construction: a schedule.
+            momentum: for this update, instead of the one given at construction: a schedule.
 
         Raises:
             ValueError: a name is missing or unexpected; a shape, a device, the sharding or the kind

@@ -140,7 +140,7 @@ def test_timms_own_weights_by_name(monkeypatch):
 def test_a_grid_that_is_not_square_is_stated(tmp_path):
     network = small_timm("vit_tiny_patch16_224", img_size=(48, 96))
     torch.save(network.state_dict(), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="18 positions, which is no square grid: give file_img_si"):
+    with pytest.raises(ValueError, match="18 positions, which is not a square grid: give file"):
         load(tmp_path / "w.pth", num_heads=2)
     with pytest.raises(ValueError, match=r"makes a grid of 3 x 4 patches, but the file has 18"):
         load(tmp_path / "w.pth", num_heads=2, file_img_size=(48, 64))

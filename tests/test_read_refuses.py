@@ -258,7 +258,7 @@ def test_save_refuses_settings_that_no_file_may_state(tmp_path):
         ({"model_args": {"pretrained_cfg": {"file": "x"}}}, "'pretrained_cfg' is not a setting"),
         ({"model_args": {"depth": 10**6}}, "depth must be an integer"),
         ({"model_args": [1]}, "model_args must be values by name"),
-        ({"architecture": "hf-hub:a/b"}, "is no network of timm"),
+        ({"architecture": "hf-hub:a/b"}, "is not a network of timm"),
     ],
 )
 def test_a_config_states_plain_settings_alone(tmp_path, config, message):

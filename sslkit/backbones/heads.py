@@ -122,14 +122,14 @@ def misfit(name: str, found: Head | None, wanted: MatryoshkaProjector) -> str:
 
     >>> head = MatryoshkaProjector(8, 6, nesting_dims=(4, 8), hidden_dim=5)
     >>> misfit("dino_head", head, MatryoshkaProjector(8, 9, nesting_dims=(4, 8), hidden_dim=5))
-    "the file's dino_head has num_prototypes=6 in place of 9"
+    "the file's dino_head has num_prototypes=6 instead of 9"
     """
     if found is None:
         return f"the file has no {name}"
     if not isinstance(found, MatryoshkaProjector):
         return f"the file's {name} is none that a MatryoshkaProjector computes"
     own, asked = describe_head(name, found), describe_head(name, wanted)
-    differing = [f"{k}={own[k]} in place of {asked[k]}" for k in own if own[k] != asked[k]]
+    differing = [f"{k}={own[k]} instead of {asked[k]}" for k in own if own[k] != asked[k]]
     return f"the file's {name} has {', '.join(differing)}" if differing else ""
 
 

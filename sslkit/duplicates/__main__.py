@@ -43,13 +43,13 @@ class Settings:
     features: Path | None = None
     """A file of sslkit.extract; or an .npy whose row i is image i of --data."""
     weights: str | None = None
-    """In place of --features: extract them by this model (as of sslkit.evaluation) from --data."""
+    """Instead of --features: the model that extracts them from --data, as in sslkit.evaluation."""
     data: str | None = None
     """The images (sslkit.data.sources.open_source); default: what --features are of."""
     threshold: float = 0.9
     """Cosine similarity from which on two images are duplicates; it depends on the model."""
     keep: Literal["largest", "first"] = "largest"
-    """Of each group: the image of the most pixels, of equal ones the first; or just the first."""
+    """Image of a group that is kept: the one with the most pixels, or the first."""
     write_list: bool = False
     """Write keep.txt and remove.txt, a name a line."""
     num_pictures: int = 12
@@ -57,11 +57,11 @@ class Settings:
     nesting: int | None = None
     """Which array, of features of several nesting sizes."""
     image_size: tuple[int, ...] = ()
-    """Of --weights: pixels a side, or height and width; default: the model's own."""
+    """Image size for --weights: pixels a side, or height and width; default: the model's own."""
     processes: int = 1
-    """Of --weights: processes that extract."""
+    """Processes that extract features with --weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Of --weights."""
+    """Device that extracts features with --weights."""
     num_neighbours: int = 64
     """Neighbours looked up at first; rows with more duplicates are searched again for all."""
 

@@ -43,7 +43,7 @@ class Run:
     output: Path
     """Folder of results.json, report.md, figures/ and, unless --cache says otherwise, features/."""
     nesting: tuple[int, ...] = ()
-    """Also each model with only its first so many features."""
+    """Also evaluate each model with only its first N features, for each N given."""
     rasa: tuple[Path, ...] = ()
     """Remove position by these projectors: one for all models, or one a model."""
     global_size: int | None = None
@@ -53,9 +53,9 @@ class Run:
     resize_over_crop: float = RESIZE_OVER_CROP
     """Images are resized to this multiple of --global-size before the crop."""
     num_train: int | None = None
-    """At most so many training images, evenly spaced."""
+    """Largest number of training images; they are evenly spaced."""
     num_test: int | None = None
-    """At most so many test images, evenly spaced."""
+    """Largest number of test images; they are evenly spaced."""
     scene_size: int = 64
     """Pixels a side of an image of `--data scenes`."""
     num_scenes: int = 2000
@@ -70,7 +70,7 @@ class Run:
     workers: int = 0
     """Processes that read images."""
     seed: int = 0
-    """Of fresh weights, of scenes, and of all that protocols and resamples draw."""
+    """Seed of fresh weights, of scenes, and of all random numbers of protocols and resamples."""
     level: float = 0.95
     """Share of the bootstrap resamples inside an interval."""
     num_resamples: int = 1000

@@ -100,7 +100,7 @@ class EncodedBatch:
     """Tokens of some images of one size, and where they come from.
 
     Attributes:
-        tokens: as of `Features`.
+        tokens: see `Features`.
         grid: patches down and across; (0, 0) where no patch token was asked for.
         labels: of each image.
         indices: of each image in its source.

@@ -61,7 +61,7 @@ def fit_linear_segmentation(
             paper has it.
         lr: learning rate.
         epochs: passes over the images.
-        drop_epoch: after so many epochs the learning rate is divided by 10.
+        drop_epoch: number of epochs after which the learning rate is divided by 10.
         batch_size: images a step.
         ignore_index: the label of pixels that belong to no class.
         generator: a CPU generator, of the initial weights (uniform within 1/√D, as in PyTorch's
@@ -216,13 +216,13 @@ class Options:
     """Linear segmentation: one linear layer from patch tokens to classes."""
 
     learning_rates: tuple[float, ...] = (0.01,)
-    """Of several, the one with the best test score is reported, as the Franca paper has it."""
+    """Learning rates; the one with the best test score is reported, as in the Franca paper."""
     size: tuple[int, int] | None = (100, 100)
     """Pixels at which the loss is taken; None: those of the dense view, as in the Franca paper."""
     epochs: int = 25
     """Passes over the training images."""
     drop_epoch: int = 20
-    """After so many epochs the learning rate is divided by 10."""
+    """Number of epochs after which the learning rate is divided by 10."""
     batch_size: int = 60
     """Images a step."""
     reference_quirks: bool = False

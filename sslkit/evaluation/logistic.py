@@ -127,7 +127,8 @@ def logistic_regression(
     test_labels, test_features = with_labels(test_labels, test_features, name="test_labels")
     if len(train_labels.unique()) < 2:
         raise Unsuitable(
-            f"train_labels hold only the class {int(train_labels[0])}: logistic regression needs two"
+            f"train_labels hold only the class {int(train_labels[0])}: logistic regression needs "
+            "two classes"
         )
     x, y = _array(train_features, dtype), train_labels.cpu().numpy()
     out = held_out_part(train_labels, held_out, generator=generator)

@@ -283,9 +283,9 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """The score is the mean over one run of k-means for each."""
     num_iterations: int = 100
-    """Of k-means."""
+    """Iterations of k-means."""
     num_restarts: int = 5
-    """Of these starts of a run, the one with the least distortion counts."""
+    """Random starts of k-means; the one with the least distortion counts."""
     reference_quirks: bool = False
     """Fit to 256 patches a cluster, resize by corners, absent classes as 0, as published."""
 

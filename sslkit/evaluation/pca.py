@@ -128,7 +128,7 @@ class Options:
     num_images: int = 9
     """Test images in the figure, evenly spaced; their components are found together."""
     threshold: float | None = 0.0
-    """Of the first component, in standard deviations: above it is foreground; None: no split."""
+    """Foreground threshold of the first component, in standard deviations; None: no split."""
     clip: float = 0.01
     """Share of patches at either end that the colours saturate on."""
 

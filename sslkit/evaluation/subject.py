@@ -55,10 +55,10 @@ class Subject:
             digest, the data set's name.
         global_size, dense_size: pixels, one number or (height, width).
         resize_over_crop: see above.
-        nesting: keep only the first so many features of the final tokens.
+        nesting: number of features of the final tokens to keep, the first ones.
         rasa: projects position out of the final tokens, before the nesting.
         cache: folder of the features on the disk; None keeps them in memory, in float32.
-        limits: at most so many images of a source, evenly spaced; by source name.
+        limits: largest number of images of a source, evenly spaced; by source name.
         batch_size, device, num_workers: of the extraction.
         seed: of every generator a protocol asks for.
         progress: whether to show bars.
@@ -93,7 +93,7 @@ class Subject:
 
     @property
     def patch_size(self) -> tuple[int, int]:
-        """Of the encoder, in pixels."""
+        """Patch size of the encoder, in pixels."""
         size = getattr(self.encoder, "patch_size", None)
         if size is None:
             raise Unsuitable(
@@ -103,7 +103,7 @@ class Subject:
         return size[0], size[1]
 
     def num_layers(self, most: int) -> int:
-        """Of the last ``most`` blocks, how many have tokens to be asked for.
+        """How many of the last ``most`` blocks have tokens to be asked for.
 
         One where the encoder does not show its blocks, and after RASA and nesting, which are of the
         last block alone.

@@ -43,9 +43,9 @@ class Described(Export):
     """An encoder with a model card."""
 
     name: str | None = None
-    """Of the model, ORG/NAME on the Hub; default: the name of --output."""
+    """Name of the model, ORG/NAME on the Hub; default: the name of --output."""
     license: str | None = None
-    """Of the weights, as the Hub names it: apache-2.0, cc-by-nc-4.0, ..."""
+    """License of the weights, as the Hub names it: apache-2.0, cc-by-nc-4.0, ..."""
     datasets: tuple[str, ...] = ()
     """What the encoder was trained on, by names of the Hub."""
     results: Path | None = None

@@ -46,7 +46,7 @@ class HubEncoder(ViTEncoder, PyTorchModelHubMixin):
 
     Args:
         encoder: built by ``sslkit.backbones.create`` or ``load``.
-        heads: `MatryoshkaProjector` by name, as of ``sslkit.backbones.save``.
+        heads: `MatryoshkaProjector` by name; see ``sslkit.backbones.save``.
         metadata: text to keep beside the weights; the recipe's files have ``stage``, ``step`` and
             ``settings``.
         card: what the model card says beyond that.

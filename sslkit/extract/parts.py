@@ -56,15 +56,15 @@ class Extraction:
     """Which features of which images.
 
     Attributes:
-        weights: the model, as of `sslkit.evaluation.models.open_model`.
-        data: as of `sslkit.data.sources.open_source`.
+        weights: the model; see `sslkit.evaluation.models.open_model`.
+        data: see `sslkit.data.sources.open_source`.
         split: of data that has splits of its own; other data is taken as a whole.
         token: ``cls``, the class token; ``mean_patch``, the mean of the patch tokens;
             ``cls_and_mean_patch``, the one behind the other; ``layer_cls``, the class tokens of the
             last ``num_layers`` blocks, shallow to deep, one behind the other.
         num_layers: of ``layer_cls``.
         rasa: file of a projector, applied to the final tokens; not to ``layer_cls``.
-        nesting: of each token, only the first so many features; several sizes give several arrays.
+        nesting: numbers of first features of each token to keep; several sizes give several arrays.
         view: ``crop``: resized and the centre cut out (`sslkit.evaluation.views.EvalTransform`);
             ``padded``: the whole image in its own size, padded to whole patches.
         image_size: pixels a side, or height and width, of the crop; () is the model's own.

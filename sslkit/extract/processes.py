@@ -31,17 +31,17 @@ def extract_with_processes(
     """`sslkit.extract.parts.extract_to_file` with a progress bar.
 
     Args:
-        extraction, output, num_workers: as of `extract_to_file`.
+        extraction, output, num_workers: see `extract_to_file`.
         processes: on this machine, each with its share of the images and of the CPU's cores, on a
             GPU of its own if there are any. With 1, those that torchrun started, or this one alone.
-        device: as of `sslkit.training.parallel.start`.
+        device: see `sslkit.training.parallel.start`.
 
     Returns:
         The description of the file; None in other processes of torchrun than the first.
 
     Raises:
         RuntimeError: one of several processes failed; the message is its own.
-        ValueError, OSError: as of `extract_to_file`.
+        ValueError, OSError: see `extract_to_file`.
     """
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")

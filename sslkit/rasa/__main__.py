@@ -63,7 +63,7 @@ class Fit:
     solver: Literal["auto", "adamw"] = "auto"
     """`adamw` is the paper's schedule, which needs many images."""
     ridge: float = 0.1
-    """Of the `auto` solver: larger removes more at once, and more of the content."""
+    """Ridge of the `auto` solver; a larger one removes more at once, and more of the content."""
     tolerance: float = 0.01
     """Stop when linear regression explains less than this share of the positions."""
     fold: Path | None = None
@@ -89,7 +89,7 @@ class Fold:
     output: Path
     """The encoder's file, *.safetensors."""
     seed: int = 0
-    """Of the weights of random:NAME."""
+    """Seed of the weights of random:NAME."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -53,7 +53,7 @@ def removals_in_turn(planes: Sequence[Tensor]) -> Tensor:
     alone what is orthogonal to all planes, as P does, and keeps a rest within their span.
 
     Raises:
-        ValueError: as of `RASAProjector.from_planes`.
+        ValueError: see `RASAProjector.from_planes`.
 
     >>> planes = [torch.eye(5)[:2], torch.eye(5)[1:3] + torch.eye(5)[:2]]
     >>> M = removals_in_turn(planes)

@@ -170,7 +170,7 @@ def lost_contact(error: BaseException) -> bool:
 
 
 def choose(num_parameters: int, parallel: Parallel) -> Kind:
-    """The kind of parallelism for a student of so many parameters, and its teacher.
+    """The kind of parallelism for a student with this number of parameters, and its teacher.
 
     ``"none"`` in a single process. ``"ddp"`` as long as what every GPU then holds (student,
     gradient, moments and teacher, 20 bytes a parameter) is at most a quarter of its memory, and
@@ -189,7 +189,7 @@ def choose(num_parameters: int, parallel: Parallel) -> Kind:
 
 
 def choose_for_gpus(num_parameters: int, memory: float) -> Literal["ddp", "fsdp"]:
-    """As :func:`choose`, for several GPUs of so many bytes.
+    """Like :func:`choose`, for several GPUs with this number of bytes.
 
     >>> choose_for_gpus(500_000_000, 80e9), choose_for_gpus(1_500_000_000, 80e9)
     ('ddp', 'fsdp')

@@ -236,7 +236,7 @@ def _rope(tensors: Mapping[str, Tensor], width: int, stated: Stated) -> tuple[in
         if torch.equal(periods, computed.bfloat16().float()):
             return heads, base, "bfloat16"
     raise ValueError(
-        f"rope_embed.periods {periods.tolist()} are no powers of one base; sslkit builds rotary "
+        f"rope_embed.periods {periods.tolist()} are not powers of one base; sslkit builds rotary "
         "positions of periods base ** (i / n) only"
     )
 

@@ -123,7 +123,7 @@ def grid_size(positions: int, patch_size: tuple[int, int], stated: Stated) -> tu
     side = math.isqrt(positions)
     if side * side != positions:
         raise ValueError(
-            f"the file has {positions} positions, which is no square grid: give "
+            f"the file has {positions} positions, which is not a square grid: give "
             "file_img_size=(height, width) of the images that it was trained on"
         )
     return side, side

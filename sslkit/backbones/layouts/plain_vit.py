@@ -91,7 +91,7 @@ def _named(
 ) -> dict[str, Any]:
     """Settings by a name of timm, with the file's grid and channels."""
     if not timm.is_model(name):
-        raise ValueError(f"architecture {name!r} is no network of timm {timm.__version__}")
+        raise ValueError(f"architecture {name!r} is not a network of timm {timm.__version__}")
     _, in_chans, ph, pw = shape_of(tensors, "patch_embed.proj.weight", 4)
     left_out = ("num_classes", "global_pool", "dynamic_img_size")  # an encoder has its own
     kept = {k: v for k, v in model_args.items() if k not in left_out}
