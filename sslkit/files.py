@@ -65,9 +65,16 @@ def damage_explained(
     ...
     sslkit.files.DamagedFile: a.json is damaged (KeyError: 'shape'): remove it
     """
+    errors: tuple[type[Exception], ...] = (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        *also,
+    )
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, *also) as error:
+    except errors as error:
         raise DamagedFile(f"{name} {what} ({type(error).__name__}: {error}): {remedy}") from error
 
 

@@ -148,8 +148,8 @@ def require_classes(
         )
         if ignore_index == 255:
             found += (
-                '. Of binary masks, 0 and 255, say "values": [0, 255] in annotations.json, or '
-                "leave that file out"
+                '. If the masks are binary, 0 and 255, state "values": [0, 255] in '
+                "annotations.json, or leave that file out"
             )
     if scored and num_classes - len(shown) < min(2, num_classes):
         raise Unsuitable(f"a mean IoU needs pixels of two classes: {found}")

@@ -6,7 +6,7 @@ collective reduces as it is. The bodies are `sslkit.ops.sinkhorn_torch` and
 `sslkit.ops.sinkhorn_triton`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Protocol
 
@@ -223,11 +223,8 @@ def factored_column_exp_sum(
     impl: str,
 ) -> Tensor:
     """`Passes.column_exp_sum` of one problem."""
-    parts = (
-        packed_column_exp_sum([logits], [temperature], bias, [mask], impl)
-        for logits, mask in _row_chunks(features, prototypes, row_mask)
-    )
-    return reduce(torch.add, parts)
+    chunks = _row_chunks(features, prototypes, row_mask)
+    return _sum_of_chunks(packed_column_exp_sum, chunks, temperature, bias, impl)
 
 
 @torch.library.custom_op("sslkit::factored_column_mass", mutates_args=(), schema=_FACTORED_SCHEMA)
@@ -240,11 +237,8 @@ def factored_column_mass(
     impl: str,
 ) -> Tensor:
     """`Passes.column_mass` of one problem."""
-    parts = (
-        packed_column_mass([logits], [temperature], bias, [mask], impl)
-        for logits, mask in _row_chunks(features, prototypes, row_mask)
-    )
-    return reduce(torch.add, parts)
+    chunks = _row_chunks(features, prototypes, row_mask)
+    return _sum_of_chunks(packed_column_mass, chunks, temperature, bias, impl)
 
 
 def _row_chunks(
@@ -255,6 +249,19 @@ def _row_chunks(
     B, K = logits.shape
     for rows in chunks(B, K, logits.device) if B > 0 else [slice(0, 0)]:
         yield written(logits[rows]), None if row_mask is None else row_mask[rows]
+
+
+def _sum_of_chunks(
+    op: Callable[..., Tensor],
+    chunks: Iterator[tuple[Tensor, Tensor | None]],
+    temperature: float,
+    bias: Tensor,
+    impl: str,
+) -> Tensor:
+    """Sum a packed op over chunks of rows, ``[K]``."""
+    return reduce(
+        torch.add, (op([logits], [temperature], bias, [mask], impl) for logits, mask in chunks)
+    )
 
 
 def merge_logsumexp(

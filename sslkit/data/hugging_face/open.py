@@ -101,19 +101,9 @@ def open_stream(
     Raises:
         FileNotFoundError, ValueError: see :func:`open_hugging_face`.
     """
-    table = _parse(spec)
-    splits = _load(table, streaming=True)
-    train, test = _split_names(splits, spec)
-    return HuggingFaceStream(
-        splits[train],
-        image=table.columns.get("image"),
-        label=table.columns.get("label"),
-        max_lanes=max_lanes,
-        test_fraction=test_fraction if test is None else 0.0,
-        seed=seed,
-        root=_root(table.name),
-        max_side=max_side,
-    )
+    options = {"seed": seed, "max_lanes": max_lanes, "max_side": max_side}
+    stream, _ = _open_split(spec, "train", test_fraction, options)
+    return stream
 
 
 def open_stream_test(
@@ -130,24 +120,34 @@ def open_stream_test(
     They come from the test split of the data set or, if it has none, from the samples that the
     training stream leaves out.
     """
-    table = _parse(spec)
-    splits = _load(table, streaming=True)
-    train, test = _split_names(splits, spec)
-    stream = HuggingFaceStream(
-        splits[test or train],
-        image=table.columns.get("image"),
-        label=table.columns.get("label"),
-        max_lanes=max_lanes,
-        test_fraction=test_fraction if test is None else 0.0,
-        seed=seed,
-        root=_root(table.name),
-        max_side=max_side,
-    )
-    if test is not None:
+    options = {"seed": seed, "max_lanes": max_lanes, "max_side": max_side}
+    stream, has_test = _open_split(spec, "test", test_fraction, options)
+    if has_test:
         return stream.first_images(num_test)
     images = stream.held_out_images(num_test)
     # Divided once: to divide them again is independent of that.
     return Subset(images, torch.arange(len(images)), divisions=1)
+
+
+def _open_split(
+    spec: str, split: Split, test_fraction: float, options: dict[str, Any]
+) -> tuple[HuggingFaceStream, bool]:
+    """The stream of a split, or of ``train`` if there is no test split, and whether there is one.
+
+    Without a test split, the stream holds out ``test_fraction`` of its samples.
+    """
+    table = _parse(spec)
+    splits = _load(table, streaming=True)
+    train, test = _split_names(splits, spec)
+    stream = HuggingFaceStream(
+        splits[train if split == "train" or test is None else test],
+        image=table.columns.get("image"),
+        label=table.columns.get("label"),
+        test_fraction=test_fraction if test is None else 0.0,
+        root=_root(table.name),
+        **options,
+    )
+    return stream, test is not None
 
 
 def split_columns(text: str) -> tuple[str, dict[str, str]]:
