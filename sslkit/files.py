@@ -65,13 +65,8 @@ def damage_explained(
     ...
     sslkit.files.DamagedFile: a.json is damaged (KeyError: 'shape'): remove it
     """
-    errors: tuple[type[Exception], ...] = (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        *also,
-    )
+    errors: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError)
+    errors += also
     try:
         yield
     except errors as error:

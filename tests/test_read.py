@@ -166,7 +166,7 @@ def test_dinov3_of_another_base_and_in_float32(tmp_path):
     assert_tokens(encoder, state, heads=1, rule="", eps=1e-5, grids=[(3, 4)])
     state["rope_embed.periods"] = torch.linspace(1, 9, 16)
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="no powers of one base"):
+    with pytest.raises(ValueError, match="not powers of one base"):
         load(tmp_path / "w.pth")
 
 

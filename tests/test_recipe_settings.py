@@ -238,7 +238,7 @@ def test_what_a_folder_says_starts_no_program_and_asks_no_machine(
     call = ["--output", str(started), *words]
     with pytest.raises(SystemExit) as exit_:
         recipe.main(call)
-    assert f"--data '{data}'. If you trust that, say it again" in str(exit_.value)
+    assert f"--data '{data}'. If you trust it, give it again" in str(exit_.value)
     assert not (tmp_path / "hit").exists()
     assert recipe.parse([*call, "--data", data]).data == data
 

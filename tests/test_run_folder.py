@@ -102,7 +102,7 @@ def test_a_file_system_without_locks_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sslkit.training.run_folder.fcntl", None)
-    with pytest.warns(UserWarning, match="cannot lock .*See to it"), one_run_at_a_time(tmp_path):
+    with pytest.warns(UserWarning, match="cannot lock .*Make sure"), one_run_at_a_time(tmp_path):
         pass
 
 

@@ -136,7 +136,7 @@ def test_one_class_is_told():
     features, labels = noise(6, 4), torch.zeros(6, dtype=torch.int64)
     with pytest.warns(UserWarning, match="train_labels hold only the class 0: nothing else"):
         assert knn_accuracy(features, labels, features, labels, ks=(1,)) == {1: 1.0}
-    with pytest.raises(Unsuitable, match="the one class 0"):
+    with pytest.raises(Unsuitable, match="only the class 0"):
         logistic_regression(features, labels, features, labels, generator=seeded())
 
 
