@@ -22,7 +22,7 @@ from sslkit.evaluation.segmentation import (
     masked_patches,
     merge_clusters,
     predicted_masks,
-    require_classes,
+    require_classes_of_both,
 )
 from sslkit.evaluation.subject import Subject
 from sslkit.unit_rows import unit_rows
@@ -251,15 +251,9 @@ def in_context_segmentation(
         )
     if reference_quirks:
         train_masks = train_masks.masked_fill(train_masks == ignore_index, 0)
-    for name, masks in (("train_masks", train_masks), ("test_masks", test_masks)):
-        require_classes(
-            masks,
-            num_classes,
-            name=name,
-            scored=name == "test_masks",
-            class_names=class_names,
-            ignore_index=ignore_index,
-        )
+    require_classes_of_both(
+        train_masks, test_masks, num_classes, class_names=class_names, ignore_index=ignore_index
+    )
     memory = build_memory(
         train_patches,
         train_masks,

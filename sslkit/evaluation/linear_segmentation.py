@@ -20,7 +20,7 @@ from sslkit.evaluation.segmentation import (
     known_pixels,
     masked_patches,
     predicted_masks,
-    require_classes,
+    require_classes_of_both,
     resize_masks,
 )
 from sslkit.evaluation.subject import Subject
@@ -172,15 +172,9 @@ def linear_segmentation(
         raise ValueError(
             f"there are {len(test_patches)} images of patches but {len(test_masks)} masks to test"
         )
-    for name, masks in (("train_masks", train_masks), ("test_masks", test_masks)):
-        require_classes(
-            masks,
-            num_classes,
-            name=name,
-            scored=name == "test_masks",
-            class_names=class_names,
-            ignore_index=ignore_index,
-        )
+    require_classes_of_both(
+        train_masks, test_masks, num_classes, class_names=class_names, ignore_index=ignore_index
+    )
     linear = fit_linear_segmentation(
         train_patches,
         train_masks,

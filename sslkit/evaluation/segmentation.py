@@ -108,6 +108,7 @@ def require_classes(
     scored: bool = True,
     class_names: Sequence[str] | None = None,
     ignore_index: int = 255,
+    stacklevel: int = 3,
 ) -> None:
     """Warn of classes without a pixel, and refuse test masks with fewer than two classes.
 
@@ -121,6 +122,7 @@ def require_classes(
         scored: whether these are the masks that predictions are compared with.
         class_names: names of the classes, for messages.
         ignore_index: the label of pixels that belong to no class.
+        stacklevel: stack level of the warning.
 
     Raises:
         Unsuitable: ``scored``, and fewer than two classes have a pixel.
@@ -153,7 +155,28 @@ def require_classes(
             )
     if scored and num_classes - len(shown) < min(2, num_classes):
         raise Unsuitable(f"a mean IoU needs pixels of two classes: {found}")
-    warnings.warn(found, stacklevel=3)
+    warnings.warn(found, stacklevel=stacklevel)
+
+
+def require_classes_of_both(
+    train_masks: Tensor,
+    test_masks: Tensor,
+    num_classes: int,
+    *,
+    class_names: Sequence[str] | None,
+    ignore_index: int,
+) -> None:
+    """Call `require_classes` for training masks [B, h, w] and for test masks [Q, h', w']."""
+    for name, masks in (("train_masks", train_masks), ("test_masks", test_masks)):
+        require_classes(
+            masks,
+            num_classes,
+            name=name,
+            scored=name == "test_masks",
+            class_names=class_names,
+            ignore_index=ignore_index,
+            stacklevel=4,
+        )
 
 
 def classes_of_clusters(counts: Tensor) -> Tensor:
