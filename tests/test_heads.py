@@ -214,14 +214,14 @@ def test_dinos_head_beside_its_backbone(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "shown"),
     [
-        ("in_dim", 16, "in_dim=32 in place of 16"),
-        ("num_prototypes", 12, "num_prototypes=24 in place of 12"),
-        ("nesting_dims", (8, 32), "nesting_dims=[16, 32] in place of [8, 32]"),
-        ("nesting", "linear", "nesting=slice in place of linear"),
-        ("hidden_dim", 6, "hidden_dim=7 in place of 6"),
-        ("bottleneck_dim", 6, "bottleneck_dim=5 in place of 6"),
-        ("num_layers", 2, "num_layers=3 in place of 2"),
-        ("normalize", False, "normalize=True in place of False"),
+        ("in_dim", 16, "in_dim=32 instead of 16"),
+        ("num_prototypes", 12, "num_prototypes=24 instead of 12"),
+        ("nesting_dims", (8, 32), "nesting_dims=[16, 32] instead of [8, 32]"),
+        ("nesting", "linear", "nesting=slice instead of linear"),
+        ("hidden_dim", 6, "hidden_dim=7 instead of 6"),
+        ("bottleneck_dim", 6, "bottleneck_dim=5 instead of 6"),
+        ("num_layers", 2, "num_layers=3 instead of 2"),
+        ("normalize", False, "normalize=True instead of False"),
     ],
 )
 def test_what_keeps_a_head_of_a_file_from_being_used(name, value, shown):

@@ -284,7 +284,7 @@ def test_the_presets_sizes_are_those_of_the_file(patch: int, size: int, local: i
         ("--init-from FILE --init.sha256 abc", "--init.sha256 abc: .* has [0-9a-f]{64}"),
         (
             "--init-from FILE --init.heads file --model.num-prototypes 32",
-            "--init.heads file: the file's dino_head has num_prototypes=64 in place of 32",
+            "--init.heads file: the file's dino_head has num_prototypes=64 instead of 32",
         ),
         ("--init-from FILE --model.nesting-dims 4 4", "--model: nesting_dims must rise strictly"),
         ("--model.backbone-settings no", "--model: "),

@@ -243,7 +243,7 @@ def test_queues_can_be_cut_and_joined():
             TypeError,
             "range holds any logits",
         ),
-        (lambda q, x: q.update(x.double()), TypeError, "float64 goes with float64 alone"),
+        (lambda q, x: q.update(x.double()), TypeError, "float64 goes only with float64"),
         (lambda q, x: q(x[:, :2]), ValueError, r"logits are \(4, 2\) on cpu, .* for 3 columns"),
         (lambda q, x: q.update(x[:, :2]), ValueError, r"made for 3 columns and is on cpu"),
         (lambda q, x: q.update(x.to("meta")), ValueError, "on meta, .* is on cpu"),
