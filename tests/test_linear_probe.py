@@ -152,8 +152,9 @@ def test_any_shape(seed, num_classes, blocks, dim, count, scale, dtype):
     assert result.accuracy == max(result.accuracies.values())
     assert result.correct.double().mean().item() == pytest.approx(result.accuracy)
     logits = result.best.logits(*data[:2])
-    assert logits.shape == (count, num_classes)
-    assert torch.equal(result.predictions, logits.argmax(1))
+    assert torch.equal(result.best.classes, labels.unique())
+    assert logits.shape == (count, len(result.best.classes))
+    assert torch.equal(result.predictions, result.best.classes[logits.argmax(1)])
 
 
 def test_of_equal_heads_the_first_is_the_best():

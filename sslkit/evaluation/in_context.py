@@ -327,7 +327,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
         class_names=names,
     )
     return Outcome(
-        {"mIoU": Score.of_confusion(result.confusions, statistic)},
+        {"mIoU": Score.of_confusion(result.confusions, statistic, items=test.indices)},
         {"in_context": figure},
         {
             "memory patches": result.memory_size,

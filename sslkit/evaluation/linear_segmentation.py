@@ -263,7 +263,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
         class_names=names,
     )
     return Outcome(
-        {"mIoU": Score.of_confusion(result.confusions, statistic)},
+        {"mIoU": Score.of_confusion(result.confusions, statistic, items=test.indices)},
         {"linear_segmentation": figure},
         {
             "learning rate": best,

@@ -20,6 +20,10 @@ order, and a warning says which they are. If 255 is one of more than two, it is 
 two values, such as 0 and 255, the smaller is the background and the other the foreground.
 
 Without both lists the images have no splits; `sslkit.data.open_source` then divides them.
+
+Masks may have longer names than their images, if all go on in the same way: ``NAME_mask.png``.
+Two folders ``train`` and ``val`` (or ``test``) may each have ``images`` and ``masks``; their
+``annotations.json`` then lies beside the two, or else their masks together tell the classes.
 """
 
 import os
@@ -124,6 +128,8 @@ class ImagesAndMasks(AnnotatedFiles):
     Args:
         folder: laid out as above.
         split: ``"train"`` or ``"test"``, by the lists; None: all images, whatever the lists.
+        parts: folders of this layout, ``folder`` included, that have one list of classes; default:
+            ``folder`` alone.
         max_side: see :func:`sslkit.data.decode.read_image`.
 
     Raises:
@@ -136,6 +142,7 @@ class ImagesAndMasks(AnnotatedFiles):
         folder: str | os.PathLike[str],
         *,
         split: Split | None = "train",
+        parts: Sequence[str | os.PathLike[str]] | None = None,
         max_side: int = MAX_SIDE,
     ):
         root = Path(folder)
@@ -156,9 +163,9 @@ class ImagesAndMasks(AnnotatedFiles):
         if not names:
             raise FileNotFoundError(f"{found or root / 'images'} is empty: there is no image")
         self._masks = root / "masks"
-        self._mask_files = _by_stem(self._masks, _MASK_ENDINGS)
-        _require_masks(self._masks, names, self._mask_files)
-        path = root / "annotations.json"
+        self._mask_files = _masks_of(self._masks, names)
+        self._parts = [Path(part) / "masks" for part in parts or (root,)]
+        path = root / "annotations.json" if parts is None else root.parent / "annotations.json"
         annotations = _read_annotations(path) if path.is_file() else None
         self._annotations = str(path)
         labels, boxes = (annotations.labels, annotations.boxes) if annotations else ({}, {})
@@ -178,7 +185,7 @@ class ImagesAndMasks(AnnotatedFiles):
         """The classes of the masks; without ``annotations.json`` every mask is read for them."""
         if self._stated is not None:
             return self._stated
-        return _classes_found(self._masks, list(self._mask_files.values()))
+        return _classes_found(self._parts)
 
     @property
     def mask_class_names(self) -> tuple[str, ...]:
@@ -254,18 +261,21 @@ def read_mask_values(
     return (red << 16) | (green << 8) | blue, True
 
 
-def _classes_found(folder: Path, files: Sequence[str]) -> MaskClasses:
-    """The classes that the values of all masks stand for."""
+def _classes_found(folders: Sequence[Path]) -> MaskClasses:
+    """The classes that the values of all masks in some folders stand for."""
     greys: set[int] = set()
     colours: set[int] = set()
+    files = [
+        folder / name for folder in folders for name in _by_stem(folder, _MASK_ENDINGS).values()
+    ]
     for file in files:
-        levels, is_coloured = read_mask_values(str(folder / file))
+        levels, is_coloured = read_mask_values(str(file))
         (colours if is_coloured else greys).update(np.unique(levels).tolist())
     coloured = bool(colours)
     found = sorted(colours | {grey * 0x010101 for grey in greys}) if coloured else sorted(greys)
     ignored = (IGNORE,) if not coloured and len(found) > 2 and IGNORE in found else ()
     values = tuple(value for value in found if value not in ignored)
-    where = f"{len(files)} masks in {folder}"
+    where = f"{len(files)} masks in {' and '.join(map(str, folders))}"
     if len(values) < 2:
         raise ValueError(f"the {where} all hold {_shown(values, coloured)}: there are no classes")
     if len(values) > IGNORE:
@@ -305,6 +315,18 @@ def _by_stem(folder: Path, endings: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def _masks_of(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """The mask of each image: the file of its name, or of its name and an ending common to all."""
+    files = _by_stem(folder, _MASK_ENDINGS)
+    first = names[0]
+    endings = sorted(stem[len(first) :] for stem in files if stem.startswith(first))
+    for ending in endings:
+        if ending[:1] in ("", ".", "_", "-") and all(name + ending in files for name in names):
+            return {name: files[name + ending] for name in names}
+    _require_masks(folder, names, files)
+    return files
+
+
 def _require_masks(folder: Path, names: Sequence[str], masks: Mapping[str, str]) -> None:
     if not (missing := [name for name in names if name not in masks]):
         return
@@ -315,7 +337,8 @@ def _require_masks(folder: Path, names: Sequence[str], masks: Mapping[str, str])
             "compression with loss (JPEG) changes classes; convert the masks and check their values"
         )
     raise FileNotFoundError(
-        f"no mask {folder / missing[0]}.png; {len(missing)} of {len(names)} images have none. "
+        f"no mask {folder / missing[0]}.png, nor any whose name goes on after {missing[0]} as those "
+        f"of the others do; {len(missing)} of {len(names)} images have none. "
         "train.txt and val.txt may name the images that have one"
     )
 

@@ -7,6 +7,7 @@ from typing import IO
 
 import numpy as np
 
+from sslkit.data.annotation_names import is_annotation
 from sslkit.data.image_formats import IMAGE_EXTENSIONS
 from sslkit.data.labels import NO_LABEL, as_label
 from sslkit.data.regular_file import open_regular
@@ -54,7 +55,8 @@ def read_members(path: str | os.PathLike[str]) -> Members:
 
     Where there is no such image, the dots belong to names: every member that ends in an image's
     extension (``22.05.png``) is a sample of its own, with the label in ``22.05.cls`` or else in
-    ``22.cls``. Samples without any image, and files whose names begin with a dot, are passed over.
+    ``22.cls``. Masks, depth and the like (``22.mask.png``, by `sslkit.data.annotation_names`) are
+    never images, whatever stands beside them. Samples without any image, and files whose names begin with a dot, are passed over.
 
     Where the file is damaged, the samples that lie wholly before the damage are given.
 
@@ -89,9 +91,11 @@ class _Samples:
         self._names: list[str] = []
         self._rows: list[tuple[int, int, int]] = []  # offset, size, label
         self._group = _Group("")
-        # How many, and the first: images of their own, images beside a sample's image, not plain.
+        # How many, and the first: images of their own, images beside a sample's image, annotations, not
+        # plain.
         self._split: list[str] = []
         self._beside: list[str] = []
+        self._annotations: list[str] = []
         self._not_plain: list[str] = []
 
     def add(self, member: TarMember, file: IO[bytes]) -> None:
@@ -108,7 +112,9 @@ class _Samples:
         if key != self._group.key:
             self._finish_group()
             self._group = _Group(key)
-        if is_image:
+        if is_image and stem and is_annotation(stem):
+            self._annotations.append(member.name)
+        elif is_image:
             self._group.images.append((stem, member))
         elif ending == "cls":
             self._group.labels[stem] = _read_label(file, member.offset, member.size)
@@ -140,6 +146,9 @@ class _Samples:
             "images have more than one dot in their names and count as samples of their own, "
             "as no image of the plain name stands beside them": self._split,
             "images are passed over, as they stand beside the image of their sample": self._beside,
+            "images are passed over, as their names say that they are annotations of others": (
+                self._annotations
+            ),
             "images are passed over, as they are links or sparse files": self._not_plain,
         }
         return tuple(
