@@ -48,8 +48,8 @@ class ImageFolder(ImageFiles):
         files = list(walk_images(os.fspath(folder), annotations=annotations))
         if annotations:
             warnings.warn(
-                f"{len(annotations)} files in {os.fspath(folder)!r} are passed over, as their names "
-                f"say that they are annotations of the image beside them, such as {annotations[0]}",
+                f"{len(annotations)} files in {os.fspath(folder)!r} are passed over: by their "
+                f"names they annotate the image beside them, such as {annotations[0]}",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -64,10 +64,9 @@ class ImageFolder(ImageFiles):
             if None not in found and are_images_and_annotations(map(str, found)):
                 raise ValueError(
                     f"the sub-folders {', '.join(map(str, found))} of {os.fspath(folder)!r} are "
-                    "images and their annotations, not classes. Give the folder of images alone; or "
-                    "for images with masks lay them out as FOLDER/images/NAME.jpg and "
-                    "FOLDER/masks/NAME.png, or FOLDER/train/images, FOLDER/train/masks, "
-                    "FOLDER/val/images and FOLDER/val/masks"
+                    "images and their annotations, not classes. Give the folder of images alone. "
+                    "Images with masks are FOLDER/images/NAME.jpg and FOLDER/masks/NAME.png, or "
+                    "the same below FOLDER/train and FOLDER/val"
                 )
             is_classes = None not in found and 2 <= len(found) <= MAX_CLASSES
             class_names = tuple(map(str, found)) if is_classes else ()

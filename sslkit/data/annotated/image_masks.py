@@ -337,8 +337,8 @@ def _require_masks(folder: Path, names: Sequence[str], masks: Mapping[str, str])
             "compression with loss (JPEG) changes classes; convert the masks and check their values"
         )
     raise FileNotFoundError(
-        f"no mask {folder / missing[0]}.png, nor any whose name goes on after {missing[0]} as those "
-        f"of the others do; {len(missing)} of {len(names)} images have none. "
+        f"no mask {folder / missing[0]}.png; {len(missing)} of {len(names)} images have none. "
+        "Masks have the names of their images, or all go on in the same way (NAME_mask.png). "
         "train.txt and val.txt may name the images that have one"
     )
 

@@ -56,7 +56,8 @@ def read_members(path: str | os.PathLike[str]) -> Members:
     Where there is no such image, the dots belong to names: every member that ends in an image's
     extension (``22.05.png``) is a sample of its own, with the label in ``22.05.cls`` or else in
     ``22.cls``. Masks, depth and the like (``22.mask.png``, by `sslkit.data.annotation_names`) are
-    never images, whatever stands beside them. Samples without any image, and files whose names begin with a dot, are passed over.
+    never images, whatever stands beside them. Samples without any image, and files whose names
+    begin with a dot, are passed over.
 
     Where the file is damaged, the samples that lie wholly before the damage are given.
 
@@ -91,8 +92,7 @@ class _Samples:
         self._names: list[str] = []
         self._rows: list[tuple[int, int, int]] = []  # offset, size, label
         self._group = _Group("")
-        # How many, and the first: images of their own, images beside a sample's image, annotations, not
-        # plain.
+        # Images of their own, images beside a sample's image, annotations, and what is not plain.
         self._split: list[str] = []
         self._beside: list[str] = []
         self._annotations: list[str] = []
