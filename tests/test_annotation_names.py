@@ -59,6 +59,39 @@ def test_shards_of_annotations_alone(tmp_path):
         write_tar(tmp_path / "a.tar", ["1.mask.png", "2.depth.png"])
 
 
+def test_a_member_that_comes_again_begins_the_next_sample(tmp_path):
+    """An archive that was appended to: no image has the label of another."""
+    content = [("1.png", 10), ("1.cls", 0), ("1.png", 20), ("1.cls", 1), ("2.png", 30)]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, value in content:
+            file = io.BytesIO(str(value).encode())
+            if name.endswith("png"):
+                file = io.BytesIO()
+                picture(value).save(file, "PNG")
+            member = tarfile.TarInfo(name)
+            member.size = len(file.getvalue())
+            file.seek(0)
+            tar.addfile(member, file)
+    source = TarShards(tmp_path / "a.tar")
+    found = [(int(image[0, 0, 0]), label) for image, label in (source[i] for i in range(3))]
+    assert found == [(10, 0), (20, 1), (30, -1)]
+
+
+def test_shards_whose_labels_are_text(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (
+            ("1.cls", b"cat"),
+            ("1.png", b"x"),
+            ("2.cls", b"dog"),
+            ("2.png", b""),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    with pytest.warns(RuntimeWarning, match=r"none of its 2 .cls members is a label"):
+        assert TarShards(tmp_path / "a.tar").num_classes == 0
+
+
 def test_annotations_beside_images_in_a_folder(tmp_path):
     names = ["1.jpg", "1_mask.png", "2.jpg", "2-SEG.png", "3_mask.png", "with_mask.jpg"]
     save(picture(), *(tmp_path / name for name in names))

@@ -9,7 +9,7 @@ import numpy as np
 
 from sslkit.data.annotation_names import is_annotation
 from sslkit.data.image_formats import IMAGE_EXTENSIONS
-from sslkit.data.labels import NO_LABEL, as_label
+from sslkit.data.labels import MAX_CLASSES, NO_LABEL, as_label, label_rule
 from sslkit.data.regular_file import open_regular
 from sslkit.data.shards.headers import DamagedTar, TarMember, walk_headers
 from sslkit.data.string_table import StringTable
@@ -49,9 +49,10 @@ class Members:
 def read_members(path: str | os.PathLike[str]) -> Members:
     """Find the samples of the tar file at ``path`` by its headers, without reading the images.
 
-    Consecutive members whose names agree up to the first dot of the file name are one sample, as
-    in webdataset. Its image is the first member whose whole extension is an image's
-    (``000123.jpg``, but not ``000123.mask.png``). The label is the number in ``000123.cls``.
+    Consecutive members whose names agree up to the first dot of the file name are one sample, as in
+    webdataset; a name that comes again begins the next sample. Its image is the first member whose
+    whole extension is an image's (``000123.jpg``, but not ``000123.mask.png``). The label is the
+    number in ``000123.cls``.
 
     Where there is no such image, the dots belong to names: every member that ends in an image's
     extension (``22.05.png``) is a sample of its own, with the label in ``22.05.cls`` or else in
@@ -83,6 +84,7 @@ class _Group:
     key: str
     images: list[tuple[str, TarMember]] = field(default_factory=list)  # stem, member
     labels: dict[str, int] = field(default_factory=dict)  # by stem
+    extensions: set[str] = field(default_factory=set)
 
 
 class _Samples:
@@ -109,9 +111,10 @@ class _Samples:
             if is_image:
                 self._not_plain.append(member.name)
             return
-        if key != self._group.key:
+        if key != self._group.key or extension in self._group.extensions:
             self._finish_group()
             self._group = _Group(key)
+        self._group.extensions.add(extension)
         if is_image and stem and is_annotation(stem):
             self._annotations.append(member.name)
         elif is_image:
@@ -151,9 +154,16 @@ class _Samples:
             ),
             "images are passed over, as they are links or sparse files": self._not_plain,
         }
-        return tuple(
+        remarks = [
             f"{len(names)} {text}, such as {names[0]}" for text, names in texts.items() if names
-        )
+        ]
+        labels = [label for _, _, label in self._rows if label != NO_LABEL]
+        if labels and all(label == BAD_LABEL for label in labels):
+            remarks.append(
+                f"none of its {len(labels)} .cls members is a label, so that there are no classes: "
+                f"{label_rule(MAX_CLASSES)}"
+            )
+        return tuple(remarks)
 
 
 def _read_label(file: IO[bytes], offset: int, size: int) -> int:
