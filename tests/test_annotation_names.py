@@ -144,3 +144,23 @@ def test_masks_need_one_ending(tmp_path):
     save(mask_of(0, 1), tmp_path / "masks" / "a_mask.png", tmp_path / "masks" / "b_seg.png")
     with pytest.raises(FileNotFoundError, match=r"1 of 2|2 of 2 .*go on in the same way"):
         ImagesAndMasks(tmp_path, split=None)
+
+
+def test_annotations_of_images_that_are_not_there_are_told(tmp_path):
+    save(picture(), tmp_path / "images" / "a.png")
+    save(mask_of(0, 1), tmp_path / "masks" / "a.png")
+    path = tmp_path / "annotations.json"
+    path.write_text('{"classes": ["bg", "x"], "images": {"a.png": {"label": 1}}}')
+    with pytest.warns(UserWarning, match=r"is of 1 images that are not there, such as 'a.png'"):
+        ImagesAndMasks(tmp_path, split=None)
+    path.write_text('{"classes": ["bg", "x"], "images": {"a": {"label": 1}}}')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ImagesAndMasks(tmp_path, split=None)[0][1] == 0
+    for classes, message in (
+        ('"ab"', "classes is not a list"),
+        ('["x", "x"]', "two classes alike"),
+    ):
+        path.write_text(f'{{"classes": {classes}}}')
+        with pytest.raises(ValueError, match=message):
+            ImagesAndMasks(tmp_path, split=None)

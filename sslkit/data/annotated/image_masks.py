@@ -168,6 +168,10 @@ class ImagesAndMasks(AnnotatedFiles):
         path = root / "annotations.json" if parts is None else root.parent / "annotations.json"
         annotations = _read_annotations(path) if path.is_file() else None
         self._annotations = str(path)
+        if annotations:
+            _warn_of_unknown(
+                annotations, path, [Path(part) / "images" for part in parts or (root,)]
+            )
         labels, boxes = (annotations.labels, annotations.boxes) if annotations else ({}, {})
         labelled = any(label >= 0 for label in labels.values())
         self._stated = None if annotations is None else annotations.classes
@@ -358,6 +362,8 @@ class _Annotations(NamedTuple):
 def _read_annotations(path: Path) -> _Annotations:
     try:
         content = read_json(path)
+        if not isinstance(content["classes"], list):
+            raise TypeError("classes is not a list")
         names, images = tuple(map(str, content["classes"])), dict(content.get("images", {}))
         # Class 0 is the background, which is no more a label than -1.
         labels = {name: max(as_label(each.get("label", 0)), 0) - 1 for name, each in images.items()}
@@ -377,6 +383,8 @@ def _read_annotations(path: Path) -> _Annotations:
         raise ValueError(
             f"{path} names {C} class(es): the background and at least one, at most {IGNORE} in all"
         )
+    if len(set(names)) < C:
+        raise ValueError(f"{path} names two classes alike: {list(names)}")
     if len(values) != C or len({*values, *ignored}) != C + len(ignored):
         raise ValueError(
             f"{path} gives {len(values)} values to {C} classes, and ignores {len(ignored)}: each "
@@ -395,6 +403,16 @@ def _read_annotations(path: Path) -> _Annotations:
     if coloured and content.get("ignore") is None:
         ignored = ()
     return _Annotations(MaskClasses(names, values, ignored, coloured), labels, boxes)
+
+
+def _warn_of_unknown(annotations: _Annotations, path: Path, folders: Sequence[Path]) -> None:
+    images = {stem for folder in folders for stem in _by_stem(folder, IMAGE_EXTENSIONS)}
+    if unknown := [name for name in annotations.labels if name not in images]:
+        warnings.warn(
+            f"{path} is of {len(unknown)} images that are not there, such as {unknown[0]!r}; names "
+            "are those of the files without their endings",
+            stacklevel=3,
+        )
 
 
 def _is_box(box: Any, num_classes: int) -> bool:
