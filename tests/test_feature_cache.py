@@ -258,3 +258,37 @@ def test_a_killed_process_continues(tmp_path):
     assert torch.equal(found.cls, torch.arange(64.0).half()[:, None].expand(64, 3))
     assert torch.equal(found.labels, torch.arange(64) % 3)
     assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 10 + 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": [1, 1]},
+        {"labels": ["a", "b"]},
+        {"labels": [10**30, 0]},
+        {"indices": [3, 2]},
+        {"indices": [2, 2]},
+        {"grids": ["ab", "cd"]},
+        {"crc32": 5},
+        {"unreadable": 3},
+    ],
+)
+@pytest.mark.parametrize("summed", [True, False])
+def test_an_edited_journal_is_refused(tmp_path, change, summed):
+    """By its checksum, and without one, as earlier versions wrote it, by what a line may be."""
+    source = [(torch.full((3, 8, 8), i, dtype=torch.uint8), i % 3) for i in range(6)]
+    encoder = as_encoder(lambda images: (images.mean((2, 3)), images.movedim(1, -1)))
+    settings = {"identity": {}, "transform": lambda image: image.float(), "batch_size": 2}
+    cached_features(tmp_path, encoder, source, **settings)
+    assert len(cached_features(tmp_path, encoder, source, **settings)) == 6
+    path = tmp_path / "journal.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1] |= change
+    for line in [] if summed else lines:
+        del line["line_crc32"]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    if change == {"labels": [1, 1]} and not summed:
+        assert cached_features(tmp_path, encoder, source, **settings).labels[2] == 1  # cannot tell
+        return
+    with pytest.raises(ValueError, match=r"line 2 of .*journal.jsonl is damaged .*remove"):
+        cached_features(tmp_path, encoder, source, **settings)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sslkit.data.unreadable import UnusableData
+
 
 def with_channels(image: Tensor, channels: int) -> Tensor:
     """Convert an image to ``channels`` channels, uint8 [channels, h, w].
@@ -21,7 +23,7 @@ def with_channels(image: Tensor, channels: int) -> Tensor:
         channels: the number of channels of the network.
 
     Raises:
-        ValueError: there is no rule for this conversion.
+        UnusableData: other numbers of channels.
 
     >>> with_channels(torch.tensor([[[255]], [[0]], [[0]]], dtype=torch.uint8), 1)
     tensor([[[76]]], dtype=torch.uint8)
@@ -35,7 +37,7 @@ def with_channels(image: Tensor, channels: int) -> Tensor:
         return luma[None].to(torch.uint8)
     if (C, channels) == (1, 3):
         return image.expand(3, -1, -1)
-    raise ValueError(
+    raise UnusableData(
         f"the image has {C} channel(s) and the model takes {channels}: only 3 to 1 (luminance) and "
         f"1 to 3 (repeated) are converted; give images of {channels} channel(s), or a model with "
         f"in_chans={C}"

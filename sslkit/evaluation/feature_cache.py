@@ -27,6 +27,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sslkit.data.labels import as_labels
 from sslkit.data.sources import Source
 from sslkit.evaluation.features import (
     EncodedBatch,
@@ -153,6 +154,10 @@ def _read_meta(folder: Path, described: Mapping[str, Any]) -> dict[str, Any] | N
         shapes = [size for shape in meta["shapes"].values() for size in shape]
         if not all(type(size) is int and size > 0 for size in shapes) or not meta["of"].keys():
             raise ValueError(f"shapes {meta['shapes']}")
+        if meta["of"].get("want") == described["want"] and set(meta["shapes"]) != set(
+            described["want"]
+        ):
+            raise ValueError(f"it is of {described['want']}, but has shapes {meta['shapes']}")
     different = [
         f"{name}: {meta['of'].get(name)!r} there, {described.get(name)!r} asked for"
         for name in sorted(meta["of"].keys() | described.keys())
@@ -197,14 +202,33 @@ def _read_journal(path: Path, indices: Sequence[int]) -> list[dict[str, Any]]:
     for number, text in enumerate(complete.splitlines(), start=1):
         with damage_explained(f"line {number} of {path}", f"remove {path.parent}"):
             line = parse_json(text, "it")
-            counts = [len(line[name]) for name in ("indices", "labels", "grids")]
-            if counts != counts[:1] * 3 or line["images"] != counts[0] + len(line["unreadable"]):
-                raise ValueError("its parts are of different lengths")
-            if not set(line["indices"]) <= set(indices[done : done + line["images"]]):
-                raise ValueError("it is of other images than those that come next")
+            _check_line(line, indices[done:])
         done += line["images"]
         lines.append(line)
     return lines
+
+
+def _check_line(line: dict[str, Any], to_come: Sequence[int]) -> None:
+    """Raise an error unless this is a line that `_append` may have written for the next images."""
+    stated = line.pop("line_crc32", None)  # earlier versions wrote none
+    if stated is not None and stated != _line_checksum(line):
+        raise ValueError("it is not what was written there")
+    counts = [len(line[name]) for name in ("indices", "labels", "grids")]
+    if counts != counts[:1] * 3 or line["images"] != counts[0] + len(line["unreadable"]):
+        raise ValueError("its parts are of different lengths")
+    following = iter(to_come[: line["images"]])
+    if not all(index in following for index in line["indices"]):
+        raise ValueError("it is of other images than those that come next")
+    as_labels(line["labels"], of="its labels")
+    sides = [side for H, W in line["grids"] for side in (H, W)]
+    if not all(type(side) is int and side >= 0 for side in sides):
+        raise ValueError("its grids are not pairs of whole numbers")
+    if not all(isinstance(checksum, int) for checksum in line.get("crc32", {}).values()):
+        raise ValueError("its checksums are not numbers")
+
+
+def _line_checksum(line: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(line, sort_keys=True).encode())
 
 
 def _append(folder: Path, encoded: Sequence[EncodedBatch], unreadable: list[str]) -> dict[str, Any]:
@@ -228,7 +252,7 @@ def _append(folder: Path, encoded: Sequence[EncodedBatch], unreadable: list[str]
         "crc32": checksums,
     }
     with (folder / "journal.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps({**line, "line_crc32": _line_checksum(line)}) + "\n")
     return line
 
 

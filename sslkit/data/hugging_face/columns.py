@@ -20,7 +20,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sslkit.data.decode import UnreadableImage, decode_image, pil_to_tensor, read_image
+from sslkit.data.decode import (
+    MAX_BYTES,
+    UnreadableImage,
+    decode_image,
+    pil_to_tensor,
+    read_image,
+    unreadable_as,
+)
 from sslkit.data.labels import NO_LABEL, as_label, check_num_classes, label_rule
 
 LABEL_NAMES = ("label", "labels", "class", "target")
@@ -185,10 +192,8 @@ def _read_cell(cell: Any, name: str, max_side: int) -> Tensor:
     if isinstance(cell, bytes | bytearray | memoryview):
         return decode_image(bytes(cell), name=name, max_side=max_side)
     if isinstance(cell, Image.Image):
-        try:
+        with unreadable_as(name):
             return pil_to_tensor(cell.copy(), max_side=max_side)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UnreadableImage(name, f"{type(error).__name__}: {error}") from error
     if cell is not None:
         raise UnreadableImage(name, f"{type(cell).__name__} is neither a file's bytes nor pixels")
     if path and "://" in path:
@@ -227,11 +232,10 @@ def _pixels_or_bytes(values: Any, name: str) -> Image.Image | bytes:
 def _download(url: str, name: str) -> bytes:
     import fsspec  # comes with datasets
 
-    try:
-        with fsspec.open(url, "rb") as file:
-            content: bytes = file.read()
-    except OSError as error:
-        raise UnreadableImage(name, f"{type(error).__name__}: {error}") from error
+    with unreadable_as(name), fsspec.open(url, "rb") as file:
+        content: bytes = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"the file has more than the {MAX_BYTES} bytes that are read")
     return content
 
 
