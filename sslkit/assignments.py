@@ -19,6 +19,8 @@ from torch import Tensor
 from sslkit.factored_logits import Logits, written
 from sslkit.slices import row_blocks
 
+_LEAST_TEMPERATURE = 1e-37
+
 
 class Usage(NamedTuple):
     """How a batch of assignments uses its prototypes; three 0-dimensional tensors.
@@ -44,7 +46,7 @@ class Assignments:
             floating-point type.
         bias: ``[K]`` added to every row: the log prototype scaling of Sinkhorn-Knopp,
             ``-center / temperature`` of centering, zeros for a plain softmax.
-        temperature: positive; divides the logits.
+        temperature: positive, at least 1e-37; divides the logits.
 
     Raises:
         ValueError: a shape, the device of the bias or the temperature is not as above.
@@ -140,7 +142,6 @@ class Assignments:
             for v in range(num_views)
         )
 
-    @torch.no_grad()
     def usage(self) -> Usage:
         """Statistics for collapse monitoring, see `Usage`; without writing ``probs``.
 
@@ -153,19 +154,20 @@ class Assignments:
         """
         B, K = self.logits.shape
         device, dtype = self.logits.device, score_dtype(self.logits)
-        prob_sum = torch.zeros(K, device=device, dtype=dtype)
-        entropy_sum = torch.zeros((), device=device, dtype=dtype)
-        used = torch.zeros(K, dtype=torch.bool, device=device)
-        for rows in row_blocks(B, K, device):
-            probs = torch.softmax(self._scores(rows), dim=-1)
-            prob_sum += probs.sum(dim=0)
-            used[probs.argmax(dim=-1)] = True
-            entropy_sum += torch.special.entr(probs).sum()
-        return Usage(
-            entropy=torch.special.entr(prob_sum / B).sum(),
-            target_entropy=entropy_sum / B,
-            fraction_used=used.to(dtype).mean(),
-        )
+        with torch.no_grad():  # as a decorator of this class's method it would break a graph
+            prob_sum = torch.zeros(K, device=device, dtype=dtype)
+            entropy_sum = torch.zeros((), device=device, dtype=dtype)
+            used = torch.zeros(K, dtype=torch.bool, device=device)
+            for rows in row_blocks(B, K, device):
+                probs = torch.softmax(self._scores(rows), dim=-1)
+                prob_sum += probs.sum(dim=0)
+                used[probs.argmax(dim=-1)] = True
+                entropy_sum += torch.special.entr(probs).sum()
+            return Usage(
+                entropy=torch.special.entr(prob_sum / B).sum(),
+                target_entropy=entropy_sum / B,
+                fraction_used=used.to(dtype).mean(),
+            )
 
     def _scores(self, rows: slice) -> Tensor:
         """``logits[rows] / temperature + bias``, what the softmax is taken of."""
@@ -180,9 +182,15 @@ def score_dtype(logits: Logits) -> torch.dtype:
 
 
 def check_temperature(temperature: float, name: str = "temperature") -> None:
-    """Raise ValueError unless ``temperature`` is a positive finite number."""
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"{name} must be positive and finite, got {temperature!r}")
+    """Raise ValueError unless ``temperature`` is a positive finite number.
+
+    Its inverse must be a float32 number, which that of a number below 1e-37 may not be.
+    """
+    if not (temperature >= _LEAST_TEMPERATURE and math.isfinite(temperature)):
+        raise ValueError(
+            f"{name} must be positive (at least {_LEAST_TEMPERATURE:g}) and finite, got "
+            f"{temperature!r}"
+        )
 
 
 def check_logits(logits: Logits, name: str = "logits") -> None:

@@ -65,7 +65,7 @@ class EMACentering(KeepsTypes):
             raise ValueError(f"momentum must be in [0, 1], got {momentum}")
         self.momentum = momentum
         self.group = group
-        self.register_buffer("center", torch.zeros(num_prototypes))
+        self.register_buffer("center", torch.zeros(num_prototypes, dtype=torch.float32))
 
     def forward(self, logits: Logits, temperature: float) -> Assignments:
         """Assignments of ``logits [B, K]`` around the present centre, without gradients."""

@@ -41,7 +41,7 @@ def linear_warmup(step: int, *, start: float, end: float, warmup_steps: int) -> 
     start, end = _finite("start", start), _finite("end", end)
     if step >= warmup_steps:
         return end
-    return _between(start, end, step / max(warmup_steps - 1, 1))
+    return _between(start, end, min(step / max(warmup_steps - 1, 1), 1.0))
 
 
 def cosine(step: int, *, start: float, end: float, total_steps: int) -> float:
@@ -177,8 +177,9 @@ def _count(name: str, value: SupportsFloat) -> int:
 
 def _finite(name: str, value: SupportsFloat) -> float:
     """Return a finite number as a Python float."""
-    if isinstance(value, bool | str):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+    kind = str(getattr(value, "dtype", ""))  # of NumPy's or PyTorch's numbers
+    if isinstance(value, bool | str) or "bool" in kind or "complex" in kind:
+        raise TypeError(f"{name} must be a real number, got {value!r}")
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError) as error:

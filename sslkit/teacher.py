@@ -41,8 +41,9 @@ class EMATeacher(nn.Module, Generic[Student]):
 
     Raises:
         ValueError: ``momentum`` is not in [0, 1], or ``student`` cannot be copied because it is
-            sharded by ``fully_shard``, wrapped in DistributedDataParallel, or has lazy parameters
-            that are not initialised yet.
+            sharded by ``fully_shard``, wrapped in DistributedDataParallel, quantised, or has lazy
+            parameters that are not initialised yet.
+        TypeError: ``momentum`` is not a number.
 
     >>> student = nn.Linear(2, 1)
     >>> teacher = EMATeacher(student, momentum=0.75)
@@ -136,6 +137,11 @@ def _frozen_copy(student: Student) -> Student:
             f"student has parameters without a shape yet, such as {lazy[0]!r}: run it on one batch "
             "before the teacher is built"
         )
+    if hidden := _hidden_weights(student):
+        raise ValueError(
+            f"student has quantised weights that are not parameters, such as {hidden[0]!r}: they "
+            "would not follow. Build the teacher from the module before it is quantised"
+        )
     # Modules may keep results of their last forward (weight norm does): tensors inside an autograd
     # graph, which deepcopy refuses. They are handed over detached.
     memo: dict[int, Any] = {
@@ -153,6 +159,23 @@ def _frozen_copy(student: Student) -> Student:
             "fully_shard, build the teacher before, from the whole student, then shard student and "
             "teacher.module in the same way; take other wrappers off"
         ) from error
+
+
+def _hidden_weights(student: nn.Module) -> list[str]:
+    """Names of quantised tensors in the state dict that are neither parameters nor buffers."""
+    known = {name for name, _ in student.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in student.named_buffers(remove_duplicate=False)}
+
+    def quantised(value: object) -> bool:
+        if isinstance(value, tuple | list):
+            return any(map(quantised, value))
+        return isinstance(value, Tensor) and value.is_quantized
+
+    return [
+        name
+        for name, value in student.state_dict().items()
+        if name not in known and quantised(value)
+    ]
 
 
 def _has_mean(parameter: Tensor) -> bool:
@@ -205,6 +228,12 @@ def _sharding(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _checked_momentum(momentum: float) -> float:
-    if not 0 <= momentum <= 1:
+    try:
+        number = float(momentum)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"momentum must be one number, got {momentum!r}") from error
+    if isinstance(momentum, str | bool):
+        raise TypeError(f"momentum must be a number, got {momentum!r}")
+    if not 0 <= number <= 1:
         raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
-    return float(momentum)
+    return number

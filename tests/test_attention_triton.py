@@ -224,16 +224,16 @@ def test_one_tile_is_read_once_and_written_once():
 @interpreted_only
 def test_peeled_crops_are_written_once_and_read_once_a_tile():
     """257 tokens are three tiles: what one of them does not own, all three read (from the L2)."""
-    qkv, grad = random_inputs([257])
-    out, lse = attention._empty_outputs(qkv, [257])
+    qkv, grad, runs = *random_inputs([257]), equal_runs([257])
+    out, lse = attention._empty_outputs(qkv, runs)
     dqkv = torch.empty_like(qkv)
     one = out.nbytes  # of Q, of K, of V, of their gradients
     with counting_memory(qkv=qkv, out=out, lse=lse) as traffic:
-        kernels.forward(out, lse, qkv, [257], 0.2)
+        kernels.forward(out, lse, qkv, runs, 0.2)
     assert traffic.loaded == {"qkv": (1 + 3 * 2) * one, "out": 0, "lse": 0}
     assert traffic.stored == {"qkv": 0, "out": one, "lse": lse.nbytes}
     with counting_memory(qkv=qkv, grad=grad, out=out, dqkv=dqkv) as traffic:
-        kernels.backward(dqkv, grad, qkv, out, lse, [257], 0.2)
+        kernels.backward(dqkv, grad, qkv, out, lse, runs, 0.2)
     of_queries, of_keys = 1, 3  # times that a row is read
     assert traffic.loaded == {
         "qkv": (of_queries * (1 + 3 * 2) + (2 + of_keys)) * one,

@@ -89,3 +89,12 @@ def test_centre_is_saved():
 def test_bad_arguments(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_the_centre_is_float32_whatever_the_default_type(dtype):
+    try:
+        torch.set_default_dtype(dtype)
+        assert EMACentering(4).center.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)

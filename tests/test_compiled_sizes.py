@@ -74,6 +74,7 @@ STEPS: dict[str, tuple[Callable[..., Tensor], Callable[[int], tuple[Tensor, ...]
         lambda t, m, past: sinkhorn(t, 0.05, row_mask=m, past=past).probs(),
         lambda n: (noise(n, K), torch.arange(n) % 3 == 0, noise(n + 2, K)),
     ),
+    "usage": (lambda t: torch.stack(sinkhorn(t, 0.05).usage()), lambda n: (noise(n, K),)),
     "Sinkhorn of levels": (levels, lambda n: (noise(n, K), noise(2 * n, 8))),
     "packed attention": (
         lambda qkv, images: packed_attention(qkv, [5, 3], counts=[len(images), 2]),

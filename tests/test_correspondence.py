@@ -217,6 +217,10 @@ FEATURES = noise(3, 4, 5)
             "outside of the view of 9 by 20",
         ),
         (
+            lambda: match_keypoints(FEATURES, FEATURES / 0, noise(2, 2).abs(), view_size=(9, 9)),
+            "target holds NaN or infinite",
+        ),
+        (
             lambda: correct_keypoints(noise(2, 2), noise(3, 2), torch.tensor([0, 0, 1, 1])),
             r"got \[2, 2\] and \[3, 2\]",
         ),

@@ -286,3 +286,33 @@ class TestKoLeo:
 def test_bad_arguments(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize("impl_rows", ["iBOT", "DINO"])
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize(("student_temp", "size"), [(0.03, 1e30), (1e-30, 1.0), (1e-37, 1e-2)])
+def test_losses_and_gradients_at_any_size_of_scores(impl_rows, dense, student_temp, size):
+    """Scores of 1e9 and more: a shift rounded otherwise than they are is off by more than 88."""
+    logits = (normal(0, 20, 8) * size).float().requires_grad_()
+    targets = random_targets(1, 20, 8)
+    probs = targets.probs()
+    given_targets = probs.float() if dense else targets
+    if impl_rows == "iBOT":
+        masks = torch.ones(4, 5, dtype=torch.bool)
+        loss = iBOTLoss(student_temp=student_temp)(logits, given_targets, masks)
+    else:
+        dino = DINOLoss(student_temp=student_temp)
+        views = given_targets[None] if isinstance(given_targets, Tensor) else given_targets
+        loss = dino(logits[None], views, ignore_diagonal=False)
+    loss.backward()
+    exact = logits.detach().double().requires_grad_()
+    expected = -(probs * (exact / student_temp).log_softmax(1)).sum(1).mean()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    error = (logits.grad - exact.grad).norm() / exact.grad.norm()
+    assert error < 1e-6
+
+
+def test_a_temperature_without_an_inverse_is_refused():
+    with pytest.raises(ValueError, match=r"student_temp must be positive \(at least 1e-37\)"):
+        iBOTLoss(student_temp=1e-40)

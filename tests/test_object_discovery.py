@@ -136,7 +136,8 @@ def test_the_side_of_the_seed_is_the_object():
         (lambda: lost_mask(noise(4, 5, 6), num_candidates=0), "at least 1, got 0"),
         (lambda: lost_mask(torch.zeros(4, 5, 6)), "all keys are zero"),
         (lambda: lost_mask(noise(4, 5, 6) / 0), "NaN or infinite"),
-        (lambda: cut_vector(noise(1, 1, 6)), "at least 2 patches"),
+        (lambda: cut_vector(noise(1, 1, 6)), "one patch alone"),
+        (lambda: cut_vector(noise(2, 2, 0)), "at least one patch"),
         (lambda: cut_vector(noise(4, 6)), r"got \[4, 6\]"),
         (lambda: cut_vector(noise(2, 2, 6), eps=0.0), "eps must be between 0 and 1"),
         (lambda: cut_vector(noise(2, 2, 6) * torch.nan), "NaN or infinite"),
@@ -239,3 +240,9 @@ def test_iterations_find_the_dense_solvers_vector(monkeypatch):
     by_iterations = cut_vector(keys)
     monkeypatch.setattr(tokencut, "_DENSE", 2000)
     torch.testing.assert_close(by_iterations, cut_vector(keys), rtol=0, atol=1e-10)
+
+
+def test_an_image_of_one_patch_is_its_object():
+    for box in (tokencut_box, lost_box):
+        found = box(noise(1, 1, 6), patch_size=16, image_size=(12, 16))
+        assert found.tolist() == [0.0, 0.0, 16.0, 12.0]

@@ -102,6 +102,7 @@ def test_the_type_and_the_order_of_images_do_not_matter():
         (noise(1, 2, 3, 2), {}, "at least 3 features, patches have D=2"),
         (noise(1, 2, 3, 4), {"clip": 0.5}, "clip must be at least 0 and below 0.5, got 0.5"),
         (noise(1, 2, 3, 4), {"clip": -0.1}, "got -0.1"),
+        (noise(1, 2, 3, 4) / 0, {}, "NaN or infinite"),
         (torch.ones(1, 2, 3, 4), {}, "all patches are the same"),
         (noise(1, 2, 3, 4), {"threshold": 9}, "threshold=9 leaves 0 foreground patches of 6"),
     ],

@@ -81,6 +81,7 @@ def test_forward_and_matrix_are_the_oracles(num_iterations, shape, dtype):
     planes = [basis[i : i + 2] for i in range(0, len(basis), 2)]
     P = torch.tensor(oracle.removal_matrix(planes, D), dtype=torch.float64)
     torch.testing.assert_close(rasa.matrix(), P, rtol=0, atol=1e-14)
+    assert torch.equal(rasa.matrix(dtype=torch.float32), rasa.matrix().float())
 
 
 def test_forward_keeps_its_precision_under_autocast():

@@ -164,9 +164,17 @@ def test_what_is_no_step(name, step, error, message):
         SCHEDULES[name](step)
 
 
-@pytest.mark.parametrize("step", ["3", True, None])
+@pytest.mark.parametrize(
+    "step", ["3", True, None, np.bool_(True), torch.tensor(True), torch.tensor(3 + 0j), 3 + 0j]
+)
 def test_steps_that_are_no_numbers(step):
-    with pytest.raises(TypeError, match=r"step must be (a|one) number, got"):
+    with pytest.raises(TypeError, match=r"step must be (a real|one) number, got"):
         cosine(step, start=1.0, end=0.0, total_steps=10)
     with pytest.raises(ValueError, match="end must be finite, got nan"):
         cosine(3, start=1.0, end=math.nan, total_steps=10)
+
+
+def test_steps_between_two_stay_in_the_range():
+    """The end of a warm-up is reached at ``warmup_steps - 1``, and held half a step later."""
+    assert linear_warmup(2.5, start=0.0, end=1.0, warmup_steps=3) == 1.0
+    assert linear_warmup(1.5, start=0.0, end=1.0, warmup_steps=3) == 0.75

@@ -258,7 +258,7 @@ def test_bad_arguments(call, error, match):
 @pytest.mark.parametrize(
     ("dtype", "largest"), [(torch.float32, 1e37), (torch.bfloat16, 1e37), (torch.float64, 1e307)]
 )
-@pytest.mark.parametrize("temperature", [1.0, 0.25])
+@pytest.mark.parametrize("temperature", [1.0, 0.25, 0.07, 0.3, 1e-30])
 def test_finite_up_to_the_stated_range(dtype, largest, temperature):
     """|logits| / temperature up to 1e37 (1e307), masked rows whatever they hold, losses too."""
     logits = (noise(12, 5).clamp(-1, 1).double() * largest * temperature).to(dtype)
@@ -267,6 +267,7 @@ def test_finite_up_to_the_stated_range(dtype, largest, temperature):
     other = noise(6, 4).to(dtype)
     first, second = sinkhorn_many([logits, other], [temperature, 0.1], row_masks=[row_mask, None])
     probs = first.select(~row_mask).probs()
+    assert first.bias.isfinite().all()
     assert probs.isfinite().all()
     assert torch.allclose(probs.sum(1), torch.ones(11, dtype=probs.dtype))
     expected = SinkhornKnopp()(other, 0.1)

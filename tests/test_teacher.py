@@ -1,5 +1,7 @@
 """EMATeacher against the closed form, what it copies, and sharded over two processes."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -198,6 +200,23 @@ def test_bad_momentum(momentum):
         EMATeacher(make_student(), momentum=momentum)
     with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\], got"):
         EMATeacher(make_student()).update(make_student(), momentum)
+
+
+@pytest.mark.parametrize("momentum", ["0.5", None, True, torch.tensor([0.5, 0.6])])
+def test_a_momentum_that_is_no_number(momentum):
+    with pytest.raises(TypeError, match=r"momentum must be (a|one) number, got"):
+        EMATeacher(make_student(), momentum=momentum)
+
+
+def test_weights_that_would_not_follow_are_refused():
+    """A dynamically quantised layer has no parameters: update would leave it as it is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        student = torch.ao.quantization.quantize_dynamic(
+            nn.Sequential(nn.Linear(2, 2), nn.ReLU()), {nn.Linear}
+        )
+    with pytest.raises(ValueError, match=r"quantised weights .* such as '0\._packed_params"):
+        EMATeacher(student)
 
 
 class Counting(nn.Module):

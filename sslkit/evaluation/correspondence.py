@@ -106,6 +106,9 @@ def match_keypoints(
         raise ValueError(f"keypoints lie outside of the view of {h} by {w} pixels")
     if reference_quirks:
         points = points.trunc()
+    for name, x in (("source", source), ("target", target)):
+        if not x.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite values")
     source, target = (unit_rows(x.double()) for x in (source, target))
     places = 2 * points / extent - 1  # in -1..1, as grid_sample counts
     sampled = F.grid_sample(

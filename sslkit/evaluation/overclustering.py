@@ -26,6 +26,7 @@ from sslkit.evaluation.segmentation import (
     require_classes,
     resize_masks,
 )
+from sslkit.evaluation.standardisation import mean_and_deviation
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.tokens import Unsuitable
 
@@ -211,15 +212,8 @@ def reduced(x: Tensor, dim: int, *, reference_quirks: bool = False) -> Tensor:
     tensor([[1.],
             [1.]])
     """
-    N, D = x.shape
-    total = sum(part.double().sum(0) for part in x.split(_ROWS_AT_ONCE))
-    mean = total / N
-    variance = sum((part.double() - mean).square().sum(0) for part in x.split(_ROWS_AT_ONCE)) / N
-    if not variance.isfinite().all():
-        raise ValueError("patches hold NaN or infinite values")
-    # Rounding leaves a little variance in what is constant.
-    constant = variance <= (1e-7 * mean).square()
-    std = variance.sqrt().where(~constant, torch.inf)
+    _, D = x.shape
+    mean, std = mean_and_deviation(x, "patches")
 
     def standardised(part: Tensor) -> Tensor:
         return ((part.double() - mean) / std).float()

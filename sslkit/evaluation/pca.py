@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sslkit.evaluation.scores import Outcome
 from sslkit.evaluation.subject import Subject
+from sslkit.unit_rows import power_of_two
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,10 @@ def pca_maps(patches: Tensor, *, threshold: float | None = 0.0, clip: float = 0.
         raise ValueError(f"three colours need at least 3 features, patches have D={D}")
     if not 0 <= clip < 0.5:
         raise ValueError(f"clip must be at least 0 and below 0.5, got {clip}")
+    if not patches.isfinite().all():
+        raise ValueError("patches hold NaN or infinite values")
     x = patches.reshape(B * H * W, D).double()
+    x = x / power_of_two(x.abs().amax())  # so that no square over- or underflows
     first = _project(x, 1)[0].view(B, H, W)
     scale = first.std(correction=0)
     if scale <= torch.finfo(torch.float32).eps * x.abs().max():

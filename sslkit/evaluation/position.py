@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from sslkit.evaluation.scores import Outcome, Score
+from sslkit.evaluation.standardisation import mean_and_deviation
 from sslkit.evaluation.subject import Subject
 from sslkit.rasa import patch_positions
 
@@ -110,7 +111,10 @@ def _fit_linear(patches: Tensor) -> nn.Module:
 
 
 class _TwoLayers(nn.Module):
-    """``Linear(D, hidden_dim), GELU, Linear(hidden_dim, 2)`` on standardised features."""
+    """``Linear(D, hidden_dim), GELU, Linear(hidden_dim, 2)`` on standardised features.
+
+    Standardised in float64, whatever their scale; a feature that does not vary in training is 0.
+    """
 
     mean: Tensor
     std: Tensor
@@ -129,21 +133,21 @@ class _TwoLayers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., 2]."""
-        return self.layers((x - self.mean) / self.std)
+        return self.layers(((x - self.mean) / self.std).float())
 
 
 def _fit_two_layers(patches: Tensor, hidden_dim: int, generator: Generator) -> nn.Module:
     B, H, W, D = patches.shape
     rows = patches.reshape(-1, D)  # [B * H * W, D]
     positions = patch_positions(H, W, device=rows.device).reshape(-1, 2).repeat(B, 1)
-    std, mean = torch.std_mean(rows.float(), dim=0, correction=0)
-    model = _TwoLayers(mean.cpu(), std.clamp_min(1e-6).cpu(), hidden_dim, generator).to(rows.device)
+    mean, std = mean_and_deviation(rows, "train_patches")
+    model = _TwoLayers(mean.cpu(), std.cpu(), hidden_dim, generator).to(rows.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _NUM_STEPS)
     for _ in range(_NUM_STEPS):
         chosen = torch.randint(len(rows), (_PATCHES_A_STEP,), generator=generator).to(rows.device)
         with torch.enable_grad():
-            loss = F.mse_loss(model(rows[chosen].float()), positions[chosen])
+            loss = F.mse_loss(model(rows[chosen]), positions[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -154,11 +158,10 @@ def _fit_two_layers(patches: Tensor, hidden_dim: int, generator: Generator) -> n
 @torch.no_grad()
 def _score(predictor: nn.Module, patches: Tensor) -> PositionProbe:
     _B, H, W, _D = patches.shape
-    dtype = next(predictor.parameters()).dtype
     positions = patch_positions(H, W, dtype=torch.float64, device=patches.device)
     squared_errors = torch.cat(
         [
-            (predictor(x.to(dtype)).double() - positions).square()
+            (predictor(x.double()).double() - positions).square()
             for x in patches.split(_IMAGES_AT_ONCE)
         ]
     )

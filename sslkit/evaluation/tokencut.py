@@ -40,8 +40,8 @@ def cut_vector(keys: Tensor, *, threshold: float = 0.2, eps: float = 1e-5) -> Te
         eps: the weight of an edge between unlike patches, which keeps the graph connected.
 
     Raises:
-        ValueError: there are three patches or more and all edges have the same weight, as with
-            equal keys or keys of zeros, so that every cut is as good as every other.
+        ValueError: there is one patch; or there are three or more and all edges have the same
+            weight, as with equal keys or keys of zeros, so that every cut is as good as every other.
 
     >>> keys = torch.tensor([[1.0, 0.0]]).expand(2, 4, 2).clone()
     >>> keys[0, 1:3] = torch.tensor([0.0, 1.0])
@@ -55,6 +55,8 @@ def cut_vector(keys: Tensor, *, threshold: float = 0.2, eps: float = 1e-5) -> Te
         raise ImportError("TokenCut needs SciPy: pip install 'sslkit[evaluation]'") from error
 
     weights = _edges(keys, threshold, eps)
+    if len(weights) == 1:
+        raise ValueError("there is one patch alone: a cut needs two")
     if _cannot_be_cut(weights):
         raise ValueError(
             f"all edges between the {len(weights)} patches have the weight {weights[0, 1].item():g}"
@@ -75,9 +77,9 @@ def cut_vector(keys: Tensor, *, threshold: float = 0.2, eps: float = 1e-5) -> Te
 
 def _edges(keys: Tensor, threshold: float, eps: float) -> Tensor:
     """Weights of all edges, float64 [N, N]."""
-    if keys.ndim != 3 or keys.shape[0] * keys.shape[1] < 2:
+    if keys.ndim != 3 or keys.numel() == 0:
         raise ValueError(
-            f"keys must be those of one image of at least 2 patches, [H, W, D], "
+            f"keys must be those of one image of at least one patch, [H, W, D], "
             f"got {list(keys.shape)}"
         )
     if not 0 < eps < 1:
@@ -89,7 +91,9 @@ def _edges(keys: Tensor, threshold: float, eps: float) -> Tensor:
 
 
 def _cannot_be_cut(weights: Tensor) -> bool:
-    """Whether all edges have one weight; two patches can still be cut, in one way only."""
+    """Whether all edges have one weight, or none exist; two patches are cut in one way."""
+    if len(weights) == 1:
+        return True
     edges = weights.clone()
     edges.fill_diagonal_(weights[0, 1].item())
     return len(weights) > 2 and bool((edges == edges[0, 0]).all())
@@ -138,8 +142,8 @@ def tokencut_mask(
     """The side of the cut that is the object, bool [H, W], and the seed (row, column) in it.
 
     With v of `cut_vector`, the seed is ``argmax |v|``, the first of equal ones row by row, and the
-    object is the side ``v > mean(v)``, with v positive at the seed. If there is nothing to cut,
-    because all patches are alike or all unlike, they are all the object and the first is the seed.
+    object is the side ``v > mean(v)``, with v positive at the seed. If there is nothing to cut (one
+    patch, or all patches alike or unlike), all are the object and the first is the seed.
 
     Args:
         keys: [H, W, D].

@@ -121,8 +121,10 @@ def _gradient_of_rows(
     shifted = _needs_shift(columns, z_shift, t_shift, exp_factor)
     cut = not _may_look(columns)
     for rows, p, q in _row_tiles(columns):
-        shift = z_shift[rows] if shifted else -columns.student_temp * exp_factor[rows].log()
-        _write_scores(p, columns, columns.student[rows], shift)
+        if shifted:
+            _write_scores(p, columns, columns.student[rows], z_shift[rows])
+        else:
+            _write_scores(p, columns, columns.student[rows], summand=exp_factor[rows].log())
         cut = cut or (rows.start == 0 and is_low(p))
         exp_(p, cut=cut)
         if shifted:
@@ -299,9 +301,9 @@ def _gradient_of_pairs(
     row_factor = grad_losses[:, None] / columns.student_temp
     shifted = _needs_shift(columns, z_shift, statistics.target[..., 0], exp_factor)
     cut = not _may_look(columns)
-    shift = z_shift if shifted else -columns.student_temp * exp_factor.log()
+    shift, summand = (z_shift, None) if shifted else (None, exp_factor.log())
     for at, p, q, work in _column_tiles(columns, spare_targets=1):
-        _write_scores(p, columns, columns.student[:, at], shift)
+        _write_scores(p, columns, columns.student[:, at], shift, summand=summand)
         cut = cut or (at.start == 0 and is_low(p))
         exp_(p, cut=cut)
         if shifted:
@@ -359,19 +361,25 @@ def _no_autocast(columns: Columns) -> torch.autocast:
     return torch.autocast(columns.student.device.type, enabled=False)
 
 
-def _write_scores(out: Tensor, columns: Columns, z: Tensor, z_shift: Tensor | None) -> None:
-    """``s - ŝ`` of logits z, for ẑ ``[rows, 1]`` or none.
+def _write_scores(
+    out: Tensor,
+    columns: Columns,
+    z: Tensor,
+    z_shift: Tensor | None = None,
+    *,
+    summand: Tensor | None = None,
+) -> None:
+    """``(z - ẑ) / student_temp``, or ``z / student_temp + summand``, of logits z.
 
-    The product in fma(z, 1 / student_temp, -ŝ) is not rounded; that ŝ is, is the same shift for
-    all of the row and for both directions.
+    ẑ ``[rows, 1]`` is subtracted from logits, where the largest one has exactly 0, at any scale.
     """
     scale = 1.0 / columns.student_temp
-    if z.dtype != out.dtype:
-        z = out.copy_(z)
-    if z_shift is None:
-        torch.mul(z, scale, out=out)
+    if z_shift is not None:
+        torch.sub(z, z_shift, out=out).mul_(scale)
+    elif summand is not None:
+        torch.add(summand, z, alpha=scale, out=out)
     else:
-        torch.add(z_shift * -scale, z, alpha=scale, out=out)
+        torch.mul(z if z.dtype == out.dtype else out.copy_(z), scale, out=out)
 
 
 def _write_target_scores(out: Tensor, columns: Columns, target: Tensor, bias: Tensor) -> None:

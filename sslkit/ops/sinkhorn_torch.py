@@ -74,11 +74,11 @@ def _logsumexp(
             total = _exp_sum(logits, temperature, -shift, row_mask)
             if is_harmless(total):
                 return shift, total
-    shift = _column_max(logits, row_mask) * (1.0 / temperature)
-    unreached = shift == -torch.inf
-    bias = -shift.masked_fill(unreached, 0.0)  # as -inf - (-inf) is NaN
-    total = _exp_sum(logits, temperature, bias, row_mask, cut=True)
-    return shift, total.masked_fill_(unreached, 0.0)
+    column_max = _column_max(logits, row_mask)
+    unreached = column_max == -torch.inf
+    shift = column_max.masked_fill(unreached, 0.0)  # as -inf - (-inf) is NaN
+    total = _shifted_exp_sum(logits, temperature, shift, row_mask)
+    return column_max * (1.0 / temperature), total.masked_fill_(unreached, 0.0)
 
 
 def _column_max(logits: Tensor, row_mask: Tensor | None) -> Tensor:
@@ -98,14 +98,30 @@ def _exp_sum(
     temperature: float,
     bias: Tensor,
     row_mask: Tensor | None,
-    *,
-    cut: bool = False,
 ) -> Tensor:
     total = torch.zeros_like(bias)
     taken = _row_weights(logits, row_mask, like=total)
     for rows, tile in _row_tiles(logits, like=total):
         _write_scores(tile, logits, temperature, bias, rows, row_mask)
-        total.addmv_(exp_(tile, cut=cut).t(), taken[rows])
+        total.addmv_(exp_(tile, cut=False).t(), taken[rows])
+    return total
+
+
+def _shifted_exp_sum(
+    logits: Tensor, temperature: float, column_max: Tensor, row_mask: Tensor | None
+) -> Tensor:
+    """``Σ_b exp((logits_bk - column_max_k) / temperature)``.
+
+    The difference is taken of logits, where the largest one has exactly 0. Of scores, a fused
+    product is not rounded and the shift is: from 1e9 on that difference overflows an exponential.
+    """
+    total = torch.zeros_like(column_max)
+    taken = _row_weights(logits, row_mask, like=total)
+    for rows, tile in _row_tiles(logits, like=total):
+        torch.sub(logits[rows], column_max, out=tile).mul_(1.0 / temperature)
+        if row_mask is not None:
+            tile.masked_fill_(row_mask[rows, None], 0.0)
+        total.addmv_(exp_(tile, cut=True).t(), taken[rows])
     return total
 
 

@@ -219,13 +219,14 @@ class RASAProjector(KeepsTypes):
         device = self.basis.device if x.device.type == "mps" else x.device
         return remove(x.to(device, torch.float64), self.basis).to(x.device, x.dtype)
 
-    def matrix(self) -> Tensor:
-        """P = I - basis^T basis, float64 [D, D]: symmetric, idempotent, ``forward(x) = x @ P``.
+    def matrix(self, *, dtype: torch.dtype = torch.float64) -> Tensor:
+        """P = I - basis^T basis [D, D]: symmetric, idempotent, ``forward(x) = x @ P``.
 
-        Prefer ``forward``: a product with P in float32 leaves position at the level of the
-        rounding, 1e-7 of what was removed, and exact least squares finds some of it.
+        ``x @ rasa.matrix(dtype=x.dtype)`` for features of another type than float64. P is then
+        rounded, and the product leaves position at the level of that rounding, where exact least
+        squares may find some of it: prefer ``forward``.
         """
-        return removal(self.basis)
+        return removal(self.basis).to(dtype)
 
     def fold(
         self, linear: nn.Linear, *, side: Literal["output", "input"] | None = None
