@@ -41,7 +41,7 @@ def cut_vector(keys: Tensor, *, threshold: float = 0.2, eps: float = 1e-5) -> Te
 
     Raises:
         ValueError: there is one patch; or there are three or more and all edges have the same
-            weight, as with equal keys or keys of zeros, so that every cut is as good as every other.
+            weight, as with equal keys or keys of zeros, so that all cuts are equally good.
 
     >>> keys = torch.tensor([[1.0, 0.0]]).expand(2, 4, 2).clone()
     >>> keys[0, 1:3] = torch.tensor([0.0, 1.0])
