@@ -167,7 +167,12 @@ def _attend_torch(qkv: Tensor, count: int, scale: float) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1)
 
 
-@torch.library.custom_op("sslkit::packed_attention_triton", mutates_args=())
+# The schemas are written out: torch 2.6 does not infer one from `collections.abc.Sequence`.
+@torch.library.custom_op(
+    "sslkit::packed_attention_triton",
+    mutates_args=(),
+    schema="(Tensor qkv, SymInt[] lengths, float scale) -> (Tensor, Tensor)",
+)
 def _triton_forward(qkv: Tensor, lengths: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
     """``out [T, h, d]``, and ``lse [h, P]`` of the P tokens in crops of more than one tile."""
     from sslkit.ops import attention_triton
@@ -177,7 +182,13 @@ def _triton_forward(qkv: Tensor, lengths: Sequence[int], scale: float) -> tuple[
     return out, lse
 
 
-@torch.library.custom_op("sslkit::packed_attention_triton_backward", mutates_args=())
+@torch.library.custom_op(
+    "sslkit::packed_attention_triton_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad, Tensor qkv, Tensor out, Tensor lse, SymInt[] lengths, float scale) -> Tensor"
+    ),
+)
 def _triton_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, lengths: Sequence[int], scale: float
 ) -> Tensor:
