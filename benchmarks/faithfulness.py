@@ -17,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from sslkit import CyclicMaskGenerator, MatryoshkaProjector, RASAProjector, SinkhornKnopp, backbones
+from sslkit import (
+    CyclicMaskGenerator,
+    KoLeoLoss,
+    MatryoshkaProjector,
+    RASAProjector,
+    SinkhornKnopp,
+    backbones,
+)
+from sslkit.backbones.positions import resample_positions
 from sslkit.data import open_source
 from sslkit.evaluation.features import evenly_spaced, extract
 from sslkit.evaluation.views import EvalTransform
@@ -61,6 +69,17 @@ def measure_masks() -> None:
     for name, masks in found.items():
         even, top, bottom = exposure(masks)
         print(f"masks, {name}: least/most {even:.3f}, top row {top:.3f}, bottom row {bottom:.3f}")
+    for masked in (102, 128):
+        blocks = {
+            "released": [truncated_block(GRID**2 - masked, rng) for _ in range(4000)],
+            "sslkit": [
+                ~CyclicMaskGenerator(GRID, shift=False).one(masked, generator=generator)
+                for _ in range(4000)
+            ],
+        }
+        for name, visible in blocks.items():
+            spanning = sum(bool(m.any(1).all() or m.any(0).all()) for m in visible)
+            print(f"masks, {name}: {spanning / 4000:.3f} of the blocks span it, {masked} masked")
     visible = ~trimmed
     last = [m[m.any(1)][-1].sum().item() / m.any(0).sum().item() for m in visible]
     print(f"masks: {sum(x < 1 for x in last) / len(last):.2f} of the blocks have a short last row")
@@ -115,6 +134,80 @@ def plain_sinkhorn(logits: Tensor, divide_by_sum: bool) -> Tensor:
         Q = Q / Q.sum(0) / Q.shape[1]
         Q = Q / Q.sum(1, keepdim=True) / Q.shape[0]
     return Q * Q.shape[0]
+
+
+def measure_prototypes(lr: float = 1e-4) -> None:
+    """How far the first step of AdamW turns the prototypes, which depends on how they are stored.
+
+    Its step is ``lr`` in each of the b numbers of a direction, whatever the gradient.
+    """
+    b, K = 384, 512
+    torch.manual_seed(0)
+    x, target = torch.randn(2048, b), torch.randn(2048, K).softmax(1)
+    sizes = {"nesting_dims": (b,), "num_layers": 1, "bottleneck_dim": b}
+    ours = {
+        f"sslkit, normalize={normalize}": MatryoshkaProjector(b, K, normalize=normalize, **sizes)
+        for normalize in (False, True)
+    }
+    layers: dict[str, nn.Module] = {name: head.prototypes[0] for name, head in ours.items()}
+    released = nn.Linear(b, K, bias=False)  # directions start at length .577
+    layers["released, length x direction"] = nn.utils.parametrizations.weight_norm(released, dim=0)
+    released.parametrizations.weight.original0.data.fill_(1)
+    for name, layer in layers.items():
+        before = F.normalize(layer.weight.detach().clone(), dim=1)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=lr)
+        (target * layer(x).log_softmax(1)).sum().neg().backward()
+        optimizer.step()
+        cosine = (before * F.normalize(layer.weight.detach(), dim=1)).sum(1)
+        turned = cosine.double().clamp(max=1).acos().mean() / lr
+        print(f"prototypes, {name}: turned by {turned:.1f} learning rates (radians)")
+
+
+def measure_stochastic_depth(num_crops: int = 64, rate: float = 0.1, draws: int = 4000) -> None:
+    """Crops of a batch that lose a branch: a fixed number (released), or each by itself."""
+    kept = max(int(num_crops * (1 - rate)), 1)
+    generator = torch.Generator().manual_seed(0)
+    ours = torch.rand(draws, num_crops, generator=generator).ge(rate).sum(1).double()
+    print(f"stochastic depth, released: {1 - kept / num_crops:.3f} of {num_crops} lose it, always")
+    print(
+        f"stochastic depth, sslkit: {1 - ours.mean() / num_crops:.3f}, "
+        f"standard deviation {ours.std() / num_crops:.3f}"
+    )
+
+
+def measure_koleo() -> None:
+    """KoLeo in float16, and of a row that is opposite to all others, as released and as ours."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 768, generator=generator)
+    away = x[2] - x[0] * (x[2] @ x[0]) / x[0].square().sum()
+    away *= x[0].norm() / away.norm()
+    for angle in (0.0, 1e-3, 1e-2):
+        x[1] = x[0] * math.cos(angle) + away * math.sin(angle)
+        half, exact = released_koleo(x.half()), KoLeoLoss()(x)
+        print(f"KoLeo, two rows {angle:g} rad apart: float16 {half:.3f}, sslkit {exact:.3f}")
+    opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    print(f"KoLeo, two opposite rows: {released_koleo(opposite):.3f}, {KoLeoLoss()(opposite):.3f}")
+
+
+def released_koleo(x: Tensor, eps: float = 1e-8) -> Tensor:
+    """Minus the mean log distance to the neighbour, -1 standing for a row's product with itself."""
+    z = F.normalize(x, eps=eps, dim=1)
+    products = z @ z.T
+    products.fill_diagonal_(-1)
+    distance = F.pairwise_distance(z, z[products.argmax(1)], eps=eps)
+    return -(distance + eps).log().mean()
+
+
+def measure_positions() -> None:
+    """Positions of a 98-pixel crop of a 224-pixel grid, by the two rules: how far they differ."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 64, 16, 16, generator=generator)
+    smooth = F.interpolate(noise[..., :4, :4], (16, 16), mode="bicubic")
+    for name, grid in (("random", noise), ("smooth", smooth)):
+        stored = grid.movedim(1, -1)
+        for size in (7, 37):
+            a, b = (resample_positions(stored, (size, size), m) for m in ("dinov2", "antialias"))
+            print(f"positions, {name}, 16 to {size}: differ by {(a - b).norm() / a.norm():.3f}")
 
 
 def measure_rasa(weights: str | None, data: str, num_images: int) -> None:
@@ -173,6 +266,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure_masks()
     measure_padding()
     measure_sinkhorn()
+    measure_prototypes()
+    measure_stochastic_depth()
+    measure_koleo()
+    measure_positions()
     measure_rasa(options.weights, options.data, options.num_images)
 
 

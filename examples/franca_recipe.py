@@ -14,9 +14,11 @@ many threads, with bit-identical weights.
 
 import argparse
 import dataclasses
-import errno
 import json
 import math
+import os
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -24,7 +26,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
+from warnings import warn
 
 import torch
 import tyro
@@ -48,6 +51,8 @@ from sslkit import (
 )
 from sslkit.backbones import Loaded, ViTEncoder
 from sslkit.backbones.heads import misfit
+from sslkit.backbones.settings import HEAD, NETWORK, check_settings
+from sslkit.command_line import run_command
 from sslkit.data import (
     Batch,
     MultiCrop,
@@ -64,23 +69,28 @@ from sslkit.data import (
     train_test_split,
 )
 from sslkit.data.annotated import Segmented
+from sslkit.data.channels import with_channels
 from sslkit.data.crops import random_crop
+from sslkit.data.fingerprint import changes, fingerprints
+from sslkit.data.local import is_local
 from sslkit.data.throughput import DataWatch
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.attention import cls_attention
 from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
-from sslkit.evaluation.features import evenly_spaced, extract
+from sslkit.evaluation.features import Features, Unsuitable, evenly_spaced, extract
 from sslkit.evaluation.floor import Pixels
 from sslkit.evaluation.in_context import in_context_segmentation
-from sslkit.evaluation.knn import knn_accuracy
+from sslkit.evaluation.knn import knn_predict
+from sslkit.evaluation.labels import with_labels
 from sslkit.evaluation.matryoshka import matryoshka_curve
 from sslkit.evaluation.pca import pca_maps
 from sslkit.evaluation.position import position_probe
 from sslkit.evaluation.report import format_table, write_report
+from sslkit.evaluation.scores import Score, bootstrap
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import EvalTransform
 from sslkit.factored_logits import Logits, concatenated
-from sslkit.files import atomic_write, file_digest
+from sslkit.files import DamagedFile, atomic_write, file_digest, parse_json, read_json_object
 from sslkit.rasa import patch_positions, save_rasa
 from sslkit.schedules import (
     cosine,
@@ -97,6 +107,7 @@ from sslkit.training.checkpoint import (
     checkpoint_group,
     step_of,
 )
+from sslkit.training.failures import explain
 from sslkit.training.finite import NonFiniteLoss, by_rank, nan_unless_finite, require_finite
 from sslkit.training.metrics import MetricsWriter, read_metrics
 from sslkit.training.monitor import CollapseMonitor, feature_std
@@ -111,7 +122,6 @@ from sslkit.training.parallel import (
     choose,
     gradients_synchronised,
     joined,
-    lost_contact,
     replicate,
     restarted,
     shard_,
@@ -120,9 +130,11 @@ from sslkit.training.parallel import (
     whole,
 )
 from sslkit.training.progress import TrainingProgress
+from sslkit.training.run_folder import FolderError, own_folder
 from sslkit.training.settings import as_json, differences, from_json
 from sslkit.training.signals import stop_request
 
+T = TypeVar("T")
 SUBMODULES = ("backbone", "dino_head", "ibot_head")  # gradients are clipped in each by itself
 MASK_COUNTS, MASKS, DROP_PATH = range(3)  # what a stage draws random numbers for
 NUM_GLOBAL = 2  # global crops of an image; the teacher sees these alone
@@ -170,7 +182,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Crops:
-    """Multi-crop (DINOv2 and the released configuration)."""
+    """Multi-crop (DINOv2 and the released configuration; docs/faithfulness.md on the blur)."""
 
     global_size: int = 224
     """Pixels a side of the two views that student and teacher see."""
@@ -276,8 +288,12 @@ class Init:
 
 @dataclass(frozen=True)
 class HighRes:
-    """High-resolution adaptation (paper section 4): the same training, schedules compressed."""
+    """High-resolution adaptation (paper section 4): the same training with schedules of its own."""
 
+    # The released configs/finetune/vitb14_finetune.yaml, 100 epochs of 200 iterations, but for the
+    # batch: its file says 32 images a GPU and not on how many. The paper says that the schedules of
+    # pretraining are compressed and that the teacher warms up for 10 K iterations, which in the
+    # file are the learning rate's.
     steps: int = 20_000
     """Optimizer steps."""
     global_size: int = 518
@@ -286,10 +302,16 @@ class HighRes:
     """Pixels a side of the small views."""
     batch_size: int = 2048
     """Images an optimizer step, over all processes and micro-batches."""
-    lr_scale: float = 0.1
-    """Of the pretraining's base_lr; about a tenth in the released code."""
-    temperature_warmup: float = 0.5
-    """The teacher's warm-up: 10 K of 20 K iterations."""
+    drop_path: float = 0.1
+    """Share of the student's residual branches left out in this stage."""
+    lr_scale: float = 7.05e-5 / 7.01e-4
+    """Highest learning rate as a multiple of the pretraining's."""
+    lr_warmup: float = 10_000 / 20_000
+    """Share of the steps over which the learning rate first rises linearly from 0."""
+    temperature_warmup: float = 6_000 / 20_000
+    """Share of the steps over which the teacher temperature rises linearly."""
+    freeze_prototypes: float = 200 / 20_000
+    """Share of the steps during which the last layers keep their initial value."""
 
 
 @dataclass(frozen=True)
@@ -343,11 +365,11 @@ class Settings:
     stages: tuple[Stage, ...] = ("pretrain", "highres", "rasa", "evaluate", "report")
     """Each needs the results of those before it, from this call or an earlier one."""
     resume: bool = False
-    """Continue the run in --output from its last checkpoint."""
+    """Continue the run in --output from its last checkpoint, with its settings and stages."""
     init_from: str = ""
     """Weights to continue training from: any file or name that sslkit.backbones.read takes."""
     accept_changes: bool = False
-    """Let --resume continue with other settings than the run was made with."""
+    """Continue with other settings or other data than the run was made with."""
     seed: int = 0
     """Of all random numbers: initial weights, order of the images, crops, masks."""
     steps: int = 625_000
@@ -385,7 +407,7 @@ class Settings:
     keep_last: int = 2
     """Latest checkpoints that are kept; with 2 a damaged one costs little."""
     keep_every: int = 62_500
-    """Checkpoints of every so many steps are kept for good (Franca publishes them); 0: none."""
+    """Checkpoints of every so many steps are kept for good; 0: none."""
     model: Model = field(default_factory=Model)
     crops: Crops = field(default_factory=Crops)
     masks: Masks = field(default_factory=Masks)
@@ -398,18 +420,24 @@ class Settings:
     evaluation: Evaluation = field(default_factory=Evaluation)
 
 
-# The defaults above are ViT-B on ImageNet-21K. Each value is in both the paper's section 4 and the
-# released configuration, or only in the latter, unless a comment here says otherwise.
+# The defaults above are ViT-B on ImageNet-21K. Each value of model, crops, masks, targets, losses
+# and optim is in both the paper's section 4 and the released configuration (24f8c60: configs/train,
+# and ssl_default_config.yaml where these are silent), or only in the latter, unless a comment says
+# otherwise. Those of rasa and evaluation are ours: see docs/faithfulness.md.
 #
-#                          paper                        released configuration      taken
-#   steps, ViT-B           625 K (500 epochs)           1 M (800 epochs of 1250)    paper
-#   steps, ViT-L           625 K                        20 K in the file (16)       paper
-#   warm-up                80 epochs of 500             128 of 800 (B): the same    80 / 500
-#   base lr, ViT-B         1e-3 at batch 2048           7.01e-4 at 1024: the same   7.01e-4
-#   base lr, ViT-L, -g     3.5e-4 at batch 3072         2.0e-4 at 1024: the same    2.0e-4
-#   nesting                slice                        linear, later slice_linear  paper
-#   head                   L2-normalised (DINO, iBOT)   unbounded, GELU at the end  normalised
-#   high resolution        20 K steps, 518 px           lr about a tenth            both
+#                          paper                  released configuration               taken
+#   steps, ViT-B           625 K (500 epochs)     1 M (800 epochs of 1250)             paper
+#   steps, ViT-L           625 K                  20 K (16 epochs); 625 K of LAION     paper
+#   lr warm-up             80 epochs of 500       128 of 800 (B), 8 of 16 (L), 80 of   80 / 500
+#                                                 500 (g, LAION)
+#   temperature warm-up                           30 epochs: 37.5 K steps              37.5 K
+#   frozen last layers                            1 epoch: 1,250 steps                 1,250
+#   base lr, ViT-B         1e-3 at batch 2048     7.01e-4 at 1024: 9.9e-4 at 2048      7.01e-4
+#   base lr, ViT-L, -g     3.5e-4 at batch 3072   2.0e-4 at 1024: 3.5e-4 at 3072       2.0e-4
+#   batch, ViT-g of LAION  3072                   32 on each of 128 GPUs: 4096         paper
+#   nesting                slice                  linear, later slice_linear           paper
+#   head                   "DINO-style"           unbounded, GELU at the end           normalised
+#   high resolution        20 K steps             configs/finetune                     see HighRes
 PRESETS: dict[PresetName, Settings] = {
     "vitb14_in21k": Settings(preset="vitb14_in21k", data="/data/imagenet21k"),
     "vitl14_in21k": Settings(
@@ -418,17 +446,19 @@ PRESETS: dict[PresetName, Settings] = {
         batch_size=3072,
         model=Model(backbone="franca_vitl14", drop_path=0.4),
         optim=Optim(base_lr=2.0e-4),
-        highres=HighRes(batch_size=3072),
+        # configs/finetune/vitl14_finetune.yaml, whose drop path is .1, after .4 in pretraining.
+        highres=HighRes(batch_size=3072, lr_scale=1.51e-5 / 2.0e-4),
     ),
     "vitg14_laion": Settings(
         preset="vitg14_laion",
         data="/data/laion600m",
         batch_size=3072,
         model=Model(backbone="franca_vitg14", drop_path=0.4, activation_checkpointing=True),
-        # The released LAION crops: global area .45-1, local .05-.45.
+        # configs/train/LAION/vitg14.yaml. ViT-L's there has .48-1, .05-.32 and a base lr of 1e-3.
         crops=Crops(global_scale=(0.45, 1.0), local_scale=(0.05, 0.45)),
         optim=Optim(base_lr=2.0e-4),
-        highres=HighRes(batch_size=3072),
+        # No file adapts a ViT-g: schedules as of ViT-B, the drop path stays that of pretraining.
+        highres=HighRes(batch_size=3072, drop_path=0.4),
     ),
     # Two CPU cores, minutes: 32 px views of 48 px scenes, and every part of the method. Changed for
     # short runs of small batches (docs/cifar10.md): as many prototypes as the batch has rows, a
@@ -469,7 +499,19 @@ PRESETS: dict[PresetName, Settings] = {
             freeze_prototypes=0.02,
             momentum=(0.98, 1.0),
         ),
-        highres=HighRes(steps=20, global_size=48, local_size=24, batch_size=48),
+        # The shares of the demo's pretraining: in 20 steps the released warm-up, half of them,
+        # leaves too few at the full learning rate.
+        highres=HighRes(
+            steps=20,
+            global_size=48,
+            local_size=24,
+            batch_size=48,
+            drop_path=0.0,
+            lr_scale=0.1,
+            lr_warmup=0.05,
+            temperature_warmup=0.5,
+            freeze_prototypes=0.02,
+        ),
         rasa=Rasa(num_images=500),
         evaluation=Evaluation(
             num_train=3000,
@@ -492,7 +534,9 @@ PRESETS["cifar10"] = replace(
     log_every=20,
     checkpoint_every=200,
     crops=replace(PRESETS["demo"].crops, global_size=24, local_size=12, blur_sigma=(0.1, 2.0)),
-    highres=HighRes(steps=100, global_size=32, local_size=12, batch_size=64),
+    highres=replace(
+        PRESETS["demo"].highres, steps=100, global_size=32, local_size=12, batch_size=64
+    ),
     evaluation=Evaluation(
         num_train=20_000,
         num_test=4_000,
@@ -547,7 +591,8 @@ PRESETS["adapt"] = Settings(
         momentum=(0.99, 1.0),
         momentum_batch=64,
     ),
-    highres=HighRes(steps=200, batch_size=32),
+    # Few steps on trained weights, as above: a short warm-up.
+    highres=HighRes(steps=200, batch_size=32, lr_scale=0.1, lr_warmup=0.05, freeze_prototypes=0.01),
     evaluation=Evaluation(
         num_train=5000,
         num_test=1000,
@@ -579,6 +624,22 @@ def make_encoder(model: Model, global_size: int) -> ViTEncoder:
         activation_checkpointing=model.activation_checkpointing,
         **json.loads(model.backbone_settings),
     )
+
+
+def check_network(model: Model) -> Literal[True]:
+    """Raise ValueError if these are not settings that an exported encoder could state."""
+    more = parse_json(model.backbone_settings, "backbone_settings")
+    check_settings("backbone_settings", more, NETWORK)
+    check_settings("settings", {"name": model.backbone, "in_chans": model.in_chans}, NETWORK)
+    head = {
+        "num_prototypes": model.num_prototypes,
+        "hidden_dim": model.head_hidden_dim,
+        "num_layers": model.head_layers,
+        **({"nesting_dims": model.nesting_dims} if model.nesting_dims else {}),
+    }
+    for bottleneck in (model.dino_bottleneck, model.ibot_bottleneck):
+        check_settings("heads", {**head, "bottleneck_dim": bottleneck}, HEAD)
+    return True
 
 
 class FrancaNetwork(nn.Module):
@@ -732,8 +793,11 @@ class Plan:
     batch_size: int
     global_size: int
     local_size: int
+    drop_path: float
     base_lr: float
+    lr_warmup: float
     temperature_warmup: float
+    freeze_prototypes: float
     head_warmup: float  # share of the steps in which the backbone rests
 
     @property
@@ -750,14 +814,17 @@ def pretraining(settings: Settings) -> Plan:
         batch_size=settings.batch_size,
         global_size=settings.crops.global_size,
         local_size=settings.crops.local_size,
+        drop_path=settings.model.drop_path,
         base_lr=settings.optim.base_lr,
+        lr_warmup=settings.optim.lr_warmup,
         temperature_warmup=settings.targets.temperature_warmup,
+        freeze_prototypes=settings.optim.freeze_prototypes,
         head_warmup=settings.init.head_warmup if settings.init.heads == "fresh" else 0.0,
     )
 
 
 def high_resolution(settings: Settings) -> Plan:
-    """The same training on larger crops: schedules compressed, a long teacher warm-up."""
+    """The same training on larger crops, with warm-ups of its own."""
     highres = settings.highres
     return Plan(
         name="highres",
@@ -765,8 +832,11 @@ def high_resolution(settings: Settings) -> Plan:
         batch_size=highres.batch_size,
         global_size=highres.global_size,
         local_size=highres.local_size,
+        drop_path=highres.drop_path,
         base_lr=settings.optim.base_lr * highres.lr_scale,
+        lr_warmup=highres.lr_warmup,
         temperature_warmup=highres.temperature_warmup,
+        freeze_prototypes=highres.freeze_prototypes,
         head_warmup=0.0,
     )
 
@@ -789,7 +859,7 @@ def schedule(step: int, plan: Plan, settings: Settings) -> Schedule:
         peak=sqrt_batch_scaling(plan.base_lr, plan.batch_size),
         final=optim.final_lr,
         total_steps=total,
-        warmup_steps=round(optim.lr_warmup * total),
+        warmup_steps=round(plan.lr_warmup * total),
     )
     start, end = optim.weight_decay
     momentum = cosine(step, start=optim.momentum[0], end=optim.momentum[1], total_steps=total)
@@ -798,7 +868,7 @@ def schedule(step: int, plan: Plan, settings: Settings) -> Schedule:
         momentum = ema_batch_scaling(momentum, plan.batch_size, reference=batch)
     return Schedule(
         lr=lr,
-        last_layer_lr=lr * unfreeze(step, freeze_steps=round(optim.freeze_prototypes * total)),
+        last_layer_lr=lr * unfreeze(step, freeze_steps=round(plan.freeze_prototypes * total)),
         weight_decay=cosine(step, start=start, end=end, total_steps=total),
         momentum=momentum,
         teacher_temperature=linear_warmup(
@@ -810,9 +880,9 @@ def schedule(step: int, plan: Plan, settings: Settings) -> Schedule:
     )
 
 
-def backbone_lr_scale(step: int, plan: Plan, settings: Settings) -> float:
+def backbone_lr_scale(step: int, plan: Plan) -> float:
     """Of the learning rate: 0 while fresh heads learn alone, then a warm-up of its own."""
-    warmup_steps = round(settings.optim.lr_warmup * plan.steps) if plan.frozen_steps else 0
+    warmup_steps = round(plan.lr_warmup * plan.steps) if plan.frozen_steps else 0
     return joining(step, frozen_steps=plan.frozen_steps, warmup_steps=warmup_steps)
 
 
@@ -845,8 +915,13 @@ class Trainer:
         self, plan: Plan, settings: Settings, parallel: Parallel, initial: Loaded | None = None
     ) -> None:
         self.plan, self.settings, self.parallel = plan, settings, parallel
+        if plan.name == "highres":
+            group = checkpoint_group(parallel.group)
+            pretrained, path = last_checkpoint("pretrain", settings, group)
+            require_fit(pretraining(settings), settings, pretrained, path)
         torch.manual_seed(settings.seed)
-        self.student = FrancaNetwork(settings.model, settings.crops.global_size)
+        model = replace(settings.model, drop_path=plan.drop_path)
+        self.student = FrancaNetwork(model, settings.crops.global_size)
         if initial is not None:  # the teacher is a copy, whichever the heads are
             fill_(self.student, initial, settings)
         self.student.to(parallel.device)
@@ -866,17 +941,16 @@ class Trainer:
         self.loss = FrancaLoss(settings.targets.student_temperature, parallel.group)
         networks = (self.student, self.teacher.module)
         if plan.name == "highres":
-            group = checkpoint_group(parallel.group)
-            pretrained, path = last_checkpoint("pretrain", settings, group)
-            pretrained.load_(path, self.weights(), partial=True)
+            load_checkpoint_(pretrained, path, self.weights(), partial=True)
+            # As scripts/modify_ckpt_highres.py of the release; local crops keep the encoder's rule.
             for network in networks:
-                network.backbone.set_img_size_(plan.global_size)
+                network.backbone.set_img_size_(plan.global_size, pos_interpolation="antialias")
         self.distribute(networks)
         groups = make_groups(self.student, settings.optim)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.optim.betas)
         if plan.name == "highres":  # the position embedding, which changed shape, starts afresh
             fitting = {n: m for n, m in moments(self.optimizer).items() if "pos_embed" not in n}
-            pretrained.load_(path, {"optimizer": fitting}, partial=True)
+            load_checkpoint_(pretrained, path, {"optimizer": fitting}, partial=True)
         self.draw_masks = mask_generator(self.student.backbone.grid_size, settings.masks)
 
     def distribute(self, networks: tuple[FrancaNetwork, FrancaNetwork]) -> None:
@@ -938,7 +1012,7 @@ class Trainer:
             lr=now.lr,
             weight_decay=now.weight_decay,
             last_layer_lr=now.last_layer_lr,
-            part_lr_scales={"backbone": backbone_lr_scale(step, self.plan, self.settings)},
+            part_lr_scales={"backbone": backbone_lr_scale(step, self.plan)},
         )
         frozen = step < self.plan.frozen_steps
         self.let_backbone_rest(frozen)
@@ -1081,6 +1155,7 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     """One stage of training, from its last checkpoint if it has any, to `<stage>.safetensors`."""
     export = settings.output / f"{plan.name}.safetensors"
     if export.exists():
+        export_metadata(plan.name, settings)  # raises an error if it is damaged
         say(parallel, f"{plan.name}: finished already, {export}")
         return
     folder = settings.output / plan.name
@@ -1093,6 +1168,8 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     sources = open_data(settings)
     images = open_training_images(settings, sources)
     latest = checkpoints.latest()
+    if latest is not None:
+        require_fit(plan, settings, checkpoints, latest)
     begins = latest is None and plan.name == "pretrain" and settings.init_from != ""
     trainer = Trainer(plan, settings, parallel, read_weights(settings) if begins else None)
     if begins:
@@ -1101,22 +1178,18 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
     if start > plan.steps:
         raise SettingsError(f"{plan.name} has {plan.steps} steps, but {latest} is further")
     if latest is not None:
-        try:
-            checkpoints.load_(latest, trainer.state())
-        except ValueError as error:
-            raise SettingsError(f"these settings make another network: {error}") from error
+        load_checkpoint_(checkpoints, latest, trainer.state())
     if parallel.is_main:
         write_settings(settings)
-    batches = iter(
-        make_loader(
-            MultiCropDataset(images, multi_crop(plan, settings), seed=settings.seed),
-            batch_size=plan.batch_size,
-            start_sample=start * plan.batch_size,
-            rank=parallel.rank,
-            world_size=parallel.world_size,
-            num_workers=settings.workers,
-            augment_on=parallel.device if settings.augment_on == "device" else None,
-        )
+        write_data(settings, sources)
+    loader = make_loader(
+        MultiCropDataset(images, multi_crop(plan, settings), seed=settings.seed),
+        batch_size=plan.batch_size,
+        start_sample=start * plan.batch_size,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+        num_workers=settings.workers,
+        augment_on=parallel.device if settings.augment_on == "device" else None,
     )
     data = DataWatch(settings.workers)
     num_images = None if isinstance(images, StreamSource) else len(images)
@@ -1125,20 +1198,39 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
         raise SettingsError(f"--data {settings.data} has {counts} images for ranks 0, 1, ...")
     unreadable = UnreadableLog(num_images, threshold=settings.max_unreadable)
     # Somewhat past the warm-up: an untrained network shows the signs of a collapsed one.
-    grace_steps = plan.frozen_steps + round(1.25 * settings.optim.lr_warmup * plan.steps)
-    monitor = CollapseMonitor(trainer.num_prototypes, grace_steps=grace_steps)
+    grace_steps = plan.frozen_steps + round(1.25 * plan.lr_warmup * plan.steps)
+    monitor = CollapseMonitor(
+        trainer.num_prototypes, grace_steps=grace_steps, loss_grace_steps=max(grace_steps, 100)
+    )
+    if num_images is not None and plan.batch_size > num_images:
+        option = "--batch-size" if plan.name == "pretrain" else "--highres.batch-size"
+        say(
+            parallel,
+            f"warning: {option} {plan.batch_size} is larger than the data set: each step sees some "
+            f"of its {num_images} images more than once. Give at most {num_images}, or more images",
+        )
     if settings.accumulation > 1 and settings.losses.koleo > 0:
         say(parallel, "accumulation: KoLeo sees the neighbours within each micro-batch alone")
     with ExitStack() as stack:
         request = stack.enter_context(stop_request())
-        stack.callback(checkpoints.wait)  # also when the training fails
+        # Also when the training fails, but not for whoever interrupts it a second time.
+        stack.push(lambda kind, *_: None if kind is KeyboardInterrupt else checkpoints.wait())
+        batches = stack.enter_context(iter(loader))
+        saved = -1 if latest is None else start
         if parallel.is_main:
             metrics = stack.enter_context(MetricsWriter(folder, resume_step=start))
             progress = stack.enter_context(
                 TrainingProgress(plan.steps, start_step=start, description=plan.name)
             )
         for step in range(start, plan.steps):
-            batch = data.next(batches)
+            if parallel.group is None:
+                batch = request.unless_stopped(lambda: data.next(batches))
+            else:  # the others are in the step already, and wait for this process there
+                batch = data.next(batches)
+            if batch is None:
+                if saved < step:
+                    checkpoints.save(step, trainer.state())
+                raise Stopped(plan.name, step, request.number)
             unreadable.update(batch.indices, batch.unreadable)
             seen = trainer.step(step, batch)
             done = step + 1
@@ -1162,16 +1254,37 @@ def train(plan: Plan, settings: Settings, parallel: Parallel) -> None:
                     progress.message(f"step {done}: k-NN accuracy {100 * accuracy:.1f} %")
                 if record:
                     metrics.log(done, record)
-            asked_to_stop = parallel.any(request.arrived)
+            asked_to_stop = int(parallel.gather(torch.tensor(request.number)).max())
             if asked_to_stop or due(done, settings.checkpoint_every, plan.steps):
                 checkpoints.save(done, trainer.state())
+                saved = done
             if asked_to_stop:
-                raise Stopped(plan.name, done)
+                raise Stopped(plan.name, done, asked_to_stop)
             del seen  # the teacher's scores, before there are new ones
         checkpoints.wait()
-        if parallel.any(request.arrived):
-            raise Stopped(plan.name, plan.steps)
+        if asked_to_stop := int(parallel.gather(torch.tensor(request.number)).max()):
+            raise Stopped(plan.name, plan.steps, asked_to_stop)
     save_teacher(plan.name, plan.steps, trainer)
+
+
+def load_checkpoint_(
+    checkpoints: Checkpoints, path: Path, state: dict[str, Any], *, partial: bool = False
+) -> None:
+    """Fill `state` from a checkpoint, or raise an error that says that it is of other settings."""
+    try:
+        checkpoints.load_(path, state, partial=partial)
+    except ValueError as error:
+        raise SettingsError(f"these settings make another network: {error}") from error
+
+
+def require_fit(plan: Plan, settings: Settings, checkpoints: Checkpoints, path: Path) -> None:
+    """Refuse a checkpoint of another network before this one takes its memory."""
+    with torch.device("meta"):
+        network = FrancaNetwork(settings.model, plan.global_size)
+    try:
+        checkpoints.require_fit(path, {"student": network.state_dict()}, partial=True)
+    except ValueError as error:
+        raise SettingsError(f"these settings make another network: {error}") from error
 
 
 def save_teacher(name: str, step: int, trainer: Trainer) -> None:
@@ -1188,11 +1301,12 @@ def save_teacher(name: str, step: int, trainer: Trainer) -> None:
 
 
 class Stopped(Exception):
-    """A SIGTERM has come, and everything is saved."""
+    """A SIGTERM or SIGINT has come, and everything is saved."""
 
     def __str__(self) -> str:
-        stage, step = self.args
-        return f"{stage}: stopped by SIGTERM and saved at step {step}; continue with --resume"
+        stage, step, number = self.args
+        name = signal.Signals(number).name
+        return f"{stage}: stopped by {name} and saved at step {step}; continue with --resume"
 
 
 def say(parallel: Parallel, text: str) -> None:
@@ -1375,15 +1489,36 @@ def open_data(settings: Settings) -> Sources:
 
     try:
         if is_stream(settings.data):
-            return Sources(*train_test_split(opened("test"), 0.5, settings.seed))
-        return Sources(opened("train"), opened("test"))
-    except (OSError, ImportError, ValueError) as error:
+            sources = Sources(*train_test_split(opened("test"), 0.5, settings.seed))
+        else:
+            sources = Sources(opened("train"), opened("test"))
+    except (OSError, ImportError, RuntimeError, ValueError) as error:
         raise SettingsError(f"--data: {error}") from error
+    require_same_data(settings, sources)
+    return sources
+
+
+def require_same_data(settings: Settings, sources: Sources) -> None:
+    """Refuse other images, or other classes, than those that the run in --output has begun on."""
+    path = settings.output / "data.json"
+    begun = path.exists() and has_begun("pretrain", settings.output)
+    if settings.accept_changes or not begun:
+        return
+    stored = read_json_object(path, "restore it, or remove it")
+    if found := changes(stored, fingerprints(sources._asdict())):
+        raise SettingsError(
+            f"--data {settings.data} is not what the run in {settings.output} began on: "
+            f"{'; '.join(found)}. Bring the data back as they were, choose another --output, or "
+            "insist with --accept-changes"
+        )
 
 
 def open_training_images(settings: Settings, sources: Sources) -> Source | StreamSource:
     """What the training loop learns from: the training split, or a stream beside it."""
-    return open_stream(settings.data) if is_stream(settings.data) else sources.train
+    if not is_stream(settings.data):
+        return sources.train
+    fraction, seed = settings.test_fraction, settings.seed
+    return open_stream(settings.data, test_fraction=fraction, seed=seed)
 
 
 def is_stream(data: str) -> bool:
@@ -1401,6 +1536,7 @@ def multi_crop(plan: Plan, settings: Settings) -> MultiCrop:
         local_scale=settings.crops.local_scale,
         num_local=settings.crops.num_local,
         blur_sigma=settings.crops.blur_sigma,
+        channels=settings.model.in_chans,
     )
 
 
@@ -1463,7 +1599,7 @@ def finished_stages(settings: Settings) -> list[str]:
     exports: dict[str, Path] = {n: settings.output / f"{n}.safetensors" for n in STAGES}
     finished = [name for name, path in exports.items() if path.exists()]
     if "rasa" in finished:
-        fitted_on, last = backbones.read_metadata(exports["rasa"])["of"], final_plan(settings).name
+        fitted_on, last = export_metadata("rasa", settings, "of"), final_plan(settings).name
         if fitted_on != last:
             raise SettingsError(
                 f"{exports['rasa']} was fitted on {fitted_on}, and {last} has been trained since; "
@@ -1474,7 +1610,36 @@ def finished_stages(settings: Settings) -> list[str]:
 
 def load_encoder(stage: str, settings: Settings) -> ViTEncoder:
     """The encoder that a stage exported."""
-    return backbones.load(settings.output / f"{stage}.safetensors").eval()
+    return read_export(stage, settings, backbones.load).eval()
+
+
+def export_metadata(stage: str, settings: Settings, name: str = "stage") -> str:
+    """What the header of an export says under a name."""
+    return read_export(stage, settings, lambda path: backbones.read_metadata(path)[name])
+
+
+def read_export(stage: str, settings: Settings, reader: Callable[[Path], T]) -> T:
+    """What a reader finds in the export of a stage, or an error that says how to make it again."""
+    path = settings.output / f"{stage}.safetensors"
+    try:
+        return reader(path)
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
+        again = "--resume" if stage in ("pretrain", "highres") else f"--stages {stage}"
+        remedy = f"Delete it and make it again with {again}"
+        if stage == "init":
+            remedy = "Bring it back, or start again in another --output"
+        raise DamagedFile(f"{path} is damaged: {error}. {remedy}") from error
+
+
+def require_export_of(settings: Settings) -> None:
+    """Refuse settings of another encoder than the exported one, before one is made of them."""
+    plan = final_plan(settings)
+    with torch.device("meta"):
+        asked = make_encoder(settings.model, plan.global_size).state_dict()
+    found = load_encoder(plan.name, settings).state_dict()
+    if {k: x.shape for k, x in asked.items()} != {k: x.shape for k, x in found.items()}:
+        path = settings.output / f"{plan.name}.safetensors"
+        raise SettingsError(f"--model: {path} has another encoder than these settings make")
 
 
 def eval_view(size: int, settings: Settings) -> EvalTransform:
@@ -1486,22 +1651,44 @@ def knn_score(
     train_labels: Tensor, test_labels: Tensor, train: Tensor, test: Tensor, *, k: int
 ) -> float:
     """Top-1 accuracy of weighted k-NN."""
-    return knn_accuracy(train, train_labels, test, test_labels, ks=(k,))[k]
+    return knn_hits(train_labels, test_labels, train, test, k=k).value
 
 
-def online_knn(encoder: nn.Module, plan: Plan, settings: Settings, sources: Sources) -> float:
-    """k-NN on a sample of the images: the teacher's, while it trains."""
+def knn_hits(
+    train_labels: Tensor, test_labels: Tensor, train: Tensor, test: Tensor, *, k: int
+) -> Score:
+    """That accuracy as a score over the labelled test images, which can be resampled."""
+    test_labels, test = with_labels(test_labels, test, name="test_labels")
+    return Score.mean(knn_predict(train, train_labels, test, ks=(k,))[k] == test_labels)
+
+
+def have_labels(*splits: Features) -> bool:
+    """Whether each split has an image with a label."""
+    return all(bool((features.labels >= 0).any()) for features in splits)
+
+
+def online_knn(
+    encoder: nn.Module, plan: Plan, settings: Settings, sources: Sources
+) -> float | None:
+    """k-NN on a sample of the images: the teacher's, while it trains. None: none has a label."""
     counts = (settings.evaluation.online_train, settings.evaluation.online_test)
     images = subject(encoder, plan, settings, sources, counts)
     train, test = (images.features(split, "cls") for split in Sources._fields)
+    if not have_labels(train, test):
+        warn("no online k-NN: none of the images it looks at has a label", stacklevel=2)
+        return None
     return knn_score(train.labels, test.labels, train.cls, test.cls, k=settings.evaluation.knn)
+
+
+SCORES = ("knn", "online_knn", "matryoshka", "in_context", "position_r2")
 
 
 def evaluate(settings: Settings, parallel: Parallel) -> None:
     """Scores of the untrained encoder and of every stage's, in `results.json`."""
     options, sources = settings.evaluation, open_data(settings)
+    require_export_of(settings)
     torch.manual_seed(settings.seed)
-    untrained = FrancaNetwork(settings.model, settings.crops.global_size).backbone
+    untrained = make_encoder(settings.model, settings.crops.global_size)  # as before training
     first, last = pretraining(settings), final_plan(settings)
     # Pixels are what features have to beat.
     contestants: dict[str, tuple[nn.Module, Plan]] = {
@@ -1515,39 +1702,65 @@ def evaluate(settings: Settings, parallel: Parallel) -> None:
     for stage in finished_stages(settings):
         contestants[stage] = (load_encoder(stage, settings), first if stage == "pretrain" else last)
 
-    scores = ("knn", "online_knn", "matryoshka", "in_context", "position_r2")
-    results: dict[str, Any] = {name: {} for name in scores}
+    results: dict[str, Any] = {name: {} for name in SCORES}
+    measured: dict[str, dict[str, Score]] = {"knn": {}, "in_context": {}, "position_r2": {}}
     for name, (encoder, plan) in contestants.items():
         print(f"evaluate: {name}")
         encoder = encoder.to(parallel.device)
-        if sources.labelled:
-            images = subject(
-                encoder, plan, settings, sources, (options.num_train, options.num_test)
-            )
+        images = subject(encoder, plan, settings, sources, (options.num_train, options.num_test))
+        labelled = sources.labelled
+        if labelled:
             train, test = (images.features(split, "cls") for split in Sources._fields)
+            labelled = have_labels(train, test)
+        if labelled:
             score = partial(knn_score, train.labels, test.labels, k=options.knn)
-            results["knn"][name] = score(train.cls, test.cls)
-            if name in floor:  # what the curve of the online score has to be compared with
-                results["online_knn"][name] = online_knn(encoder, plan, settings, sources)
+            measured["knn"][name] = knn_hits(
+                train.labels, test.labels, train.cls, test.cls, k=options.knn
+            )
+            results["chance"] = {"knn": 1 / sources.train.num_classes}
+            online = online_knn(encoder, plan, settings, sources) if name in floor else None
+            if online is not None:  # what the curve of the online score has to be compared with
+                results["online_knn"][name] = online
         if isinstance(encoder, Pixels):
             continue
-        if sources.labelled:
+        if labelled:
             results["matryoshka"][name] = matryoshka_curve(
                 train.cls, test.cls, score=score, sizes=settings.model.nesting_dims or None
             )
         images = subject(encoder, plan, settings, sources, 2 * (options.num_dense,))
         train, test = (images.features(split, "patches", view="dense") for split in Sources._fields)
-        results["position_r2"][name] = position_probe(train.patches, test.patches).r2
+        probe = position_probe(train.patches, test.patches)
+        measured["position_r2"][name] = Score.mean(probe.r2_by_image(), percent=False)
         if isinstance(sources.train, Segmented):
-            results["in_context"][name] = in_context_segmentation(
-                train.patches,
-                images.masks("train", train),
-                test.patches,
-                images.masks("test", test),
-                len(sources.train.mask_class_names),
-            ).mean_iou
+            masks = (images.masks(*split) for split in (("train", train), ("test", test)))
+            try:
+                segmented = in_context_segmentation(
+                    train.patches,
+                    next(masks),
+                    test.patches,
+                    next(masks),
+                    len(sources.train.mask_class_names),
+                )
+            except Unsuitable as error:
+                print(f"evaluate: no in-context segmentation: {error}")
+            else:
+                measured["in_context"][name] = Score.of_confusion(segmented.confusions)
+    results |= {kind: {m: s.value for m, s in by.items()} for kind, by in measured.items()}
+    results["intervals"] = {
+        kind: {m: interval(s, settings) for m, s in by.items()} for kind, by in measured.items()
+    }
+    results["test_images"] = {
+        kind: score.num_items for kind, by in measured.items() for score in by.values()
+    }
     with atomic_write(settings.output / "results.json") as file:
         file.write(json.dumps(results, indent=2).encode())
+
+
+def interval(score: Score, settings: Settings) -> list[float]:
+    """Both ends of the score's 95 % interval; the same resamples of test images for all models."""
+    found = bootstrap(score, generator=torch.Generator().manual_seed(settings.seed))
+    assert found is not None
+    return [found.low, found.high]
 
 
 def subject(
@@ -1576,20 +1789,30 @@ def subject(
 def summary(results: dict[str, Any], last: str, k: int) -> list[tuple[str, str]]:
     """The short table: every score, from the untrained network to the last stage."""
 
-    def chain(scores: dict[str, float]) -> str:
-        return " -> ".join(f"{name} {100 * score:.1f} %" for name, score in scores.items())
+    def models(kind: str) -> list[tuple[str, str]]:
+        return [
+            (f"- {name}", f"{100 * score:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
+            for name, score in results[kind].items()
+            for low, high in [results["intervals"][kind][name]]
+        ]
+
+    def r2(name: str) -> str:
+        low, high = results["intervals"]["position_r2"][name]
+        return f"{results['position_r2'][name]:.3f} [{low:.3f}, {high:.3f}]"
 
     rows = []
+    images = {kind: f"{count} test images" for kind, count in results["test_images"].items()}
     if results["knn"]:
-        rows.append((f"k-NN accuracy (k = {k})", chain(results["knn"])))
+        chance = f"{images['knn']}, chance {100 * results['chance']['knn']:.1f} %"
+        rows += [(f"k-NN accuracy (k = {k})", chance), *models("knn")]
         curve = results["matryoshka"][last].items()
         sizes = ", ".join(f"{size}: {100 * score:.1f} %" for size, score in curve)
         rows.append((f"k-NN accuracy by embedding size ({last})", sizes))
     if results["in_context"]:
-        rows.append(("in-context segmentation, mIoU", chain(results["in_context"])))
-    r2 = results["position_r2"]
-    if "rasa" in r2:
-        rows.append(("position R2, before -> after RASA", f"{r2[last]:.3f} -> {r2['rasa']:.3f}"))
+        rows += [("in-context segmentation, mIoU", images["in_context"]), *models("in_context")]
+    if "rasa" in results["position_r2"]:
+        value = f"{r2(last)} -> {r2('rasa')}, {images['position_r2']}, chance 0"
+        rows.append(("position R2, before -> after RASA", value))
     return rows
 
 
@@ -1599,26 +1822,70 @@ def report(settings: Settings, parallel: Parallel) -> None:
     path = settings.output / "results.json"
     if not path.exists():
         raise SettingsError(f"{path} is missing; run --stages evaluate first")
-    results = json.loads(path.read_text())
     plan = final_plan(settings)
-    missing = [name for name in finished_stages(settings) if name not in results["position_r2"]]
-    if missing:
-        raise SettingsError(f"{path} is older than {missing[0]}; run --stages evaluate report")
+    results = read_results(path, finished_stages(settings))
     rows = summary(results, plan.name, settings.evaluation.knn)
     figures = {
         **training_pictures(settings, results, plan.name),
         **view_pictures(settings),
         **feature_pictures(settings, results, plan),
     }
+    columns = ("Score", "Value [95 % interval over test images]")
     page = write_report(
         settings.output,
         title=f"Franca on {settings.data}",
         settings=dataclasses.asdict(settings),
         results=rows,
+        columns=columns,
         figures=figures,
     )
-    print(format_table(rows))
+    print(format_table([columns, *rows]))
     print(f"report: {page}")
+
+
+def read_results(path: Path, stages: Sequence[str]) -> dict[str, Any]:
+    """The scores in `results.json`, of these stages and of what they are compared with."""
+    remedy = "run --stages evaluate report"
+    results = read_json_object(path, remedy)
+    for name in SCORES:
+        scores = results.get(name)
+        has_kind = scores_by_size if name == "matryoshka" else is_number
+        if not isinstance(scores, dict) or not all(map(has_kind, scores.values())):
+            raise DamagedFile(f"{path} has no scores {name!r} by encoder: {remedy}")
+    needed = dict.fromkeys(("knn", "matryoshka", "in_context", "position_r2"), stages)
+    for name, encoders in (needed | {"online_knn": ("raw pixels",)}).items():
+        missing = [each for each in ("random init", *encoders) if each not in results[name]]
+        optional = name == "in_context" or not results["knn"]
+        if missing and (results[name] or name == "position_r2" or not optional):
+            raise SettingsError(f"{path} is older than {missing[0]}; {remedy}")
+    for kind in ("intervals", "test_images", "chance"):
+        if not isinstance(results.get(kind), dict):
+            raise SettingsError(f"{path} is older than the {kind} of scores; {remedy}")
+    for kind in ("knn", "in_context", "position_r2"):
+        ends = results["intervals"].get(kind)
+        fits = isinstance(ends, dict) and all(is_interval(ends.get(name)) for name in results[kind])
+        if results[kind] and not (fits and is_number(results["test_images"].get(kind))):
+            raise DamagedFile(f"{path} has no interval of each score {kind!r}: {remedy}")
+    if results["knn"] and not is_number(results["chance"].get("knn")):
+        raise DamagedFile(f"{path} has no chance of the score 'knn': {remedy}")
+    return results
+
+
+def is_interval(value: Any) -> bool:
+    """Whether a value of JSON has both ends of an interval."""
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is one."""
+    return type(value) in (int, float)
+
+
+def scores_by_size(value: Any) -> bool:
+    """Whether a value of JSON has numbers by embedding size."""
+    return isinstance(value, dict) and all(
+        size.isdecimal() and is_number(score) for size, score in value.items()
+    )
 
 
 def some_images(source: Source, count: int) -> list[Tensor]:
@@ -1636,12 +1903,16 @@ def some_images(source: Source, count: int) -> list[Tensor]:
 
 def training_pictures(settings: Settings, results: dict[str, Any], last: str) -> dict[str, Figure]:
     """Curves of the losses, of the online k-NN, and over embedding sizes."""
-    records = read_metrics(settings.output / "pretrain" / "metrics.jsonl")
+    path = settings.output / "pretrain" / "metrics.jsonl"
+    records = read_metrics(path) if path.exists() else []
     with torch.device("meta"):
         head = FrancaNetwork(settings.model, settings.crops.global_size).dino_head
-    figures = {
-        "losses": draw.loss_curves(records, num_prototypes={"dino": head.num_prototypes_per_level})
-    }
+    figures = {}
+    if any("loss" in record for record in records):
+        prototypes = {"dino": head.num_prototypes_per_level}
+        figures["losses"] = draw.loss_curves(records, num_prototypes=prototypes)
+    else:
+        print(f"report: {path} has no losses, so that their curves are left out")
     key = f"knn/{settings.evaluation.knn}"
     if online := [(record["step"], record[key]) for record in records if key in record]:
         steps, accuracy = zip(*online, strict=True)
@@ -1690,7 +1961,8 @@ def feature_pictures(settings: Settings, results: dict[str, Any], plan: Plan) ->
     test = open_data(settings).test
     view = eval_view(plan.global_size, settings)
     encoder = load_encoder(plan.name, settings)
-    images = torch.stack([view(image) for image in some_images(test, 6)])
+    shown = (with_channels(image, encoder.in_chans) for image in some_images(test, 6))
+    images = torch.stack([view(image) for image in shown])
     with torch.no_grad():
         patches = encoder(images).patches
         q, k, _ = encoder.queries_keys_values(images)
@@ -1701,9 +1973,7 @@ def feature_pictures(settings: Settings, results: dict[str, Any], plan: Plan) ->
         "pca": draw.pca_maps(images, pca_maps(patches, threshold=None).rgb),
     }
     if (settings.output / "rasa.safetensors").exists():
-        errors = json.loads(
-            backbones.read_metadata(settings.output / "rasa.safetensors")["position_errors"]
-        )
+        errors = read_export("rasa", settings, position_errors)
         r2 = results["position_r2"]
         figures["rasa"] = draw.position_error(
             errors,
@@ -1714,13 +1984,19 @@ def feature_pictures(settings: Settings, results: dict[str, Any], plan: Plan) ->
     return figures
 
 
+def position_errors(path: Path) -> list[float]:
+    """The error of each of RASA's iterations, from the header of its export."""
+    errors = json.loads(backbones.read_metadata(path)["position_errors"])
+    return [float(error) for error in errors]
+
+
 def cluster_entropy_picture(settings: Settings, plan: Plan) -> Figure:
     """Where in the image the teacher's patch clusters fire, before and after RASA.
 
     At the finest level that has, on average, a patch for each cluster and position.
     """
     test, view = open_data(settings).test, eval_view(plan.global_size, settings)
-    heads = backbones.read(settings.output / f"{plan.name}.safetensors").heads
+    heads = read_export(plan.name, settings, backbones.read).heads
     head = cast(MatryoshkaProjector, heads["ibot_head"])
     counts = head.num_prototypes_per_level
     images = evenly_spaced(len(test), settings.evaluation.num_dense)
@@ -1753,6 +2029,7 @@ class SettingsError(ValueError):
     """Settings that contradict one another, or what is on the disk."""
 
 
+TRAINING: tuple[Stage, ...] = ("pretrain", "highres")
 STAGES: dict[Stage, Callable[[Settings, Parallel], None]] = {
     "pretrain": lambda settings, parallel: train(pretraining(settings), settings, parallel),
     "highres": lambda settings, parallel: train(high_resolution(settings), settings, parallel),
@@ -1760,6 +2037,13 @@ STAGES: dict[Stage, Callable[[Settings, Parallel], None]] = {
     "evaluate": evaluate,
     "report": report,
 }
+
+# What the stages read and write in --output.
+RUN_FILES = (
+    *STAGES,
+    *(f"{name}.safetensors" for name in ("init", *STAGES, "rasa_projector")),
+    *("settings.json", "data.json", "results.json", "report.md", "figures"),
+)
 
 # What may differ between two calls on one --output without changing the training.
 FREE_SETTINGS = {
@@ -1775,20 +2059,77 @@ def run(settings: Settings) -> None:
         parallel = start(settings.device)
     except ValueError as error:
         raise SettingsError(f"--device {settings.device}: {error}") from error
-    try:
-        check(settings, parallel.world_size, again=parallel.any(restarted()))
-        parallel.wait()  # nobody writes before all have looked
-        if parallel.is_main and not (settings.accept_changes and read_settings(settings.output)):
-            write_settings(settings)  # changed ones once they have proved to fit
-        for name, stage in STAGES.items():
-            if name not in ("pretrain", "highres"):  # one process does the rest
-                parallel = stop(parallel)
-            if name in settings.stages and (parallel.is_main or parallel.group is not None):
-                stage(settings, parallel)
+    again = parallel.any(restarted())
+    try:  # what is left of the job before a restart may still be ending
+        with own_folder(settings.output, RUN_FILES, parallel, patience=120.0 if again else 0.0):
+            parallel = run_stages(settings, parallel, again=again)
+    except FolderError as error:
+        stop(parallel)
+        raise SettingsError(f"--output {error}") from error
     except (Stopped, NonFiniteLoss, CheckpointError):
         stop(parallel)  # together; who fails alone ends without waiting for the others
         raise
     stop(parallel)
+
+
+def run_stages(settings: Settings, parallel: Parallel, *, again: bool) -> Parallel:
+    """The stages, once the settings are checked. `again`: see :func:`check`."""
+    check(settings, parallel.world_size, again=again)
+    parallel.wait()  # nobody writes before all have looked
+    if settings.resume:
+        say(parallel, what_is_left(settings))
+    if parallel.is_main and not (settings.accept_changes and read_settings(settings.output)):
+        write_settings(settings)  # changed ones once they have proved to fit
+    left = unfinished(settings) if settings.resume else settings.stages
+    for name, stage in STAGES.items():
+        if name not in TRAINING:  # one process does the rest
+            parallel = stop(parallel)
+        if name in settings.stages and (parallel.is_main or parallel.group is not None):
+            if name in left or name in TRAINING:  # these look for themselves
+                stage(settings, parallel)
+            else:
+                say(parallel, f"{name}: finished already")
+    return parallel
+
+
+RESULTS: dict[Stage, str] = {
+    **{name: f"{name}.safetensors" for name in ("pretrain", "highres", "rasa")},
+    "evaluate": "results.json",
+    "report": "report.md",
+}
+
+
+def is_finished(stage: Stage, output: Path) -> bool:
+    """Whether a stage has its result, newer than those of the stages before it."""
+    result = output / RESULTS[stage]
+    if stage in TRAINING or not result.exists():
+        return result.exists()
+    before = (output / RESULTS[name] for name in list(STAGES)[: list(STAGES).index(stage)])
+    times = [path.stat().st_mtime_ns for path in before if path.exists()]
+    return result.stat().st_mtime_ns >= max(times, default=0)
+
+
+def unfinished(settings: Settings) -> list[Stage]:
+    """The first stage of `--stages` without its result, and those after it."""
+    asked = [name for name in STAGES if name in settings.stages]
+    while asked and is_finished(asked[0], settings.output):
+        asked.pop(0)
+    return asked
+
+
+def what_is_left(settings: Settings) -> str:
+    """The stages that a resumed run continues with, where in the first it is, and what it reads."""
+    left = unfinished(settings)
+    stages = ", ".join(left) or "all is finished"
+    for plan in (pretraining(settings), high_resolution(settings)):
+        if left[:1] == [plan.name]:
+            latest = Checkpoints(settings.output / plan.name / "checkpoints").latest()
+            step = 0 if latest is None else step_of(latest)
+            stages = stages.replace(plan.name, f"{plan.name} (at step {step} of {plan.steps})", 1)
+    return (
+        f"resuming {settings.output}: {stages}. Data: {settings.data}. Settings not given here "
+        f"come from {settings.output}/settings.json"
+    )
 
 
 def check(settings: Settings, world_size: int, *, again: bool = False) -> None:
@@ -1808,7 +2149,7 @@ def check(settings: Settings, world_size: int, *, again: bool = False) -> None:
     stored = read_settings(settings.output)
     if stored is None and settings.resume:
         raise SettingsError(f"--resume: {settings.output} holds no run")
-    begun = {name for name in ("pretrain", "highres") if has_begun(name, settings.output)}
+    begun = {name for name in TRAINING if has_begun(name, settings.output)}
     if stored is None or not begun:
         return  # nothing there, or settings that never came as far as a checkpoint
     if "pretrain" in settings.stages and not (settings.resume or again):
@@ -1827,7 +2168,7 @@ def check(settings: Settings, world_size: int, *, again: bool = False) -> None:
             f"{settings.output} was made with other settings: {'; '.join(changed)}. Leave them as "
             "they were, choose another --output, or insist with --accept-changes"
         )
-    asked = [name for name in ("pretrain", "highres") if name in settings.stages]
+    asked = [name for name in TRAINING if name in settings.stages]
     finished = [settings.output / f"{name}.safetensors" for name in asked]
     if changed and all(path.exists() for path in finished):
         raise SettingsError(
@@ -1841,6 +2182,17 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+# Settings may come with a folder from somebody else: none may take any amount of memory.
+LARGEST = {
+    "workers": 1024,
+    **dict.fromkeys(("scene_size", "crops.global_size", "crops.local_size"), 1 << 13),
+    **dict.fromkeys(("highres.global_size", "highres.local_size"), 1 << 13),
+    **dict.fromkeys(("batch_size", "highres.batch_size", "targets.queue"), 1 << 20),
+    **dict.fromkeys(("evaluation.batch_size", "rasa.num_iterations"), 1 << 12),
+    **{"crops.num_local": 256, "num_scenes": 1 << 27},
+}
+
+
 def refused_numbers(settings: Settings, world_size: int) -> list[str]:
     """What is out of its range, for so many processes."""
     positive = ["steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_last"]
@@ -1851,11 +2203,16 @@ def refused_numbers(settings: Settings, world_size: int) -> list[str]:
         positive.append("highres.steps")
         batches.append("highres.batch_size")
     lowest = dict.fromkeys(positive, 1) | dict.fromkeys(("workers", "keep_every"), 0)
-    values = {name: attrgetter(name)(settings) for name in (*lowest, *batches)}
+    values = {name: attrgetter(name)(settings) for name in (*lowest, *batches, *LARGEST)}
     problems = [
         f"{flag(name)} must be at least {least}, got {values[name]}"
         for name, least in lowest.items()
         if values[name] < least
+    ]
+    problems += [
+        f"{flag(name)} must be at most {most}, got {values[name]}"
+        for name, most in LARGEST.items()
+        if values[name] > most
     ]
     problems += [
         f"{flag(name)} {values[name]} does not divide into {world_size} processes of "
@@ -1863,7 +2220,9 @@ def refused_numbers(settings: Settings, world_size: int) -> list[str]:
         for name in batches
         if values[name] % (world_size * max(settings.accumulation, 1))
     ]
-    for name in ("max_unreadable", "init.head_warmup"):
+    shares = ["max_unreadable", "init.head_warmup", "model.drop_path", "highres.drop_path"]
+    shares += ["targets.temperature_warmup", "highres.temperature_warmup"]
+    for name in shares:
         if not 0 <= (share := attrgetter(name)(settings)) <= 1:
             problems.append(f"{flag(name)} is a share, got {share}")
     if settings.optim.clip <= 0:
@@ -1945,7 +2304,9 @@ def refused_by_parts(settings: Settings) -> list[str]:
     attempt("--crops", lambda: multi_crop(plans[0], settings))
     attempt("--masks", lambda: mask_generator((2, 2), settings.masks))
     attempt("--optim or --targets", lambda: [schedule(0, plan, settings) for plan in plans])
-    network = attempt("--model", lambda: FrancaNetwork(settings.model, plans[0].global_size))
+    network: Any = None
+    if attempt("--model", lambda: check_network(settings.model)):
+        network = attempt("--model", lambda: FrancaNetwork(settings.model, plans[0].global_size))
     if network is not None:
         attempt("--optim", lambda: make_groups(network, settings.optim))
         attempt("--crops or --highres", sizes)
@@ -1953,41 +2314,61 @@ def refused_by_parts(settings: Settings) -> list[str]:
 
 
 def write_settings(settings: Settings) -> None:
-    """The first thing that goes into the output folder."""
+    """The first thing that goes into the output folder, with all stages the run was asked for."""
+    stored = read_settings(settings.output)
+    begun = any(has_begun(name, settings.output) for name in TRAINING)
+    if stored is not None and (begun or settings.resume):
+        asked = tuple(name for name in STAGES if name in (*stored.stages, *settings.stages))
+        settings = replace(settings, stages=asked)
+    write(settings.output, "settings.json", as_json(settings))
+
+
+def write_data(settings: Settings, sources: Sources) -> None:
+    """What the data are, which later calls have to find again."""
+    write(settings.output, "data.json", json.dumps(fingerprints(sources._asdict()), indent=1))
+
+
+def write(output: Path, name: str, text: str) -> None:
+    """A small file in the output folder."""
     try:
-        settings.output.mkdir(parents=True, exist_ok=True)
-        with atomic_write(settings.output / "settings.json") as file:
-            file.write(as_json(settings).encode())
+        output.mkdir(parents=True, exist_ok=True)
+        with atomic_write(output / name) as file:
+            file.write(text.encode())
     except OSError as error:
-        raise SettingsError(f"--output {settings.output} cannot be written: {error}") from error
+        raise SettingsError(f"--output {output} cannot be written: {error}") from error
 
 
 def read_settings(output: Path) -> Settings | None:
     """The settings that a run in `output` was started with."""
     path = output / "settings.json"
     try:
-        return from_json(path.read_text(), Settings()) if path.exists() else None
+        stored = from_json(path.read_text(), Settings()) if path.exists() else None
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"{path} cannot be read ({error}): it is damaged, or another version of this recipe "
             "wrote it. Restore it, or choose another --output"
         ) from error
+    return None if stored is None else replace(stored, output=output)  # it may have been moved
 
 
 def parse(arguments: Sequence[str]) -> Settings:
     """The command line over the settings of the run in --output, or of --preset.
 
-    Which stages to run, and whether to resume, is asked anew in each call.
+    Whether to resume is asked anew in each call, and so is which stages to run: all of the preset,
+    or, of a run that is resumed, those that it was asked for.
     """
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--output", type=Path, default=Settings().output)
     first.add_argument("--preset", choices=list(PRESETS), default=None)
     first.add_argument("--init-from", "--init_from", default=None)
+    first.add_argument("--data", default=None)
+    first.add_argument("--resume", action="store_true")
     known, _ = first.parse_known_args(arguments)
     default, stored = PRESETS[known.preset or "demo"], read_settings(known.output)
-    if known.preset is None:
-        default = stored or default
-    stages = PRESETS[default.preset].stages
+    if stored and (known.preset is None or (known.resume and known.preset == stored.preset)):
+        default = stored
+        require_typed(stored, known.data, known.init_from)
+    stages = stored.stages if stored and known.resume else PRESETS[default.preset].stages
     default = replace(default, resume=False, accept_changes=False, stages=stages)
     loaded = None
     if known.init_from and stored is not None and goes_on(stored, known.init_from, known.output):
@@ -2000,6 +2381,28 @@ def parse(arguments: Sequence[str]) -> Settings:
     return settings if loaded is None else agreeing(settings, default, loaded)
 
 
+def require_typed(stored: Settings, data: str | None, init_from: str | None) -> None:
+    """Refuse to start a program or to ask the network because a file says so.
+
+    The folder of a run may come from somebody else. `data` and `init_from` are what this call says.
+    """
+    named = []
+    try:
+        if data is None and not is_local(stored.data):
+            named.append(f"--data '{stored.data}'")
+    except (ImportError, ValueError) as error:
+        raise SettingsError(f"--data: {error}") from error
+    begun = has_begun("pretrain", stored.output)  # then the weights are in the folder
+    read = stored.init_from != "" and not begun
+    if init_from is None and read and not os.path.exists(stored.init_from):
+        named.append(f"--init-from '{stored.init_from}'")
+    if named:
+        raise SettingsError(
+            f"{stored.output}/settings.json names what may start a program or ask another machine: "
+            f"{' and '.join(named)}. If you trust that, say it again in this call"
+        )
+
+
 def goes_on(stored: Settings, init_from: str, output: Path) -> bool:
     """Whether a run from these weights has begun: it needs the file no more."""
     same = stored.init_from == init_from and digest_of(init_from) in ("", stored.init.sha256)
@@ -2009,27 +2412,22 @@ def goes_on(stored: Settings, init_from: str, output: Path) -> bool:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     try:
-        run(parse(sys.argv[1:] if arguments is None else arguments))
+        settings = parse(sys.argv[1:] if arguments is None else arguments)
+        run(settings)
     except Stopped as stopped:
-        print(stopped)
-    except (SettingsError, NonFiniteLoss, CheckpointError) as error:
+        launcher = "python" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "torchrun ..."
+        output = shlex.quote(str(settings.output))
+        print(f"{stopped}: {launcher} {shlex.quote(sys.argv[0])} --output {output} --resume")
+    except (SettingsError, NonFiniteLoss, CheckpointError, DamagedFile) as error:
         sys.exit(f"error: {error}")
     except TooManyUnreadable as error:
         sys.exit(f"error: {error}: --max-unreadable")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, MemoryError, RuntimeError) as error:
+        reason = explain(error)
+        if reason is None:
             raise
-        sys.exit(
-            f"error: {error}. Free space, then continue with --resume from the last checkpoint"
-        )
-    except RuntimeError as error:
-        if not lost_contact(error):
-            raise
-        sys.exit(
-            f"error: another process of this job is gone ({error}). Its own message says why; "
-            "start all again with --resume, as torchrun --max-restarts does"
-        )
+        sys.exit(f"error: {reason}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sslkit.assignments import Assignments, check_logits, check_row_mask
 from sslkit.factored_logits import Logits, written
+from sslkit.kept_types import KeepsTypes
 from sslkit.ops.collectives import all_reduce_packed
 from sslkit.slices import row_blocks
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class EMACentering(nn.Module):
+class EMACentering(KeepsTypes):
     """Keep the teacher from favouring one prototype by subtracting a running mean of its logits.
 
     ``forward(logits, temperature)`` gives ``softmax((logits - center) / temperature)`` as
@@ -32,7 +33,8 @@ class EMACentering(nn.Module):
             and warns once if there are other processes.
 
     Attributes:
-        center: buffer ``[K]``, float32, saved in the state dict.
+        center: buffer ``[K]``, float32, saved in the state dict. It stays float32 through
+            ``half()`` and ``to(dtype)``: a sum of logits overflows float16.
 
     Raises:
         ValueError: a setting, the temperature, the shape of logits or of a row mask is not as said.

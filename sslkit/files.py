@@ -1,13 +1,34 @@
 """Files that are written whole or not at all, and how to tell one from another."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _CHUNK = 1 << 24  # bytes read at a time
+
+
+class DamagedFile(ValueError):
+    """A file does not hold what it should; the message names it and says what to do."""
+
+
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        DamagedFile: the file holds something else; the message ends with ``remedy``.
+        OSError: the file cannot be read.
+    """
+    try:
+        value = json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path} is not JSON ({error}): {remedy}") from error
+    if not isinstance(value, dict):
+        raise DamagedFile(f"{path} holds {str(value)[:80]!r}, not a JSON object: {remedy}")
+    return value
 
 
 @contextmanager
@@ -70,3 +91,15 @@ def file_digest(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def parse_json(text: str | bytes, name: str) -> Any:
+    """The value of a JSON text from somebody else's file.
+
+    Raises:
+        ValueError: it is not UTF-8, not JSON, or nested too deep; the message begins with ``name``.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslkit.assignments import Assignments, check_temperature, score_dtype
 from sslkit.factored_logits import Logits
 from sslkit.ops import soft_cross_entropy
+from sslkit.unit_rows import unit_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -238,7 +238,8 @@ class KoLeoLoss(nn.Module):
     """Spread features apart: minus the mean log distance to the nearest neighbour.
 
     The Kozachenko-Leonenko entropy estimator as a regulariser (Sablayrolles et al. 2019, "Spreading
-    vectors for similarity search"; DINOv2, section 4). With ``z = x / max(|x|, eps)`` row by row::
+    vectors for similarity search"; DINOv2, section 4). With ``z = x / |x|`` row by row, whatever
+    the scale of x (rows of zeros stay zeros and get no gradient)::
 
         for i in range(B):
             j = argmax over j != i of z[i] · z[j]
@@ -255,7 +256,7 @@ class KoLeoLoss(nn.Module):
             rows in all. The mean of the losses over the ranks, and the gradient averaged over the
             ranks as DistributedDataParallel does, are those of one process on all rows. Every rank
             must run forward and backward. None searches the rows of this process only.
-        eps: floor of the norm and of the distance.
+        eps: floor of the distance.
 
     Shapes:
         x ``[B, D]`` → 0-dimensional.
@@ -284,8 +285,7 @@ class KoLeoLoss(nn.Module):
                 f"x must be a floating-point [B, D] tensor, got {x.dtype} of shape {tuple(x.shape)}"
             )
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(score_dtype(x))
-            z = F.normalize(x, dim=-1, eps=self.eps)
+            z = unit_rows(x)
             if self.group is None:
                 everyone, first, num_ranks = z, 0, 1
             else:

@@ -1,7 +1,8 @@
 """CyclicMaskGenerator: block masks of an exact size, shifted so that every patch is masked equally.
 
-Franca, arXiv 2507.14137, section 3.2; inverse block masks from arXiv 2212.07525 (data2vec 2.0), the
-stratified ratios from iBOT (arXiv 2111.07832) as in DINOv2.
+Franca, arXiv 2507.14137, section 3.2; inverse block masks from arXiv 2212.07525 (data2vec 2.0), a
+masked share drawn for each image from iBOT (arXiv 2111.07832), stratified over the batch as in
+DINOv2's code.
 
 `block`, `inverse_block` and `scattered` draw one mask bool [H, W], True = masked, `cyclic_shift`
 rolls it; the class draws batches. Everything is drawn on the CPU from the given generator.
@@ -31,7 +32,8 @@ class CyclicMaskGenerator:
         kind: ``"inverse_block"`` masks all but a visible block, ``"block"`` masks a block,
             ``"random"`` masks patches drawn one by one without replacement.
         shift: roll the masks (CyclicMask).
-        aspect_ratio: (lowest, highest) height / width of the block, drawn log-uniformly.
+        aspect_ratio: (lowest, highest) height / width of the block. The ratio is drawn
+            log-uniformly from those of them at which the block fits the grid.
 
     Raises:
         ValueError: a setting is out of its range, ``batch_size`` is negative, or ``num_masked`` is
@@ -136,15 +138,21 @@ def block(
 ) -> Tensor:
     """A contiguous masked block of exactly ``num_masked`` patches, bool [H, W].
 
-    The aspect ratio (height / width) is log-uniform. The rectangle's shorter side is the nearest
-    whole number to it and the longer one the smallest that holds the patches, both within what fits
-    the grid; its place is uniform. The patches in excess, always fewer than the shorter side has,
-    are removed from one of the four edges, starting at one of its two ends, each equally likely:
-    what is left is 4-connected and no direction is preferred.
+    The ratio height / width is drawn log-uniformly from the part of ``aspect_ratio`` that fits the
+    grid, which holds blocks between ``num_masked / W**2`` and ``H**2 / num_masked``. Where the two
+    ranges do not overlap, the block takes the fitting ratio that is nearest to ``aspect_ratio``.
+    The height or the width, either with probability 1/2, is rounded up to whole patches, and the
+    other side is the smallest that holds the block. The place is uniform. Surplus patches, fewer
+    than the rounded side is long, are removed from one of the two edges along that side, starting
+    at one of its two ends, each equally likely. What is left is 4-connected and prefers no
+    direction.
 
-    >>> block((3, 4), 5, generator=torch.Generator().manual_seed(3)).int()
+    The released Franca draws the ratio alike. It always rounds the width, and always removes the
+    surplus from the right end of the bottom edge.
+
+    >>> block((3, 4), 5, generator=torch.Generator().manual_seed(4)).int()
     tensor([[0, 0, 0, 0],
-            [0, 1, 1, 0],
+            [0, 0, 1, 1],
             [0, 1, 1, 1]], dtype=torch.int32)
     """
     _check_count(grid_size, num_masked)
@@ -152,18 +160,19 @@ def block(
     mask = torch.zeros(grid_size, dtype=torch.bool, device="cpu")
     if num_masked == 0:
         return mask
-    low, high = map(math.log, aspect_ratio)
-    ratio = math.exp(low + (high - low) * _uniform(generator))
-    height, width = _rectangle(grid_size, num_masked, ratio)
-    top = _integer(grid_size[0] - height + 1, generator)
-    left = _integer(grid_size[1] - width + 1, generator)
-    rectangle = mask[top : top + height, left : left + width]
+    ratio = _fitting_ratio(grid_size, num_masked, aspect_ratio, generator)
+    # Rounding the height is rounding the width on the transposed grid, a view of the same mask.
+    grid, ratio = (mask.T, 1 / ratio) if _integer(2, generator) else (mask, ratio)
+    H, W = grid.shape
+    height, width = _rectangle((H, W), num_masked, ratio)
+    top = _integer(H - height + 1, generator)
+    left = _integer(W - width + 1, generator)
+    rectangle = grid[top : top + height, left : left + width]
     rectangle[:] = True
-    excess = height * width - num_masked
-    if excess > 0:
-        edges = [rectangle[0], rectangle[-1], rectangle[:, 0], rectangle[:, -1]]
-        edge = edges[_integer(4, generator)]
-        edge[slice(excess) if _integer(2, generator) else slice(-excess, None)] = False
+    surplus = height * width - num_masked
+    if surplus > 0:
+        edge = rectangle[-_integer(2, generator)]  # the first or the last
+        edge[slice(surplus) if _integer(2, generator) else slice(-surplus, None)] = False
     return mask
 
 
@@ -176,9 +185,9 @@ def inverse_block(
 ) -> Tensor:
     """All patches but a visible `block`: exactly ``num_masked`` of [H, W] are True.
 
-    >>> inverse_block((3, 4), 7, generator=torch.Generator().manual_seed(3)).int()
+    >>> inverse_block((3, 4), 7, generator=torch.Generator().manual_seed(4)).int()
     tensor([[1, 1, 1, 1],
-            [1, 0, 0, 1],
+            [1, 1, 0, 0],
             [1, 0, 0, 0]], dtype=torch.int32)
     """
     _check_count(grid_size, num_masked)
@@ -211,22 +220,29 @@ def cyclic_shift(mask: Tensor, *, generator: Generator | None = None) -> Tensor:
     return mask.roll(offsets, dims=(0, 1))
 
 
-def _rectangle(grid_size: tuple[int, int], area: int, ratio: float) -> tuple[int, int]:
-    """(height, width) of about this ratio, with room for ``area`` and less than a side to spare.
+def _fitting_ratio(
+    grid_size: tuple[int, int],
+    area: int,
+    aspect_ratio: tuple[float, float],
+    generator: Generator | None,
+) -> float:
+    """A ratio height / width, log-uniform on the part of ``aspect_ratio`` that fits the grid."""
+    H, W = grid_size
+    least, most = area / W**2, H**2 / area
+    low, high = (min(max(bound, least), most) for bound in aspect_ratio)
+    return low * (high / low) ** _uniform(generator)
 
-    Less than either side: with sides s and l = ceil(area / s) the excess is below s. Only a grid
-    too small for the ratio can make s > l. Then s is the least that fits the grid's G >= l, so
-    area > (s - 1) G. If l = G, the excess s l - area is below l; if l < G, area > (s - 1) (l + 1),
-    which area <= s l allows only for s <= l.
+
+def _rectangle(grid_size: tuple[int, int], area: int, ratio: float) -> tuple[int, int]:
+    """(height, width) of a block of ``area`` patches and less than one row of surplus.
+
+    The width follows from ``ratio`` and is rounded up, but not by a rounding error alone. It is at
+    least ``ceil(area / H)``, so that the height fits the H rows of the grid.
     """
-    height, width = grid_size
-    if ratio < 1:
-        long, short = _rectangle((width, height), area, 1 / ratio)
-        return short, long
-    # height is the longer side; as the width w rises, ceil(area / w) falls to what the grid has
-    fewest, most = math.ceil(area / height), min(width, area)
-    short = min(max(round(math.sqrt(area / ratio)), fewest), most)
-    return math.ceil(area / short), short
+    H, W = grid_size
+    width = max(math.ceil(math.sqrt(area / ratio) - 1e-9), math.ceil(area / H))
+    width = min(width, W, area)
+    return math.ceil(area / width), width
 
 
 def _uniform(generator: Generator | None) -> float:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslkit.factored_logits import FactoredLogits, Logits
+from sslkit.unit_rows import unit_rows
 
 Nesting = Literal["slice", "slice_linear", "linear"]
 
@@ -34,9 +35,10 @@ class MatryoshkaProjector(nn.Module):
         (m_l + 1) h + (num_layers - 2) (h + 1) h + (h + 1) b + K_l b
 
     With ``normalize=True`` the prototypes' directions alone count, and their gradients are
-    orthogonal to them. Both norms are taken in float32 at least; a vector shorter than 1e-6 is
-    divided by 1e-6. The scores come in the precision of the surrounding autocast: call the
-    projector outside of it for float32 scores.
+    orthogonal to them; their length, ``0.02 sqrt(b)`` at the start, sets how far a step of the
+    optimizer turns them. Both norms are taken in float32 at least and at any length; zeros stay
+    zeros (`sslkit.unit_rows`). The scores come in the precision of the surrounding autocast: call
+    the projector outside of it for float32 scores.
 
     Args:
         in_dim: D, the size of the features.
@@ -49,8 +51,10 @@ class MatryoshkaProjector(nn.Module):
         hidden_dim: h, width of the hidden layers. 2048 in the released configuration.
         bottleneck_dim: b. Released: 384 for the DINO head, 256 for the iBOT head.
         num_layers: linear layers in the MLP; 1 is a single Linear(m_l, b).
-        normalize: False is the released head: nothing is normalised and a GELU also follows the
-            last layer of the MLP. Its scores are unbounded.
+        normalize: False computes what the released head does (with ``num_layers`` > 1): nothing is
+            normalised and a GELU also follows the last layer of the MLP, so scores are unbounded.
+            Prototypes start at length 1. They are one weight here and a length times a direction
+            there (weight norm, both learned), so an optimizer moves them differently.
 
     Attributes:
         heads: the L MLPs, coarse to fine.
@@ -62,6 +66,7 @@ class MatryoshkaProjector(nn.Module):
         ValueError: a size is below 1, ``nesting`` is none of the three, ``nesting_dims`` do not
             rise within D, a level would have no prototype, or x has another last axis than D.
 
+    >>> import torch
     >>> projector = MatryoshkaProjector(64, 128, hidden_dim=32, bottleneck_dim=16)
     >>> projector.nesting_dims, projector.num_prototypes_per_level
     ((4, 8, 16, 32, 64), (8, 16, 32, 64, 128))
@@ -113,6 +118,11 @@ class MatryoshkaProjector(nn.Module):
             scorer(bottleneck_dim, count, bias=False) for count in self.num_prototypes_per_level
         )
         self.apply(_init_weights)
+        if not normalize:
+            with torch.no_grad():
+                for layer in self.prototypes:
+                    weight = cast(nn.Linear, layer).weight
+                    weight.copy_(F.normalize(weight, dim=-1))
 
     @overload
     def forward(self, x: Tensor, *, factored: Literal[False] = False) -> tuple[Tensor, ...]: ...
@@ -147,6 +157,7 @@ class CosineLinear(nn.Linear):
     The rows are normalised, not the [..., K] product: one pass over K * b weights instead of a
     second one over rows * K scores. Built without a bias.
 
+    >>> import torch
     >>> layer = CosineLinear(2, 1, bias=False)
     >>> _ = nn.init.constant_(layer.weight, 7.0)
     >>> layer(torch.tensor([[3.0, 3.0], [-1.0, 1.0]])).round(decimals=4).tolist()
@@ -161,6 +172,7 @@ class CosineLinear(nn.Linear):
 class Prefix(nn.Module):
     """The first ``size`` features: [..., D] to [..., size], a view.
 
+    >>> import torch
     >>> Prefix(2)(torch.arange(4))
     tensor([0, 1])
     """
@@ -188,8 +200,7 @@ def _factored(prototypes: nn.Linear, x: Tensor) -> FactoredLogits:
 
 def _unit_norm(x: Tensor) -> Tensor:
     """Vectors of the last dimension at length 1, in x's dtype, computed in float32 at least."""
-    precise = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.normalize(precise, dim=-1, eps=1e-6).to(x.dtype)
+    return unit_rows(x).to(x.dtype)
 
 
 def _nest(in_dim: int, dim: int, nesting: Nesting) -> list[nn.Module]:

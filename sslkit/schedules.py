@@ -1,6 +1,9 @@
 """Hyper-parameters as plain functions of the step.
 
 Nothing here holds state: a resumed run gets every value right from the step number alone.
+Every function returns a Python float. Steps may come as Python numbers, from NumPy or as a tensor
+of one element; they are finite and not negative.
+
 Steps count from 0. The warm-up follows DINOv2 and the released Franca: ``linspace(start, end,
 warmup_steps)``, both ends included, so that step 0 has the start value and step
 ``warmup_steps - 1`` already has the end value.
@@ -21,6 +24,7 @@ Continuing from trained weights with fresh heads and a small batch also needs
 """
 
 import math
+from typing import SupportsFloat
 
 
 def linear_warmup(step: int, *, start: float, end: float, warmup_steps: int) -> float:
@@ -33,7 +37,8 @@ def linear_warmup(step: int, *, start: float, end: float, warmup_steps: int) -> 
     >>> [round(linear_warmup(i, start=0.04, end=0.07, warmup_steps=4), 3) for i in range(6)]
     [0.04, 0.05, 0.06, 0.07, 0.07, 0.07]
     """
-    _check_counts(step=step, warmup_steps=warmup_steps)
+    step, warmup_steps = _count("step", step), _count("warmup_steps", warmup_steps)
+    start, end = _finite("start", start), _finite("end", end)
     if step >= warmup_steps:
         return end
     return _between(start, end, step / max(warmup_steps - 1, 1))
@@ -48,7 +53,8 @@ def cosine(step: int, *, start: float, end: float, total_steps: int) -> float:
     >>> [round(cosine(i, start=1.0, end=0.0, total_steps=4), 3) for i in range(6)]
     [1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
     """
-    _check_counts(step=step, total_steps=total_steps)
+    step, total_steps = _count("step", step), _count("total_steps", total_steps)
+    start, end = _finite("start", start), _finite("end", end)
     if step >= total_steps:
         return end
     return _between(end, start, (1 + math.cos(math.pi * step / total_steps)) / 2)
@@ -72,7 +78,8 @@ def warmup_cosine(
     >>> [round(warmup_cosine(i, **settings), 3) for i in range(8)]
     [0.0, 0.5, 1.0, 1.0, 0.854, 0.5, 0.146, 0.0]
     """
-    _check_counts(step=step, total_steps=total_steps, warmup_steps=warmup_steps)
+    step, total_steps = _count("step", step), _count("total_steps", total_steps)
+    warmup_steps = _count("warmup_steps", warmup_steps)
     if warmup_steps > total_steps:
         raise ValueError(
             f"warmup_steps={warmup_steps} is longer than total_steps={total_steps}, which includes "
@@ -93,8 +100,7 @@ def unfreeze(step: int, *, freeze_steps: int) -> float:
     >>> [unfreeze(i, freeze_steps=2) for i in range(4)]
     [0.0, 0.0, 1.0, 1.0]
     """
-    _check_counts(step=step, freeze_steps=freeze_steps)
-    return 0.0 if step < freeze_steps else 1.0
+    return 0.0 if _count("step", step) < _count("freeze_steps", freeze_steps) else 1.0
 
 
 def joining(step: int, *, frozen_steps: int, warmup_steps: int) -> float:
@@ -105,7 +111,8 @@ def joining(step: int, *, frozen_steps: int, warmup_steps: int) -> float:
     >>> [joining(i, frozen_steps=2, warmup_steps=3) for i in range(6)]
     [0.0, 0.0, 0.0, 0.5, 1.0, 1.0]
     """
-    _check_counts(step=step, frozen_steps=frozen_steps, warmup_steps=warmup_steps)
+    step, frozen_steps = _count("step", step), _count("frozen_steps", frozen_steps)
+    warmup_steps = _count("warmup_steps", warmup_steps)
     if step < frozen_steps:
         return 0.0
     return linear_warmup(step - frozen_steps, start=0.0, end=1.0, warmup_steps=warmup_steps)
@@ -125,10 +132,12 @@ def ema_batch_scaling(momentum: float, batch_size: int, *, reference: int) -> fl
     >>> round(ema_batch_scaling(0.99, 32, reference=64), 5)
     0.99499
     """
+    batch_size, reference = _count("batch_size", batch_size), _count("reference", reference)
     if batch_size < 1 or reference < 1:
         raise ValueError(
             f"batch_size and reference must be at least 1 image, got {batch_size} and {reference}"
         )
+    momentum = _finite("momentum", momentum)
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
     return momentum ** (batch_size / reference)
@@ -143,11 +152,12 @@ def sqrt_batch_scaling(base_lr: float, batch_size: int, *, reference: int = 1024
     >>> sqrt_batch_scaling(1e-3, 4096)
     0.002
     """
+    batch_size, reference = _count("batch_size", batch_size), _count("reference", reference)
     if batch_size < 1 or reference < 1:
         raise ValueError(
             f"batch_size and reference must be at least 1 image, got {batch_size} and {reference}"
         )
-    return base_lr * math.sqrt(batch_size / reference)
+    return _finite("base_lr", base_lr) * math.sqrt(batch_size / reference)
 
 
 def _between(start: float, end: float, share: float) -> float:
@@ -157,7 +167,22 @@ def _between(start: float, end: float, share: float) -> float:
     return end - (1 - share) * (end - start)
 
 
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 0:
-            raise ValueError(f"{name} must not be negative, got {count}; steps count from 0")
+def _count(name: str, value: SupportsFloat) -> int:
+    """A number of steps or images as a Python number: a float only if it was given as one."""
+    number = _finite(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must not be negative, got {value}; steps count from 0")
+    return int(number) if number.is_integer() else number  # type: ignore[return-value]
+
+
+def _finite(name: str, value: SupportsFloat) -> float:
+    """The Python float of a number."""
+    if isinstance(value, bool | str):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be one number, got {value!r}") from error
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return number

@@ -110,7 +110,9 @@ class SinkhornKnopp(nn.Module):
     the number of iterations grows.
 
     - Any floating-point input; computed in the log domain in float32 (float64 for float64). Finite
-      for all finite logits, ±1e4 at temperature 0.04 included.
+      where ``|logits| / temperature`` is at most 1e37 (1e307 for float64): ±1e4 at temperature 0.04
+      are far inside. Nearer to the largest float32 number the quotient, or its sum with a bias, is
+      infinite, and the result NaN as for infinite logits.
     - Unchanged by adding a constant to all logits or to those of one prototype. *Not* unchanged by
       adding one to those of a single row, unless the iterations have converged.
     - A prototype at ``-inf`` in all rows gets probability 0. NaN or ``+inf`` in a row that takes

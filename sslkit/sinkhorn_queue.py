@@ -16,13 +16,16 @@ What that mends, for batches of 16 of 4096 rows in 32 planted clusters, 256 prot
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sslkit.assignments import check_logits, check_row_mask
+from sslkit.assignments import check_logits, check_row_mask, score_dtype
 from sslkit.factored_logits import FactoredLogits, Logits
+from sslkit.kept_types import KeepsTypes
+
+_KEPT_TYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
-class SinkhornQueue(nn.Module):
+class SinkhornQueue(KeepsTypes):
     """The last ``num_rows`` rows of teacher scores of one head at one level.
 
     ``forward(logits)`` gives the past rows for ``sinkhorn(logits, temperature, past=...)``. It
@@ -52,7 +55,10 @@ class SinkhornQueue(nn.Module):
     Args:
         num_rows: Q.
         num_columns: K, or the size of the features for `FactoredLogits`.
-        dtype: that rows are kept in; ``torch.bfloat16`` halves the memory.
+        dtype: that rows are kept in, also through ``half()`` and ``to(dtype)``: ``torch.float32``;
+            ``torch.bfloat16``, which halves the memory; or ``torch.float64`` for float64 logits.
+            float16 will not do: a score of 1e5, which float32 and bfloat16 logits may have, is
+            infinite in it.
 
     Attributes:
         rows: buffer ``[Q, num_columns]``.
@@ -65,7 +71,8 @@ class SinkhornQueue(nn.Module):
     Raises:
         ValueError: a size is below 1; logits have other columns or are on another device than the
             queue; a row mask has another shape than ``[B]``.
-        TypeError: ``dtype`` or logits are not floating point, or a row mask is not bool.
+        TypeError: ``dtype`` is another one, logits are not floating point or are float64 where the
+            queue is not (or the other way round), or a row mask is not bool.
 
     Example:
         A batch of two, both nearest to prototype 0; earlier batches went to 1 and 2. Balanced by
@@ -94,8 +101,10 @@ class SinkhornQueue(nn.Module):
         for name, size in (("num_rows", num_rows), ("num_columns", num_columns)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be floating point, got {dtype}")
+        if dtype not in _KEPT_TYPES:
+            raise TypeError(
+                f"dtype must be one of {_KEPT_TYPES}, whose range holds any logits, got {dtype}"
+            )
         self.register_buffer("rows", torch.zeros(num_rows, num_columns, dtype=dtype))
         self.register_buffer("stamps", torch.zeros(num_rows, dtype=torch.int64))
 
@@ -138,6 +147,11 @@ class SinkhornQueue(nn.Module):
             raise ValueError(
                 f"{kind} are {tuple(stored.shape)} on {stored.device}, but the queue was made for "
                 f"{self.rows.shape[1]} columns and is on {self.rows.device}"
+            )
+        if score_dtype(stored) != score_dtype(self.rows):
+            raise TypeError(
+                f"logits are {stored.dtype} and the queue keeps {self.rows.dtype}: float64 goes "
+                "with float64 alone; make the queue with dtype=torch.float64, or cast the logits"
             )
         return stored
 

@@ -31,9 +31,15 @@ def block_elements(device: torch.device) -> int:
 def row_blocks(rows: int, row_length: int, device: torch.device) -> Iterator[slice]:
     """Cut ``range(rows)`` into slices whose rows of ``row_length`` elements fill one block.
 
+    One slice in a compiled graph: the compiler cuts by itself, and a loop would make a new graph
+    for every number of rows.
+
     >>> list(row_blocks(5, 1 << 17, torch.device("cpu")))
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
+    if torch.compiler.is_compiling():
+        yield slice(0, rows)
+        return
     step = max(1, block_elements(device) // max(1, row_length))
     yield from _slices(rows, step)
 

@@ -7,6 +7,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 Student = TypeVar("Student", bound=nn.Module)
 
@@ -17,16 +19,16 @@ class EMATeacher(nn.Module, Generic[Student]):
     ``update(student)`` after each optimizer step moves every parameter and copies every buffer::
 
         teacher = momentum * teacher + (1 - momentum) * student     # parameters
-        teacher = student                                           # buffers (BatchNorm's, ...)
+        teacher = student      # buffers (BatchNorm's, ...), and parameters of integers or booleans
 
     The copy is the attribute ``module``; calling the teacher runs it in eval mode without
     gradients. It stays in eval mode whatever ``train()`` is called on it or on a module around it.
     Other methods of the copy are reached through ``teacher.module``, under ``torch.no_grad()``.
 
-    Parameters are matched by name. A wrapper that renames them is taken off by the caller:
-    ``EMATeacher(ddp.module)`` and ``update(ddp.module)``; for ``torch.compile(model)`` pass
-    ``model``. Keep the teacher's parameters in float32: bfloat16 rounds away any
-    step smaller than 2^-9 of the value, that is nearly all of them.
+    Parameters are matched by name. Pass the module without a wrapper: ``EMATeacher(ddp.module)``
+    and ``update(ddp.module)``; for ``torch.compile(model)`` pass ``model``. Keep the teacher's
+    parameters in float32: bfloat16 rounds away any step smaller than 2^-9 of the value, that is
+    nearly all of them.
 
     Sharded parameters (DTensor) are moved shard by shard, without communication. ``fully_shard``
     modules cannot be copied, so build the teacher first, then shard ``student`` and
@@ -36,6 +38,10 @@ class EMATeacher(nn.Module, Generic[Student]):
     Args:
         student: the module to copy. Weights that are shared in it are shared in the copy.
         momentum: share of its own value that a parameter keeps in one update, in [0, 1].
+
+    Raises:
+        ValueError: ``momentum`` is outside of its range, or ``student`` cannot be copied: it is
+            sharded by ``fully_shard``, a DistributedDataParallel, or not initialised yet (lazy).
 
     >>> student = nn.Linear(2, 1)
     >>> teacher = EMATeacher(student, momentum=0.75)
@@ -68,16 +74,18 @@ class EMATeacher(nn.Module, Generic[Student]):
             momentum: for this update, in place of the one given at construction: a schedule.
 
         Raises:
-            ValueError: a name is missing or unexpected, or a shape or kind of tensor (sharded or
-                not) differs. Nothing has been changed then.
+            ValueError: a name is missing or unexpected; a shape, a device or the kind of a tensor
+                (sharded or not, in the same way; real, complex or integer) differs; or a type has
+                no mean (8-bit floats). Nothing has been changed then.
         """
         momentum = self.momentum if momentum is None else _checked_momentum(momentum)
         parameters = _pairs(
             "parameter", dict(self.module.named_parameters()), dict(student.named_parameters())
         )
         buffers = _pairs("buffer", dict(self.module.named_buffers()), dict(student.named_buffers()))
-        ema_(parameters, momentum)
-        for mine, theirs in buffers:
+        ema_([pair for pair in parameters if _has_mean(pair[0])], momentum)
+        copied = [pair for pair in parameters if not _has_mean(pair[0])]
+        for mine, theirs in copied + buffers:
             mine.copy_(theirs)
 
     def train(self, mode: bool = True) -> "EMATeacher[Student]":
@@ -106,11 +114,27 @@ def ema_(pairs: list[tuple[Tensor, Tensor]], momentum: float) -> None:
         firsts, seconds = groups[type(mine), mine.dtype, mine.device]
         firsts.append(mine)
         seconds.append(theirs.to(mine.dtype))
+    for _, dtype, device in groups:  # before anything is moved
+        try:
+            nothing = torch.zeros(0, dtype=dtype, device=device)
+            torch.lerp(nothing, nothing, 0.5)
+        except RuntimeError as error:
+            raise ValueError(
+                f"parameters of {dtype} have no mean: keep the teacher's in float32 ({error})"
+            ) from error
     for firsts, seconds in groups.values():
         torch._foreach_lerp_(firsts, seconds, 1 - momentum)
 
 
 def _frozen_copy(student: Student) -> Student:
+    if isinstance(student, DistributedDataParallel):
+        raise ValueError("student is a DistributedDataParallel: pass the module in it, ddp.module")
+    lazy = [name for name, p in student.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise ValueError(
+            f"student has parameters without a shape yet, such as {lazy[0]!r}: run it on one batch "
+            "before the teacher is built"
+        )
     # Modules may keep results of their last forward (weight norm does): tensors inside an autograd
     # graph, which deepcopy refuses. They are handed over detached.
     memo: dict[int, Any] = {
@@ -119,7 +143,19 @@ def _frozen_copy(student: Student) -> Student:
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    return copy.deepcopy(student, memo).requires_grad_(False)
+    try:
+        with torch.inference_mode(False):  # tensors made in it could not be updated outside of it
+            return copy.deepcopy(student, memo).requires_grad_(False)
+    except Exception as error:
+        raise ValueError(
+            f"student, a {type(student).__name__}, cannot be copied: {error}. If it is sharded by "
+            "fully_shard, build the teacher before, from the whole student, then shard student and "
+            "teacher.module in the same way; take other wrappers off"
+        ) from error
+
+
+def _has_mean(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def _pairs(
@@ -141,15 +177,33 @@ def _pairs(
                 f"{kind} {name!r} has shape {tuple(theirs.shape)} in the student and "
                 f"{tuple(mine.shape)} in the teacher; build a new EMATeacher from this student"
             )
-        if type(mine) is not type(theirs):
+        if type(mine) is not type(theirs) or _sharding(mine) != _sharding(theirs):
             raise ValueError(
                 f"{kind} {name!r} is a {type(theirs).__name__} in the student and a "
-                f"{type(mine).__name__} in the teacher; shard both in the same way"
+                f"{type(mine).__name__} in the teacher, with {_sharding(theirs)} and "
+                f"{_sharding(mine)}; shard both in the same way"
+            )
+        if mine.device != theirs.device:
+            raise ValueError(
+                f"{kind} {name!r} is on {theirs.device} in the student and on {mine.device} in the "
+                "teacher; move both to one device"
+            )
+        numbers = [(x.is_floating_point(), x.is_complex()) for x in (mine, theirs)]
+        if kind == "parameter" and numbers[0] != numbers[1]:
+            raise ValueError(
+                f"{kind} {name!r} is {theirs.dtype} in the student and {mine.dtype} in the "
+                "teacher; build a new EMATeacher from this student"
             )
     return [(mine, student[name]) for name, mine in teacher.items()]
+
+
+def _sharding(tensor: Tensor) -> tuple[Any, ...]:
+    """Mesh and placements of a DTensor; nothing of another tensor."""
+    names = ("device_mesh", "placements")
+    return tuple(getattr(tensor, name) for name in names if hasattr(tensor, name))
 
 
 def _checked_momentum(momentum: float) -> float:
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
-    return momentum
+    return float(momentum)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 
 from sslkit.data import Batch
 from sslkit.training.checkpoint import Checkpoints
@@ -112,12 +111,12 @@ def batch(size: int = 8) -> Batch:
 
 def saved_tensors(path: Path) -> dict[str, Tensor]:
     """Everything in a checkpoint, by its dotted name."""
-    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+    checkpoints = Checkpoints(path.parent)
     state = {
-        name: torch.empty(saved.size, dtype=saved.properties.dtype)
-        for name, saved in metadata.items()
+        name: torch.empty_like(saved, device="cpu")
+        for name, saved in checkpoints.described(path).items()
     }
-    Checkpoints(path.parent).load_(path, state)
+    checkpoints.load_(path, state)
     return state
 
 

@@ -141,7 +141,7 @@ def test_auto_is_pytorch_on_the_cpu():
 def test_registration():
     qkv = random_qkv([3, 3, 2], 2, 4).requires_grad_()
     torch.library.opcheck(
-        torch.ops.sslkit.packed_attention.default, (qkv, [3, 3, 2], None, "torch")
+        torch.ops.sslkit.packed_attention.default, (qkv, [3, 2], [2, 1], None, "torch")
     )
 
 

@@ -17,7 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from sslkit.backbones import blocks
 from sslkit.backbones.encoder import ViTEncoder
 from sslkit.ops import attention
-from sslkit.ops.attention import MAX_TOKENS_TRITON, SINGLE_TILE_TOKENS, packed_attention
+from sslkit.ops.attention import (
+    MAX_TOKENS_TRITON,
+    SINGLE_TILE_TOKENS,
+    equal_runs,
+    packed_attention,
+)
 from sslkit.ops.dispatch import interpreting, record_bodies
 from tests.oracles.attention import packed_attention_gradient as oracle
 from tests.traffic import counting_memory
@@ -54,10 +59,10 @@ def differentiate(qkv: Tensor, grad: Tensor, lengths, **kwargs) -> tuple[Tensor,
 
 def run_kernels(qkv, grad, lengths, scale) -> tuple[Tensor, Tensor]:
     """The kernels by themselves, whatever the type."""
-    out, lse = attention._empty_outputs(qkv, lengths)
-    kernels.forward(out, lse, qkv, lengths, scale)
+    out, lse = attention._empty_outputs(qkv, equal_runs(lengths))
+    kernels.forward(out, lse, qkv, equal_runs(lengths), scale)
     dqkv = torch.empty_like(qkv)
-    kernels.backward(dqkv, grad, qkv, out, lse, lengths, scale)
+    kernels.backward(dqkv, grad, qkv, out, lse, equal_runs(lengths), scale)
     return out, dqkv
 
 
@@ -176,8 +181,8 @@ def test_writes_its_outputs_and_nothing_else(lengths):
     dqkv_buffer, dqkv = surrounded(T, 3, 2, 32)
     saved = sum(n for n in lengths if n > SINGLE_TILE_TOKENS)
     lse_buffer, lse = surrounded(2, saved, dtype=torch.float32, axis=1)
-    kernels.forward(out, lse, qkv, lengths, 0.2)
-    kernels.backward(dqkv, grad, qkv, out, lse, lengths, 0.2)
+    kernels.forward(out, lse, qkv, equal_runs(lengths), 0.2)
+    kernels.backward(dqkv, grad, qkv, out, lse, equal_runs(lengths), 0.2)
 
     for buffer, view in ((out_buffer, out), (dqkv_buffer, dqkv), (lse_buffer, lse)):
         assert view.isfinite().all()
@@ -199,18 +204,18 @@ def test_tiles_cover_each_row_once():
 def test_one_tile_is_read_once_and_written_once():
     lengths = [50, 50, 13]
     qkv, grad = random_inputs(lengths)
-    out, lse = attention._empty_outputs(qkv, lengths)
+    out, lse = attention._empty_outputs(qkv, equal_runs(lengths))
     assert lse.numel() == 0
     dqkv = torch.empty_like(qkv)
     with counting_memory(qkv=qkv, out=out) as traffic:
-        kernels.forward(out, lse, qkv, lengths, 0.2)
+        kernels.forward(out, lse, qkv, equal_runs(lengths), 0.2)
     assert (traffic.loaded, traffic.stored) == (
         {"qkv": qkv.nbytes, "out": 0},
         {"qkv": 0, "out": out.nbytes},
     )
     assert traffic.scratch_loaded == traffic.scratch_stored == 0
     with counting_memory(qkv=qkv, out=out, grad=grad, dqkv=dqkv) as traffic:
-        kernels.backward(dqkv, grad, qkv, out, lse, lengths, 0.2)
+        kernels.backward(dqkv, grad, qkv, out, lse, equal_runs(lengths), 0.2)
     assert traffic.loaded == {"qkv": qkv.nbytes, "grad": grad.nbytes, "out": 0, "dqkv": 0}
     assert traffic.stored == {"qkv": 0, "grad": 0, "out": 0, "dqkv": dqkv.nbytes}
     assert traffic.scratch_loaded == traffic.scratch_stored == 0
@@ -266,12 +271,12 @@ def test_long_and_short_crops_of_one_batch_go_their_own_ways(monkeypatch):
     monkeypatch.setattr(attention, "resolve", as_on_a_gpu)
     lengths = [20, 65, 385, 400, 400, 7]
     qkv, grad = random_inputs(lengths, 1)
-    pieces = list(attention._pieces(qkv, lengths, "auto"))
+    pieces = list(attention._pieces(qkv, equal_runs(lengths), "auto"))
     assert pieces == [
-        ("triton", (20, 65)),
-        ("torch", (385,)),
-        ("torch", (400, 400)),
-        ("triton", (7,)),
+        ("triton", ((20, 1), (65, 1))),
+        ("torch", ((385, 1),)),
+        ("torch", ((400, 2),)),
+        ("triton", ((7, 1),)),
     ]
     results = differentiate(qkv, grad, lengths)
     monkeypatch.undo()
@@ -308,15 +313,16 @@ def test_refuses_what_the_interpreter_computes_wrongly():
 
 def test_registration():
     lengths = [65, 3]
-    qkv, grad = random_inputs(lengths, 1)
-    out, lse = attention._triton_forward(qkv, lengths, 0.2)
+    qkv, grad = random_inputs([65, 65, 3, 3, 3], 1)
+    counts = [2, 3]
+    out, lse = attention._triton_forward(qkv, lengths, counts, 0.2)
     qkv.requires_grad_()
     ops = torch.ops.sslkit
-    torch.library.opcheck(ops.packed_attention.default, (qkv, lengths, None, "triton"))
-    torch.library.opcheck(ops.packed_attention_triton.default, (qkv, lengths, 0.2))
+    torch.library.opcheck(ops.packed_attention.default, (qkv, lengths, counts, None, "triton"))
+    torch.library.opcheck(ops.packed_attention_triton.default, (qkv, lengths, counts, 0.2))
     torch.library.opcheck(
         ops.packed_attention_triton_backward.default,
-        (grad, qkv.detach(), out, lse, lengths, 0.2),
+        (grad, qkv.detach(), out, lse, lengths, counts, 0.2),
     )
 
 

@@ -1,4 +1,7 @@
+import hashlib
+import json
 import os
+import pickle
 import resource
 import shutil
 import subprocess
@@ -13,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
 from sslkit.training import checkpoint
@@ -238,54 +242,67 @@ def test_a_directory_that_cannot_be_made(tmp_path):
         save(Checkpoints(tmp_path / "file" / "run"), 1)
 
 
+# The state of a disk at every moment is one between two of these calls, or within a write.
+MOMENTS = ("mkdir", "open", "fsync", "replace", "rename", "rmdir", "unlink")
+
 KILLED = """
-import os, random, signal, sys, time
+import builtins, io, os, sys
 import torch
 from sslkit.training.checkpoint import Checkpoints, step_of
 
-directory, trials = sys.argv[1], int(sys.argv[2])
+directory, names = sys.argv[1], sys.argv[2].split()
 torch.set_num_threads(1)
-moments = random.Random(0)
 
-def save(steps):  # in a process of its own
+def save(steps, moment):
+    '''In a process of its own, which dies at its moment-th call.'''
     child = os.fork()
     if child == 0:
+        calls = 0
+
+        def dying(call):
+            def counted(*arguments, **options):
+                nonlocal calls
+                calls += 1
+                if calls == moment:
+                    os._exit(9)
+                return call(*arguments, **options)
+
+            return counted
+
+        for name in names:
+            setattr(os, name, dying(getattr(os, name)))
         checkpoints = Checkpoints(directory)
         for step in steps:
-            checkpoints.save(step, {"weights": torch.full((50_000,), float(step))})
+            checkpoints.save(step, {"weights": torch.full((500,), float(step))})
         checkpoints.wait()
         os._exit(0)
-    return child
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-begun = time.monotonic()  # a few checkpoints take as long as this machine takes
-os.waitpid(save(range(5)), 0)
-patience = time.monotonic() - begun
-interrupted, reached = 0, 4
-for _ in range(trials):
-    child = save(range(reached + 1, 10**8))
-    time.sleep(moments.uniform(0, patience))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+assert save(range(5), 0) == 0
+moment, reached, interrupted, ended = 0, 4, 0, False
+while not ended:
+    moment += 1
+    ended = save([reached + 1, reached + 2, reached + 3], moment) == 0
     interrupted += any(name.endswith(".tmp") for name in os.listdir(directory))
     checkpoints = Checkpoints(directory)
-    latest, weights = checkpoints.latest(), torch.zeros(50_000)
+    latest, weights = checkpoints.latest(), torch.zeros(500)
     checkpoints.load_(latest, {"weights": weights})
     assert weights.eq(step_of(latest)).all()
     assert step_of(latest) >= reached, "a checkpoint was lost"
     reached = step_of(latest)
     assert len(checkpoints.paths()) <= 3, "pruning may be one behind"
-print(interrupted, reached)
+print(moment, interrupted)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the process that it kills")
-def test_killed_at_any_moment_the_latest_checkpoint_is_whole(tmp_path):
-    command = [sys.executable, "-c", KILLED, str(tmp_path), "60"]
+def test_killed_between_any_two_calls_the_latest_checkpoint_is_whole(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path), " ".join(MOMENTS)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    interrupted, reached = map(int, done.stdout.split())
-    assert interrupted >= 5  # kills did land within a write
-    assert reached >= 14
+    moments, interrupted = map(int, done.stdout.split())
+    assert moments > 15
+    assert interrupted > 8  # most of them lie within a write
 
 
 # ---------------------------------------------------------------------------------- damaged files
@@ -298,7 +315,7 @@ def two_checkpoints(tmp_path):
     return checkpoints, save(checkpoints, 2)
 
 
-FILES = (".metadata", "__0_0.distcp", "manifest.json")
+FILES = ("tensors.json", "rank_0.safetensors", "manifest.json")
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -384,3 +401,153 @@ def test_a_part_is_read_when_asked_for(tmp_path):
     assert own["net"]["a"].eq(1).all()
     with pytest.raises(ValueError, match=r"missing: net\.b"):
         checkpoints.load_(checkpoints.latest(), {"net": {"b": torch.zeros(2)}}, partial=True)
+
+
+# ------------------------------------------------------------------------- files of somebody else
+
+
+def forge(path: Path, **files: bytes) -> None:
+    """Write files of a checkpoint, with checksums that are right."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name, content in files.items():
+        name = {"description": "tensors.json", "tensors": "rank_0.safetensors"}[name]
+        (path / name).write_bytes(content)
+        manifest[name] = hashlib.sha256(content).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def described(path: Path) -> dict:
+    return json.loads((path / "tensors.json").read_text())
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(two_checkpoints):
+    _, path = two_checkpoints
+    assert names(path) == ["manifest.json", "rank_0.safetensors", "tensors.json"]
+    tensors = load_file(path / "rank_0.safetensors")  # of the safetensors package
+    assert tensors.keys() == described(path).keys() == {"net.weights", "step"}
+    assert tensors["net.weights"].eq(2).all()
+
+
+class Bomb:
+    def __init__(self, hit: Path) -> None:
+        self.hit = hit
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.hit,)
+
+
+def test_pickles_of_earlier_versions_are_refused_unread(two_checkpoints, tmp_path):
+    checkpoints, path = two_checkpoints
+    bomb = pickle.dumps(Bomb(tmp_path / "hit"))
+    (path / ".metadata").write_bytes(bomb)
+    digest = hashlib.sha256(bomb).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({".metadata": digest}))
+    with pytest.raises(CheckpointError, match=r"sslkit 0\.1 wrote it, as a pickle"):
+        load(checkpoints, path)
+    for file in path.iterdir():
+        file.unlink()
+    for name in ("tensors.json", "rank_0.safetensors"):
+        (path / name).write_bytes(bomb)
+    digests = dict.fromkeys(("tensors.json", "rank_0.safetensors"), digest)
+    (path / "manifest.json").write_text(json.dumps(digests))
+    with pytest.raises(CheckpointError, match=r"tensors\.json does not describe tensors"):
+        load(checkpoints, path)
+    assert not (tmp_path / "hit").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "holds list, expected an object"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"tensors.json": "0", "../../secret": "0"}', "'../../secret', which is not a file"),
+        ('{"tensors.json": "0", "/etc/passwd": "0"}', "'/etc/passwd', which is not a file"),
+        ("{}", r"does not list tensors\.json"),
+    ],
+)
+def test_a_forged_manifest(two_checkpoints, content, message):
+    checkpoints, path = two_checkpoints
+    (path / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match=rf"is damaged: its manifest\.json .*{message}"):
+        load(checkpoints, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t["parts"][0].update(file="../step_00000001/rank_0.safetensors"),
+            "not the name",
+        ),
+        (lambda t: t["parts"][0].update(file="/etc/passwd"), "is not the name of a file"),
+        (lambda t: t["parts"][0].update(file=["rank_0.safetensors"]), "is not the name of a file"),
+        (lambda t: t["parts"][0].update(offsets=[1]), "lies outside"),
+        (lambda t: t["parts"][0].update(offsets=[-1]), "expected a list of sizes"),
+        (lambda t: t["parts"][0].update(offsets=[0, 0]), "zip"),
+        (lambda t: t.update(shape=[10**12]), "not the whole of it"),
+        (lambda t: t.update(shape=[10**30]), "larger than any can be"),
+        (lambda t: t.update(shape=[1.5]), "expected a list of sizes"),
+        (lambda t: t.update(dtype="PICKLE"), "KeyError"),
+        (lambda t: t.update(parts=[]), "not the whole of it"),
+        (lambda t: t.pop("parts"), "KeyError"),
+    ],
+)
+def test_a_forged_description(two_checkpoints, change, message):
+    checkpoints, path = two_checkpoints
+    content = described(path)
+    change(content["net.weights"])
+    forge(path, description=json.dumps(content).encode())
+    with pytest.raises(CheckpointError, match=rf"tensors\.json does not describe.*{message}"):
+        load(checkpoints, path)
+
+
+def test_a_description_that_claims_more_than_the_file_has(two_checkpoints):
+    """Memory is the state's own, which has to be of the claimed size already."""
+    checkpoints, path = two_checkpoints
+    content = described(path)
+    content["net.weights"]["shape"] = content["net.weights"]["parts"][0]["shape"] = [10**12]
+    forge(path, description=json.dumps(content).encode())
+    with pytest.raises(ValueError, match=r"float32 \[1000000000000\], expected float32 \[100\]"):
+        load(checkpoints, path)
+    content["net.weights"]["shape"] = content["net.weights"]["parts"][0]["shape"] = [200]
+    forge(path, description=json.dumps(content).encode())
+    with pytest.raises(CheckpointError, match="could not read"):
+        load(checkpoints, path, size=200)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"net.weights": {"dtype": "F32", "shape": [100], "data_offsets": [0, 400]}},  # no step
+        {"net.weights": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}},
+        {"net.weights": {"dtype": "I32", "shape": [100], "data_offsets": [0, 400]}},
+        {},
+    ],
+)
+def test_forged_tensors(two_checkpoints, header):
+    checkpoints, path = two_checkpoints
+    text = json.dumps(header).encode()
+    forge(path, tensors=len(text).to_bytes(8, "little") + text + bytes(400))
+    with pytest.raises(CheckpointError, match="could not read"):
+        load(checkpoints, path)
+
+
+def test_a_link_is_not_a_file_of_a_checkpoint(two_checkpoints):
+    checkpoints, path = two_checkpoints
+    (path / "rank_0.safetensors").rename(path.parent / "elsewhere")
+    (path / "rank_0.safetensors").symlink_to(path.parent / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"rank_0\.safetensors is missing"):
+        load(checkpoints, path)
+
+
+def test_a_network_is_compared_without_memory(two_checkpoints):
+    checkpoints, path = two_checkpoints
+    with torch.device("meta"):
+        checkpoints.require_fit(path, state_of(0))
+        with pytest.raises(ValueError, match=r"expected float32 \[1000000000000\]"):
+            checkpoints.require_fit(path, {"net": {"weights": torch.empty(10**12)}}, partial=True)
+
+
+def test_types_that_files_do_not_have(tmp_path):
+    with pytest.raises(TypeError, match=r"'a' of type torch\.complex64"):
+        Checkpoints(tmp_path).save(0, {"a": torch.zeros(1, dtype=torch.complex64)})

@@ -152,9 +152,10 @@ ONE = torch.ones(1)
     ("call", "message"),
     [
         (lambda: max_logit(ONE), r"logits must be \[B, C\], got \[1\]"),
-        (lambda: knn_confidence(noise(4, 2), noise(1, 2)), "k=50 neighbours .* there are 4 keys"),
+        (lambda: knn_confidence(noise(0, 2), noise(1, 2)), "train_features is empty"),
+        (lambda: knn_confidence(noise(4, 2), noise(1, 2), k=0), "k must be at least 1, got 0"),
         (lambda: Mahalanobis.fit(noise(4, 2), torch.ones(3)), r"labels must be \[4\].* got \[3\]"),
-        (lambda: Mahalanobis.fit(noise(1, 2), -ONE), "negative label"),
+        (lambda: Mahalanobis.fit(noise(1, 2), -ONE.int()), "labels hold no label: all 1 are -1"),
         (lambda: Mahalanobis.fit(noise(1, 2) / 0, ONE), "features hold NaN or infinite"),
         (lambda: Mahalanobis.fit(noise(2, 2), torch.arange(2)), "the covariance is 0"),
         (

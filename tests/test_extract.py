@@ -308,6 +308,50 @@ def test_what_is_complete_is_not_made_again_and_nothing_is_mixed(tmp_path, given
         extract_to_file(given, tmp_path / "h.npy", parallel=ALONE)
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda x: b"", lambda x: x[:-40], lambda x: x[:-40] + bytes(40), lambda x: x + b"0"]
+)
+def test_a_damaged_part_is_refused_and_can_be_made_anew(tmp_path, given, damage):
+    output, folder = tmp_path / "f.npy", tmp_path / ".f.npy.parts"
+
+    def stop(done: int, total: int) -> None:
+        if done >= 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract_to_file(given, output, parallel=ALONE, progress=stop)
+    part = folder / "00000000.safetensors"
+    part.write_bytes(damage(part.read_bytes()))
+    with pytest.raises(ValueError, match=r"00000000.safetensors is damaged .*remove it"):
+        extract_to_file(given, output, parallel=ALONE)
+    assert not output.exists()
+    part.unlink()
+    extract_to_file(given, output, parallel=ALONE)
+    expected = by_hand(given, lambda encoder, x: encoder(x).cls)
+    np.testing.assert_allclose(np.load(output), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ending", "damaged", "change"),
+    [
+        (".npy", "f.npy", lambda x: x[:-64]),
+        (".npy", "f.npy", lambda x: x + bytes(64)),
+        (".npy", "f.npy", lambda x: b""),
+        (".npy", "f.csv", lambda x: x[: len(x) // 2]),
+        (".npy", "f.json", lambda x: x[: len(x) // 2]),
+        (".npy", "f.json", lambda x: b"[]"),
+        (".parquet", "f.parquet", lambda x: x[:-64]),
+        (".parquet", "f.parquet", lambda x: b""),
+    ],
+)
+def test_a_damaged_output_is_not_taken_for_complete(tmp_path, given, ending, damaged, change):
+    output, path = tmp_path / f"f{ending}", tmp_path / damaged
+    extract_to_file(given, output, parallel=ALONE)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{damaged}.*remove"):
+        extract_to_file(given, output, parallel=ALONE)
+
+
 def test_two_runs_do_not_write_one_file(tmp_path, given):
     (tmp_path / ".f.npy.parts").mkdir()
     with (

@@ -1,9 +1,12 @@
 """What a cluster does to a run: processes killed, machines taken away, other numbers of ranks."""
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,6 +94,98 @@ def test_a_killed_rank_ends_the_job_on_all_ranks_with_words(tmp_path: Path) -> N
     assert step_of(Checkpoints(tmp_path / "run" / "pretrain" / "checkpoints").latest()) >= 4
 
 
+def ends(process: subprocess.Popen, *, status: int) -> str:
+    """What a run of one process with workers has printed, once it and they have ended by itself."""
+    text = finish(process)
+    assert process.returncode == status, text
+    assert "Traceback" not in text, text
+    if Path("/proc").exists():
+        wait_until(lambda: not processes_of_session(process.pid))
+    return text
+
+
+def wait_until(holds: Callable[[], bool], *, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def processes_of_session(session: int) -> list[int]:
+    """Those that have not ended; ``launch`` makes each run a session of its own."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, _, _, own = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(own) == session and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("everybody", [False, True], ids=["the main process", "its group"])
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path: Path, everybody: bool) -> None:
+    output = tmp_path / "run"
+    process = launch(output, "--steps", "1000", "--workers", "2")
+    wait_for_step(output, 2, process)
+    (os.killpg if everybody else os.kill)(process.pid, signal.SIGINT)
+    text = ends(process, status=0)
+    latest = step_of(Checkpoints(output / "pretrain" / "checkpoints").latest())
+    assert (
+        f"pretrain: stopped by SIGINT and saved at step {latest}; continue with --resume: " in text
+    )
+    assert f"--output {output} --resume" in text.splitlines()[-1]
+
+
+@needs_proc
+def test_a_stop_does_not_wait_for_images_that_never_come(tmp_path: Path) -> None:
+    """The worker is stopped, as one that a file system keeps waiting; the first step is enough."""
+    output = tmp_path / "run"
+    process = launch(output, "--steps", "1000", "--workers", "1")
+    wait_for_step(output, 2, process)
+    (worker,) = set(processes_of_session(process.pid)) - {process.pid}
+    os.kill(worker, signal.SIGSTOP)
+    time.sleep(2)  # until what it had made already is used up; if not, this tests less
+    os.kill(process.pid, signal.SIGTERM)
+    assert "stopped by SIGTERM and saved at step" in ends(process, status=0)
+
+
+@needs_proc
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = launch(output, "--steps", "1000", "--workers", "1")
+    wait_for_step(output, 2, process)
+    (worker,) = set(processes_of_session(process.pid)) - {process.pid}
+    os.kill(worker, signal.SIGSTOP)  # what ends at once does not wait for it
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
+    wait_until(lambda: process.poll() is not None)
+    assert process.returncode in (130, 0)  # 0: two signals that came as one
+
+
+@needs_proc
+def test_a_killed_worker_ends_the_run(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = launch(output, "--steps", "1000", "--workers", "2")
+    wait_for_step(output, 2, process)
+    worker = max(set(processes_of_session(process.pid)) - {process.pid})
+    os.kill(worker, signal.SIGKILL)
+    text = ends(process, status=1)
+    assert "error: a process that loads images is gone (DataLoader worker (pid" in text
+    assert "continue with --resume" in text
+
+
+def test_closed_output_ends_the_run(tmp_path: Path) -> None:
+    """As by ``| head -1``."""
+    process = launch(tmp_path / "run", "--steps", "1000", "--workers", "1")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait(120)
+    assert process.returncode not in (0, None)
+    if Path("/proc").exists():
+        wait_until(lambda: not processes_of_session(process.pid))
+
+
 @needs_proc
 def test_torchrun_restarts_a_job_that_then_ends_the_same(undisturbed: Path, tmp_path: Path) -> None:
     process = launch(tmp_path / "run", restarts=1)
@@ -153,14 +248,45 @@ def test_a_flipped_byte_is_refused_and_the_checkpoint_before_it_offered(tmp_path
     (tmp_path / "run" / "pretrain.safetensors").unlink()
     checkpoints = Checkpoints(tmp_path / "run" / "pretrain" / "checkpoints")
     damaged, before = checkpoints.latest(), checkpoints.paths()[-2]
-    content = bytearray((damaged / "__0_0.distcp").read_bytes())
+    content = bytearray((damaged / "rank_0.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
-    (damaged / "__0_0.distcp").write_bytes(content)
+    (damaged / "rank_0.safetensors").write_bytes(content)
     with pytest.raises(SystemExit, match=rf"error: .*{damaged.name} is damaged: .*{before.name}$"):
         recipe.main(smoke(tmp_path / "run", *TRAINING.split(), "--resume"))
     damaged.rename(tmp_path / "set aside")
     recipe.main(smoke(tmp_path / "run", *TRAINING.split(), "--resume"))
     assert checkpoints.latest() == damaged
+
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OUT_OF_MEMORY, r"error: CUDA out of memory\. Raise --accumulation .*--resume"),
+        (MemoryError(), r"error: out of memory\. Raise --accumulation"),
+        (OSError(28, "No space left on device"), r"error: No space left on device\. Free space"),
+        (OSError(122, "Disk quota exceeded"), r"error: Disk quota exceeded\. Free space"),
+        (OSError(27, "File too large"), r"error: File too large\. Free space"),
+        (ZeroDivisionError("a bug"), "a bug"),
+        (KeyboardInterrupt(), "^$"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_whatever_ends_the_training_ends_its_workers(
+    error: BaseException, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_: object) -> None:
+        assert multiprocessing.active_children()
+        raise error
+
+    monkeypatch.setattr(recipe.Trainer, "step", step)
+    known = not isinstance(error, ZeroDivisionError | KeyboardInterrupt)
+    with pytest.raises(SystemExit if known else type(error), match=message):
+        recipe.main(smoke(tmp_path / "run", *TRAINING.split(), "--workers", "2"))
+    assert not multiprocessing.active_children()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # ------------------------------------------------------------------------------ the small questions

@@ -1,6 +1,9 @@
 """Features on the disk: the same as in memory, continued where they stopped, never mixed up."""
 
 import json
+import subprocess
+import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 
 from sslkit import backbones
 from sslkit.data.sources import UnreadableImage
+from sslkit.evaluation.encoders import as_encoder
 from sslkit.evaluation.feature_cache import cached_features
 from sslkit.evaluation.features import extract
 from sslkit.evaluation.views import PaddedView
@@ -148,3 +152,109 @@ def test_a_progress_bar_counts_what_was_there(tmp_path, encoder, capsys):
     assert "7/7" in shown
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert meta["shapes"]["cls"] == [32]
+
+
+def interrupted(folder, encoder):
+    """A cache of the first 4 of 7 images; the bytes of each file."""
+    with pytest.raises(KeyboardInterrupt):
+        cached(folder, encoder, Pictures(broken=(), stop_at=5))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kept", [0, 33, 64, 255])
+def test_rows_that_an_interrupted_file_lost_are_not_made_up(tmp_path, encoder, kept):
+    content = interrupted(tmp_path, encoder)
+    assert len(content["cls.f16"]) == 4 * 64  # 4 images of 32 features in float16
+    (tmp_path / "cls.f16").write_bytes(content["cls.f16"][:kept])
+    with pytest.raises(ValueError, match=rf"cls.f16 is {kept} bytes, its journal says 256: remove"):
+        cached(tmp_path, encoder, Pictures(broken=()))
+    assert (tmp_path / "cls.f16").stat().st_size == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("keys.f16", lambda x: None, "keys.f16 is 0 bytes, its journal says"),
+        ("keys.f16", lambda x: bytes(len(x)), "keys.f16 does not hold what was written there"),
+        ("keys.f16", lambda x: x[:300] + b"?" + x[301:], "keys.f16 does not hold what was"),
+        ("journal.jsonl", lambda x: 3 * x, "line 3 of .*journal.jsonl is damaged .* other images"),
+        ("journal.jsonl", lambda x: b"\0\0\n" + x, "line 1 of .*journal.jsonl is damaged"),
+        ("journal.jsonl", lambda x: b'{"images": 2}\n', "line 1 of .*journal.jsonl is damaged"),
+        ("journal.jsonl", lambda x: x.replace(b'"labels": [', b'"labels": [7, '), "line 1 of"),
+        ("meta.json", lambda x: None, "features but no meta.json"),
+        ("meta.json", lambda x: x[:20], "meta.json is damaged"),
+        ("meta.json", lambda x: b"[]", "meta.json is damaged"),
+    ],
+)
+def test_a_damaged_interrupted_extraction_is_refused(tmp_path, encoder, name, damage, message):
+    changed = damage(interrupted(tmp_path, encoder)[name])
+    if changed is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(changed)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.f16")}
+    with pytest.raises(ValueError, match=f"{message}.*remove"):
+        cached(tmp_path, encoder, Pictures(broken=()))
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.f16")} == before
+
+
+def test_a_journal_behind_its_rows_only_computes_them_again(tmp_path, encoder):
+    expected = cached(tmp_path / "whole", encoder, Pictures(broken=()))
+    content = interrupted(tmp_path / "part", encoder)
+    first = content["journal.jsonl"].splitlines(keepends=True)[0]
+    (tmp_path / "part" / "journal.jsonl").write_bytes(first)
+    rest = Pictures(broken=())
+    assert_same(cached(tmp_path / "part", encoder, rest), expected)
+    assert rest.read == list(range(2, 7))
+
+
+@pytest.mark.parametrize("longer", [b"", b"\0" * 64])
+def test_a_finished_file_of_other_content_or_size_is_refused(tmp_path, encoder, longer):
+    cached(tmp_path, encoder, Pictures(broken=()))
+    content = (tmp_path / "cls.f16").read_bytes()
+    (tmp_path / "cls.f16").write_bytes(bytes(len(content)) if not longer else content + longer)
+    with pytest.raises(ValueError, match=r"cls.f16 .*: remove"):
+        cached(tmp_path, encoder, Pictures(broken=()))
+
+
+def test_a_killed_process_continues(tmp_path):
+    """SIGKILL while rows are written: what is there stays, and the rest is what it would be."""
+    program = textwrap.dedent(
+        """
+        import sys
+        import torch
+        from sslkit.evaluation.encoders import as_encoder
+        from sslkit.evaluation.feature_cache import cached_features
+
+        def read(i):
+            if i == 40:
+                print("reached", flush=True)
+                sys.stdin.read()  # waits to be killed
+            return torch.full((3, 4, 4), i, dtype=torch.uint8), i % 3
+
+        class Pictures:
+            def __len__(self): return 64
+            def __getitem__(self, i): return read(i)
+
+        encoder = as_encoder(lambda x: (x.mean((2, 3)), x.movedim(1, -1)))
+        cached_features(sys.argv[1], encoder, Pictures(), identity={}, batch_size=4,
+                        transform=lambda x: x.float())
+        """
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "reached\n"
+    process.kill()
+    process.communicate()
+    pictures = [(torch.full((3, 4, 4), i, dtype=torch.uint8), i % 3) for i in range(64)]
+    encoder = as_encoder(lambda x: (x.mean((2, 3)), x.movedim(1, -1)))
+    found = cached_features(
+        tmp_path, encoder, pictures, identity={}, batch_size=8, transform=lambda x: x.float()
+    )
+    assert torch.equal(found.cls, torch.arange(64.0).half()[:, None].expand(64, 3))
+    assert torch.equal(found.labels, torch.arange(64) % 3)
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 10 + 3

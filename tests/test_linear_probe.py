@@ -226,7 +226,7 @@ def test_an_unknown_class_counts_as_wrong():
         ({"train_cls": noise(6, 8)}, r"train_cls must be .*\[N, n, D\].* got \[6, 8\]"),
         ({"test_cls": noise(0, 4, 8)}, "test_cls is empty"),
         ({"train_labels": torch.zeros(5).long()}, r"train_labels must be \[6\].* got \[5\]"),
-        ({"train_labels": torch.tensor([0, 1, -1, 0, 0, 0])}, "negative label"),
+        ({"train_labels": torch.tensor([0, 1, -2, 0, 0, 0])}, "train_labels hold -2"),
         ({"train_mean_patch": noise(6, 7)}, r"train_mean_patch must be \[6, 8\].* got \[6, 7\]"),
         ({"test_mean_patch": None}, "mean_patch is needed by an input with mean_patch=True"),
         ({"num_blocks": (1, 5)}, "num_blocks=5 class tokens, but the features hold those of 4"),

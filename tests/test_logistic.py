@@ -217,13 +217,13 @@ def test_classes_of_weight_0_are_not_counted():
         ({"test_features": noise(0, 4)}, "test_features must be"),
         ({"test_labels": torch.zeros(3).long()}, r"test_labels must be \[4\].* got \[3\]"),
         ({"train_features": noise(6, 4) / 0}, "train_features hold NaN or infinite"),
-        ({"train_labels": torch.tensor([0, 1, -1, 0, 0, 1])}, "negative label"),
+        ({"train_labels": torch.tensor([0, 1, -2, 0, 0, 1])}, "train_labels hold -2"),
         ({"train_labels": torch.ones(6).long()}, "hold the one class 1: .* needs two"),
         ({"metric": "map"}, "metric must be 'accuracy' or 'mean_per_class', got 'map'"),
         ({"costs": ()}, r"costs must hold values of C, all above 0, got \(\)"),
         ({"costs": (0.0, 1.0)}, "all above 0"),
         ({"held_out": 0.7}, "share must be above 0 and at most 0.5, got 0.7"),
-        ({"train_labels": torch.arange(6)}, "nothing to hold out: 0 items"),
+        ({"train_labels": torch.arange(6)}, "nothing to hold out: each of the 6 items"),
     ],
 )
 def test_refused(changes, message):

@@ -95,12 +95,15 @@ def test_normalized_scores_are_bounded_and_finite(scale, dtype):
     assert all(torch.isfinite(p.grad).all() for p in [x, *module.parameters()])
 
 
-@pytest.mark.parametrize(("length", "score"), [(1.0, 1.0), (1e-5, 1.0), (1e-7, 0.1), (0.0, 0.0)])
-def test_vectors_shorter_than_eps_shrink_to_zero(length, score):
-    layer = CosineLinear(2, 1, bias=False).double()
-    nn.init.constant_(layer.weight, 1.0)
-    x = torch.full((1, 2), length / 2**0.5, dtype=torch.float64)
-    assert layer(x).item() == pytest.approx(score, rel=1e-9)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("length", "score"), [(1.0, 1.0), (1e-7, 1.0), (1e-30, 1.0), (1e30, 1.0), (0.0, 0.0)]
+)
+def test_the_length_of_vectors_does_not_count(length, score, dtype):
+    layer = CosineLinear(2, 1, bias=False).to(dtype)
+    nn.init.constant_(layer.weight, 1e25)
+    x = torch.full((1, 2), length / 2**0.5, dtype=dtype)
+    assert layer(x).item() == pytest.approx(score, rel=1e-6)
 
 
 def test_norms_of_half_precision_are_taken_in_float32():
@@ -140,6 +143,20 @@ def test_released_head_is_unbounded_and_ends_in_gelu():
     levels = module(100 * torch.randn(8, 7))
     assert max(level.abs().max() for level in levels) > 100
     assert all(isinstance(head[-1], nn.GELU) for head in module.heads)
+
+
+def test_prototypes_of_the_released_head_start_at_length_one():
+    """Its weight norm sets every length to 1; a normal of deviation 0.02 gave 0.02 sqrt(b)."""
+    for b in (4, 96):
+        module = MatryoshkaProjector(32, 64, hidden_dim=8, bottleneck_dim=b, normalize=False)
+        for layer in module.prototypes:
+            torch.testing.assert_close(layer.weight.norm(dim=-1), torch.ones(len(layer.weight)))
+
+
+def test_the_length_of_normalised_prototypes_at_the_start():
+    module = MatryoshkaProjector(32, 4096, hidden_dim=8, bottleneck_dim=384)
+    lengths = module.prototypes[-1].weight.norm(dim=-1)
+    assert lengths.mean().item() == pytest.approx(0.02 * 384**0.5, rel=0.01)  # 0.39
 
 
 def test_bf16_autocast():

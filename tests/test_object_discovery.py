@@ -211,3 +211,31 @@ def test_command_with_a_network():
     keyless = Subject("colours", colours, {"test": scenes}, {})
     with pytest.raises(Unsuitable, match="queries_keys_values"):
         lost.evaluate(keyless, lost.Options())
+
+
+@pytest.mark.parametrize("grid", [(6, 7), (33, 34)])
+@pytest.mark.parametrize("value", [1.0, 0.0])
+def test_nothing_to_cut_is_the_whole_image(grid, value):
+    keys = torch.full((*grid, 4), value)
+    H, W = grid
+    sizes = {"patch_size": 8, "image_size": (8 * H - 3, 8 * W)}
+    assert tokencut_box(keys, **sizes).tolist() == [0, 0, 8 * W, 8 * H - 3]
+    with pytest.raises(ValueError, match="no cut is better than another"):
+        cut_vector(keys)
+    if value:
+        assert lost_box(keys, **sizes).tolist() == [0, 0, 8 * W, 8 * H - 3]
+
+
+@pytest.mark.parametrize("kinds", [3, 5])
+def test_few_different_keys_are_cut_in_the_same_way_each_time(kinds):
+    keys = noise(kinds, 6)[(torch.arange(36 * 40) * 7919 % 1009 % kinds).view(36, 40)]
+    first, *others = (cut_vector(keys) for _ in range(3))
+    assert all(torch.equal(first, other) for other in others)
+    assert tokencut_mask(keys)[0].any()
+
+
+def test_iterations_find_the_dense_solvers_vector(monkeypatch):
+    keys = noise(33, 35, 8) + 0.5
+    by_iterations = cut_vector(keys)
+    monkeypatch.setattr(tokencut, "_DENSE", 2000)
+    torch.testing.assert_close(by_iterations, cut_vector(keys), rtol=0, atol=1e-10)

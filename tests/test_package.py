@@ -18,7 +18,16 @@ ROOT = PACKAGE.parent
 
 # A part is a top-level module or subpackage of sslkit. What is not named here is a component.
 HOUSE = {"training", "evaluation", "data", "backbones", "extract", "duplicates", "export"}
-BASE = {"assignments", "factored_logits", "files", "ops", "slices"}
+BASE = {
+    "assignments",
+    "factored_logits",
+    "files",
+    "kept_types",
+    "ops",
+    "slices",
+    "torch_files",
+    "unit_rows",
+}
 PARTS = {
     path.stem
     for path in PACKAGE.iterdir()
@@ -115,7 +124,10 @@ def test_arrows_point_one_way(path):
     else:
         below = {
             "files": set(),
+            "kept_types": set(),
+            "torch_files": set(),
             "slices": set(),
+            "unit_rows": set(),
             "factored_logits": set(),
             "assignments": {"factored_logits", "slices"},
         }

@@ -92,6 +92,10 @@ def test_shrunk_images(tmp_path):
     half = VOCSegmentation(year, max_side=40)
     assert half.mask(0).shape == half[0][0].shape[1:] == (30, 40)
     assert np.array_equal(half.mask(0), whole[1::2, 1::2])
+    annotation = year / "Annotations" / "2007_000032.xml"
+    text = annotation.read_text()
+    text = text.replace("<height>6<", "<height>60<").replace("<width>8<", "<width>80<")
+    annotation.write_text(text)
     boxes = VOCBoxes(year, max_side=8).boxes(0)
     assert torch.allclose(boxes[0], torch.tensor([0, 0, 0.8, 0.6]))
 

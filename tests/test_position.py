@@ -109,3 +109,10 @@ def test_errors_by_patch_and_image():
     assert found.r2_by_image().mean().item() == pytest.approx(found.r2)
     one = position_probe(train, test[4:5])
     assert found.r2_by_image()[4].item() == pytest.approx(one.r2)
+
+
+def test_position_in_a_direction_of_little_variance_is_found():
+    """A ridge of 1e-8 of the mean variance, which the probe had, hid a share of 1e-6."""
+    p = patch_positions(4, 6, dtype=torch.float64).expand(100, 4, 6, 2)
+    x = torch.cat([1e-9 * p, noise(100, 4, 6, 6).double()], dim=-1)
+    assert position_probe(x[:60], x[60:]).r2 > 0.999

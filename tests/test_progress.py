@@ -28,12 +28,32 @@ def test_lines_come_at_first_every_five_seconds_and_at_the_end():
             clock.now += 2.0
             progress.update(step, torch.tensor(step / 1000), images=64)
     assert file.getvalue().splitlines() == [
-        "training 1001/1012  loss 1.001  32 images/s  0:00:22 left",
+        "training 1001/1012  loss 1.001  32 images/s",
         "training 1004/1012  loss 1.004  32 images/s  0:00:16 left",
         "training 1007/1012  loss 1.007  32 images/s  0:00:10 left",
         "training 1010/1012  loss 1.010  32 images/s  0:00:04 left",
         "training 1012/1012  loss 1.012  32 images/s  0:00:00 left",
     ]
+
+
+def test_no_time_left_before_steps_have_been_timed():
+    """Nor does the first step count, which starts workers and compiles: 100 times as slow here."""
+    clock, file = Clock(), io.StringIO()
+    with TrainingProgress(1000, file=file, clock=clock) as progress:
+        for step, seconds in enumerate([600.0] + [6.0] * 5, start=1):
+            clock.now += seconds
+            progress.update(step, 1.0, images=6)
+    lefts = [line.partition("images/s")[2].strip() for line in file.getvalue().splitlines()]
+    assert lefts == ["", "", "", "1:39:36 left", "1:39:30 left", "1:39:24 left"]
+
+
+def test_slow_steps_get_a_time_left_too():
+    clock, file = Clock(), io.StringIO()
+    with TrainingProgress(10, file=file, clock=clock) as progress:
+        for step in range(1, 6):
+            clock.now += 60.0
+            progress.update(step, 1.0, images=6)
+    assert file.getvalue().splitlines()[-1].endswith("0:05:00 left")
 
 
 def test_speed_is_that_of_the_last_half_minute():

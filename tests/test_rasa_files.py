@@ -46,7 +46,7 @@ def test_removals_in_turn_are_the_released_forward():
 def test_from_planes_is_the_projection_that_the_removals_in_turn_are_not():
     given = planes()
     rasa, M = RASAProjector.from_planes(given), removals_in_turn(given)
-    P = rasa.matrix().double()
+    P = rasa.matrix()
     rows = torch.cat(given).double()
     assert (P @ P - P).abs().max() < 1e-6
     assert (rows @ P).abs().max() < 1e-4  # nothing is left of any plane
@@ -54,8 +54,8 @@ def test_from_planes_is_the_projection_that_the_removals_in_turn_are_not():
     assert torch.allclose(P @ M, P, atol=1e-6)
     assert torch.allclose(M @ P, P, atol=1e-6)
     gram = rasa.basis @ rasa.basis.T
-    assert torch.allclose(gram, torch.eye(6), atol=1e-6)
-    first = torch.linalg.qr(given[0].T).Q
+    assert torch.allclose(gram, torch.eye(6, dtype=torch.float64), atol=1e-14)
+    first = torch.linalg.qr(given[0].double().T).Q
     assert torch.allclose(rasa.basis[:2].T @ rasa.basis[:2], first @ first.T, atol=1e-5)
 
 
@@ -63,7 +63,7 @@ def test_orthogonal_planes_agree_in_both_ways():
     axes = torch.linalg.qr(torch.randn(D, 6)).Q.T
     given = [5 * axes[:2], axes[2:4], axes[4:6] + 0.5 * axes[[5, 4]]]
     P = RASAProjector.from_planes(given).matrix()
-    assert torch.allclose(removals_in_turn(given).float(), P, atol=1e-6)
+    assert torch.allclose(removals_in_turn(given), P, atol=1e-6)
 
 
 def test_rows_that_say_nothing_new_leave_zeros():
@@ -175,7 +175,7 @@ def test_damaged_and_missing_files(tmp_path):
     torch.save(released(), tmp_path / "rasa.pth")
     whole = (tmp_path / "rasa.pth").read_bytes()
     (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"not a readable file of torch\.save"):
+    with pytest.raises(ValueError, match=r"half\.pth cannot be read as a file of torch\.save"):
         load_rasa(tmp_path / "half.pth")
     (tmp_path / "bare.pth").write_bytes(pickle.dumps(Malicious(), protocol=4))
     with pytest.raises(ValueError, match=r"bare\.pth"):
@@ -185,8 +185,46 @@ def test_damaged_and_missing_files(tmp_path):
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_rasa(tmp_path / "empty")
     save_file({"basis": torch.zeros(3, 8)}, tmp_path / "odd.safetensors")
-    with pytest.raises(ValueError, match=r"expected one tensor, basis \[2 T, D\]"):
+    with pytest.raises(ValueError, match=r"expected a float basis \[2 T, D\]"):
         load_rasa(tmp_path / "odd.safetensors")
     for read in (load_rasa, read_planes):
         with pytest.raises(FileNotFoundError, match="no RASA file"):
             read(tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda basis: basis.index_fill(1, torch.tensor([3]), torch.nan), "NaN or infinite"),
+        (lambda basis: basis.index_fill(0, torch.tensor([3]), torch.inf), "NaN or infinite"),
+        (lambda basis: 2 * basis, "not orthonormal: an entry .* is 3 from the identity's"),
+        (lambda basis: basis + 1e-4 * basis[[1, 0, 2, 3, 4, 5]], "not orthonormal"),
+        (lambda basis: basis[[0, 0, 1, 2, 3, 4]], "not orthonormal"),
+        (lambda basis: basis[:0], r"got torch.float64 \[0, 30\]"),
+        (lambda basis: basis[0], r"got torch.float64 \[30\]"),
+        (lambda basis: basis.long(), "got torch.int64"),
+        (lambda basis: basis[:, :6], "would leave nothing"),
+    ],
+)
+def test_a_basis_that_is_none(tmp_path, change, message):
+    basis = change(RASAProjector.from_planes(planes()).basis).contiguous()
+    save_file({"basis": basis}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=rf"a\.safetensors is not a RASA file: .*{message}"):
+        load_rasa(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_files_of_earlier_versions(tmp_path, dtype):
+    rasa = RASAProjector.from_planes(planes())
+    save_file({"basis": rasa.basis.to(dtype)}, tmp_path / "old.safetensors")
+    found = load_rasa(tmp_path / "old.safetensors").basis
+    torch.testing.assert_close(found, rasa.basis, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(found @ found.T, torch.eye(6).double(), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-200, 1e200])
+def test_planes_of_any_length(scale):
+    wide = [plane.double() for plane in planes()]
+    expected = RASAProjector.from_planes(wide).matrix()
+    found = RASAProjector.from_planes([scale * plane for plane in wide]).matrix()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)

@@ -5,16 +5,23 @@ import gzip
 import json
 import os
 import pickle
+import re
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sslkit import MatryoshkaProjector
 from sslkit.backbones import __main__ as command
 from sslkit.backbones import create, load, read, save
 from tests import released
@@ -165,6 +172,278 @@ def test_shards(tmp_path):
     (tmp_path / "model-1.safetensors").unlink()
     with pytest.raises(ValueError, match=r"not beside it: model-1\.safetensors"):
         load(tmp_path, num_heads=2)
+
+
+# --- files from somebody else ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own_file(tmp_path_factory):
+    """Tensors and header of a small file of `save`."""
+    path = tmp_path_factory.mktemp("own") / "w.safetensors"
+    head = MatryoshkaProjector(32, 8, nesting_dims=(16, 32), hidden_dim=8, bottleneck_dim=8)
+    save(create("sslkit_vit_micro", depth=1), path, heads={"dino_head": head})
+    with safe_open(path, framework="pt") as file:
+        return load_file(path), json.loads(file.metadata()["sslkit.encoder"])
+
+
+@pytest.fixture(scope="module")
+def opened():
+    """Names of the files that are opened from here on."""
+    names: list[object] = []
+    sys.addaudithook(lambda event, values: names.append(values[0]) if event == "open" else None)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("settings", {"pretrained_cfg": {"file": "stolen"}}, "'pretrained_cfg' is not a setting"),
+        ("settings", {"checkpoint_path": "stolen"}, "'checkpoint_path' is not a setting"),
+        ("settings", {"pretrained": True}, "'pretrained' is not a setting"),
+        ("settings", {"cache_dir": "made"}, "'cache_dir' is not a setting"),
+        ("settings", {"block_fn": "os.system"}, "'block_fn' is not a setting"),
+        ("settings", {"name": "local-dir:made"}, "name must be the name of a network"),
+        ("settings", {"name": "resnet18"}, "no encoder can be built with"),
+        ("settings", {"depth": 10**6}, "depth must be an integer from 1 to 256, got 1000000"),
+        ("settings", {"depth": 200}, "a network of 200 blocks has more tensors than the "),
+        ("settings", {"depth": True}, "depth must be an integer from 1 to 256, got True"),
+        ("settings", {"embed_dim": 10**9}, "embed_dim must be an integer"),
+        ("settings", {"img_size": [10**9, 4]}, "img_size must be a side or"),
+        ("settings", {"reg_tokens": 10**9}, "reg_tokens must be"),
+        ("settings", {"mlp_ratio": float("nan")}, "mlp_ratio must be a number from 0 to 1024"),
+        ("settings", {"num_heads": 7}, "no encoder can be built with"),
+        ("settings", {"x" * 10**5: 1}, r"settings: 'x{59}\.\.\. is not a setting"),
+        ("settings", None, "settings must be values by name, got None"),
+        ("heads", {"dino_head": {"num_layers": 10**7}}, "num_layers must be"),
+        ("heads", {"dino_head": {"nesting_dims": [1] * 10**5}}, "nesting_dims must be 1 to 64"),
+        ("heads", {"dino_head": {"in_dim": 32}}, "head's tensors do not fit its arguments"),
+        ("heads", {str(i): {} for i in range(65)}, "at most 64 heads"),
+        ("folded_norm", {"eps": 1e-5, "dim": 10**9}, "'dim' is not a setting"),
+        ("version", [2], r"has version \[2\] of the encoder format"),
+    ],
+)
+def test_a_header_states_plain_settings_alone(own_file, opened, tmp_path, part, changes, message):
+    tensors, described = own_file
+    old = described[part]
+    merged = {**old, **changes} if isinstance(old, dict) and changes is not None else changes
+    header = {"sslkit.encoder": json.dumps({**described, part: merged})}
+    save_file(tensors, tmp_path / "w.safetensors", header)
+    opened.clear()
+    with pytest.raises(ValueError, match=message) as caught:
+        read(tmp_path / "w.safetensors")
+    assert len(str(caught.value)) < 3000
+    assert not {"stolen", "made"} & {os.path.basename(str(name)) for name in opened}
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "null", "[]", "{}", "1" * 5000])
+def test_a_header_that_is_none(own_file, tmp_path, text):
+    save_file(own_file[0], tmp_path / "w.safetensors", {"sslkit.encoder": text})
+    with pytest.raises(ValueError, match=r"w\.safetensors.*(is not JSON|has version None)"):
+        read(tmp_path / "w.safetensors")
+
+
+def test_save_refuses_settings_that_no_file_may_state(tmp_path):
+    encoder = create("sslkit_vit_micro", depth=1)
+    encoder._settings["pretrained_cfg"] = {}
+    with pytest.raises(ValueError, match="'pretrained_cfg' is not a setting"):
+        save(encoder, tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_args": {"checkpoint_path": "x"}}, "'checkpoint_path' is not a setting"),
+        ({"model_args": {"pretrained_cfg": {"file": "x"}}}, "'pretrained_cfg' is not a setting"),
+        ({"model_args": {"depth": 10**6}}, "depth must be an integer"),
+        ({"model_args": [1]}, "model_args must be values by name"),
+        ({"architecture": "hf-hub:a/b"}, "is no network of timm"),
+    ],
+)
+def test_a_config_states_plain_settings_alone(tmp_path, config, message):
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
+    save_file(vit.state_dict(), tmp_path / "model.safetensors")
+    named = {"architecture": "vit_tiny_patch16_224", **config}
+    (tmp_path / "config.json").write_text(json.dumps(named))
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+
+
+def test_numbers_of_a_transformers_config(tmp_path):
+    state = {
+        "embeddings.patch_embeddings.weight": torch.zeros(64, 3, 16, 16),
+        "layer.0.mlp.down_proj.weight": torch.zeros(64, 256),
+    }
+    save_file(state, tmp_path / "model.safetensors")
+    for config, message in (
+        ({"num_hidden_layers": 10**9}, "depth must be an integer"),
+        ({"num_hidden_layers": "12"}, "num_hidden_layers must be a positive number, got '12'"),
+        ({"num_attention_heads": 0}, "num_heads must be a positive number, got 0"),
+        ({"rope_theta": 1e300}, "rope_temperature must be a number"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2, **config}))
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks.99999999.", "blocks.0.99999999.", f"blocks.{'9' * 5000}."]
+)
+def test_the_number_of_a_block_is_bounded(tmp_path, name):
+    path = written(tmp_path / "w.pth", STATE, **{f"{name}norm1.weight": torch.zeros(64)})
+    with pytest.raises(ValueError, match=r"w\.pth: a tensor's name has block 9+; networks of more"):
+        load(path, num_heads=2)
+
+
+def nested(depth: int, leaf: dict) -> dict:
+    """Dicts that hold one dict twice each: 2 ** depth names in a file of some bytes."""
+    for _ in range(depth):
+        leaf = {"a": leaf, "b": leaf}
+    return leaf
+
+
+def scripted(path: Path, module: str, name: str, argument: int) -> Path:
+    """A file of torch.save whose pickle calls a function with a number."""
+    number = b"\x8a\x08" + argument.to_bytes(8, "little")
+    call = b"\x80\x02}X\x01\x00\x00\x00ac" + f"{module}\n{name}\n".encode() + number + b"\x85Rs."
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, content in (("data.pkl", call), ("version", b"3\n"), ("byteorder", b"little")):
+            archive.writestr(f"w/{member}", content)
+    return path
+
+
+def test_memory_follows_the_size_of_a_file(tmp_path):
+    """In a process of its own, whose address space ends 1 GiB above what it has imported."""
+    one = torch.zeros(1)
+    loop: dict = {}
+    loop["a"] = loop
+    many = torch.zeros(10**6, 1, 1)  # sums and products of these broadcast
+    v3, bias = (
+        released.values(released.dinov3_shapes(64, 1, 256, heads=2)),
+        "blocks.0.attn.qkv.bias",
+    )
+    spread_head = {
+        "dino_head.last_layer.weight_g": many,
+        "dino_head.last_layer.weight_v": torch.zeros(1000, 1000),
+        "dino_head.mlp.weight": torch.zeros(1000, 64),
+    }
+    files = {
+        "stride": STATE | {"patch_embed.proj.weight": one.expand(10**6, 3, 14, 14)},
+        "names": STATE | {f"blocks.0.{i}": torch.zeros(10**4).expand(99, -1) for i in range(99)},
+        "sparse": STATE | {"norm.bias": torch.sparse_coo_tensor([[0]], [1.0], (10**12,))},
+        "meta": STATE | {"norm.bias": torch.empty(10**13, device="meta")},
+        "empty": STATE | {"pos_embed": torch.zeros(1, 10**12, 0)},
+        "laughs": STATE | {"z": nested(30, {"c": one})},
+        "nothing": STATE | {"z": nested(30, {})},
+        "deep": STATE | {"z": nested(60, {"c": one})},
+        "loop": STATE | {"z": loop},
+        "wide head": STATE | spread_head,
+        "wide token": STATE | {"register_tokens": torch.zeros(1, 1, 64), "cls_token": many},
+        "wide mask": {**v3, bias: many[:, 0], f"{bias}_mask": many[:, 0, 0]},
+        "kind": STATE | {"norm.bias": torch.zeros(64, dtype=torch.complex64)},
+    }
+    for name, state in files.items():
+        torch.save(state, tmp_path / f"{name}.pth")
+    scripted(tmp_path / "bytes.pth", "__builtin__", "bytearray", 8 * 10**9)
+    scripted(tmp_path / "tensor.pth", "torch", "Tensor", 10**8)
+    torch.save([torch.zeros(1, 1).expand(2, 10**10)], tmp_path / "planes.pth")
+    plain = tmp_path / "plain.pth"
+    torch.save(STATE, plain)
+    zipped = zipfile.ZipFile(tmp_path / "zipped.pth", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(plain) as source, zipped:
+        for member in source.namelist():
+            padding = bytes(10**8) if member.endswith("data.pkl") else b""
+            zipped.writestr(member, source.read(member) + padding)
+    plain.unlink()
+    script = f"""
+import json, resource, warnings
+from pathlib import Path
+from sslkit.backbones import read
+from sslkit.rasa import load_rasa
+warnings.simplefilter("ignore")
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + 2**30
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+said = {{}}
+for path in sorted(Path({str(tmp_path)!r}).glob("*.pth")):
+    try:
+        (load_rasa(path) if path.stem == "planes" else read(path, num_heads=2))
+        said[path.stem] = "read"
+    except ValueError as error:
+        said[path.stem] = str(error)
+print(json.dumps(said))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    said = json.loads(done.stdout)
+    expected = {
+        "stride": "they repeat the same memory",
+        "names": "they repeat the same memory",
+        "sparse": "holds a tensor that is sparse",
+        "meta": "or without values",
+        "empty": r"pos_embed is \[1, 1000000000000, 0\]",
+        "laughs": "holds more than 200,000 values",
+        "nothing": "holds more than 200,000 values",
+        "deep": "nested more than 32 deep",
+        "loop": "nested more than 32 deep",
+        "wide head": "^read$",
+        "wide token": r"shapes \[1000000, 1, 1\] and \[1, 1, 64\] cannot be added",
+        "wide mask": r"a mask of shape \[1000000\] for a bias of \[1000000, 1\]",
+        "kind": r"norm\.bias is torch\.complex64",
+        "bytes": "it needs builtins.bytearray",
+        "tensor": r"(they repeat the same memory|cannot be read as a file of torch\.save)",
+        "planes": "they repeat the same memory",
+        "zipped": r"is compressed: its [\d,]+ bytes unpack to 100,",
+    }
+    assert said.keys() == expected.keys()
+    for name, message in expected.items():
+        assert re.search(message, said[name]), (name, said[name])
+
+
+def test_only_regular_files_beside_their_index(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    (tmp_path / "zero.pth").symlink_to("/dev/zero")
+    with pytest.raises(FileNotFoundError, match="found: none"):
+        load(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    for shard in ("../../etc/passwd", "/etc/passwd", "http://a/b", "", ".", ".."):
+        index.write_text(json.dumps({"weight_map": {"a": shard}}))
+        with pytest.raises(ValueError, match="names shards that are not beside it"):
+            load(tmp_path)
+    for text in ("[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="is not an index of shards"):
+            load(tmp_path)
+    index.write_text("[" * 10**5)
+    with pytest.raises(ValueError, match="is not JSON"):
+        load(tmp_path)
+
+
+def test_fresh_weights_are_no_way_round(own_file, tmp_path):
+    tensors, described = own_file
+    wide = {**described, "settings": {**described["settings"], "embed_dim": 2048}}
+    save_file(tensors, tmp_path / "w.safetensors", {"sslkit.encoder": json.dumps(wide)})
+    kept = "vit.patch_embed.proj.bias"
+    with pytest.raises(ValueError, match=r"too few for ignore|leaves no tensor"):
+        load(tmp_path / "w.safetensors", ignore=["*"])
+    several = {**tensors, kept: torch.zeros(2048)}
+    save_file(several, tmp_path / "w.safetensors", {"sslkit.encoder": json.dumps(wide)})
+    with pytest.raises(ValueError, match="parameters, but the file only"):
+        load(tmp_path / "w.safetensors", ignore=["*"])
+
+
+@pytest.mark.parametrize("given", ["steps/12", "steps/12/__0_0.distcp", "steps/12/.metadata", "."])
+def test_a_distributed_checkpoint_is_named(tmp_path, given):
+    folder = tmp_path / "my run" / "steps" / "12"
+    folder.mkdir(parents=True)
+    (folder / "__0_0.distcp").write_bytes(b"PK\x03\x04")
+    (folder / ".metadata").write_bytes(b"\x80\x04")
+    with pytest.raises(ValueError, match="is a distributed checkpoint") as caught:
+        load(tmp_path / "my run" / given)
+    command = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+    assert f"{command}'{folder}' weights.pth" in str(caught.value)
 
 
 # --- networks in a file --------------------------------------------------------------------------

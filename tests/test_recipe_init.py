@@ -144,7 +144,7 @@ def test_the_backbone_rests_without_gradients_and_decay() -> None:
     scales = []
     for step in range(6):
         seen = own.step(step, next(stream))
-        scales.append(recipe.backbone_lr_scale(step, own.plan, settings))
+        scales.append(recipe.backbone_lr_scale(step, own.plan))
         gradients = {p.grad is not None for p in own.student.backbone.parameters()}
         assert gradients == {step >= 3}
         assert (seen.gradient_norms["backbone"] > 0) == (step >= 3)

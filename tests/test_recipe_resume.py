@@ -1,6 +1,7 @@
 """A run of the recipe that is killed, resumed, poisoned or watched ends where it should."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from sslkit.training.checkpoint import Checkpoints, step_of
 from sslkit.training.metrics import read_metrics
@@ -110,11 +112,11 @@ def test_online_knn_does_not_disturb_the_training(uninterrupted: Path, tmp_path:
 def test_finished_stages_are_left_alone(
     uninterrupted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*.distcp")}
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("rank_*")}
     assert before
     train(uninterrupted, "--resume")
     assert capsys.readouterr().out.count("finished already") == 2
-    assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*.distcp")}
+    assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("rank_*")}
 
 
 def test_a_resumed_run_needs_no_settings_but_the_output(
@@ -152,5 +154,101 @@ def test_a_poisoned_weight_stops_the_run_by_name_and_spares_the_checkpoint(
 def test_a_collapsing_run_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A teacher that gives every image the uniform target.
     hot = "--stages pretrain --targets.start-temperature 100 --targets.temperature 100"
-    recipe.main(smoke(tmp_path / "run", *hot.split(), "--optim.lr-warmup", "0"))
-    assert "warning: step 3: uniform targets" in capsys.readouterr().out
+    few = ("--num-scenes", "6")  # and a batch of 8
+    recipe.main(smoke(tmp_path / "run", *hot.split(), "--optim.lr-warmup", "0", *few))
+    printed = capsys.readouterr().out.splitlines()
+    warnings = [line for line in printed if line.startswith("warning: ")]
+    assert [line for line in warnings if "--batch-size" in line] == [
+        "warning: --batch-size 8 is larger than the data set: each step sees some of its 6 images "
+        "more than once. Give at most 6, or more images"
+    ]
+    assert [line[:34] for line in warnings[1:]] == ["warning: step 3: uniform targets: "]
+    assert all(len(line) <= 150 for line in warnings)
+
+
+def test_a_healthy_run_warns_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.main(smoke(tmp_path / "run", "--stages", "pretrain", "--optim.lr-warmup", "0"))
+    assert "warning: " not in capsys.readouterr().out
+
+
+def test_resume_does_what_the_run_was_asked_for_with_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[tuple[str, int]] = []
+    for name in recipe.STAGES:
+        stage = recipe.STAGES[name]
+
+        def recorded(settings: Any, parallel: Any, name: str = name, stage: Any = stage) -> None:
+            ran.append((name, settings.steps))
+            if name in ("pretrain", "highres"):
+                stage(settings, parallel)
+            else:
+                Path(settings.output, recipe.RESULTS[name]).write_text("{}")
+
+        monkeypatch.setitem(recipe.STAGES, name, recorded)
+
+    output = tmp_path / "run"
+    words = "--steps 4 --checkpoint-every 2 --highres.steps 2 --stages pretrain highres evaluate"
+    recipe.main(smoke(output, *words.split()))
+    assert [name for name, _ in ran] == ["pretrain", "highres", "evaluate"]
+    ran.clear()
+    capsys.readouterr()
+
+    # Interrupted in the second stage. Neither --steps nor --stages is said again.
+    (output / "highres.safetensors").unlink()
+    shutil.rmtree(output / "highres" / "checkpoints" / "step_00000002")
+    for preset in ([], ["--preset", "smoke"]):
+        recipe.main(["--output", str(output), "--resume", *preset])
+        said = capsys.readouterr().out
+        if not preset:
+            expected = f"resuming {output}: highres (at step 0 of 2), evaluate. Data: scenes. Set"
+            assert expected in said
+            assert f"not given here come from {output}/settings.json" in said
+            assert [name for name, _ in ran] == ["pretrain", "highres", "evaluate"]
+        else:
+            assert f"resuming {output}: all is finished." in said
+            assert [name for name, _ in ran] == ["pretrain", "highres"]  # which see that they are
+        assert {steps for _, steps in ran} == {4}
+        ran.clear()
+
+    # A later stage is one more that the run was asked for; one alone does not forget the others.
+    recipe.main(["--output", str(output), "--stages", "rasa"])
+    recipe.main(["--output", str(output), "--resume", "--stages", "pretrain"])
+    stored = recipe.read_settings(output).stages
+    assert stored == ("pretrain", "highres", "rasa", "evaluate")
+    ran.clear()
+    recipe.main(["--output", str(output), "--resume"])  # the scores are older than RASA
+    assert [name for name, _ in ran] == ["pretrain", "highres", "evaluate"]
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    images, output = tmp_path / "images", tmp_path / "run"
+    for i in range(60):
+        (images / f"class {i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), 50).convert("RGB").save(images / f"class {i % 2}" / f"{i}.png")
+    words = ["--data", str(images), "--test-fraction", "0.4", "--steps", "2"]
+    recipe.main(smoke(output, *words, "--checkpoint-every", "1", "--stages", "pretrain"))
+    record = json.loads((output / "data.json").read_text())
+    assert record["train"]["images"] + record["test"]["images"] == 60
+    assert record["test"]["class_names"] == ["class 0", "class 1"]
+
+    moved = tmp_path / "moved"
+    images.rename(moved)
+    moved.rename(images)
+    recipe.main(["--output", str(output), "--resume"])  # the same
+
+    (images / "class 0" / "0.png").unlink()
+    (output / "pretrain.safetensors").rename(tmp_path / "export")
+    shutil.rmtree(output / "pretrain" / "checkpoints" / "step_00000002")
+    with pytest.raises(SystemExit, match=r"error: --data .*: (train|test): \d+ images, now \d+"):
+        recipe.main(["--output", str(output), "--resume"])
+    (tmp_path / "export").rename(output / "pretrain.safetensors")
+    with pytest.raises(SystemExit, match=r"is not what the run in .* began on"):
+        recipe.main(["--output", str(output), "--stages", "evaluate"])
+    (output / "pretrain.safetensors").unlink()
+    recipe.main(["--output", str(output), "--resume", "--accept-changes"])
+    assert json.loads((output / "data.json").read_text()) != record
+    (output / "pretrain.safetensors").unlink()
+    (output / "data.json").write_text("[")
+    with pytest.raises(SystemExit, match=r"data\.json is not JSON .*: restore it, or remove it"):
+        recipe.main(["--output", str(output), "--resume"])

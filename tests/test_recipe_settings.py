@@ -75,6 +75,8 @@ def test_what_does_not_parse(
         ("--workers -1", "--workers must be at least 0, got -1"),
         ("--keep-every -1", "--keep-every must be at least 0, got -1"),
         ("--max-unreadable 2", "--max-unreadable is a share, got 2"),
+        ("--highres.drop-path 1.5", "--highres.drop-path is a share, got 1.5"),
+        ("--highres.temperature-warmup 2", "--highres.temperature-warmup is a share, got 2"),
         ("--optim.clip 0", "--optim.clip must be positive, got 0"),
         ("--optim.layer-decay 1.5", "layer_decay must be above 0 and at most 1, got 1.5"),
         ("--optim.lr-warmup 1.5", "--optim or --targets: warmup_steps"),
@@ -199,9 +201,104 @@ def test_settings_come_back_from_the_output(started: Path) -> None:
     assert recipe.parse(["--output", str(started)]) == recipe.parse(smoke(started))
     for preset, settings in recipe.PRESETS.items():
         (started / "settings.json").write_text(recipe.as_json(settings))
-        assert recipe.read_settings(started) == settings, preset
+        expected = dataclasses.replace(settings, output=started)
+        assert recipe.read_settings(started) == expected, preset
 
 
 def test_settings_are_json(started: Path) -> None:
     stored = json.loads((started / "settings.json").read_text())
     assert stored["model"]["backbone"] == "sslkit_vit_micro"
+
+
+# ------------------------------------------------------------------- folders from somebody else
+
+
+def store(folder: Path, /, **changed: object) -> None:
+    """Write other values into the settings of a run."""
+    settings = json.loads((folder / "settings.json").read_text())
+    for name, value in changed.items():
+        section, _, inner = name.rpartition("__")
+        (settings[section] if section else settings)[inner] = value
+    (folder / "settings.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *("pipe:touch HIT; cat none.tar", "a.tar::pipe:touch HIT", "{pipe:touch HIT,a}.tar"),
+        *("http://127.0.0.1:9/a.tar", "s3://bucket/a.tar", "hf:somebody/data", "hf-stream:x"),
+    ],
+)
+@pytest.mark.parametrize("words", [["--stages", "evaluate"], ["--resume"]])
+def test_what_a_folder_says_starts_no_program_and_asks_no_machine(
+    data: str, words: list[str], started: Path, tmp_path: Path
+) -> None:
+    data = data.replace("HIT", str(tmp_path / "hit"))
+    store(started, data=data)
+    call = ["--output", str(started), *words]
+    with pytest.raises(SystemExit) as exit_:
+        recipe.main(call)
+    assert f"--data '{data}'. If you trust that, say it again" in str(exit_.value)
+    assert not (tmp_path / "hit").exists()
+    assert recipe.parse([*call, "--data", data]).data == data
+
+
+def test_weights_of_a_name_that_stands_in_a_folder_are_not_fetched(started: Path) -> None:
+    store(started, init_from="hf-hub:somebody/weights")
+    call = ["--output", str(started), "--resume"]
+    recipe.parse(call)  # the run has begun: its weights are in the folder
+    (started / "pretrain" / "checkpoints" / "step_00000001").rmdir()
+    with pytest.raises(SystemExit, match=r"--init-from .hf-hub:somebody/weights.\. If you trust"):
+        recipe.main(call)
+
+
+def test_a_folder_writes_to_itself(
+    started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    started.rename("runs/franca")  # the default of --output
+    store(Path("runs/franca"), output=str(tmp_path / "elsewhere"))
+    assert recipe.parse(["--resume"]).output == Path("runs/franca")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"preset": "huge"}, "preset: expected Literal"),
+        ({"stages": ["pretrain", "fly"]}, "stages: expected Literal"),
+        ({"stages": "pretrain"}, "stages: expected tuple"),
+        ({"workers": 10**6}, "--workers must be at most 1024"),
+        ({"scene_size": 10**6}, "--scene-size must be at most"),
+        ({"crops__global_size": 10**6}, r"--crops\.global-size must be at most"),
+        ({"model__num_prototypes": 10**12}, "--model: .*num_prototypes must be an integer from"),
+        ({"model__head_layers": 10**7}, "--model: .*num_layers must be an integer from 1 to 64"),
+        ({"model__backbone": "hf-hub:somebody/code"}, "--model: .*must be the name of a network"),
+        ({"model__backbone": "local-dir:/tmp/x"}, "--model: .*must be the name of a network"),
+        ({"model__backbone_settings": '{"depth": 1000000}'}, "--model: .*depth must be an integer"),
+        (
+            {"model__backbone_settings": '{"checkpoint_path": "/x"}'},
+            "is not a setting that a file may state",
+        ),
+        (
+            {"model__backbone_settings": '{"pretrained_cfg": {}}'},
+            "is not a setting that a file may state",
+        ),
+        ({"model__backbone_settings": "[" * 100_000}, "--model: backbone_settings is not JSON"),
+    ],
+)
+def test_settings_of_a_folder_are_within_bounds(changed: dict, message: str, started: Path) -> None:
+    store(started, **changed)
+    with pytest.raises(SystemExit, match=message):
+        recipe.main(["--output", str(started), "--resume"])
+
+
+def test_another_network_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
+    recipe.main(smoke(tmp_path, "--stages", "pretrain", "--steps", "1"))
+    store(tmp_path, model__num_prototypes=1 << 24)
+    store(tmp_path, model__backbone_settings='{"embed_dim": 65536, "depth": 200}')
+    with pytest.raises(SystemExit, match=r"--model: .*has another encoder than these settings"):
+        recipe.main(["--output", str(tmp_path), "--stages", "evaluate"])
+    (tmp_path / "pretrain.safetensors").unlink()
+    with pytest.raises(SystemExit, match="these settings make another network"):
+        recipe.main(["--output", str(tmp_path), "--resume"])

@@ -112,7 +112,13 @@ def test_metrics_have_everything_that_is_watched(finished: Path) -> None:
 def test_results_have_every_score_of_every_stage(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     stages = {"random init", "pretrain", "highres", "rasa"}
-    assert set(results) == {"knn", "online_knn", "matryoshka", "in_context", "position_r2"}
+    scores = {"knn", "online_knn", "matryoshka", "in_context", "position_r2"}
+    assert set(results) == scores | {"intervals", "test_images", "chance"}
+    assert results["test_images"] == dict.fromkeys(("knn", "in_context", "position_r2"), 20)
+    assert results["chance"] == {"knn": pytest.approx(1 / 12)}
+    for score, intervals in results["intervals"].items():
+        for model, (low, high) in intervals.items():
+            assert low <= results[score][model] <= high
     assert set(results["online_knn"]) == {"raw pixels", "standardised pixels", "random init"}
     assert set(results["knn"]) == stages | {"raw pixels", "standardised pixels"}
     for score in ("matryoshka", "in_context", "position_r2"):
@@ -130,6 +136,9 @@ def test_the_report_shows_every_figure(finished: Path) -> None:
     page = (finished / "report.md").read_text()
     assert re.search(r"model\.backbone\s+sslkit_vit_micro", page)
     assert "| position R2, before -> after RASA |" in page
+    assert "| Score | Value [95 % interval over test images] |" in page
+    assert "| k-NN accuracy (k = 20) | 20 test images, chance 8.3 % |" in page
+    assert re.search(r"\| - pretrain \| [\d.]+ % \[[\d.]+, [\d.]+\] \|", page)
 
 
 def test_report_and_evaluate_can_be_run_alone(
@@ -156,12 +165,13 @@ def test_report_and_evaluate_can_be_run_alone(
 def test_a_report_of_older_scores_is_refused(finished: Path) -> None:
     path = finished / "results.json"
     before = path.read_text()
-    results = json.loads(before)
-    del results["position_r2"]["rasa"]
-    path.write_text(json.dumps(results))
     try:
-        with pytest.raises(SystemExit, match="is older than rasa; run --stages evaluate"):
-            recipe.main(["--output", str(finished), "--stages", "report"])
+        for lost, words in (("rasa", "rasa"), (None, "the intervals of scores")):
+            results = json.loads(before)
+            del (results["position_r2"] if lost else results)[lost or "intervals"]
+            path.write_text(json.dumps(results))
+            with pytest.raises(SystemExit, match=f"is older than {words}; run --stages evaluate"):
+                recipe.main(["--output", str(finished), "--stages", "report"])
     finally:
         path.write_text(before)
 

@@ -1,14 +1,18 @@
 """The report page: complete, readable as Markdown, written as a whole."""
 
 import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 
+import sslkit
 from sslkit import __version__
 from sslkit.evaluation import figures
-from sslkit.evaluation.report import format_table, write_report
+from sslkit.evaluation.report import format_table, typed_command, write_report
 
 RESULTS = [("k-NN accuracy", "20.0 % -> 31.0 %"), ("position R2", "0.62 -> 0.01")]
 
@@ -28,6 +32,7 @@ def test_table_is_aligned():
 
 def test_page(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["recipe.py", "--data", "my images"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     drawn = figures.mask_exposure(torch.rand(4, 6), torch.rand(4, 6))
     path = write(
         tmp_path / "new" / "run",
@@ -48,7 +53,7 @@ def test_page(tmp_path, monkeypatch):
     assert pictures[0][0].startswith("Mask exposure by position. With the shift all positions")
     assert pictures[1][0] == "attention maps"
     for name, value in [
-        ("command", r"python\S* recipe.py --data 'my images'"),
+        ("command", r"python recipe.py --data 'my images'"),
         ("sslkit", re.escape(__version__)),
         ("torch", re.escape(torch.__version__)),
         ("machine", r".*, \d+ threads"),
@@ -60,6 +65,60 @@ def test_page(tmp_path, monkeypatch):
         assert re.search(f"^{re.escape(name)} +{value}$", page, re.MULTILINE), name
     assert page.endswith("```\n")
     assert len(re.findall("^```", page, re.MULTILINE)) == 4
+
+
+@pytest.mark.parametrize(
+    ("typed", "environment", "expected"),
+    [
+        (
+            ["{cwd}/examples/r.py", "--output", "{cwd}/runs/a"],
+            {},
+            "python examples/r.py --output runs/a",
+        ),
+        (["{sslkit}/examples/r.py", "--resume"], {}, "python examples/r.py --resume"),
+        (
+            ["/opt/r.py", "--data=/srv/me/set:image:label"],
+            {},
+            "python .../r.py --data=.../set:image:label",
+        ),
+        (
+            ["r.py", "--weights", "A=/srv/a.pt", "hf:o/n"],
+            {},
+            "python r.py --weights A=.../a.pt hf:o/n",
+        ),
+        (
+            ["r.py", "--data", "https://a.org/x/y.tar"],
+            {},
+            "python r.py --data https://a.org/x/y.tar",
+        ),
+        (
+            ["r.py", "--steps", "3"],
+            {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "8"},
+            "torchrun --nnodes=2 --nproc-per-node=8 r.py --steps 3",
+        ),
+    ],
+)
+def test_the_command_is_told_without_paths_of_the_machine(
+    tmp_path, monkeypatch, typed, environment, expected
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    places = {"cwd": tmp_path, "sslkit": Path(sslkit.__file__).parents[1]}
+    monkeypatch.setattr("sys.argv", [word.format(**places) for word in typed])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert typed_command() == expected
+
+
+def test_python_m_and_paths_in_settings(tmp_path, monkeypatch):
+    spec = SimpleNamespace(name="sslkit.evaluation.__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr("sys.argv", ["/srv/venv/sslkit/evaluation/__main__.py", "knn"])
+    settings = {"output": Path("/srv/me/run"), "rasa": (Path("/srv/r.pt"),), "data": "/srv/images"}
+    page = write(tmp_path, title="Franca on /srv/images", settings=settings).read_text()
+    assert re.search("^command +python -m sslkit.evaluation knn$", page, re.MULTILINE)
+    assert "# Franca on .../images\n" in page
+    assert "/srv" not in page
 
 
 def test_cells_cannot_break_the_table(tmp_path):

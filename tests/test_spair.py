@@ -55,7 +55,10 @@ def test_errors(tmp_path):
     path = root / "PairAnnotation" / "trn" / f"{on_disk.SPAIR_PAIR['filename']}.json"
     for change, message in [
         ({"trg_kps": [[0, 1]]}, r"3 source and 1 target key points"),
-        ({"trg_bndbox": [1, 2, 3]}, r"a box of 3 numbers"),
+        (
+            {"trg_bndbox": [1, 2, 3]},
+            r"aeroplane.json, .*box 0 is \[1, 2, 3\]; expected four",
+        ),
         ({"src_kps": "none"}, r"aeroplane.json is not an annotation of SPair-71k"),
     ]:
         path.write_text(json.dumps(on_disk.SPAIR_PAIR | change))

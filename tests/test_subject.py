@@ -9,7 +9,7 @@ from sslkit import RASAProjector, backbones
 from sslkit.data.scenes import Scenes
 from sslkit.evaluation import knn
 from sslkit.evaluation.encoders import as_encoder
-from sslkit.evaluation.subject import Subject, require_labels
+from sslkit.evaluation.subject import Subject, labelled
 from sslkit.evaluation.tokens import Unsuitable
 
 
@@ -90,9 +90,11 @@ def test_what_is_missing_is_named(subject):
     with pytest.raises(Unsuitable, match="has no patch_size"):
         replace(subject, encoder=function).view("padded")
     features = subject.features("test", "cls")
-    assert torch.equal(require_labels(features, "test"), features.labels)
-    with pytest.raises(Unsuitable, match="test data has images without a label"):
-        require_labels(replace(features, labels=features.labels - 99), "test")
+    assert labelled(features, "test") is features
+    with pytest.raises(Unsuitable, match="test data has no image with a label"):
+        labelled(replace(features, labels=torch.full_like(features.labels, -1)), "test")
+    with pytest.raises(ValueError, match=r"labels of the test data hold -9\d"):
+        labelled(replace(features, labels=features.labels - 99), "test")
 
 
 def test_layers_that_can_be_asked_for(subject):

@@ -200,6 +200,112 @@ def test_bad_momentum(momentum):
         EMATeacher(make_student()).update(make_student(), momentum)
 
 
+class Counting(nn.Module):
+    """Parameters that have no mean, among others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.count = nn.Parameter(torch.tensor([1, 2]), requires_grad=False)
+        self.seen = nn.Parameter(torch.tensor([True, False]), requires_grad=False)
+        self.phase = nn.Parameter(torch.tensor([1j]))
+        self.last = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+
+def test_integers_and_booleans_are_copied_and_complex_numbers_are_averaged():
+    student = Counting()
+    teacher = EMATeacher(student, momentum=0.75)
+    with torch.no_grad():
+        student.weight.fill_(5.0)
+        student.count.copy_(torch.tensor([7, 8]))
+        student.seen.copy_(torch.tensor([False, True]))
+        student.phase.fill_(5.0 + 1j)
+    teacher.update(student)
+    assert teacher.module.weight.tolist() == [2.0] * 3
+    assert teacher.module.count.tolist() == [7, 8]
+    assert teacher.module.seen.tolist() == [False, True]
+    assert teacher.module.phase.tolist() == [1.25 + 1j]
+
+
+def with_parameter(name: str, value: torch.Tensor) -> Counting:
+    student = Counting()
+    setattr(student, name, nn.Parameter(value, requires_grad=False))
+    return student
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (("last", torch.ones(1, dtype=torch.float8_e4m3fn)), None, "float8_e4m3fn have no mean"),
+        (
+            ("last", torch.ones(1)),
+            ("last", torch.ones(1, dtype=torch.int64)),
+            "'last' is torch.int",
+        ),
+        (("phase", torch.ones(1)), ("phase", torch.tensor([1j])), "'phase' is torch.complex64"),
+        (
+            ("last", torch.ones(1)),
+            ("last", torch.ones(1, device="meta")),
+            "'last' is on meta in the",
+        ),
+    ],
+)
+def test_what_cannot_be_moved_is_refused_before_anything_is(first, second, message):
+    teacher = EMATeacher(with_parameter(*first))
+    student = with_parameter(*(second or first))
+    with torch.no_grad():
+        student.weight.fill_(9.0)
+    with pytest.raises(ValueError, match=message):
+        teacher.update(student)
+    assert teacher.module.weight.tolist() == [1.0] * 3
+    assert teacher.module.count.tolist() == [1, 2]
+
+
+def test_a_student_without_shapes_yet_is_refused():
+    with pytest.raises(ValueError, match=r"'1.weight': run it on one batch"):
+        EMATeacher(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)))
+
+
+def test_a_student_that_cannot_be_copied_is_refused_with_the_reason():
+    class Unique(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise AssertionError("there is one of me")
+
+    with pytest.raises(ValueError, match="a Unique, cannot be copied: there is one of me"):
+        EMATeacher(Unique(2, 2))
+
+
+def test_a_student_of_inference_mode():
+    with torch.inference_mode():
+        student = make_student()
+        teacher = EMATeacher(student, momentum=0.5)
+    other = make_student()
+    randomise_(other)
+    old = snapshot(teacher.module)
+    teacher.update(other)  # outside of inference mode
+    for name, value in teacher.module.named_parameters():
+        torch.testing.assert_close(value, (old[name] + dict(other.named_parameters())[name]) / 2)
+
+
+def test_parametrised_students():
+    student = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    teacher = EMATeacher(student, momentum=0.5)
+    with torch.no_grad():
+        student.parametrizations.weight.original0.add_(2.0)
+    teacher.update(student)
+    moved = teacher.module.parametrizations.weight.original0
+    torch.testing.assert_close(moved, student.parametrizations.weight.original0 - 1.0)
+
+
+def test_a_wrapped_student_is_named(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match=r"DistributedDataParallel: pass .* ddp\.module"):
+            EMATeacher(nn.parallel.DistributedDataParallel(nn.Linear(2, 2)))
+    finally:
+        dist.destroy_process_group()
+
+
 def sharded_update(rank: int, init_file: str) -> None:
     """Two processes: the shards move as the whole would, among plain parameters too."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -216,6 +322,8 @@ def sharded_update(rank: int, init_file: str) -> None:
     fully_shard(student[0], mesh=mesh)
     with pytest.raises(ValueError, match=r"'0.weight' is a DTensor .* shard both in the same way"):
         teacher.update(student)
+    with pytest.raises(ValueError, match="sharded by fully_shard, build the teacher before"):
+        EMATeacher(student)
     fully_shard(teacher.module[0], mesh=mesh, reshard_after_forward=True)
 
     with torch.no_grad():

@@ -76,6 +76,13 @@ def introduction(results: Results) -> Iterator[str]:
             f"- Scale `{scale}`: {row['steps']:,} steps of {row['batch_size']} images, "
             f"{row['images']:,} images in all."
         )
+    if any(row["run"] < "2026-11-30T20" for rows in results.values() for row in rows):
+        yield (
+            "- Rows from before 2026-11-30 were trained with another draw of block masks (the "
+            "aspect ratio was drawn and then clamped, so that more blocks spanned the grid), with "
+            "antialiased positions of local crops and, without a norm, with shorter prototypes at "
+            "the start: see [Faithfulness](faithfulness.md)."
+        )
     yield ""
     yield (
         "Scores are the mean ± standard deviation over seeds. Differences are paired: a seed fixes "

@@ -31,6 +31,7 @@ from sslkit.evaluation.position import position_probe
 from sslkit.evaluation.segmentation import masked_patches
 from sslkit.evaluation.subject import Subject
 from sslkit.matryoshka import CosineLinear
+from sslkit.rasa.planes import remove
 from sslkit.training.checkpoint import Checkpoints
 
 _K = 20
@@ -244,7 +245,7 @@ def position_by_iteration(
     found = []
     for planes in scale.rasa_iterations:
         basis = rasa.basis[: 2 * planes]
-        train, test = (x - (x @ basis.T) @ basis for x in (dense.train, dense.test))
+        train, test = (remove(x.double(), basis).to(x) for x in (dense.train, dense.test))
         with torch.no_grad():
             ids = torch.cat([head(x)[level].argmax(-1) for x in test.split(8)])  # [B, H, W]
         entropy, limit = (

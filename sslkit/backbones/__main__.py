@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from sslkit.backbones.read import read
+from sslkit.command_line import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,4 +33,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

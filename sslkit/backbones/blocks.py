@@ -19,34 +19,30 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from sslkit.backbones.rope import with_prefix
-from sslkit.ops.attention import equal_runs, packed_attention
-
-Lengths = tuple[int, ...]
+from sslkit.ops.attention import Runs, packed_attention
 
 
-def drop_path(
-    x: Tensor, lengths: Lengths, drop_prob: float, *, scale_by_keep: bool = True
-) -> Tensor:
+def drop_path(x: Tensor, runs: Runs, drop_prob: float, *, scale_by_keep: bool = True) -> Tensor:
     """Stochastic depth (arXiv 1603.09382): zero a whole crop with probability ``drop_prob``.
 
     Args:
         x: ``[T, D]`` tokens of packed crops: the output of a residual branch.
-        lengths: tokens of each crop; crop c keeps or loses all of its rows.
+        runs: ``(tokens, crops)`` of each run of equal crops; a crop keeps or loses all of its rows.
         drop_prob: in [0, 1].
         scale_by_keep: divide what is kept by ``1 - drop_prob``, which keeps the expectation.
 
-    >>> x = drop_path(torch.ones(6, 1), (2, 3, 1), 0.5)
-    >>> [len(set(crop.flatten().tolist())) for crop in x.split([2, 3, 1])]
+    >>> x = drop_path(torch.ones(7, 1), ((2, 2), (3, 1)), 0.5)
+    >>> [len(set(crop.flatten().tolist())) for crop in x.split([2, 2, 3])]
     [1, 1, 1]
     """
     keep_prob = 1.0 - drop_prob
-    keep = x.new_empty(len(lengths), 1).bernoulli_(keep_prob)
+    counts = [count for _, count in runs]
+    keep = x.new_empty(sum(counts), 1).bernoulli_(keep_prob)
     if scale_by_keep and keep_prob > 0:
         keep.div_(keep_prob)
-    runs = equal_runs(lengths)
     per_token = [
         part.expand(count, n).flatten()
-        for part, (n, count) in zip(keep.split([count for _, count in runs]), runs, strict=True)
+        for part, (n, count) in zip(keep.split(counts), runs, strict=True)
     ]
     return x * torch.cat(per_token)[:, None]  # [T, D] * [T, 1]
 
@@ -66,11 +62,11 @@ class CropDropPath(nn.Module):
             return cls(module.drop_prob, scale_by_keep=module.scale_by_keep)
         return cls()
 
-    def forward(self, x: Tensor, lengths: Lengths) -> Tensor:
+    def forward(self, x: Tensor, runs: Runs) -> Tensor:
         """``[T, D] -> [T, D]``."""
         if self.drop_prob == 0.0 or not self.training:
             return x
-        return drop_path(x, lengths, self.drop_prob, scale_by_keep=self.scale_by_keep)
+        return drop_path(x, runs, self.drop_prob, scale_by_keep=self.scale_by_keep)
 
     def extra_repr(self) -> str:
         """Show the rate in the module's printout."""
@@ -116,9 +112,11 @@ class PackedAttention(nn.Module):
             k = apply_rot_embed_cat(k, angles, half=self.rotate_half)
         return torch.stack((q.to(v.dtype), k.to(v.dtype), v), dim=1)
 
-    def forward(self, x: Tensor, lengths: Lengths, rope: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, runs: Runs, rope: Tensor | None = None) -> Tensor:
         """``[T, D] -> [T, D]``."""
-        x = packed_attention(self.project(x, rope), lengths).flatten(1)  # [T, h, d] -> [T, h * d]
+        lengths, counts = [n for n, _ in runs], [count for _, count in runs]
+        x = packed_attention(self.project(x, rope), lengths, counts=counts)
+        x = x.flatten(1)  # [T, h, d] -> [T, h * d]
         return self.proj_drop(self.proj(self.norm(x)))
 
 
@@ -151,7 +149,7 @@ class PackedEvaAttention(PackedAttention):
 class PackedBlock(nn.Module):
     """The submodules of a timm pre-norm ``Block``, run over packed crops.
 
-    ``block(x [T, D], lengths)`` is the packed form. ``block(x [B, N, D])``, as timm calls it, means
+    ``block(x [T, D], runs)`` is the packed form. ``block(x [B, N, D])``, as timm calls it, means
     B crops of N tokens, so that the timm network around it goes on working by itself.
     """
 
@@ -166,19 +164,19 @@ class PackedBlock(nn.Module):
         self.ls2 = block.ls2
         self.drop_path2 = CropDropPath.like(block.drop_path2)
 
-    def forward(self, x: Tensor, lengths: Lengths | None = None) -> Tensor:
-        """``[T, D] -> [T, D]`` with ``lengths``, ``[B, N, D] -> [B, N, D]`` without."""
-        if lengths is None:
+    def forward(self, x: Tensor, runs: Runs | None = None) -> Tensor:
+        """``[T, D] -> [T, D]`` with ``runs``, ``[B, N, D] -> [B, N, D]`` without."""
+        if runs is None:
             B, N, _ = x.shape
-            return self.forward(x.flatten(0, 1), (N,) * B).unflatten(0, (B, N))
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), lengths)), lengths)
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))), lengths)
+            return self.forward(x.flatten(0, 1), ((N, B),)).unflatten(0, (B, N))
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), runs)), runs)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))), runs)
 
 
 class PackedEvaBlock(nn.Module):
     """The submodules of a timm pre-norm ``EvaBlock``, run over packed crops.
 
-    ``block(x [T, D], lengths, rope [T, 2 * d])`` is the packed form, with ``rope`` None in networks
+    ``block(x [T, D], runs, rope [T, 2 * d])`` is the packed form, with ``rope`` None in networks
     without rotary positions. ``block(x [B, N, D], rope=[P, 2 * d])`` is timm's: B crops of N
     tokens, the last P of which are rotated.
     """
@@ -197,22 +195,22 @@ class PackedEvaBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        lengths: Lengths | None = None,
+        runs: Runs | None = None,
         rope: Tensor | None = None,
         attn_mask: None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """``[T, D] -> [T, D]`` with ``lengths``, ``[B, N, D] -> [B, N, D]`` without."""
+        """``[T, D] -> [T, D]`` with ``runs``, ``[B, N, D] -> [B, N, D]`` without."""
         if attn_mask is not None or is_causal:
             raise ValueError("PackedEvaBlock has no attn_mask and is_causal: crops attend freely")
-        if lengths is None:
+        if runs is None:
             B, N, _ = x.shape
             if rope is not None:
                 rope = with_prefix(rope, N - len(rope)).repeat(B, 1)
-            return self.forward(x.flatten(0, 1), (N,) * B, rope).unflatten(0, (B, N))
-        attended = self.attn(self.norm1(x), lengths, rope)
-        x = x + self.drop_path1(layer_scale(attended, self.gamma_1), lengths)
-        return x + self.drop_path2(layer_scale(self.mlp(self.norm2(x)), self.gamma_2), lengths)
+            return self.forward(x.flatten(0, 1), ((N, B),), rope).unflatten(0, (B, N))
+        attended = self.attn(self.norm1(x), runs, rope)
+        x = x + self.drop_path1(layer_scale(attended, self.gamma_1), runs)
+        return x + self.drop_path2(layer_scale(self.mlp(self.norm2(x)), self.gamma_2), runs)
 
 
 def layer_scale(x: Tensor, gamma: Tensor | None) -> Tensor:
@@ -246,17 +244,16 @@ def pack(block: nn.Module) -> nn.Module:
     return PackedEvaBlock(block) if type(block) is EvaBlock else PackedBlock(block)
 
 
-def run_block(block: nn.Module, x: Tensor, lengths: Lengths, rope: Tensor | None = None) -> Tensor:
+def run_block(block: nn.Module, x: Tensor, runs: Runs, rope: Tensor | None = None) -> Tensor:
     """One block over packed crops, ``[T, D] -> [T, D]``.
 
     A packed block takes all crops at once; any other block is called as it is, on one
     ``[crops, tokens, D]`` batch for each run of equal lengths. Of these none has rotary positions.
     """
     if isinstance(block, PackedEvaBlock):
-        return block(x, lengths, rope)
+        return block(x, runs, rope)
     if isinstance(block, PackedBlock):
-        return block(x, lengths)
-    runs = equal_runs(lengths)
+        return block(x, runs)
     parts = x.split([n * count for n, count in runs])
     outputs = [
         block(part.unflatten(0, (count, n))).flatten(0, 1)

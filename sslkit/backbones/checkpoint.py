@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from sslkit.backbones.encoder import ViTEncoder
 from sslkit.backbones.files import read_header
 from sslkit.backbones.heads import describe_head
-from sslkit.files import atomic_path
+from sslkit.backbones.settings import FOLDED_NORM, HEAD, NETWORK, check_settings
+from sslkit.files import atomic_path, parse_json
 
 HEADER_KEY = "sslkit.encoder"
 VERSIONS = (1, 2)
+_MOST_HEADS = 64
 
 
 def save(
@@ -105,6 +107,7 @@ def require_json(settings: Mapping[str, Any]) -> None:
 def _describe(encoder: ViTEncoder, heads: Mapping[str, nn.Module]) -> str:
     settings = require_settings(encoder)
     require_json(settings)
+    check_settings("the encoder's settings", settings, NETWORK)  # what no file could state again
     folded_norm = _describe_folded_norm(encoder.vit.norm)
     described = {name: describe_head(name, head) for name, head in heads.items()}
     return json.dumps(
@@ -128,13 +131,27 @@ def parse_header(name: str, header: Mapping[str, str]) -> dict[str, Any]:
             f"{name} was not written by sslkit.backbones.save: its header has no {HEADER_KEY!r} "
             f"(it has {sorted(header) or 'nothing'})"
         )
-    described = json.loads(header[HEADER_KEY])
-    if described["version"] not in VERSIONS:
+    where = f"{name}: {HEADER_KEY}"
+    described = parse_json(header[HEADER_KEY], where)
+    version = described.get("version") if isinstance(described, dict) else None
+    if version not in VERSIONS:
         raise ValueError(
-            f"{name} has version {described['version']} of the encoder format; this sslkit reads "
+            f"{name} has version {version!r:.20} of the encoder format; this sslkit reads "
             f"versions {' and '.join(map(str, VERSIONS))}"
         )
-    return {"heads": {}, **described}
+    settings = check_settings(f"{where}: settings", described.get("settings"), NETWORK)
+    if "name" not in settings:
+        raise ValueError(f"{where}: settings have no name of a network")
+    if (folded_norm := described.get("folded_norm")) is not None:
+        folded_norm = check_settings(f"{where}: folded_norm", folded_norm, FOLDED_NORM)
+    heads = described.get("heads", {})
+    if not isinstance(heads, dict) or len(heads) > _MOST_HEADS:
+        raise ValueError(f"{where}: heads must be at most {_MOST_HEADS} heads by name")
+    heads = {
+        head: check_settings(f"{where}: heads, {head!r:.40}", arguments, HEAD)
+        for head, arguments in heads.items()
+    }
+    return {"settings": settings, "folded_norm": folded_norm, "heads": heads}
 
 
 def _check_names(heads: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """ViTEncoder: a Vision Transformer of timm as a masked, multi-crop token encoder."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sslkit.backbones.blocks import (
-    Lengths,
     PackedBlock,
     PackedEvaBlock,
     can_pack,
@@ -27,6 +27,7 @@ from sslkit.backbones.rope import rotations
 from sslkit.backbones.supported import require_supported
 from sslkit.backbones.swiglu import FusedSwiGLU
 from sslkit.backbones.tokens import Tokens
+from sslkit.ops.attention import Runs, equal_runs
 
 _PACKED = (PackedBlock, PackedEvaBlock)
 
@@ -58,7 +59,7 @@ class ViTEncoder(nn.Module):
         activation_checkpointing: in training, keep only the input of each block and recompute the
             rest in the backward pass: same gradients, less memory, one more forward pass of time.
         pos_interpolation: how positions are resampled: ``"antialias"`` (timm's rule),
-            ``"bicubic"`` or ``"dinov2"``.
+            ``"bicubic"`` or ``"dinov2"`` (the rule of DINOv2 and Franca).
         rope_periods: to which type the periods of rotary positions are rounded. Those in DINOv3's
             own files are bfloat16; timm's and transformers' DINOv3 compute them in float32.
         settings: keyword arguments of :func:`sslkit.backbones.create` that rebuild this network;
@@ -208,10 +209,10 @@ class ViTEncoder(nn.Module):
             ValueError: ``images`` is empty, ``masks`` is not as long, or as in :meth:`forward`.
             TypeError: a batch is not floating point.
         """
-        x, lengths, grids = self._pack(images, masks)
+        x, runs, grids = self._pack(images, masks)
         rope = self._rotations(grids)
         for block in self.vit.blocks:
-            x = self._run(block, x, lengths, rope)
+            x = self._run(block, x, runs, rope)
         return self._unpack(x, grids)
 
     def intermediate(self, images: Tensor, n: int) -> list[Tokens]:
@@ -221,11 +222,11 @@ class ViTEncoder(nn.Module):
         """
         if not 1 <= n <= self.depth:
             raise ValueError(f"n must be between 1 and the {self.depth} blocks, got {n}")
-        x, lengths, grids = self._pack([images], None)
+        x, runs, grids = self._pack([images], None)
         rope = self._rotations(grids)
         outputs = []
         for i, block in enumerate(self.vit.blocks):
-            x = self._run(block, x, lengths, rope)
+            x = self._run(block, x, runs, rope)
             if i >= self.depth - n:
                 outputs.append(self._unpack(x, grids)[0])
         return outputs
@@ -254,28 +255,43 @@ class ViTEncoder(nn.Module):
                 f"queries_keys_values: block {block} is a {type(chosen).__name__}; they are known "
                 "for timm's standard Block with its standard Attention, and for its EvaBlock"
             )
-        x, lengths, grids = self._pack([images], None)
+        x, runs, grids = self._pack([images], None)
         rope = self._rotations(grids)
         for earlier in self.vit.blocks[:block]:
-            x = self._run(earlier, x, lengths, rope)
+            x = self._run(earlier, x, runs, rope)
         qkv = chosen.attn.project(chosen.norm1(x), rope)  # [B * T, 3, h, d]
         qkv = qkv.unflatten(0, (len(images), -1))  # [B, T, 3, h, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, T, d]
         return q, k, v
 
-    def set_img_size_(self, img_size: int | tuple[int, int]) -> None:
+    def set_img_size_(
+        self, img_size: int | tuple[int, int], *, pos_interpolation: PosInterpolation | None = None
+    ) -> None:
         """Resample the stored position embedding to the grid of ``img_size``, in place.
 
         Not needed to encode images of another size, which resamples on the fly; it makes the new
         grid the one that is trained and saved. ``vit.pos_embed`` becomes a new parameter, so build
         the optimizer afterwards. A network without learned positions, such as DINOv3, changes in
         its settings alone.
+
+        Args:
+            img_size: ``(height, width)`` or one number, multiples of the patch size.
+            pos_interpolation: the rule for this once. By default the encoder's own, so that images
+                of the new size have the same tokens before and after. The released Franca trains
+                with ``"dinov2"`` and prepares its 518-pixel stage with ``"antialias"``
+                (scripts/modify_ckpt_highres.py).
+
+        Raises:
+            ValueError: the size is not a multiple of the patch size, or the rule is unknown.
         """
+        rule = self.pos_interpolation if pos_interpolation is None else pos_interpolation
+        check_pos_interpolation(rule)
         h, w = (img_size, img_size) if isinstance(img_size, int) else img_size
         H, W = self._grid(h, w, "img_size")
         vit = self.vit
         if vit.pos_embed is not None:
-            prefix, patches = positions_of(vit, vit.pos_embed, (H, W), self._resample)
+            resample = partial(resample_positions, method=rule)
+            prefix, patches = positions_of(vit, vit.pos_embed, (H, W), resample)
             resampled = torch.cat([prefix, patches], dim=1).detach().clone()
             vit.pos_embed = nn.Parameter(resampled, requires_grad=vit.pos_embed.requires_grad)
         vit.patch_embed.set_input_size(img_size=(h, w))
@@ -313,8 +329,8 @@ class ViTEncoder(nn.Module):
 
     def _pack(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None
-    ) -> tuple[Tensor, Lengths, list[tuple[int, int, int]]]:
-        """All tokens ``[T, D]``, the length of each crop, and ``(B_i, H_i, W_i)`` of each batch."""
+    ) -> tuple[Tensor, Runs, list[tuple[int, int, int]]]:
+        """All tokens ``[T, D]``, their runs of equal crops, ``(B_i, H_i, W_i)`` of each batch."""
         if not images:
             raise ValueError("forward_many: images is empty; give at least one batch of images")
         masks = [None] * len(images) if masks is None else masks
@@ -323,16 +339,17 @@ class ViTEncoder(nn.Module):
                 f"masks must hold one mask or None for each of the {len(images)} batches in "
                 f"images, got {len(masks)}"
             )
-        packed, grids = [], []
-        lengths: Lengths = ()
+        packed, grids, lengths, counts = [], [], [], []
         for i, (batch, mask) in enumerate(zip(images, masks, strict=True)):
             grid = self._check(batch, mask, "images" if len(images) == 1 else f"images[{i}]")
             x = embed(self.vit, batch, grid, self._resample, mask_token=self.mask_token, masks=mask)
             B, length, _ = x.shape
             packed.append(x.flatten(0, 1))
-            lengths += (length,) * B
+            lengths.append(length)
+            counts.append(B)
             grids.append((B, *grid))
-        return (packed[0] if len(packed) == 1 else torch.cat(packed)), lengths, grids
+        x = packed[0] if len(packed) == 1 else torch.cat(packed)
+        return x, equal_runs(lengths, counts), grids
 
     def _rotations(self, grids: Sequence[tuple[int, int, int]]) -> Tensor | None:
         """Rotary positions of the packed tokens, ``[T, 2 * head_dim]``; None where there are none.
@@ -355,10 +372,10 @@ class ViTEncoder(nn.Module):
         self._round_periods_()
         return self
 
-    def _run(self, block: nn.Module, x: Tensor, lengths: Lengths, rope: Tensor | None) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, runs: Runs, rope: Tensor | None) -> Tensor:
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(run_block, block, x, lengths, rope, use_reentrant=False)
-        return run_block(block, x, lengths, rope)
+            return checkpoint(run_block, block, x, runs, rope, use_reentrant=False)
+        return run_block(block, x, runs, rope)
 
     def _unpack(self, x: Tensor, grids: Sequence[tuple[int, int, int]]) -> list[Tokens]:
         """Final norm, then the packed ``[T, D]`` tokens as one :class:`Tokens` for each batch."""

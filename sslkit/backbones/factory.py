@@ -20,7 +20,7 @@ def create(
     drop_path_rate: float = 0.0,
     patch_size: Size | None = None,
     activation_checkpointing: bool = False,
-    pos_interpolation: PosInterpolation = "antialias",
+    pos_interpolation: PosInterpolation | None = None,
     rope_periods: Literal["float32", "bfloat16"] = "float32",
     pretrained: bool = False,
     **timm_kwargs: Any,
@@ -40,7 +40,9 @@ def create(
             library, of the last block with a linear ramp for timm's.
         patch_size: ``(height, width)`` or one number; the network's own by default.
         activation_checkpointing: see :class:`ViTEncoder`.
-        pos_interpolation: see :class:`ViTEncoder`.
+        pos_interpolation: how positions are resampled, see :class:`ViTEncoder`. By default as the
+            network's own code does: ``"dinov2"`` for the networks of this library, as the released
+            Franca trains, ``"antialias"`` for timm's.
         rope_periods: see :class:`ViTEncoder`.
         pretrained: load timm's weights, by download or from its cache. Networks of this library
             have none to download.
@@ -74,6 +76,7 @@ def create(
                 "with sslkit.backbones.load"
             )
         vit = build_franca_vit(name, **shape, **common)
+        pos_interpolation = pos_interpolation or "dinov2"
     elif timm.is_model(name):
         vit = _create_timm(name, pretrained, {**shape, **common})
     else:
@@ -82,7 +85,7 @@ def create(
     return ViTEncoder(
         vit,
         activation_checkpointing=activation_checkpointing,
-        pos_interpolation=pos_interpolation,
+        pos_interpolation=pos_interpolation or "antialias",
         rope_periods=rope_periods,
         settings=settings,
     )

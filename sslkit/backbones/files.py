@@ -3,25 +3,31 @@
 Nothing but tensors and plain data is ever unpickled (``torch.load(weights_only=True)``).
 """
 
-import argparse
-import json
 import os
-import pickle
 import re
-import zipfile
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from torch import Tensor
+
+from sslkit.files import parse_json
+from sslkit.torch_files import plain_tensor, read_torch_file, require_proportion
 
 WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_SHARDED = (
+    "*.distcp",
+    "*/*.distcp",
+    "*/*/*.distcp",
+    "*/*/*/*.distcp",
+)  # a run, down to a rank's file
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_DEEPEST, _MOST_VALUES = 32, 200_000  # dicts in dicts, and values in a file, in all
 _OTHER_KINDS = {
     b"\x1f\x8b": "a gzip archive: unpack it first, and give the file inside",
     b"version https://git-lfs": "a git-lfs pointer, not the file it points to: run git lfs pull",
@@ -72,6 +78,8 @@ def open_weights(path_or_name: str | os.PathLike[str]) -> WeightsFile:
     path = _download(name) if name.startswith("hf:") else Path(name)
     if path.is_dir():
         return _open_folder(name, path)
+    if path.is_file() and (path.suffix == ".distcp" or path.name == ".metadata"):
+        raise ValueError(_is_distributed(path.parent))
     if not path.is_file():
         hint = f"; is it hf:{name} ?" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
         raise FileNotFoundError(f"no encoder file at {path}{hint}")
@@ -98,7 +106,11 @@ def _open_folder(name: str, folder: Path) -> WeightsFile:
     for whole in WHOLE_FILES:
         if (folder / whole).is_file():
             return _open_files(name, [folder / whole], config)
-    found = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
+    found = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+    if not found:
+        for pattern in _SHARDED:
+            if parts := sorted(folder.glob(pattern)):
+                raise ValueError(_is_distributed(parts[-1].parent))
     if len(found) != 1:
         listed = ", ".join(path.name for path in found) or "none"
         raise FileNotFoundError(
@@ -108,8 +120,20 @@ def _open_folder(name: str, folder: Path) -> WeightsFile:
     return _open_files(name, found, config)
 
 
+def _is_distributed(folder: Path) -> str:
+    return (
+        f"{folder} is a distributed checkpoint (torch.distributed.checkpoint), one part a rank. "
+        "Gather it into one file, and read that: python -m torch.distributed.checkpoint."
+        f"format_utils dcp_to_torch {shlex.quote(str(folder))} weights.pth (this unpickles its "
+        ".metadata, which runs code: only where you trust it)"
+    )
+
+
 def _open_shards(name: str, index: Path, config: Mapping[str, Any]) -> WeightsFile:
-    weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    content = parse_json(index.read_bytes(), str(index))
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
+        raise ValueError(f"{index} is not an index of shards: it has no weight_map of file names")
     shards = sorted(set(weight_map.values()))
     strange = [shard for shard in shards if Path(shard).name != shard]
     absent = [shard for shard in shards if not (index.parent / shard).is_file()]
@@ -130,12 +154,17 @@ def _open_files(name: str, paths: list[Path], config: Mapping[str, Any]) -> Weig
     for path in paths:
         found, path_header = _read(path)
         header |= path_header
-        for key, value in _flatten(found, ()):
+        own: dict[str, Tensor] = {}
+        for count, (key, value) in enumerate(_flatten(path, found)):
+            if count > _MOST_VALUES:
+                raise ValueError(f"{path} holds more than {_MOST_VALUES:,} values")
             if not isinstance(value, Tensor):
                 continue
-            if key in tensors:
+            if key in tensors or key in own:
                 raise ValueError(f"{path} holds {key} twice, once under a wrapper's name")
-            tensors[key] = value
+            own[key] = plain_tensor(f"{path}: {key}", value)
+        require_proportion(str(path), own.values(), path.stat().st_size)
+        tensors |= own
     if not tensors:
         raise ValueError(f"{name} holds no tensors")
     return WeightsFile(name, tuple(paths), tensors, header, config)
@@ -150,7 +179,7 @@ def _read(path: Path) -> tuple[Any, dict[str, str]]:
     if start[8:9] == b"{" and not start.startswith(b"PK"):
         return _read_safetensors(path)
     if start.startswith((b"PK\x03\x04", b"\x80")):
-        return _read_torch(path, zipped=start.startswith(b"PK")), {}
+        return read_torch_file(path), {}
     for magic, kind in _OTHER_KINDS.items():
         if start.lstrip().startswith(magic):
             raise ValueError(f"{path} is {kind}")
@@ -170,48 +199,20 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _read_torch(path: Path, *, zipped: bool) -> Any:
-    if zipped and _is_torchscript(path):
-        raise ValueError(
-            f"{path} is a TorchScript archive, which holds code: load it with torch.jit.load where "
-            "you trust it, and save its state_dict()"
-        )
-    # torch takes files of this name for safetensors, whatever they are.
-    mapped = zipped and path.suffix != ".safetensors"
-    try:
-        # The checkpoints of DINO and iBOT keep their command line: a Namespace of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as opened:
-            source = path if mapped else opened
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"(?:GLOBAL|global|class) ([\w.]+)", str(error))
-        cause = f"it needs {code[1]}" if code else f"{str(error).splitlines()[0]}"
-        raise ValueError(
-            f"{path} holds more than tensors ({cause}), and code from a file is not run. Where "
-            "you trust it, load it in a process of its own with torch.load(..., "
-            "weights_only=False), and save the state dict's tensors alone"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a file of torch.save: {str(error).splitlines()[0]}. Was the "
-            "download or the copy cut short?"
-        ) from error
-
-
-def _is_torchscript(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:
-        return False
-
-
-def _flatten(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
+def _flatten(path: Path, value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of nested dicts."""
+    if isinstance(value, Mapping) and value:
+        if len(keys) > _DEEPEST:
+            raise ValueError(f"{path} holds dicts nested more than {_DEEPEST} deep")
         for key, inner in value.items():
-            yield from _flatten(inner, (*keys, *str(key).split(".")))
+            yield from _flatten(path, inner, (*keys, *_parts(key)))
     else:
         yield _join(keys), value
+
+
+def _parts(key: object) -> list[str]:
+    """A key as parts of a dotted name; one that is not text or a number by its type alone."""
+    return str(key).split(".") if isinstance(key, str | int) else [type(key).__name__]
 
 
 def _join(keys: tuple[str, ...] | list[str]) -> str:
@@ -222,10 +223,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    config = parse_json(path.read_bytes(), str(path))
     return config if isinstance(config, dict) else {}
 
 

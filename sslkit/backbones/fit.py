@@ -2,6 +2,7 @@
 
 import fnmatch
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,10 @@ from sslkit.backbones.files import WeightsFile
 from sslkit.backbones.layouts.layout import Layout
 from sslkit.backbones.networks import Network
 from sslkit.backbones.report import LoadReport
+from sslkit.backbones.settings import NETWORK, check_settings
 
 _PATCH_WEIGHT = "vit.patch_embed.proj.weight"
+_WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def build_encoder(
@@ -44,12 +47,20 @@ def build_encoder(
         ValueError: tensors are missing, unexpected, of another shape, or cannot be joined: all are
             listed. Nothing was built then.
     """
+    settings = check_settings(f"{file.name}: the settings", settings, NETWORK)
+    if settings.get("depth", 1) > len(network.tensors):
+        raise ValueError(
+            f"{file.name}: a network of {settings['depth']} blocks has more tensors than the "
+            f"{len(network.tensors)} in the file"
+        )
     encoder = _create(settings, folded_norm)
     expected = {name: t.shape for name, t in encoder.state_dict().items()}
     fit = _Fit(network, layout, ignore)
     state = {name: fit.take(name, shape) for name, shape in expected.items()}
     fit.check(file.name, settings)
     found = {name: tensor for name, tensor in state.items() if tensor is not None}
+    if not found:
+        raise ValueError(f"ignore={list(ignore)} leaves no tensor of {file.name} to load")
     channels = {}
     if in_chans is not None and in_chans != settings["in_chans"]:
         found[_PATCH_WEIGHT] = adapt_channels(found[_PATCH_WEIGHT], in_chans)
@@ -58,6 +69,8 @@ def build_encoder(
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in found.values()))
     if "mask_token" in fit.missing and "mask_token" in layout.absent:
         found["mask_token"] = torch.zeros(expected["mask_token"], dtype=dtype)
+    if len(found) < len(expected):
+        _require_share(file.name, expected, network)
     if channels or len(found) < len(expected):
         encoder = _create(settings, folded_norm, fresh=len(found) < len(expected))
     values = {name: tensor.to(dtype, copy=True) for name, tensor in found.items()}
@@ -142,14 +155,14 @@ class _Fit:
         parts = [tensors[part] for part in source.names]
         try:
             value = source.join(*parts) if source.join is not None else parts[0]
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
             self.problems.append(f"{' and '.join(map(self.full, source.names))}: {error}")
             return None
-        if value.shape != shape or not value.is_floating_point():
+        if value.shape != shape or value.dtype not in _WEIGHTS:
             if ignored:
                 self.missing[name] = f"fresh weights, by ignore (the file's is {list(value.shape)})"
                 return None
-            kind = "" if value.is_floating_point() else f"{value.dtype} "
+            kind = "" if value.dtype in _WEIGHTS else f"{value.dtype} "
             self.problems.append(
                 f"mismatched: {' and '.join(map(self.full, source.names))} is "
                 f"{kind}{list(value.shape)}, the network has {list(shape)}"
@@ -193,12 +206,35 @@ def _matching(name: str, patterns: Iterable[str]) -> str | None:
 def _create(
     settings: Mapping[str, Any], folded_norm: Mapping[str, float] | None, *, fresh: bool = False
 ) -> ViTEncoder:
-    """The network without memory (on the meta device), or with fresh weights."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu" if fresh else "meta"):
-        encoder = create(**settings)
-        if folded_norm is not None:
-            encoder.vit.norm = build_folded_norm(encoder.embed_dim, **folded_norm)
+    """The network without memory (on the meta device), or with fresh weights.
+
+    Raises:
+        ValueError: timm has no such network; its errors are of many types, assertions among them.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu" if fresh else "meta"):
+            encoder = create(**settings)
+            if folded_norm is not None:
+                encoder.vit.norm = build_folded_norm(encoder.embed_dim, **folded_norm)
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"no encoder can be built with {dict(settings)}: {reason}") from error
     return encoder
+
+
+def _require_share(name: str, expected: Mapping[str, torch.Size], network: Network) -> None:
+    """Fresh weights, which ``ignore`` asks for, take memory that no tensor of the file stands for.
+
+    Raises:
+        ValueError: the encoder is more than four times the network in the file.
+    """
+    asked = sum(math.prod(shape) for shape in expected.values())
+    there = sum(tensor.numel() for tensor in network.tensors.values())
+    if asked > 4 * there + (1 << 20):
+        raise ValueError(
+            f"the encoder that {name} describes has {asked:,} parameters, but the file only "
+            f"{there:,}: too few for ignore to leave the rest to fresh weights"
+        )
 
 
 def _replace_rope_(encoder: ViTEncoder, settings: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 Sizes and details are those of the released configuration: patch 14, fused SwiGLU, LayerScale
 1e-5, qkv bias, no registers, one drop path rate for all blocks, learned positions (the class token
-has one too) on the grid of the 224-pixel global crop. Franca has no ViT-S; its size is DINOv2's
+has one too) on the grid of the 224-pixel global crop. Franca trained no ViT-S; its size is DINOv2's
 (arXiv 2304.07193).
 """
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslkit.backbones.settings import HEAD, check_settings
 from sslkit.matryoshka import MatryoshkaProjector
 
 Head = MatryoshkaProjector | dict[str, Tensor]
@@ -49,8 +50,11 @@ def build_head(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> M
     Raises:
         ValueError: the tensors are not exactly the projector's.
     """
-    with torch.device("meta"):
-        head = MatryoshkaProjector(**arguments)
+    try:
+        with torch.device("meta"):
+            head = MatryoshkaProjector(**check_settings("the head's arguments", arguments, HEAD))
+    except (TypeError, RuntimeError) as error:  # an argument is missing, or sizes overflow
+        raise ValueError(f"no head can be built of {dict(arguments)}: {error}") from error
     expected = {name: t.shape for name, t in head.state_dict().items()}
     found = {name: t.shape for name, t in tensors.items()}
     if found != expected:
@@ -64,6 +68,8 @@ def build_head(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> M
                 for name in differ[:5]
             )
         )
+    if odd := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise ValueError(f"the head's {odd[0]} is {tensors[odd[0]].dtype}, not floating point")
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     head.load_state_dict(copies, assign=True)
     return head.requires_grad_()
@@ -87,7 +93,10 @@ def read_head(tensors: Mapping[str, Tensor]) -> tuple[Head, str]:
     Returns:
         The head, and what it is in words.
     """
-    arguments_and_tensors = _franca(tensors) or _dino(tensors)
+    try:
+        arguments_and_tensors = _franca(tensors) or _dino(tensors)
+    except ValueError:  # names with other parts than these heads have
+        arguments_and_tensors = None
     if arguments_and_tensors is None:
         return dict(tensors), f"{len(tensors)} tensors, which no MatryoshkaProjector computes with"
     arguments, renamed = arguments_and_tensors
@@ -145,7 +154,7 @@ def _franca(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Te
     for i in range(levels):
         projection = renamed.get(f"heads.{i}.0.weight")
         pair = _prototypes(tensors, f"last_layers.{i}.")
-        if projection is None or pair is None:
+        if projection is None or projection.ndim != 2 or pair is None:
             return None
         projections.append(projection)
         renamed[f"prototypes.{i}.weight"] = pair[0] * pair[1]
@@ -182,7 +191,7 @@ def _dino(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tens
         renamed[f"heads.0.{int(layer or 0) + 1}.{kind}"] = tensor
     widths = _widths(renamed, start=1)
     first = renamed.get("heads.0.1.weight")
-    if widths is None or first is None:
+    if widths is None or first is None or first.ndim != 2:
         return None
     arguments = {
         "in_dim": first.shape[1],
@@ -202,8 +211,10 @@ def _prototypes(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, Ten
         ("parametrizations.weight.original0", "parametrizations.weight.original1"),
     ):
         if prefix + g in tensors and prefix + v in tensors:
-            rows = tensors[prefix + v]
-            return tensors[prefix + g], rows / rows.norm(dim=1, keepdim=True)
+            norms, rows = tensors[prefix + g], tensors[prefix + v]
+            if rows.ndim != 2 or norms.shape != (len(rows), 1) or not rows.is_floating_point():
+                return None  # and nothing that broadcasts to more than the file holds
+            return norms, rows / rows.norm(dim=1, keepdim=True)
     return None
 
 
@@ -219,7 +230,9 @@ def _widths(renamed: Mapping[str, Tensor], start: int) -> dict[str, int] | None:
         int(m[1]) for name in renamed if (m := re.fullmatch(r"heads\.0\.(\d+)\.weight", name))
     )
     layers = [renamed[f"heads.0.{n}.weight"] for n in numbers if n >= start]
-    if not layers or any(b - a != 2 for a, b in pairwise(n for n in numbers if n >= start)):
+    if not layers or any(layer.ndim != 2 for layer in layers):
+        return None
+    if any(b - a != 2 for a, b in pairwise(n for n in numbers if n >= start)):
         return None
     return {
         "hidden_dim": len(layers[0]),

@@ -80,7 +80,8 @@ def read(
             :func:`sslkit.backbones.files.open_weights`.
         img_size: resample the position embedding to the grid of this ``(height, width)`` or side,
             by the rule ``pos_interpolation``; by default the grid stays that of the file. Not
-            needed to encode images of another size, which resamples on the fly.
+            needed to encode images of another size, which resamples on the fly by the same rule and
+            gives the same tokens.
         in_chans: channels of the images, by default the file's. Channel j takes the weights of
             channel ``j mod C``, shared evenly by the channels that take the same ones; with fewer
             channels than the file's C, channel j takes the sum of channels ``j, j + in_chans, ...``
@@ -162,14 +163,21 @@ def read(
 
 
 def _recognise(file: WeightsFile, network: Network, stated: Stated) -> Layout:
-    """Whose names a network has. Raises a ValueError if nobody's."""
+    """Whose names a network has. Raises a ValueError that begins with the file if nobody's."""
+    try:
+        return _layout(file, network, stated)
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from error
+
+
+def _layout(file: WeightsFile, network: Network, stated: Stated) -> Layout:
     names, config = network.tensors, file.config
     if "embeddings.patch_embeddings.projection.weight" in names:
         if in_any_block(names, "layer_scale1.lambda1"):
             return transformers_dinov2.describe(names, config, stated)
         raise ValueError(
-            f"{file.name} is a Vision Transformer of transformers, but not DINOv2: its blocks have "
-            "no layer_scale1.lambda1"
+            "a Vision Transformer of transformers, but not DINOv2: its blocks have no "
+            "layer_scale1.lambda1"
         )
     if "embeddings.patch_embeddings.weight" in names:
         return dinov3.describe_transformers(names, config, stated)

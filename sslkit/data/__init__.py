@@ -7,7 +7,7 @@ from sslkit.data.image_array import ImageArray
 from sslkit.data.image_folder import ImageFolder
 from sslkit.data.loader import MultiCropDataset, make_loader
 from sslkit.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
-from sslkit.data.protocols import Source, StreamSource
+from sslkit.data.protocols import Source, StreamSource, item_key, known_labels
 from sslkit.data.sample_stream import SampleStream
 from sslkit.data.samples import Batch, collate
 from sslkit.data.scenes import Scene, Scenes
@@ -42,6 +42,8 @@ __all__ = [
     "UnreadableLog",
     "collate",
     "decode_image",
+    "item_key",
+    "known_labels",
     "make_loader",
     "make_shards",
     "open_source",

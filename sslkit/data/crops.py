@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
 from sslkit.data import pixels
+from sslkit.data.channels import with_channels
 from sslkit.data.normalisation import normalisation
 
 Size = int | tuple[int, int]
@@ -88,8 +89,11 @@ class MultiCrop:
         solarise_probability: of every global view but the first; bright values from 128 up invert.
         mean, std: of the normalisation, one value a channel, for images in 0..1; None is ImageNet's
             for RGB and the average of its three for any other number of channels.
+        channels: of the views; images are brought to it by
+            `sslkit.data.channels.with_channels`. None: those of the image.
 
-    The values are those of DINOv2 (arXiv 2304.07193) and of Franca (arXiv 2507.14137, §4). Images
+    The values are those of DINOv2 (arXiv 2304.07193) and of Franca (arXiv 2507.14137, §4). Their
+    code hands one minus the blur's probability on and so blurs 0, 90 and 50 % of the views. Images
     may have any number of channels; saturation, hue and grey leave all but RGB alone.
 
     Raises:
@@ -119,6 +123,7 @@ class MultiCrop:
     solarise_probability: float = 0.2
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    channels: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_global < 1 or self.num_local < 0:
@@ -147,8 +152,13 @@ class MultiCrop:
 
     def __call__(self, image: Tensor, *, generator: torch.Generator) -> Crops:
         """The views of ``image`` uint8 [C, h, w], a function of it and the generator's state."""
-        check_image(image)
+        image = self.checked(image)
         return self.render_all(image, self.draw(*image.shape[1:], generator=generator))
+
+    def checked(self, image: Tensor) -> Tensor:
+        """``image`` with ``channels`` channels; a ValueError unless it is uint8 [C, h, w]."""
+        check_image(image)
+        return image if self.channels is None else with_channels(image, self.channels)
 
     def render_all(self, image: Tensor, views: Sequence[View]) -> Crops:
         """The given views of ``image`` uint8 [C, h, w], the global ones first, normalised."""

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from sslkit.data.decode import MAX_SIDE, read_image
+from sslkit.data.labels import NO_LABEL, as_labels, check_num_classes
 from sslkit.data.string_table import StringTable
 
 
@@ -27,7 +28,7 @@ class ImageFiles:
         folder: str | os.PathLike[str],
         files: Sequence[str],
         *,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[int] | np.ndarray | None = None,
         class_names: tuple[str, ...] | None = None,
         num_classes: int | None = None,
         max_side: int = MAX_SIDE,
@@ -35,9 +36,16 @@ class ImageFiles:
         self.folder = os.fspath(folder)
         self.max_side = max_side
         self.class_names = class_names
-        self.num_classes = len(class_names or ()) if num_classes is None else num_classes
+        self.num_classes = check_num_classes(
+            len(class_names or ()) if num_classes is None else num_classes, of=self.folder
+        )
         self._files = StringTable(files)
-        self._labels = None if labels is None else np.array(labels, np.int32)
+        self._labels = None
+        if labels is not None:
+            checked = as_labels(
+                labels, of=self.folder, num_classes=self.num_classes, name=lambda i: f"/{files[i]}"
+            )
+            self._labels = checked.astype(np.int32)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -47,8 +55,21 @@ class ImageFiles:
 
     def label(self, index: int) -> int:
         """The class of the image, which is not read; -1 where there is none."""
-        return -1 if self._labels is None else int(self._labels[index])
+        return NO_LABEL if self._labels is None else int(self._labels[index])
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """The labels of all images, int64 [n], -1 where there is none; None if there are none."""
+        return None if self._labels is None else self._labels.astype(np.int64)
 
     def name(self, index: int) -> str:
         """The path of the file."""
         return os.path.join(self.folder, self._files[index])
+
+    def key(self, index: int) -> str:
+        """The path below the folder, with ``/`` between its parts on any platform."""
+        return self._files[index].replace(os.sep, "/")
+
+    def names_digest(self) -> str:
+        """A digest of the names relative to the folder, for :mod:`sslkit.data.fingerprint`."""
+        return self._files.digest()

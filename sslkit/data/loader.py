@@ -6,23 +6,23 @@ was stopped. A run resumes with ``make_loader(..., start_sample=step * batch_siz
 """
 
 import itertools
-import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from sslkit.data.crops import MultiCrop, check_image
+from sslkit.data.crops import MultiCrop
 from sslkit.data.decode import UnreadableImage
 from sslkit.data.protocols import MAX_REPLACEMENTS, Source, StreamReader, StreamSource
 from sslkit.data.sample_stream import PERMUTATION, REPLACEMENT, VIEWS, Positions, SampleStream
 from sslkit.data.samples import Batch, DrawnBatch, DrawnSample, Sample, collate, collate_drawn
 from sslkit.data.seeds import sample_seed
 from sslkit.data.unreadable import Unreadable
+from sslkit.data.workers import WorkerLoader
 
 
 class MultiCropDataset(Dataset[Sample]):
@@ -84,7 +84,7 @@ class MultiCropDataset(Dataset[Sample]):
     ) -> DrawnSample:
         """The views of ``image``, uint8 [C, h, w], by the random choices of sample ``key``."""
         start = time.perf_counter()
-        check_image(image)
+        image = self.crops.checked(image)
         generator = torch.Generator().manual_seed(sample_seed(self.seed, VIEWS, *key))
         views = self.crops.draw(*image.shape[1:], generator=generator)
         return DrawnSample(
@@ -123,18 +123,6 @@ class _Drawn(Dataset[DrawnSample]):
         return self.dataset.drawn(key)
 
 
-class _Rendered:
-    """The batches of a loader of drawn ones, rendered on a device as they are taken."""
-
-    def __init__(self, loader: Iterable[DrawnBatch], crops: MultiCrop, device: torch.device | str):
-        self.loader = loader
-        self.crops = crops
-        self.device = device
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (drawn.render(self.crops, self.device) for drawn in self.loader)
-
-
 def make_loader(
     dataset: MultiCropDataset,
     *,
@@ -146,8 +134,12 @@ def make_loader(
     prefetch_batches: int = 2,
     pin_memory: bool | None = None,
     augment_on: torch.device | str | None = None,
-) -> Iterable[Batch]:
-    """A torch ``DataLoader`` over the endless stream of ``dataset``; iterate over it once.
+) -> WorkerLoader[Batch]:
+    """The endless stream of ``dataset`` in batches; iterate over it once.
+
+    The iterator owns the worker processes, which ignore SIGTERM and SIGINT and end with it. It is a
+    context manager: ``with iter(make_loader(...)) as batches`` ends them with the block, whatever
+    ends that. See :class:`~sslkit.data.workers.WorkerBatches`.
 
     Args:
         dataset: the views; its seed also orders the images, by the ``epoch_order`` of its source
@@ -182,34 +174,27 @@ def make_loader(
         "prefetch_factor": prefetch_batches if num_workers else None,
         "pin_memory": torch.cuda.is_available() if pin_memory is None else pin_memory,
         "generator": torch.Generator(),  # else iter() takes a draw from torch's global generator
-        "worker_init_fn": _outlive_sigterm,
+        "convert": None if augment_on is None else partial(_render, dataset.crops, augment_on),
     }
-    loader: DataLoader
     if isinstance(dataset.source, StreamSource):
         positions = Positions(batch_size, start_sample, rank, world_size)
         batches = _StreamBatches(dataset, positions, drawn=drawn)
-        loader = DataLoader(batches, batch_size=None, **settings)
-    else:
-        stream = SampleStream(
-            len(dataset.source),
-            batch_size=batch_size,
-            start_sample=start_sample,
-            seed=dataset.seed,
-            rank=rank,
-            world_size=world_size,
-            epoch_order=getattr(dataset.source, "epoch_order", None),
-        )
-        samples = _Drawn(dataset) if drawn else dataset
-        loader = DataLoader(samples, batch_sampler=stream, **settings)
-    return loader if augment_on is None else _Rendered(loader, dataset.crops, augment_on)
+        return WorkerLoader(batches, batch_size=None, **settings)
+    stream = SampleStream(
+        len(dataset.source),
+        batch_size=batch_size,
+        start_sample=start_sample,
+        seed=dataset.seed,
+        rank=rank,
+        world_size=world_size,
+        epoch_order=getattr(dataset.source, "epoch_order", None),
+    )
+    samples = _Drawn(dataset) if drawn else dataset
+    return WorkerLoader(samples, batch_sampler=stream, **settings)
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """Schedulers send SIGTERM to every process of a job; the one that trains decides when to stop.
-
-    Workers end with it: they see that it is gone.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _render(crops: MultiCrop, device: torch.device | str, drawn: DrawnBatch) -> Batch:
+    return drawn.render(crops, device)
 
 
 class _StreamBatches(IterableDataset[list[Sample | DrawnSample]]):

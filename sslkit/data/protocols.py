@@ -1,10 +1,12 @@
 """What a source of images is, and what a stream of images is."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 
 from sslkit.data.decode import UnreadableImage
+from sslkit.data.labels import NO_LABEL
 
 MAX_REPLACEMENTS = 64
 """How many images in a row may be unreadable before a loader gives up."""
@@ -14,8 +16,17 @@ class Source(Protocol):
     """An indexable set of images.
 
     ``source[i]`` is ``(image, label)``: a uint8 tensor [C, h, w] of any size, and the class index
-    in ``0 .. num_classes - 1``, or -1 when there is none. A broken image raises
+    in ``0 .. num_classes - 1``, or -1 for an image without a label (:mod:`sslkit.data.labels`).
+    Some images may have labels and others none. A broken image raises
     :class:`~sslkit.data.decode.UnreadableImage`, and only that image is lost.
+
+    A source may have more, which is found by `item_key` and `known_labels`:
+
+    - ``key(index) -> str``: the image's name within the data set, by which it is put into the
+      training or the test images. It costs no reading of the image, and depends on nothing but the
+      image: not on where the data set lies or in which order it is listed.
+    - ``labels``: int64 [n], -1 where there is none, or None where only reading the images tells.
+    - ``epoch_order(seed)``: see :func:`sslkit.data.make_loader`.
     """
 
     @property
@@ -32,6 +43,33 @@ class Source(Protocol):
 
     def name(self, index: int, /) -> str:
         """The image's file path, or file and position, for messages."""
+
+
+def item_key(source: Source, index: int) -> str:
+    """The name of image ``index`` within its data set: ``source.key(index)``, or else its name.
+
+    >>> from sslkit.data.scenes import Scenes
+    >>> item_key(Scenes(3), 2)
+    'scene 2 of seed 0'
+    """
+    key = getattr(source, "key", None)
+    return source.name(index) if key is None else key(index)
+
+
+def known_labels(source: Source) -> np.ndarray | None:
+    """The labels of all images, int64 [n] with -1 for none, where no image must be read for them.
+
+    None where only reading the images tells. A source without classes has no label.
+
+    >>> from sslkit.data.image_array import ImageArray
+    >>> pixels = np.zeros((3, 8, 8), np.uint8)
+    >>> known_labels(ImageArray(pixels, np.array([1, -1, 0]))).tolist()
+    [1, -1, 0]
+    """
+    if source.num_classes == 0:
+        return np.full(len(source), NO_LABEL, np.int64)
+    labels: Any = getattr(source, "labels", None)
+    return None if labels is None else np.asarray(labels, np.int64)
 
 
 class StreamItem(NamedTuple):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sslkit.data.fingerprint import digest
 from sslkit.data.scene_layout import (
     CLASS_NAMES,
     Ground,
@@ -172,6 +173,10 @@ class Scenes:
     def name(self, index: int) -> str:
         """What messages call item ``index``."""
         return f"scene {self._position(index)} of seed {self.seed}"
+
+    def names_digest(self) -> str:
+        """A digest of what the scenes are drawn from."""
+        return digest([f"{len(self)} scenes of seed {self.seed}, {self.size}"])
 
     def _position(self, index: int) -> int:
         position = operator.index(index)

@@ -8,13 +8,20 @@ import difflib
 import itertools
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import get_args
 
 from sslkit.data.decode import MAX_SIDE, UnreadableImage
-from sslkit.data.hugging_face import open_hugging_face, open_stream_test
+from sslkit.data.hugging_face import (
+    find_parquet,
+    open_hugging_face,
+    open_parquet,
+    open_stream_test,
+    split_columns,
+)
 from sslkit.data.image_array import ImageArray, has_splits
-from sslkit.data.image_folder import ImageFolder
+from sslkit.data.image_folder import ImageFolder, walk_images
 from sslkit.data.protocols import Source, StreamItem, StreamReader, StreamSource
 from sslkit.data.scenes import Scenes
 from sslkit.data.seeds import sample_seed
@@ -38,10 +45,10 @@ __all__ = [
 ]
 
 _ACCEPTED = (
-    "a folder of images or of tar shards, an image array file (.npy or .npz), tar shards (a path, "
-    "pattern or URL such as 'train-{000000..000099}.tar'), 'hf:NAME' for a Hugging Face data set "
-    "('hf-stream:NAME' to stream it), the name of a torchvision data set such as CIFAR10, or "
-    "'scenes'"
+    "a folder of images, tar shards or Parquet files, an image array file (.npy or .npz), tar "
+    "shards (a path, pattern or URL such as 'train-{000000..000099}.tar'), a .parquet file or "
+    "pattern, 'hf:NAME' for a Hugging Face data set ('hf-stream:NAME' to stream it), the name of a "
+    "torchvision data set such as CIFAR10, or 'scenes'"
 )
 
 
@@ -64,16 +71,20 @@ def open_source(
       splits come from different seeds and share no scene. A folder of that name is ``./scenes``.
     - ``hf:NAME`` or ``hf:NAME:CONFIG``: a data set of the Hugging Face Hub, or a local folder, that
       ``datasets.load_dataset`` takes; see :func:`sslkit.data.hugging_face.open_hugging_face`.
-      Of ``hf-stream:NAME``, only the test images; the training images have no length:
-      :func:`sslkit.data.hugging_face.open_stream`.
+      Of ``hf-stream:NAME``, only the test images, 2,000 at most; the training images have no
+      length: :func:`sslkit.data.hugging_face.open_stream`.
+    - a ``.parquet`` file, a glob or URL of such: :func:`sslkit.data.hugging_face.open_parquet`.
+      Names of the columns of images and labels may follow, here and after ``hf:NAME``:
+      ``birds.parquet#image=jpg,label=species``.
     - webdataset tar shards: a path, glob, brace expansion or URL, several of them joined by
-      ``::``: :class:`sslkit.data.shards.TarShards`. The test split is the last
-      ``test_fraction`` of the shards; a single shard is divided like a folder. Copies of remote
-      shards go to ``root/shards``.
+      ``::``: :class:`sslkit.data.shards.TarShards`. Remote shards are copied to ``root/shards``,
+      and divided as wholes, by their names.
     - a folder with ``.tar`` files in it: these shards. When some are called ``train...`` and others
       ``val...``, ``valid...``, ``validation...`` or ``test...``, these are the two splits.
-    - a folder of images and masks with lists of names:
+    - a folder with ``images`` and ``masks``, and lists of names or none:
       :class:`sslkit.data.annotated.image_masks.ImagesAndMasks`.
+    - a folder with ``.parquet`` files in it or below it, and no image: these files, by their
+      splits (:func:`sslkit.data.hugging_face.find_parquet`).
     - another folder: :class:`ImageFolder`. With sub-folders ``train`` and one of ``val``,
       ``valid``, ``validation``, ``test`` (the first that exists), these are the two splits.
     - a ``.npy`` or ``.npz`` file: :class:`ImageArray`.
@@ -81,7 +92,8 @@ def open_source(
       ``Flowers102``: :class:`TorchvisionImages`, downloaded by torchvision into ``root``.
 
     What has no test split of its own is divided by :func:`train_test_split` with
-    ``test_fraction`` and ``seed``, so that ``split="train"`` and ``split="test"`` never overlap;
+    ``test_fraction`` and ``seed``, by a hash of the names of the images: ``split="train"`` and
+    ``split="test"`` never overlap, and images that are added do not move others into the test.
     ``test_fraction=0`` gives everything to ``train``.
 
     Raises:
@@ -95,8 +107,8 @@ def open_source(
     ...     for i in range(10):
     ...         Image.new("RGB", (8, 6)).save(f"{folder}/{i}.png")
     ...     train, test = (open_source(folder, split=s) for s in ("train", "test"))
-    >>> len(train), len(test)
-    (9, 1)
+    >>> len(train) + len(test)
+    10
     """
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {get_args(Split)}, got {split!r}")
@@ -112,16 +124,22 @@ def open_source(
                 f"data {text!r} is a stream, which has no length; open it with open_stream and "
                 f"train on it with make_loader, or take 'hf:' in place of 'hf-stream:'"
             )
-        return open_stream_test(text, max_side=max_side)
+        return open_stream_test(text, test_fraction=test_fraction, seed=seed, max_side=max_side)
     source: Source
+    named, columns = split_columns(text)
+    named_path = Path(named).expanduser()
     if text.startswith("hf:") and not text.startswith("hf://"):
         source, is_split = open_hugging_face(text, split=split, max_side=max_side)
     elif (tar_shards := _find_tar_shards(text, path, split)) is not None:
         urls, is_split = tar_shards
         shards = TarShards(urls, cache=Path(root) / "shards", max_side=max_side)
-        if not is_split and test_fraction and len(shards.shards) > 1:
-            return shards.split(test_fraction)[split == "test"]
+        if not is_split and test_fraction and len(shards.shards) > 1 and shards.is_remote:
+            return shards.split(test_fraction, seed)[split == "test"]
         source = shards
+    elif (parquet := _find_parquet(named, named_path)) is not None:
+        source, is_split = open_parquet(text, parquet, split=split, max_side=max_side)
+    elif columns and named_path.exists():
+        raise ValueError(f"{named!r} is neither Parquet nor 'hf:NAME': it has no columns to name")
     elif path.is_dir():
         source, is_split = _open_folder(path, split, max_side)
     elif path.suffix.lower() in (".npy", ".npz") and path.is_file():
@@ -148,7 +166,9 @@ def _find_tar_shards(text: str, path: Path, split: Split) -> tuple[str | list[st
         return (text, False) if means_shards else None
     shards: dict[str, list[str]] = {}
     for shard in sorted(path.glob("*.tar")):
-        shards.setdefault(re.split(r"[^a-z]", shard.name)[0], []).append(str(shard))
+        shards.setdefault(re.split(r"[^a-z]", shard.name)[0], []).append(
+            os.path.join(path, shard.name)  # ./pipe:x.tar, not pipe:x.tar
+        )
     test = own_test_split(shards)
     if test is not None:
         return shards["train" if split == "train" else test], True
@@ -156,12 +176,30 @@ def _find_tar_shards(text: str, path: Path, split: Split) -> tuple[str | list[st
     return (everything, False) if everything else None
 
 
+def _find_parquet(text: str, path: Path) -> dict[str, list[str]] | None:
+    """The Parquet files that ``text`` means, if it does, by their splits."""
+    if not path.is_dir():
+        return find_parquet(text)
+    if next(walk_images(text), None) is None:
+        return find_parquet(text)
+    if any(path.glob("*.parquet")):
+        warnings.warn(
+            f"{text!r} holds images, which are read, and Parquet files, which are not; give "
+            f"'{text}/*.parquet' for these",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return None
+
+
 def _open_folder(folder: Path, split: Split, max_side: int) -> tuple[Source, bool]:
     # Here, because sslkit.data.annotated opens images by this module.
-    from sslkit.data.annotated.image_masks import ImagesAndMasks, is_images_and_masks
+    from sslkit.data.annotated.image_masks import ImagesAndMasks, has_lists, is_images_and_masks
 
     if is_images_and_masks(folder):
-        return ImagesAndMasks(folder, split=split, max_side=max_side), True
+        listed = has_lists(folder)
+        own_split = split if listed else None
+        return ImagesAndMasks(folder, split=own_split, max_side=max_side), listed
     children = {child.name for child in folder.iterdir() if child.is_dir()}
     test_folder = own_test_split(children)
     if test_folder is None:
@@ -169,8 +207,8 @@ def _open_folder(folder: Path, split: Split, max_side: int) -> tuple[Source, boo
     train = ImageFolder(folder / "train", max_side=max_side)
     if split == "train":
         return train, True
-    test = ImageFolder(folder / test_folder, class_names=train.class_names, max_side=max_side)
-    return test, True
+    classes = train.class_names or ()
+    return ImageFolder(folder / test_folder, class_names=classes, max_side=max_side), True
 
 
 def _not_found(name: str) -> str:

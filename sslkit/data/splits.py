@@ -1,13 +1,28 @@
-"""The training and the test images of a data set."""
+"""The training and the test images of a data set that does not divide itself.
+
+Each image is put on one side by a hash of its name within the data set
+(:func:`sslkit.data.protocols.item_key`) and of the seed, as if by its own coin. So images that
+come, go or are listed in another order do not move the others, and neither does another place,
+machine or platform. What follows from it:
+
+- The test images are a share ``test_fraction`` on average: of n images, this times n with a
+  standard deviation of at most ``sqrt(n) / 2``. Classes are not balanced.
+- An image that is renamed, or moved to another class folder, is another image.
+- Names of images without one, such as those of an array, are positions: images may be appended.
+"""
 
 import functools
-from collections.abc import Collection
-from typing import Literal
+import hashlib
+import unicodedata
+from collections.abc import Collection, Iterable
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sslkit.data.protocols import Source
+from sslkit.data.fingerprint import digest, fingerprint
+from sslkit.data.protocols import Source, item_key, known_labels
 from sslkit.data.seeds import sample_seed
 
 Split = Literal["train", "test"]
@@ -33,18 +48,31 @@ class Subset:
     """The images of ``source`` at ``indices`` (int64 [n]), with the same classes.
 
     It has those of the annotations of :mod:`sslkit.data.annotated` that ``source`` has.
+
+    Args:
+        source: the whole.
+        indices: of the images.
+        divisions: how often the images have been divided by `train_test_split`; default: as often
+            as those of ``source``. Each division of a part is independent of the one before.
     """
 
-    def __init__(self, source: Source, indices: Tensor):
+    def __init__(self, source: Source, indices: Tensor, *, divisions: int | None = None):
         self.source = source
         self.indices = indices
+        self.divisions = getattr(source, "divisions", 0) if divisions is None else divisions
         self.num_classes = source.num_classes
         self.class_names = source.class_names
         for annotation in ("mask", "boxes", "box_classes", "depth"):
             if hasattr(source, annotation):
                 setattr(self, annotation, functools.partial(self._annotation, annotation))
-        if hasattr(source, "mask_class_names"):
-            self.mask_class_names = source.mask_class_names
+        if hasattr(source, "epoch_order_within"):
+            self.epoch_order = functools.partial(source.epoch_order_within, indices)
+
+    def __getattr__(self, name: str) -> Any:
+        # Asked for late: a source may have to read all its masks to name their classes.
+        if name == "mask_class_names" and "source" in self.__dict__:
+            return getattr(self.source, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -56,44 +84,112 @@ class Subset:
         """The name that the whole source has for this image."""
         return self.source.name(int(self.indices[index]))
 
-    def _annotation(self, annotation: str, index: int) -> Tensor:
+    def key(self, index: int) -> str:
+        """The image's name within the data set, as `sslkit.data.protocols.item_key` gives it."""
+        return item_key(self.source, int(self.indices[index]))
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """The labels of the images where the whole source knows them, int64 [n]; else None."""
+        labels = known_labels(self.source)
+        return None if labels is None else labels[self.indices.numpy()]
+
+    def names_digest(self) -> str:
+        """A digest of the whole source's names and of the indices."""
+        whole = fingerprint(self.source)["names"]
+        return digest([whole, self.indices.numpy().tobytes()])
+
+    def _annotation(self, annotation: str, index: int) -> Any:
         return getattr(self.source, annotation)(int(self.indices[index]))
 
 
 def train_test_split(source: Source, test_fraction: float, seed: int) -> tuple[Subset, Subset]:
-    """Divide ``source`` at random into ``(train, test)``, both in the order of ``source``.
+    """Divide ``source`` into ``(train, test)`` by the images' names, both in its order.
 
-    ``round(len(source) * test_fraction)`` images, at least one and at most all but one, are held
-    out for the test. The choice depends on ``len(source)``, ``test_fraction`` and ``seed`` alone.
+    An image is a test image if `name_hash` of its name is below ``test_fraction``; the one with
+    the smallest hash always is, so that there is a test image. Therefore
 
-    >>> import numpy as np
-    >>> from sslkit.data.image_array import ImageArray
-    >>> images = ImageArray(np.zeros((10, 4, 4, 3), np.uint8))
-    >>> train, test = train_test_split(images, 0.3, seed=0)
-    >>> len(train), len(test), sorted([*train.indices.tolist(), *test.indices.tolist()])
-    (7, 3, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
-    """
-    num_test = num_held_out(len(source), test_fraction, of="images")
-    generator = torch.Generator().manual_seed(sample_seed(seed, len(source)))
-    order = torch.randperm(len(source), generator=generator)
-    return (
-        Subset(source, order[num_test:].sort().values),
-        Subset(source, order[:num_test].sort().values),
-    )
+    - images that are added never make a test image of a training image. At most one test image
+      becomes a training image: the only one below which the new smallest hash comes.
+    - images that are removed move none, unless the last test image goes: then the training image
+      with the smallest hash takes its place.
 
-
-def num_held_out(count: int, test_fraction: float, *, of: str) -> int:
-    """``round(count * test_fraction)``, but at least one and at most all but one.
+    Both hold for one ``test_fraction`` and ``seed``. A part that is divided again, also with the
+    same seed, is divided independently.
 
     Raises:
-        ValueError: the fraction does not lie between 0 and 1, or there are fewer than two; ``of``
-            names what is divided.
+        ValueError: ``test_fraction`` does not lie between 0 and 1, there are fewer than two images,
+            or all of them are test images, as may happen when there are few.
 
-    >>> num_held_out(10, 0.3, of="images"), num_held_out(10, 0.01, of="images")
-    (3, 1)
+    >>> from sslkit.data.scenes import Scenes
+    >>> train, test = train_test_split(Scenes(10), 0.3, seed=0)
+    >>> sorted([*train.indices.tolist(), *test.indices.tolist()]) == list(range(10))
+    True
+    >>> grown, _ = train_test_split(Scenes(20), 0.3, seed=0)
+    >>> set(train.indices.tolist()) <= set(grown.indices.tolist())
+    True
     """
+    divisions = getattr(source, "divisions", 0)
+    keys = (item_key(source, i) for i in range(len(source)))
+    is_test = torch.from_numpy(
+        choose_test(keys, test_fraction, seed, of="images", divisions=divisions)
+    )
+    train, test = (
+        Subset(source, side.nonzero()[:, 0], divisions=divisions + 1)
+        for side in (~is_test, is_test)
+    )
+    return train, test
+
+
+def choose_test(
+    names: Iterable[str], test_fraction: float, seed: int, *, of: str, divisions: int = 0
+) -> np.ndarray:
+    """Which of n names are for the test, bool [n]; see `train_test_split`.
+
+    Args:
+        names: of what is divided.
+        test_fraction: the share that is for the test, on average.
+        seed: of the choice.
+        of: what is divided, for messages.
+        divisions: see `Subset`.
+
+    Raises:
+        ValueError: see `train_test_split`.
+    """
+    check_test_fraction(test_fraction)
+    hashes = np.array([name_hash(name, seed, divisions=divisions) for name in names])
+    if len(hashes) < 2:
+        raise ValueError(
+            f"cannot divide {len(hashes)} {of} into train and test; give at least 2 {of}"
+        )
+    is_test: np.ndarray = (hashes < test_fraction) | (hashes == hashes.min())
+    if is_test.all():
+        raise ValueError(
+            f"all {len(hashes)} {of} are for the test by test_fraction={test_fraction} and "
+            f"seed={seed}, and none is left to train on: lower test_fraction, take another seed, "
+            f"give more {of}, or a test split of their own"
+        )
+    return is_test
+
+
+def check_test_fraction(test_fraction: float) -> None:
+    """Raise a ValueError if ``test_fraction`` does not lie between 0 and 1."""
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction must lie between 0 and 1, got {test_fraction}")
-    if count < 2:
-        raise ValueError(f"cannot divide {count} {of} into train and test; give at least 2 {of}")
-    return min(max(round(count * test_fraction), 1), count - 1)
+
+
+def name_hash(name: str, seed: int, *, divisions: int = 0) -> float:
+    """A number in [0, 1), a function of the name and the seed alone, uniform over names.
+
+    It is BLAKE2b of the name in UTF-8, composed as Unicode's NFC (file systems differ in that),
+    with the seed and ``divisions`` as its key.
+
+    >>> round(name_hash("cat/0001.png", seed=0), 4)
+    0.072
+    """
+    if not name.isascii():
+        name = unicodedata.normalize("NFC", name)
+    content = name.encode("utf-8", "surrogatepass")  # bytes of file names that are not UTF-8
+    key = sample_seed(seed, divisions).to_bytes(8, "big")
+    digest = hashlib.blake2b(content, digest_size=8, key=key).digest()
+    return int.from_bytes(digest, "big") / 2**64

@@ -1,5 +1,6 @@
 """Many strings in little memory."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 
@@ -26,3 +27,9 @@ class StringTable:
             raise IndexError(f"index {index} is out of range for {len(self)} images")
         start = int(self._ends[index - 1]) if index else 0
         return os.fsdecode(self._bytes[start : int(self._ends[index])])
+
+    def digest(self) -> str:
+        """SHA-256 of all strings in their order, in hexadecimal."""
+        found = hashlib.sha256(self._ends.tobytes())
+        found.update(self._bytes)
+        return found.hexdigest()

@@ -9,6 +9,7 @@ prints the images a second of the loader alone for any data that
 import argparse
 import math
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from sslkit.command_line import run_command
 from sslkit.data.crops import MultiCrop
 from sslkit.data.decode import MAX_SIDE
 from sslkit.data.loader import MultiCropDataset, make_loader
@@ -235,15 +237,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             local_size=options.local_size,
             num_local=options.num_local,
         )
-    except (FileNotFoundError, ValueError) as error:
+        loader = make_loader(
+            MultiCropDataset(source, crops),
+            batch_size=options.batch_size,
+            num_workers=options.workers,
+            augment_on=options.augment_on,
+        )
+    except (OSError, ImportError, ValueError) as error:
         parser.error(str(error))
-    loader = make_loader(
-        MultiCropDataset(source, crops),
-        batch_size=options.batch_size,
-        num_workers=options.workers,
-        augment_on=options.augment_on,
-    )
-    speed = measure(loader, num_workers=options.workers, num_images=options.images)
+    try:
+        speed = measure(loader, num_workers=options.workers, num_images=options.images)
+    except (OSError, ImportError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
     busy = speed.read_seconds + speed.augment_seconds
     print(
         f"{speed.images_per_second:.0f} images/s with {options.workers} workers; a worker takes "
@@ -261,4 +266,4 @@ def _available_cores() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -18,6 +18,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from sslkit.command_line import run_command
 from sslkit.data.sources import Source, UnreadableImage, open_source
 from sslkit.duplicates import figures
 from sslkit.duplicates.search import (
@@ -28,7 +29,7 @@ from sslkit.duplicates.search import (
 )
 from sslkit.evaluation.report import format_table, write_report
 from sslkit.extract import Extraction, read_description, read_features, read_names
-from sslkit.extract.files import description_path
+from sslkit.extract.files import description_path, require_whole
 from sslkit.extract.processes import extract_with_processes
 from sslkit.files import atomic_write
 
@@ -178,7 +179,9 @@ def _open(settings: Settings) -> tuple[np.ndarray, list[tuple[int, str]], Source
     features = read_features(path, size=settings.nesting)
     described = description_path(path)
     if described.exists():
-        of = read_description(path)["settings"]
+        description = read_description(path)
+        require_whole(path, description)
+        of = description["settings"]
         source = open_source(
             settings.data or of["data"], split=of["split"], test_fraction=0.0, seed=of["seed"]
         )
@@ -207,4 +210,4 @@ def _num_pixels(source: Source, index: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

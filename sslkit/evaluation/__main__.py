@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from sslkit.command_line import run_command
 from sslkit.data.annotated.open import open_annotated
+from sslkit.data.decode import UnreadableImage
 from sslkit.evaluation.comparison import compare, table, write
 from sslkit.evaluation.models import Model, open_model
 from sslkit.evaluation.protocols import PROTOCOLS
@@ -187,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = {name: getattr(settings, _field(name)) for name in protocols}
     try:
         evaluate(settings.run, options, skip_unsuitable=chosen == "all")
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, UnreadableImage) as error:
         sys.exit(f"error: {error}")
 
 
@@ -218,4 +220,4 @@ def evaluate(run: Run, options: dict[str, Any], *, skip_unsuitable: bool = False
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

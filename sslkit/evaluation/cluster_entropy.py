@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
+from sslkit.unit_rows import unit_rows
 
 _FIT_PATCHES_PER_CLUSTER = 256
 _PATCHES_AT_ONCE = 65_536
@@ -143,9 +143,9 @@ def cluster_patches(patches: Tensor, num_clusters: int, *, generator: torch.Gene
     chosen = order[: _FIT_PATCHES_PER_CLUSTER * num_clusters]
     seed = int(torch.randint(2**31, (1,), generator=generator))
     model = MiniBatchKMeans(num_clusters, n_init=3, batch_size=4096, random_state=seed)
-    model.fit(F.normalize(rows[chosen].float(), dim=1).cpu().numpy())
+    model.fit(unit_rows(rows[chosen]).float().cpu().numpy())
     ids = [
-        torch.from_numpy(model.predict(F.normalize(part.float(), dim=1).cpu().numpy()))
+        torch.from_numpy(model.predict(unit_rows(part).float().cpu().numpy()))
         for part in rows.split(_PATCHES_AT_ONCE)
     ]
     return torch.cat(ids).long().view(B, H, W)

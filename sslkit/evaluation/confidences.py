@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sslkit.evaluation.knn import cosine_neighbours
+from sslkit.evaluation.labels import with_labels
 
 _ITEMS_AT_ONCE = 4096
 
@@ -56,9 +57,9 @@ def knn_confidence(train_features: Tensor, features: Tensor, *, k: int = 50) -> 
     which sorts alike.
 
     Args:
-        train_features: ID training features [N, D], with N >= k.
+        train_features: ID training features [N, D].
         features: [B, D].
-        k: OpenOOD's default is 50.
+        k: OpenOOD's default is 50. Of fewer training items, the farthest counts.
 
     Returns:
         Float64 [B], from -2 to 0.
@@ -66,7 +67,11 @@ def knn_confidence(train_features: Tensor, features: Tensor, *, k: int = 50) -> 
     >>> knn_confidence(torch.eye(2), torch.tensor([[3.0, 0.0], [1.0, 1.0]]), k=1)
     tensor([-0.0000, -0.7654], dtype=torch.float64)
     """
-    similarity, _ = cosine_neighbours(features, train_features, k)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if not len(train_features):
+        raise ValueError("train_features is empty: the distance needs at least one training item")
+    similarity, _ = cosine_neighbours(features, train_features, min(k, len(train_features)))
     return -(2 - 2 * similarity[:, -1].double()).clamp(min=0).sqrt()
 
 
@@ -92,9 +97,10 @@ class Mahalanobis:
 
         Args:
             features: [N, D].
-            labels: int [N], all >= 0.
+            labels: int [N]; items of label -1 are left out, and a warning says how many.
         """
         _check_training(features, labels)
+        labels, features = with_labels(labels, features, name="labels")
         classes, which = labels.to(features.device).unique(return_inverse=True)
         counts = which.bincount(minlength=len(classes))
         D = features.shape[1]
@@ -164,7 +170,7 @@ class ViM:
             bias: b, [C].
             num_principal: dimension of the principal space, 0 < P < D. The default is the paper's
                 1000 for D > 1500 and 512 below, and D // 2 for D < 768, which the authors'
-                code added. OpenOOD v1.5 takes 256.
+                code added; N // 2 where N is no larger than that. OpenOOD v1.5 takes 256.
         """
         D = features.shape[1]
         if weight.ndim != 2 or weight.shape[1] != D or bias.shape != weight.shape[:1]:
@@ -174,6 +180,8 @@ class ViM:
             )
         if num_principal is None:
             num_principal = 1000 if D > 1500 else 512 if D >= 768 else D // 2
+            if len(features) <= num_principal:  # they span no more dimensions than they are
+                num_principal = max(1, len(features) // 2)
         if not 0 < num_principal < D:
             raise ValueError(
                 f"num_principal={num_principal} must be between 1 and {D - 1}: features have {D} "
@@ -222,7 +230,7 @@ def ood_confidences(
 
     Args:
         train_features: ID training features [N, D].
-        train_labels: int [N], all >= 0.
+        train_labels: int [N]; Mahalanobis leaves items of label -1 out.
         weight, bias: [C, D] and [C], a linear classifier of these features.
         test_features: [n, D] of each set by name, ID and OOD.
         k: see `knn_confidence`.
@@ -266,8 +274,6 @@ def _check_training(features: Tensor, labels: Tensor) -> None:
             f"labels must be [{len(features)}], one for each of at least one feature, got "
             f"{list(labels.shape)}"
         )
-    if int(labels.min()) < 0:
-        raise ValueError("labels hold a negative label: leave unlabelled items out")
     if not features.isfinite().all():
         raise ValueError("features hold NaN or infinite values")
 

@@ -19,6 +19,7 @@ from sslkit.data.normalisation import normalisation
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import require_image
+from sslkit.unit_rows import unit_rows
 
 _IMAGES_KEPT = 256
 """Feature maps kept for the next pairs: pairs of a class share images, and stand together."""
@@ -105,7 +106,7 @@ def match_keypoints(
         raise ValueError(f"keypoints lie outside of the view of {h} by {w} pixels")
     if reference_quirks:
         points = points.trunc()
-    source, target = (F.normalize(x.double(), dim=-1) for x in (source, target))
+    source, target = (unit_rows(x.double()) for x in (source, target))
     places = 2 * points / extent - 1  # in -1..1, as grid_sample counts
     sampled = F.grid_sample(
         source.movedim(-1, 0)[None],
@@ -267,7 +268,7 @@ def _matched(subject: Subject, options: Options, view: SquareView) -> Iterator[_
     def features(image: Tensor, name: str) -> Tensor:
         found = maps.pop(name) if name in maps else None
         if found is None:
-            found = subject.encode(view(image)[None], "patches")["patches"][0]
+            found = subject.encode(view(subject.to_model(image))[None], "patches")["patches"][0]
         if name:
             maps[name] = found  # the last one used stands last
             if len(maps) > _IMAGES_KEPT:

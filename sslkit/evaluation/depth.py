@@ -1,8 +1,9 @@
 """Depth probe: one linear layer from frozen features to the depth of each pixel.
 
 The linear head of DINOv2 (Oquab et al. 2023, arXiv 2304.07193, section 7.4) over the bins of
-AdaBins (Bhat et al. 2021, arXiv 2011.14141), trained and scored as in Probe3D (El Banani et al.
-2024, arXiv 2404.08636); the Franca paper's NYUv2 numbers (arXiv 2507.14137, section 5).
+AdaBins (Bhat et al. 2021, arXiv 2011.14141), with the bins, losses' weights, epochs, batch and
+learning rate of Probe3D (El Banani et al. 2024, arXiv 2404.08636), whose own head is DPT; the
+Franca paper's NYUv2 numbers (arXiv 2507.14137, section 5). Differences: docs/faithfulness.md.
 """
 
 import math
@@ -212,7 +213,7 @@ class Options:
     batch_size: int = 8
     """Images a step."""
     reference_quirks: bool = False
-    """The published gradient loss, which compares the images of a batch."""
+    """DINOv2's gradient loss, which compares the images of a batch."""
 
 
 def evaluate(subject: Subject, options: Options) -> Outcome:

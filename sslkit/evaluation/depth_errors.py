@@ -47,10 +47,11 @@ def gradient_loss(predicted: Tensor, truth: Tensor, *, reference_quirks: bool = 
     over the neighbours in the strided map that both have a true depth: the gradient matching term
     of MegaDepth (Li and Snavely 2018, arXiv 1804.00607).
 
-    ``reference_quirks`` gives the published loss of DINOv2 and Probe3D, which was written for one
-    [h, w] map and is called with a batch [B, 1, h, w]: it strides over and compares the *images of
-    the batch*, pixel by pixel, not the pixels of an image. Its strides are 1, 2, 4, 6, and it
-    compares what is two apart; with fewer than three images it is 0.
+    ``reference_quirks`` gives the published loss of DINOv2, up to the 0.001 that it adds in the
+    logarithms. It was written for one [h, w] map and is called with a batch [B, 1, h, w]: it
+    strides over and compares the *images of the batch*, pixel by pixel, not the pixels of an image.
+    Its strides are 1, 2, 4, 6, and it compares what is two apart; with fewer than three images it
+    is 0. Probe3D repaired the axes and kept strides and distance.
 
     Args:
         predicted: positive [B, h, w].

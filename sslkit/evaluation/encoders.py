@@ -7,6 +7,8 @@ An *encoder* is a module with
 and, for the protocols that look inside,
 
 - ``encoder.patch_size``: height and width of a patch in pixels,
+- ``encoder.in_chans``: C; images of another number of channels are brought to it
+  (`sslkit.data.channels.with_channels`) where they can be,
 - ``encoder.intermediate(images, n)`` -> the same of the last n of ``encoder.depth`` blocks, shallow
   to deep,
 - ``encoder.queries_keys_values(images, block)`` -> q, k, v of a block, each [B, heads, T, d], the
@@ -87,6 +89,7 @@ class TimmEncoder(nn.Module):
             )
         self.network: Any = network
         self.patch_size: tuple[int, int] = tuple(network.patch_embed.patch_size)
+        self.in_chans: int | None = getattr(network.patch_embed.proj, "in_channels", None)
 
     @property
     def depth(self) -> int:

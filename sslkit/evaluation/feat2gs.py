@@ -231,13 +231,15 @@ class Options:
     features: Path
     """Folder to write to."""
     dim: int = 256
-    """Principal components kept, at most the features of a patch."""
+    """Principal components kept; all of them where a model has fewer features, or a scene fewer
+    patches."""
 
 
 def evaluate(subject: Subject, options: Options) -> Outcome:
     """Write the files; the score is the share of the variance that the components keep."""
     views = subject.features("test", "patches", view="dense")
-    scene = pca_features(views.patches, dim=options.dim)
+    most = min(views.patches.shape[3], views.patches.shape[:3].numel())
+    scene = pca_features(views.patches, dim=min(options.dim, most))
     source: Any = subject.test
     names = [Path(source.name(i)).stem for i in views.indices.tolist()]
     write_pca_features(options.features, scene, names)

@@ -5,13 +5,18 @@
       TOKEN.f16        float16 rows in the order of the images (`Features.tokens`)
       journal.jsonl    a line a batch, written once its rows are safe
 
-An extraction that was interrupted continues after the last line of its journal; rows beyond it are
-cut off. A second process that wants the same features waits for the first, on the file `lock`.
+An extraction that was interrupted continues after the last line of its journal. Rows reach the disk
+before their line does: rows beyond the last line are those of a killed process, and are cut off;
+rows that a line promises and the file lacks, or holds with another checksum, mean that the file was
+damaged, and the folder is refused. Nothing is ever filled up. An interrupted extraction is checked
+in full before it continues; of a finished one, the sizes and the first and the last batch.
+A second process that wants the same features waits for the first, on the file `lock`.
 """
 
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,8 +69,8 @@ def cached_features(
         progress: the title of a progress bar; None for no bar.
 
     Raises:
-        ValueError: the folder holds features of something else; the differences are named. Or no
-            image, or a value beyond float16.
+        ValueError: the folder holds features of something else, whose differences are named, or
+            damaged files. Or no image, or a value beyond float16.
 
     >>> import tempfile
     >>> from sslkit.evaluation.encoders import as_encoder
@@ -93,10 +98,12 @@ def cached_features(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         meta = _read_meta(folder, described)
-        lines = _read_journal(folder / "journal.jsonl")
+        lines = _read_journal(folder / "journal.jsonl", indices)
+        _require_meta(folder, meta, lines)
         done = sum(line["images"] for line in lines)
         if done < len(indices):
             if meta is not None:
+                _require_rows(folder, meta["shapes"], lines, whole=True)
                 _truncate(folder, meta["shapes"], lines)
             batches = encoded_batches(
                 encoder,
@@ -141,7 +148,15 @@ def _read_meta(folder: Path, described: Mapping[str, Any]) -> dict[str, Any] | N
     path = folder / "meta.json"
     if not path.exists():
         return None
-    meta = json.loads(path.read_text())
+    try:
+        meta = json.loads(path.read_text())
+        shapes = [size for shape in meta["shapes"].values() for size in shape]
+        if not all(type(size) is int and size > 0 for size in shapes) or not meta["of"].keys():
+            raise ValueError(f"shapes {meta['shapes']}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): remove {folder}"
+        ) from error
     different = [
         f"{name}: {meta['of'].get(name)!r} there, {described.get(name)!r} asked for"
         for name in sorted(meta["of"].keys() | described.keys())
@@ -163,7 +178,17 @@ def _write_meta(folder: Path, described: Mapping[str, Any], batch: EncodedBatch)
     return meta
 
 
-def _read_journal(path: Path) -> list[dict[str, Any]]:
+def _require_meta(
+    folder: Path, meta: Mapping[str, Any] | None, lines: Sequence[Mapping[str, Any]]
+) -> None:
+    """That rows have a description, which is written before them."""
+    if meta is None and (any(line["labels"] for line in lines) or any(folder.glob("*.f16"))):
+        raise ValueError(
+            f"{folder} has features but no meta.json, which says what they are: remove {folder}"
+        )
+
+
+def _read_journal(path: Path, indices: Sequence[int]) -> list[dict[str, Any]]:
     """The complete lines; what a killed process left of a last one is cut off."""
     if not path.exists():
         return []
@@ -171,15 +196,36 @@ def _read_journal(path: Path) -> list[dict[str, Any]]:
     complete = text[: text.rfind(b"\n") + 1]
     if len(complete) < len(text):
         os.truncate(path, len(complete))
-    return [json.loads(line) for line in complete.splitlines()]
+    lines: list[dict[str, Any]] = []
+    done = 0
+    for number, text in enumerate(complete.splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            counts = [len(line[name]) for name in ("indices", "labels", "grids")]
+            if counts != counts[:1] * 3 or line["images"] != counts[0] + len(line["unreadable"]):
+                raise ValueError("its parts are of different lengths")
+            if not set(line["indices"]) <= set(indices[done : done + line["images"]]):
+                raise ValueError("it is of other images than those that come next")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"line {number} of {path} is damaged ({type(error).__name__}: {error}): remove "
+                f"{path.parent}"
+            ) from error
+        done += line["images"]
+        lines.append(line)
+    return lines
 
 
 def _append(folder: Path, encoded: Sequence[EncodedBatch], unreadable: list[str]) -> dict[str, Any]:
     """Rows first, then the line that says they are there."""
+    checksums = {}
     for name in encoded[0].tokens if encoded else ():
+        checksums[name] = 0
         with (folder / f"{name}.f16").open("ab") as file:
             for batch in encoded:
-                file.write(batch.tokens[name].contiguous().numpy().tobytes())
+                content = batch.tokens[name].contiguous().numpy().tobytes()
+                checksums[name] = zlib.crc32(content, checksums[name])
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
     line = {
@@ -188,6 +234,7 @@ def _append(folder: Path, encoded: Sequence[EncodedBatch], unreadable: list[str]
         "labels": [label for batch in encoded for label in batch.labels],
         "grids": [batch.grid for batch in encoded for _ in batch.labels],
         "unreadable": unreadable,
+        "crc32": checksums,
     }
     with (folder / "journal.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
@@ -200,18 +247,50 @@ def _rows(name: str, lines: Sequence[Mapping[str, Any]]) -> int:
     return sum(H * W for line in lines for H, W in line["grids"])
 
 
+def _require_rows(
+    folder: Path,
+    shapes: Mapping[str, Sequence[int]],
+    lines: Sequence[Mapping[str, Any]],
+    *,
+    whole: bool,
+) -> None:
+    """That every row of the journal is there, with its checksum; or those of both ends' lines."""
+    for name, shape in shapes.items():
+        path, row = folder / f"{name}.f16", 2 * math.prod(shape)
+        size, promised = path.stat().st_size if path.exists() else 0, row * _rows(name, lines)
+        if size < promised:
+            raise ValueError(
+                f"{path} is {size} bytes, its journal says {promised}: remove {folder}"
+            )
+        if not promised:
+            continue
+        with path.open("rb") as file:
+            for number, line in enumerate(lines):
+                length = row * _rows(name, [line])
+                checked = whole or number in (0, len(lines) - 1)
+                if not length or not checked or "crc32" not in line:
+                    file.seek(length, os.SEEK_CUR)  # earlier versions wrote no checksum
+                elif zlib.crc32(file.read(length)) != line["crc32"].get(name):
+                    raise ValueError(
+                        f"{path} does not hold what was written there (images "
+                        f"{line['indices'][0]} to {line['indices'][-1]}): remove {folder}"
+                    )
+
+
 def _truncate(
     folder: Path, shapes: Mapping[str, Sequence[int]], lines: Sequence[Mapping[str, Any]]
 ) -> None:
+    """Cut off rows that no line speaks of; `_require_rows` has seen that no row is missing."""
     for name, shape in shapes.items():
         path = folder / f"{name}.f16"
-        path.touch()
-        os.truncate(path, 2 * _rows(name, lines) * math.prod(shape))
+        if path.exists():
+            os.truncate(path, 2 * _rows(name, lines) * math.prod(shape))
 
 
 def _opened(
     folder: Path, shapes: Mapping[str, Sequence[int]], lines: Sequence[Mapping[str, Any]]
 ) -> Features:
+    _require_rows(folder, shapes, lines, whole=False)
     tokens = {}
     for name, shape in shapes.items():
         path, full = folder / f"{name}.f16", (_rows(name, lines), *shape)

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from sslkit.data.channels import with_channels
 from sslkit.data.sources import Source, UnreadableImage
+from sslkit.data.workers import WorkerLoader
 from sslkit.evaluation.tokens import IMAGE_TOKENS, PATCH_TOKENS, encode, frozen
 from sslkit.evaluation.tokens import Unsuitable as Unsuitable
 
@@ -69,6 +71,21 @@ class Features:
             for rows, (H, W) in zip(self._get(name).split(sizes), self.grids.tolist(), strict=True)
         ]
 
+    def select(self, rows: Tensor) -> "Features":
+        """The features of some of the images, copied.
+
+        Args:
+            rows: int64 [n], ascending places in ``labels``.
+        """
+        kept = torch.zeros(len(self), dtype=torch.bool)
+        kept[rows] = True
+        patches = kept.repeat_interleave(self.grids.prod(1))
+        tokens = {
+            name: x[kept if name in IMAGE_TOKENS else patches] for name, x in self.tokens.items()
+        }
+        parts = (self.grids[kept], self.labels[kept], self.indices[kept])
+        return Features(tokens, *parts, self.num_unreadable)
+
     def _get(self, name: str) -> Tensor:
         if name not in self.tokens:
             raise ValueError(
@@ -115,24 +132,28 @@ def encoded_batches(
     the transform makes all alike, and up to ``batch_size`` for images of any shape. See `extract`.
     """
     # A generator of its own: a loader otherwise draws its workers' seed from the global one.
-    loader = DataLoader(
-        _Items(source, transform, indices),
-        batch_size,
+    loader: WorkerLoader[list[Any]] = WorkerLoader(
+        _Items(source, transform, indices, model_channels(encoder)),
+        batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=list,
         generator=torch.Generator(),
     )
-    for batch in loader:
-        unreadable = [item for item in batch if isinstance(item, str)]
-        readable = (item for item in batch if not isinstance(item, str))
-        encoded = []
-        with frozen(encoder):
-            for _, alike in groupby(readable, key=lambda item: item[0].shape):
-                views, labels, positions = zip(*alike, strict=True)
-                images = torch.stack(views).to(device)
-                tokens = encode(encoder, images, want=want, block=block, num_layers=num_layers)
-                encoded.append(_rows(tokens, list(labels), list(positions), dtype))
-        yield encoded, unreadable
+    with iter(loader) as batches:
+        for batch in batches:
+            unreadable = [item for item in batch if isinstance(item, str)]
+            for mistake in batch:
+                if isinstance(mistake, ValueError):
+                    raise mistake
+            readable = (item for item in batch if not isinstance(item, str))
+            encoded = []
+            with frozen(encoder):
+                for _, alike in groupby(readable, key=lambda item: item[0].shape):
+                    views, labels, positions = zip(*alike, strict=True)
+                    images = torch.stack(views).to(device)
+                    tokens = encode(encoder, images, want=want, block=block, num_layers=num_layers)
+                    encoded.append(_rows(tokens, list(labels), list(positions), dtype))
+            yield encoded, unreadable
 
 
 def extract(
@@ -158,7 +179,8 @@ def extract(
     Args:
         encoder: see `sslkit.evaluation.encoders`.
         source: see `sslkit.data.sources.Source`; only its length and items are used, so that a list
-            of (image, label) pairs will do.
+            of (image, label) pairs will do. Images are brought to the channels that the encoder
+            takes, its ``in_chans``, by `sslkit.data.channels.with_channels`.
         transform: uint8 [C, h, w] -> float [C, h', w'].
         batch_size: images a forward pass.
         want, block, num_layers: see `sslkit.evaluation.tokens.encode`.
@@ -201,6 +223,12 @@ def extract(
         unreadable += errors
     report_unreadable(unreadable, len(indices), all_of_them=not batches)
     return joined(batches, num_unreadable=len(unreadable))
+
+
+def model_channels(encoder: nn.Module) -> int | None:
+    """Channels of the images that an encoder takes; None if it does not say (`in_chans`)."""
+    channels = getattr(encoder, "in_chans", None)
+    return channels if isinstance(channels, int) else None
 
 
 def evenly_spaced(population: int, count: int) -> list[int]:
@@ -256,12 +284,20 @@ def _rows(
 
 
 class _Items(Dataset):
-    """(view, label, index) of each image of a source; the reason, a string, for a broken file."""
+    """(view, label, index) of each image of a source; the reason, a string, for a broken file.
+
+    A ValueError is given as an item: from a loader's worker it would come with a traceback in it.
+    """
 
     def __init__(
-        self, source: Source, transform: Callable[[Tensor], Tensor], indices: Sequence[int]
+        self,
+        source: Source,
+        transform: Callable[[Tensor], Tensor],
+        indices: Sequence[int],
+        channels: int | None,
     ) -> None:
         self.source, self.transform, self.indices = source, transform, indices
+        self.channels = channels
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -270,6 +306,10 @@ class _Items(Dataset):
         index = self.indices[position]
         try:
             image, label = self.source[index]
+            if self.channels is not None:
+                image = with_channels(image, self.channels)
+            return self.transform(image), label, index
         except UnreadableImage as error:
             return str(error)
-        return self.transform(image), label, index
+        except ValueError as error:
+            return ValueError(f"image {index}: {error}")

@@ -4,11 +4,11 @@ Balazevic et al. 2023 (Hummingbird, arXiv 2306.01667, section 3.2); the Franca p
 Constants as in the public reimplementation that the paper used (Pariza et al. 2024).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sslkit.evaluation.confusion import confusion_matrices, iou, mean_iou
@@ -22,8 +22,10 @@ from sslkit.evaluation.segmentation import (
     masked_patches,
     merge_clusters,
     predicted_masks,
+    require_classes,
 )
 from sslkit.evaluation.subject import Subject
+from sslkit.unit_rows import unit_rows
 
 _IMAGES_AT_ONCE = 64
 
@@ -129,7 +131,7 @@ def build_memory(
         keep = _kept_patches(frequencies > 0, patches_per_image, generator)
         key, label = some.reshape(len(some), H * W, D)[keep], frequencies[keep]
         if dtype is not None:
-            key, label = F.normalize(key.float(), dim=1).to(dtype), label.to(dtype)
+            key, label = unit_rows(key).to(dtype), label.to(dtype)
         keys.append(key)
         labels.append(label)
     if not sum(map(len, keys)):
@@ -208,6 +210,7 @@ def in_context_segmentation(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
     reference_quirks: bool = False,
+    class_names: Sequence[str] | None = None,
 ) -> InContextResult:
     """Segment test images from a memory of training patches and score the result.
 
@@ -232,9 +235,13 @@ def in_context_segmentation(
         num_neighbours, temperature: see `segment`.
         ignore_index: the label of pixels that belong to no class.
         reference_quirks: see above.
+        class_names: for messages.
+
+    Raises:
+        Unsuitable: the test masks have pixels of fewer than two classes.
 
     >>> masks = torch.randint(2, (3, 4, 6), generator=torch.Generator().manual_seed(0))
-    >>> patches = F.one_hot(masks, 2).float()
+    >>> patches = torch.nn.functional.one_hot(masks, 2).float()
     >>> in_context_segmentation(patches, masks, patches, masks, 2).mean_iou
     1.0
     """
@@ -244,6 +251,15 @@ def in_context_segmentation(
         )
     if reference_quirks:
         train_masks = train_masks.masked_fill(train_masks == ignore_index, 0)
+    for name, masks in (("train_masks", train_masks), ("test_masks", test_masks)):
+        require_classes(
+            masks,
+            num_classes,
+            name=name,
+            scored=name == "test_masks",
+            class_names=class_names,
+            ignore_index=ignore_index,
+        )
     memory = build_memory(
         train_patches,
         train_masks,
@@ -299,6 +315,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
         dtype=torch.float16 if options.half else None,
         generator=subject.generator(),
         reference_quirks=options.reference_quirks,
+        class_names=names,
     )
     statistic = partial(mean_iou, absent_as_zero=options.reference_quirks)
     figure = draw_segmentation(

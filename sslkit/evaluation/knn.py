@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from sslkit.evaluation.labels import warn_of_one_class, with_labels
 from sslkit.evaluation.scores import Outcome, Score
-from sslkit.evaluation.subject import Subject, require_labels
+from sslkit.evaluation.subject import Subject, labelled
+from sslkit.unit_rows import unit_rows
 
 _KEYS_AT_ONCE = 16_384
 _FIRST_KEYS = 2048
@@ -75,12 +76,11 @@ def cosine_neighbours(
 
 
 def _unit(x: Tensor, name: str) -> Tensor:
-    """Rows of length 1, float32; rows of zeros stay. No square of an entry over- or underflows."""
-    x = x.float()
-    largest = x.abs().amax(1, keepdim=True)  # NaN and infinity survive
-    if not largest.isfinite().all():
+    """Rows of length 1, float32; rows of zeros stay."""
+    rows = unit_rows(x).float()
+    if not rows.isfinite().all():
         raise ValueError(f"{name} hold NaN or infinite values")
-    return F.normalize(x / largest.clamp_min(torch.finfo(torch.float32).tiny), dim=1)
+    return rows
 
 
 def _keep_best_(best: Tensor, where: Tensor, similarity: Tensor, start: int) -> None:
@@ -134,45 +134,51 @@ def knn_predict(
 
     Args:
         train_features: [N, D], normalised here.
-        train_labels: int [N], all >= 0.
+        train_labels: int [N]; items of label -1 are left out, and N is the number of the others.
         test_features: [Q, D], normalised here.
-        ks: the numbers of neighbours; none larger than ``min(num_neighbours, N)``.
-        num_classes: default: the largest training label + 1.
+        ks: numbers of neighbours that vote, at most ``num_neighbours``. Where k exceeds N, all N
+            training items vote.
+        num_classes: C, which training labels must be below; only checked.
         temperature: divides the similarities.
-        num_neighbours: how many neighbours the softmax is over.
+        num_neighbours: how many neighbours the softmax is over; at most all N.
         chunk_size: test items compared at once.
 
     Returns:
         For each k, int64 [Q].
+
+    Raises:
+        ValueError: shapes that do not agree, ``ks`` out of range, no training item with a label,
+            or labels that are not integers or below -1.
 
     >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
     >>> knn_predict(features, torch.tensor([0, 0, 1]), torch.tensor([[0.1, 1.0]]), ks=(1, 3))
     {1: tensor([1]), 3: tensor([1])}
     """
     _check_labels("train", train_features, train_labels)
-    num_neighbours = min(num_neighbours, len(train_features))
     if not ks or min(ks) < 1 or max(ks) > num_neighbours:
         raise ValueError(
-            f"ks={tuple(ks)} must be between 1 and {num_neighbours}, the neighbours in the vote: "
-            f"the least of num_neighbours and the {len(train_features)} training items"
+            f"ks={tuple(ks)} must be between 1 and num_neighbours={num_neighbours}, the neighbours "
+            "that the softmax is over"
         )
-    if int(train_labels.min()) < 0:
-        raise ValueError("train_labels holds a negative label: leave unlabelled items out")
-    num_labels = int(train_labels.max()) + 1
-    num_classes = num_labels if num_classes is None else num_classes
-    if num_labels > num_classes:
-        raise ValueError(f"train_labels holds {num_labels - 1}, but num_classes={num_classes}")
+    train_labels, train_features = with_labels(train_labels, train_features, name="train_labels")
+    warn_of_one_class(train_labels, name="train_labels")
+    if num_classes is not None and int(train_labels.max()) >= num_classes:
+        raise ValueError(
+            f"train_labels holds {int(train_labels.max())}, but num_classes={num_classes}"
+        )
+    num_neighbours = min(num_neighbours, len(train_features))
+    present, which = train_labels.to(test_features.device).unique(return_inverse=True)  # ascending
     similarity, index = cosine_neighbours(
         test_features, train_features, num_neighbours, chunk_size=chunk_size
     )
     weights = (similarity / temperature).softmax(dim=1)  # [Q, T]
-    classes = train_labels.to(index.device, torch.int64)[index]  # [Q, T]
-    votes = weights.new_zeros(len(weights), num_classes)
+    classes = which[index]  # [Q, T]
+    votes = weights.new_zeros(len(weights), len(present))
     predictions: dict[int, Tensor] = {}
     counted = 0
     for k in sorted(set(ks)):
         votes.scatter_add_(1, classes[:, counted:k], weights[:, counted:k])
-        predictions[k] = votes.argmax(dim=1)
+        predictions[k] = present[votes.argmax(dim=1)]
         counted = k
     return predictions
 
@@ -190,13 +196,15 @@ def knn_accuracy(
 ) -> dict[int, float]:
     """Top-1 accuracy, in 0..1, of `knn_predict` for each k.
 
-    A test item whose class is not in the training set counts as wrong.
+    Items of label -1, on either side, are left out, and a warning says how many. A test item whose
+    class is not in the training set counts as wrong.
 
     >>> features, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
     >>> knn_accuracy(features, labels, features, labels, ks=(1,))
     {1: 1.0}
     """
     _check_labels("test", test_features, test_labels)
+    test_labels, test_features = with_labels(test_labels, test_features, name="test_labels")
     predictions = knn_predict(
         train_features,
         train_labels,
@@ -237,16 +245,17 @@ class Options:
 
 def evaluate(subject: Subject, options: Options) -> Outcome:
     """Accuracy for each k, that of k = 20 first."""
-    train, test = (subject.features(name, options.token) for name in ("train", "test"))
+    train, test = (
+        labelled(subject.features(name, options.token), name) for name in ("train", "test")
+    )
     ks = sorted({min(k, len(train)) for k in options.ks}, key=lambda k: (k != 20, k))
-    truth = require_labels(test, "test")
     predictions = knn_predict(
         train[options.token],
-        require_labels(train, "train"),
+        train.labels,
         test[options.token],
         ks=ks,
         temperature=options.temperature,
         num_neighbours=max(200, *ks),
     )
-    scores = {f"k={k}": Score.mean(predictions[k] == truth) for k in ks}
+    scores = {f"k={k}": Score.mean(predictions[k] == test.labels) for k in ks}
     return Outcome(scores)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sslkit.evaluation.confusion import confusion_matrix
 from sslkit.evaluation.features import Features
+from sslkit.evaluation.labels import warn_of_one_class, with_labels
 from sslkit.evaluation.linear_head import (
     ITEMS_AT_ONCE,
     LinearHead,
@@ -21,7 +22,7 @@ from sslkit.evaluation.linear_head import (
     head_inputs,
 )
 from sslkit.evaluation.scores import Outcome, Score
-from sslkit.evaluation.subject import Subject, require_labels
+from sslkit.evaluation.subject import Subject, labelled
 
 LEARNING_RATES = (
     *(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
@@ -37,7 +38,7 @@ class LinearProbeResult:
     Attributes:
         accuracies: top-1 accuracy of each head, in 0..1, by its input and its learning rate.
         best: the head with the highest accuracy; of equal ones, the first of ``accuracies``.
-        predictions: int64 [Q], of the best head.
+        predictions: int64 [Q], of the best head, for the Q labelled validation images.
         correct: bool [Q], of the best head.
     """
 
@@ -97,9 +98,9 @@ def linear_probe(
         train_cls: class tokens [N, n, D] of the last n blocks, shallow to deep, after the final
             norm; any float type, also memory-mapped.
         train_mean_patch: mean patch tokens [N, D] of the last block; None if no head reads them.
-        train_labels: int [N], all >= 0.
-        test_cls, test_mean_patch, test_labels: the validation images; a label that was not
-            trained counts as wrong.
+        train_labels: int [N]; items of label -1 are left out, and a warning says how many.
+        test_cls, test_mean_patch, test_labels: the validation images; those of label -1 are left
+            out, and a label that was not trained counts as wrong.
         generator: a CPU generator of the weights at the start and of the batches.
         num_blocks: inputs: how many class tokens.
         mean_patch: inputs: without and with the mean patch token.
@@ -121,8 +122,13 @@ def linear_probe(
     """
     _check("train", train_cls, train_mean_patch, train_labels)
     _check("test", test_cls, test_mean_patch, test_labels)
-    if int(train_labels.min()) < 0:
-        raise ValueError("train_labels holds a negative label: leave unlabelled items out")
+    train_labels, train_cls, train_mean_patch = with_labels(
+        train_labels, train_cls, train_mean_patch, name="train_labels"
+    )
+    warn_of_one_class(train_labels, name="train_labels")
+    test_labels, test_cls, test_mean_patch = with_labels(
+        test_labels, test_cls, test_mean_patch, name="test_labels"
+    )
     num_labels = int(train_labels.max()) + 1
     C = num_labels if num_classes is None else num_classes
     if num_labels > C:
@@ -313,17 +319,19 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
 
 
 def probe_subject(subject: Subject, options: Options) -> tuple[LinearProbeResult, Features]:
-    """`linear_probe` of a subject's training and test data, and the test features."""
+    """`linear_probe` of a subject's training and test data, and the labelled test features."""
     most = subject.num_layers(max(options.num_blocks))
     blocks = tuple(sorted({min(n, most) for n in options.num_blocks}))
-    train, test = (head_features(subject, name, max(blocks)) for name in ("train", "test"))
+    train, test = (
+        labelled(head_features(subject, name, max(blocks)), name) for name in ("train", "test")
+    )
     inputs = head_inputs(train)
     with subject.bar("linear, steps", options.num_steps) as reach:
         result = linear_probe(
             *inputs,
-            require_labels(train, "train"),
+            train.labels,
             *head_inputs(test),
-            require_labels(test, "test"),
+            test.labels,
             generator=subject.generator(),
             num_blocks=blocks,
             mean_patch=(False,) if inputs[1] is None else (False, True),

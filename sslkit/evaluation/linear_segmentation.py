@@ -4,6 +4,7 @@ The protocol of Leopart (Ziegler and Asano 2022, arXiv 2204.13101, section 4) wi
 constants; the Franca paper's Table 4 (arXiv 2507.14137, section 5.2).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,7 @@ from sslkit.evaluation.segmentation import (
     known_pixels,
     masked_patches,
     predicted_masks,
+    require_classes,
     resize_masks,
 )
 from sslkit.evaluation.subject import Subject
@@ -136,6 +138,7 @@ def linear_segmentation(
     ignore_index: int = 255,
     generator: torch.Generator,
     reference_quirks: bool = False,
+    class_names: Sequence[str] | None = None,
 ) -> Segmentation:
     """Segment test images by a linear layer fitted to training patches, and score the result.
 
@@ -155,6 +158,10 @@ def linear_segmentation(
         size, lr, epochs, drop_epoch, batch_size, generator: see `fit_linear_segmentation`.
         ignore_index: the label of pixels that belong to no class.
         reference_quirks: see above.
+        class_names: for messages.
+
+    Raises:
+        Unsuitable: the test masks have pixels of fewer than two classes.
 
     >>> masks = torch.arange(2).view(1, 1, 2).repeat(8, 4, 1)
     >>> patches, generator = F.one_hot(masks, 2).float(), torch.Generator().manual_seed(0)
@@ -164,6 +171,15 @@ def linear_segmentation(
     if len(test_patches) != len(test_masks):
         raise ValueError(
             f"there are {len(test_patches)} images of patches but {len(test_masks)} masks to test"
+        )
+    for name, masks in (("train_masks", train_masks), ("test_masks", test_masks)):
+        require_classes(
+            masks,
+            num_classes,
+            name=name,
+            scored=name == "test_masks",
+            class_names=class_names,
+            ignore_index=ignore_index,
         )
     linear = fit_linear_segmentation(
         train_patches,
@@ -231,6 +247,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
             batch_size=options.batch_size,
             generator=subject.generator(),
             reference_quirks=options.reference_quirks,
+            class_names=names,
         )
         for lr in options.learning_rates
     }

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from sslkit.evaluation.confusion import confusion_matrix
+from sslkit.evaluation.labels import with_labels
 from sslkit.evaluation.scores import Outcome, Score
-from sslkit.evaluation.subject import Subject, require_labels
+from sslkit.evaluation.subject import Subject, labelled
+from sslkit.evaluation.tokens import Unsuitable
 
 Metric = Literal["accuracy", "mean_per_class"]
 
@@ -49,7 +51,7 @@ class LogisticResult:
         validation: the metric on the held-out training data by C.
         not_converged: of ``validation``, the Cs whose fit ran into ``max_iter`` or a failed line
             search, and the chosen C once more if that of the refit did.
-        predictions: int64 [Q].
+        predictions: int64 [Q], for the Q labelled test items.
         correct: bool [Q].
     """
 
@@ -93,9 +95,11 @@ def logistic_regression(
 
     Args:
         train_features: [N, D].
-        train_labels: int [N], all >= 0; at least two classes.
+        train_labels: int [N], of at least two classes; items of label -1 are left out, and a
+            warning says how many.
         test_features: [Q, D].
-        test_labels: int [Q]; one that was not trained counts as wrong.
+        test_labels: int [Q]; items of label -1 are left out, and a label that was not trained
+            counts as wrong.
         generator: a CPU generator of the held-out part.
         metric: ``"accuracy"``, or ``"mean_per_class"``; see `METRICS` and `mean_per_class`.
         costs: values of C.
@@ -119,8 +123,10 @@ def logistic_regression(
         raise ValueError(f"metric must be 'accuracy' or 'mean_per_class', got {metric!r}")
     if not costs or not min(costs) > 0:
         raise ValueError(f"costs must hold values of C, all above 0, got {tuple(costs)}")
+    train_labels, train_features = with_labels(train_labels, train_features, name="train_labels")
+    test_labels, test_features = with_labels(test_labels, test_features, name="test_labels")
     if len(train_labels.unique()) < 2:
-        raise ValueError(
+        raise Unsuitable(
             f"train_labels hold the one class {int(train_labels[0])}: logistic regression needs two"
         )
     x, y = _array(train_features, dtype), train_labels.cpu().numpy()
@@ -196,7 +202,8 @@ def held_out_part(labels: Tensor, share: float, *, generator: torch.Generator) -
     """Which items to hold out, bool [N]: a share of each class, rounded up or down at random.
 
     The items are put in random order, sorted by class, and taken at equal distances from a random
-    start. A class's only item is never held out, so that every class is still trained.
+    start, at least one in all. A class's only item is never held out, so that every class is still
+    trained.
 
     Args:
         labels: int [N].
@@ -216,13 +223,16 @@ def held_out_part(labels: Tensor, share: float, *, generator: torch.Generator) -
     order = order[counts[which.sort().values] > 1]
     start = torch.rand((), generator=generator, dtype=torch.float64)
     steps = torch.floor(torch.arange(len(order) + 1, dtype=torch.float64) * share + start)
-    out = torch.zeros(len(labels), dtype=torch.bool)
-    out[order[steps.diff() > 0]] = True
-    if not out.any():
-        raise ValueError(
-            f"there is nothing to hold out: {len(order)} items are in classes of more than one, "
-            f"and share={share}; use more images of a class, or a larger share"
+    if not len(order):
+        raise Unsuitable(
+            f"there is nothing to hold out: each of the {len(labels)} items is the only one of its "
+            "class; at least one class needs two labelled items"
         )
+    taken = steps.diff() > 0
+    if not taken.any():  # a share of less than one item
+        taken[int(start * len(order))] = True
+    out = torch.zeros(len(labels), dtype=torch.bool)
+    out[order[taken]] = True
     return out
 
 
@@ -269,8 +279,6 @@ def _check(split: str, features: Tensor, labels: Tensor) -> None:
         )
     if not features.isfinite().all():
         raise ValueError(f"{split}_features hold NaN or infinite values")
-    if split == "train" and int(labels.min()) < 0:
-        raise ValueError("train_labels holds a negative label: leave unlabelled items out")
 
 
 @dataclass(frozen=True)
@@ -290,12 +298,12 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
     """The metric on the test images; C, and which fits did not converge, in the details."""
     from sslkit.evaluation import figures
 
-    train, test = (subject.features(name, "cls") for name in ("train", "test"))
-    truth = require_labels(test, "test")
+    train, test = (labelled(subject.features(name, "cls"), name) for name in ("train", "test"))
+    truth = test.labels
     with subject.bar("logistic, fits", len(COSTS) + 1) as reach:
         result = logistic_regression(
             train.cls,
-            require_labels(train, "train"),
+            train.labels,
             test.cls,
             truth,
             generator=subject.generator(),

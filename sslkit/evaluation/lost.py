@@ -5,12 +5,14 @@ Siméoni et al. 2021 (arXiv 2109.14279), section 3; ``object_discovery.py`` of t
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sslkit.evaluation.boxes import component_box
 from sslkit.evaluation.discovery import discovery_outcome
 from sslkit.evaluation.scores import Outcome
 from sslkit.evaluation.subject import Subject
+from sslkit.unit_rows import power_of_two
 
 
 def lost_mask(keys: Tensor, *, num_candidates: int = 100) -> tuple[Tensor, tuple[int, int]]:
@@ -24,15 +26,15 @@ def lost_mask(keys: Tensor, *, num_candidates: int = 100) -> tuple[Tensor, tuple
         similar    = candidates p with <f_p, f_seed> > 0        (the seed is one of them)
         mask_q     = sum_{p in similar} <f_p, f_q> > 0
 
-    Of equal degrees the first patch, row by row, comes first; the published code leaves their order
-    to the sort. The paper writes >= 0 where its code, and this, has > 0. A key of zeros, for which
-    the published code stops, is neither seed nor candidate.
+    The scale of the keys changes nothing. Of equal degrees the first patch, row by row, comes
+    first; the published code leaves their order to the sort. The paper writes >= 0 where its code,
+    and this, has > 0. A key of zeros, for which the published code stops, is neither seed nor
+    candidate. Where all keys are equal, all patches are the object.
 
     Args:
         keys: [H, W, D].
         num_candidates: k of the paper.
 
-    >>> import torch
     >>> keys = torch.tensor([[1.0, -0.1]]).expand(2, 4, 2).clone()
     >>> keys[0, 1:3] = torch.tensor([-0.1, 1.0])
     >>> lost_mask(keys)
@@ -44,18 +46,21 @@ def lost_mask(keys: Tensor, *, num_candidates: int = 100) -> tuple[Tensor, tuple
     if num_candidates < 1:
         raise ValueError(f"num_candidates must be at least 1, got {num_candidates}")
     H, W, D = keys.shape
-    rows = keys.reshape(H * W, D).float()
+    rows = keys.reshape(H * W, D).to(torch.promote_types(keys.dtype, torch.float32))
     if not rows.isfinite().all():
         raise ValueError("keys hold NaN or infinite values")
     known = rows.any(dim=1)
     if not known.any():
         raise ValueError("all keys are zero: there is nothing to tell patches apart by")
-    similarity = rows @ rows.T  # [N, N]
+    # Powers of two, by which no product over- or underflows and no sum is rounded otherwise.
+    powers = power_of_two(rows.abs().amax(1, keepdim=True))  # [N, 1]
+    rows, weights = rows / powers, powers / powers.max()
+    similarity = rows @ rows.T  # [N, N], the true ones but for positive factors
     degree = (similarity > 0).sum(1)  # one too many for each: a key is like itself
     degree[~known] = H * W + 1  # above all others
     order = degree.argsort(stable=True)[: min(num_candidates, int(known.sum()))]
     similar = order[similarity[order[0], order] > 0]
-    mask = similarity[similar].sum(0) > 0
+    mask = (weights[similar] * similarity[similar]).sum(0) > 0
     row, column = divmod(int(order[0]), W)
     return mask.view(H, W), (row, column)
 
@@ -75,7 +80,6 @@ def lost_box(
         image_size: (height, width) before the padding; the box is clipped to it.
         num_candidates: see `lost_mask`.
 
-    >>> import torch
     >>> keys = torch.tensor([[1.0, -0.1]]).expand(2, 4, 2).clone()
     >>> keys[0, 1:3] = torch.tensor([-0.1, 1.0])
     >>> lost_box(keys, patch_size=16, image_size=(30, 64))

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from sslkit.evaluation.scores import Outcome
 from sslkit.evaluation.subject import Subject
+from sslkit.unit_rows import unit_rows
 
 T = TypeVar("T")
 
@@ -53,8 +53,8 @@ def matryoshka_curve(
         raise ValueError(f"sizes={tuple(sizes)} must be between 1 and the feature size {D}")
     return {
         m: score(
-            F.normalize(train_features[..., :m].float(), dim=-1),
-            F.normalize(test_features[..., :m].float(), dim=-1),
+            unit_rows(train_features[..., :m]).float(),
+            unit_rows(test_features[..., :m]).float(),
         )
         for m in sizes
     }

@@ -23,7 +23,7 @@ from sslkit.evaluation.confidences import max_probability as max_probability
 from sslkit.evaluation.confidences import ood_confidences
 from sslkit.evaluation.linear_probe import linear_probe
 from sslkit.evaluation.scores import Outcome, Score
-from sslkit.evaluation.subject import Subject, require_labels
+from sslkit.evaluation.subject import Subject, labelled
 
 
 def auroc(
@@ -174,14 +174,16 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
         raise ValueError("name at least one unknown data set: --near PATH ... or --far PATH ...")
     for spec in dict.fromkeys((*options.near, *options.far)):
         subject = subject.with_source(spec, whole_source(spec))
-    train, test = (subject.features(name, "cls") for name in ("train", "test"))
+    train = labelled(subject.features("train", "cls"), "train")
+    everything = subject.features("test", "cls")  # known images, with or without a label
+    test = labelled(everything, "test")
     head = linear_probe(
         train.cls[:, None],
         None,
-        require_labels(train, "train"),
+        train.labels,
         test.cls[:, None],
         None,
-        require_labels(test, "test"),
+        test.labels,
         generator=subject.generator(),
         num_blocks=(1,),
         mean_patch=(False,),
@@ -195,8 +197,8 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
         train.labels,
         head.best.weight,
         head.best.bias,
-        {"": test.cls, **sets},
-        k=min(options.k, len(train)),
+        {"": everything.cls, **sets},
+        k=options.k,
         num_principal=options.num_principal,
     )
     groups = {"near": options.near, "far": options.far}

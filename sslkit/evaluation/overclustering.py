@@ -1,9 +1,11 @@
 """Overclustering: how well do k-means clusters of patch features agree with annotated classes?
 
-The protocol of Leopart (Ziegler and Asano 2022, arXiv 2204.13101, section 4) with its published
-constants; the Franca paper's Table 4 and Figure 10 (arXiv 2507.14137).
+The protocol of Leopart (Ziegler and Asano 2022, arXiv 2204.13101, section 4); the Franca paper's
+Table 4 and Figure 10 (arXiv 2507.14137). Franca's own code clusters features resized to the masks,
+in 50 iterations and with one seed: docs/faithfulness.md.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +23,11 @@ from sslkit.evaluation.segmentation import (
     known_pixels,
     masked_patches,
     merge_clusters,
+    require_classes,
     resize_masks,
 )
 from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.tokens import Unsuitable
 
 _ROWS_AT_ONCE = 65_536
 
@@ -60,6 +64,7 @@ def overclustering(
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     ignore_index: int = 255,
     reference_quirks: bool = False,
+    class_names: Sequence[str] | None = None,
 ) -> Overclustering:
     """Cluster the patches of all images, name the clusters by the masks, and score them.
 
@@ -91,6 +96,10 @@ def overclustering(
         seeds: one run each.
         ignore_index: the label of pixels that belong to no class.
         reference_quirks: see above.
+        class_names: for messages.
+
+    Raises:
+        Unsuitable: the masks have pixels of fewer than two classes.
 
     >>> masks = torch.arange(12).view(1, 3, 4).repeat(10, 1, 1) % 3
     >>> patches = torch.nn.functional.one_hot(masks, 3).float()
@@ -107,6 +116,9 @@ def overclustering(
         )
     if not seeds:
         raise ValueError("seeds is empty: name at least one run of k-means")
+    require_classes(
+        masks, num_classes, name="masks", class_names=class_names, ignore_index=ignore_index
+    )
     size = (masks.shape[1], masks.shape[2]) if size is None else size
     mode = "nearest" if reference_quirks else "nearest-exact"
     masks = resize_masks(masks, size, mode=mode)
@@ -281,10 +293,15 @@ class Options:
 def evaluate(subject: Subject, options: Options) -> Outcome:
     """Mean IoU over the test images for each number of clusters, the mean over seeds."""
     test, masks, names = masked_patches(subject, "test")
+    num_patches = test.patches.shape[:3].numel()
     scores, by_seed, figures = {}, {}, {}
     for wanted in options.num_clusters:
         num_clusters = wanted or len(names)
-        if num_clusters > test.patches.shape[:3].numel():
+        if num_clusters > num_patches:
+            warnings.warn(
+                f"num_clusters={num_clusters} is left out: there are {num_patches} test patches",
+                stacklevel=2,
+            )
             continue
         result = overclustering(
             test.patches,
@@ -296,6 +313,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
             num_restarts=options.num_restarts,
             seeds=options.seeds,
             reference_quirks=options.reference_quirks,
+            class_names=names,
         )
         name = f"K={num_clusters}"
         statistic = partial(matched_mean_iou, absent_as_zero=options.reference_quirks)
@@ -312,7 +330,9 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
             class_names=names,
         )
     if not scores:
-        raise ValueError(f"num_clusters={options.num_clusters} are all more than the patches")
+        raise Unsuitable(
+            f"num_clusters={options.num_clusters} are all more than the {num_patches} test patches"
+        )
     return Outcome(scores, figures, {"mIoU by seed": by_seed})
 
 

@@ -55,8 +55,11 @@ def position_probe(
 ) -> PositionProbe:
     """Regress the normalised (row, column) of `sslkit.rasa.patch_positions` on patch features.
 
-    Linear by default: least squares with an intercept over all training patches, by normal
-    equations in float64 on centred features, with a ridge of 1e-8 times their mean variance.
+    Linear by default: exact least squares with an intercept over all training patches, in float64,
+    by a QR decomposition of the centred features. It finds position in directions of any size: in
+    float64 features down to ``rounding = 2e-16 * max(patches, D)`` of the largest singular value,
+    below which a direction counts as constant. There is no ridge that would hide what a projection
+    in too low a precision leaves.
 
     With ``hidden_dim`` the predictor has two layers, ``Linear(D, hidden_dim), GELU,
     Linear(hidden_dim, 2)``, on features standardised with the training statistics: 1500 steps of
@@ -86,20 +89,22 @@ def position_probe(
 
 
 def _fit_linear(patches: Tensor) -> nn.Module:
-    """Least squares in float64, streamed over images."""
+    """Least squares in float64, streamed over images.
+
+    R of a QR decomposition of all centred rows (z, p) is that of the rows below the R before:
+    unlike a covariance it does not square, and so keeps small directions.
+    """
     B, H, W, D = patches.shape
     n = B * H * W
     mean = sum(x.double().sum((0, 1, 2)) for x in patches.split(_IMAGES_AT_ONCE)) / n
     positions = patch_positions(H, W, dtype=torch.float64, device=patches.device)
-    covariance, cross = mean.new_zeros(D, D), mean.new_zeros(D, 2)
+    R = mean.new_zeros(0, D + 2)
     for x in patches.split(_IMAGES_AT_ONCE):
-        z = x.double() - mean
-        covariance += z.reshape(-1, D).T @ z.reshape(-1, D) / n
-        cross += z.sum(0).reshape(-1, D).T @ (positions - 0.5).reshape(-1, 2) / n
-    # Features that are constant altogether leave a zero matrix; any ridge then gives weight 0.
-    ridge = 1e-8 * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
-    identity = torch.eye(D, dtype=torch.float64, device=mean.device)
-    weight = torch.linalg.solve(covariance + ridge * identity, cross).T  # [2, D]
+        rows = torch.cat([x.double() - mean, (positions - 0.5).expand(len(x), H, W, 2)], dim=-1)
+        R = torch.linalg.qr(torch.cat([R, rows.flatten(0, 2)]), mode="r").R  # [<= D + 2, D + 2]
+    left, sizes, right = torch.linalg.svd(R[:, :D], full_matrices=False)
+    known = sizes > torch.finfo(sizes.dtype).eps * max(n, D) * sizes.amax()
+    weight = ((left.T @ R[:, D:])[known] / sizes[known, None]).T @ right[known]  # [2, D]
     linear = nn.Linear(D, 2, dtype=torch.float64, device=mean.device)
     linear.weight.data, linear.bias.data = weight, 0.5 - weight @ mean
     return linear

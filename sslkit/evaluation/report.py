@@ -1,6 +1,8 @@
 """A report of a run in Markdown: a table of scores, pictures, and what is needed to repeat it."""
 
+import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -42,7 +44,8 @@ def write_report(
     """Write ``report.md`` and ``figures/<name>.png``, each in place of an earlier one.
 
     Results come first, then the pictures, which carry their own titles and say what to look for,
-    then the command, the versions, the machine and the settings. Every file is replaced as a
+    then the command, the versions, the machine and the settings, all without the paths of this
+    machine (`without_machine_paths`). Every file is replaced as a
     whole, ``report.md`` last, so that whoever reads it while it is written sees a complete page.
 
     Args:
@@ -73,7 +76,11 @@ def write_report(
             raise ValueError(
                 f"the figure's name {name!r} is not a plain file name: leave out paths"
             )
-    sections = [f"# {_one_line(title)}", "## Results", _markdown_table([columns, *results])]
+    sections = [
+        f"# {without_machine_paths(_one_line(title))}",
+        "## Results",
+        _markdown_table([columns, *results]),
+    ]
     if figures:
         (directory / "figures").mkdir(parents=True, exist_ok=True)
         sections += ["## Pictures", *(_picture(directory, *item) for item in figures.items())]
@@ -112,13 +119,56 @@ def _one_line(text: str) -> str:
 def _provenance() -> list[tuple[str, str]]:
     machine = f"{platform.platform()}, {platform.processor() or platform.machine()}"
     return [
-        ("command", shlex.join([Path(sys.executable).name, *sys.argv])),
+        ("command", typed_command()),
         ("sslkit", __version__),
         ("torch", torch.__version__),
         ("timm", version("timm")),
         ("python", platform.python_version()),
         ("machine", f"{machine}, {torch.get_num_threads()} threads"),
     ]
+
+
+def typed_command() -> str:
+    """The command that started this process, without paths of this machine.
+
+    ``python -m`` and ``torchrun``, which Python replaces by paths, are named as they were typed;
+    other paths as by `without_machine_paths`.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:  # python -m
+        program = ["-m", spec.name.removesuffix(".__main__")]
+    else:
+        program = [without_machine_paths(sys.argv[0])]
+    launcher = ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        nodes, processes = (os.environ.get(f"{of}_WORLD_SIZE", "1") for of in ("GROUP", "LOCAL"))
+        launcher = ["torchrun", f"--nnodes={nodes}", f"--nproc-per-node={processes}"]
+    arguments = map(without_machine_paths, sys.argv[1:])
+    return shlex.join([*launcher, *program, *arguments])
+
+
+def without_machine_paths(text: str) -> str:
+    """Absolute paths in a text, relative to the working directory or to sslkit's checkout.
+
+    Of other paths the last part alone is kept: reports are given to others.
+
+    >>> without_machine_paths("--data=/home/me/images")
+    '--data=.../images'
+    >>> without_machine_paths("hf:https://a.org/b"), without_machine_paths(f"{Path.cwd()}/runs/a")
+    ('hf:https://a.org/b', 'runs/a')
+    """
+    return _PATH.sub(lambda found: _shortened(Path(found[0])), text)
+
+
+# An absolute path that begins a word, or stands behind NAME= or kind:, and that is no address.
+_PATH = re.compile(r"""(?:(?<=^)|(?<=[\s=:,'"(\[]))/(?!/)[^\s=:,'")\]]+""")
+
+
+def _shortened(path: Path) -> str:
+    for folder in (Path.cwd(), Path(__file__).parents[2]):
+        if path.is_relative_to(folder):
+            return str(path.relative_to(folder))
+    return f".../{path.name}"
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -128,5 +178,5 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
         if isinstance(value, Mapping):
             rows += _flat(value, f"{prefix}{name}.")
         else:
-            rows.append((f"{prefix}{name}", _one_line(str(value))))
+            rows.append((f"{prefix}{name}", without_machine_paths(_one_line(str(value)))))
     return rows

@@ -24,7 +24,7 @@ from sslkit.evaluation.linear_probe import Options as ProbeOptions
 from sslkit.evaluation.linear_probe import probe_subject
 from sslkit.evaluation.ood import whole_source
 from sslkit.evaluation.scores import Outcome, Score
-from sslkit.evaluation.subject import Subject, require_labels
+from sslkit.evaluation.subject import Subject, labelled
 
 Variant = Literal[
     "imagenet", "imagenet-a", "imagenet-r", "imagenet-v2", "imagenet-sketch", "imagenet-real"
@@ -259,9 +259,9 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
         if spec is None:
             continue
         variant = subject.with_source(spec, whole_source(spec))
-        features = head_features(variant, spec, blocks)
+        features = labelled(head_features(variant, spec, blocks), spec)
         folders = folder_classes(variant.source(spec).class_names or ())
-        labels = folders[require_labels(features, spec)]
+        labels = folders[features.labels]
         logits = _scattered(head_logits(probe.best, features), columns)
         scores[name] = Score.mean(subset_correct(logits, labels, subset_classes(name)))
     names = [subject.test.name(i) for i in test.indices.tolist()]
@@ -269,7 +269,8 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
         sets = real_labels_of(names, read_real_labels())
         logits = _scattered(head_logits(probe.best, test), columns)
         correct, counts = real_correct(logits, sets)
-        scores["imagenet-real"] = Score.mean(correct[counts])
+        if counts.any():
+            scores["imagenet-real"] = Score.mean(correct[counts])
     head = f"{probe.best.inputs}, learning rate {probe.best.learning_rate:g}"
     return Outcome(scores, {}, {"head": head, "chosen on": "imagenet"})
 

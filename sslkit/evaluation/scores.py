@@ -42,6 +42,8 @@ class Score:
         percent: bool = True,
     ) -> "Score":
         """The score that ``resampled`` gives when every item counts once."""
+        if num_items < 1:
+            raise ValueError("there is no test item to score")
         value = resampled(torch.ones(num_items, dtype=torch.float64))
         return Score(value, num_items, resampled, higher_is_better, percent)
 
@@ -66,13 +68,17 @@ class Score:
     ) -> "Score":
         """A function of the sum of each image's confusion matrix, [n, C, C] or [n, C, K].
 
+        Images without a pixel of any class, whose matrix is 0, are not among the test items: a
+        resample that drew nothing else would have no score.
+
         >>> two = torch.tensor([[[1, 0], [0, 1]], [[1, 1], [0, 0]]])
         >>> Score.of_confusion(two).value
         0.5833333333333333
         """
-        n, *shape = confusions.shape
+        shape = confusions.shape[1:]
         flat = confusions.detach().cpu().flatten(1).double()
-        return Score.of(lambda counts: statistic((counts @ flat).view(shape)), n)
+        flat = flat[flat.any(1)]
+        return Score.of(lambda counts: statistic((counts @ flat).view(shape)), len(flat))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What segmentation protocols share: scores to masks, masks to confusions, clusters to classes."""
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,9 @@ from torch import Tensor
 
 from sslkit.evaluation.features import Features, evenly_spaced
 from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.tokens import Unsuitable
+
+_SHOWN = 10  # classes in a message
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,62 @@ def known_pixels(masks: Tensor, num_classes: int, *, ignore_index: int = 255) ->
             f"ignore_index={ignore_index}"
         )
     return known
+
+
+def require_classes(
+    masks: Tensor,
+    num_classes: int,
+    *,
+    name: str,
+    scored: bool = True,
+    class_names: Sequence[str] | None = None,
+    ignore_index: int = 255,
+) -> None:
+    """Warn of classes without a pixel; refuse masks to score by that have fewer than two classes.
+
+    The mean IoU leaves out classes that are in neither truth nor prediction, so that with one class
+    it may be 1 whatever the features.
+
+    Args:
+        masks: integer classes [B, h, w], in 0..C-1, or ``ignore_index``.
+        num_classes: C; with C = 1 nothing is refused.
+        name: what messages call the masks.
+        scored: whether these are the masks that predictions are compared with.
+        class_names: for messages.
+        ignore_index: the label of pixels that belong to no class.
+
+    Raises:
+        Unsuitable: fewer than two classes have a pixel in masks to score by.
+        ValueError: a pixel is neither of a class nor to be ignored.
+    """
+    counts = torch.zeros(num_classes, dtype=torch.int64)
+    for mask in masks:
+        known = known_pixels(mask, num_classes, ignore_index=ignore_index)
+        counts += torch.bincount(mask[known].long(), minlength=num_classes).cpu()
+    absent = counts == 0
+    if not absent.any():
+        return
+    names = [
+        str(c) if class_names is None else f"{class_names[c]} ({c})" for c in range(len(counts))
+    ]
+    shown = [one for one, gone in zip(names, absent.tolist(), strict=True) if gone]
+    found = (
+        f"{name} have no pixel of {len(shown)} of the {num_classes} classes: "
+        f"{', '.join(shown[:_SHOWN])}{', ...' if len(shown) > _SHOWN else ''}"
+    )
+    if ignored := masks.numel() - int(counts.sum()):
+        found += (
+            f"; {100 * ignored / masks.numel():.1f} % of the pixels are {ignore_index}, which "
+            "belongs to no class and is ignored"
+        )
+        if ignore_index == 255:
+            found += (
+                '. Of binary masks, 0 and 255, say "values": [0, 255] in annotations.json, or '
+                "leave that file out"
+            )
+    if scored and num_classes - len(shown) < min(2, num_classes):
+        raise Unsuitable(f"a mean IoU needs pixels of two classes: {found}")
+    warnings.warn(found, stacklevel=3)
 
 
 def classes_of_clusters(counts: Tensor) -> Tensor:

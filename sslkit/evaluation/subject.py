@@ -12,10 +12,13 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
+from sslkit.data.channels import with_channels
+from sslkit.data.labels import NO_LABEL
 from sslkit.data.seeds import sample_seed
-from sslkit.data.sources import Source
+from sslkit.data.sources import Source, UnreadableImage
 from sslkit.evaluation.feature_cache import cached_features
-from sslkit.evaluation.features import Features, evenly_spaced, extract
+from sslkit.evaluation.features import Features, evenly_spaced, extract, model_channels
+from sslkit.evaluation.labels import labelled_rows
 from sslkit.evaluation.tokens import Unsuitable, encode, frozen
 from sslkit.evaluation.views import RESIZE_OVER_CROP, EvalTransform, PaddedView
 from sslkit.rasa import RASAProjector
@@ -208,7 +211,13 @@ class Subject:
     def images(self, source: str, indices: Sequence[int], view: View = "dense") -> list[Tensor]:
         """Normalised views [C, h, w] of some images, for pictures."""
         transform = self.view(view)
-        return [transform(self.source(source)[index][0]) for index in indices]
+        images = (self.source(source)[index][0] for index in indices)
+        return [transform(self.to_model(image)) for image in images]
+
+    def to_model(self, image: Tensor) -> Tensor:
+        """An image uint8 [C, h, w] with the channels that the encoder takes."""
+        channels = model_channels(self.encoder)
+        return image if channels is None else with_channels(image, channels)
 
     def masks(self, source: str, features: Features) -> Tensor:
         """True classes under the ``"dense"`` views that features are of, int64 [B, h, w]."""
@@ -235,7 +244,12 @@ class Subject:
     def _maps(self, source: str, annotation: str, features: Features) -> Tensor:
         read = getattr(self.annotated(source, annotation), annotation)
         view = cast(EvalTransform, self.view("dense"))
-        return torch.stack([view.mask(read(i)) for i in features.indices.tolist()])
+        try:
+            return torch.stack([view.mask(read(i)) for i in features.indices.tolist()])
+        except UnreadableImage as error:
+            raise ValueError(
+                f"a {annotation} of the {source} data cannot be used: {error}"
+            ) from error
 
     def _projected(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """RASA, then the first features, of the final tokens."""
@@ -259,12 +273,17 @@ class Subject:
         return found
 
 
-def require_labels(features: Features, source: str) -> Tensor:
-    """The labels [B] of features; an error if there are none."""
-    labels = features.labels
-    if int(labels.min()) < 0:
+def labelled(features: Features, source: str) -> Features:
+    """The features of the images that have a label; a warning says how many have none.
+
+    Raises:
+        Unsuitable: no image has one.
+        ValueError: a label is below -1.
+    """
+    if bool((features.labels == NO_LABEL).all()):
         raise Unsuitable(
-            f"the {source} data has images without a label, which this protocol needs: class "
+            f"the {source} data has no image with a label, which this protocol needs: class "
             "folders (DATA/train/CLASS/x.jpg, DATA/val/CLASS/y.jpg), or another labelled --data"
         )
-    return labels
+    rows = labelled_rows(features.labels, name=f"labels of the {source} data", stacklevel=2)
+    return features if rows is None else features.select(rows)

@@ -1,7 +1,6 @@
 """python -m sslkit.export timm|hf|onnx|torch --weights FILE --output DIR: encoders for others."""
 
 import dataclasses
-import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,11 +14,12 @@ from sslkit import backbones
 from sslkit.backbones import Loaded
 from sslkit.backbones.checkpoint import HEADER_KEY
 from sslkit.backbones.files import read_header
+from sslkit.command_line import run_command
 from sslkit.export import HubEncoder, save_for_timm, save_onnx, save_program
 from sslkit.export.card import Card, read_scores, write_card
 from sslkit.export.hub import projectors
 from sslkit.export.timm_weights import FORMAT as TIMM_FORMAT
-from sslkit.files import atomic_write, file_digest
+from sslkit.files import atomic_write, file_digest, parse_json
 from sslkit.rasa import load_rasa
 
 
@@ -200,9 +200,10 @@ def describe(export: Described, metadata: dict[str, str]) -> Card:
         print(f"no scores in the card: {error}", file=sys.stderr)
         return card
     if scored_on is None:  # the recipe's scores are of the data that it trained on
-        scored_on = json.loads(metadata.get("settings", "{}")).get("data")
+        settings = parse_json(metadata.get("settings", "{}"), "the settings beside the weights")
+        scored_on = settings.get("data") if isinstance(settings, dict) else None
     return dataclasses.replace(card, scores=scores, scored_on=scored_on)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from sslkit import __version__
 from sslkit.backbones import ViTEncoder
+from sslkit.files import parse_json
 
 _TASK = "image-feature-extraction"
 _TAGS = ("self-supervised-learning", "vision-transformer", "sslkit")
@@ -123,7 +124,8 @@ def _of_recipe(results: Mapping[str, Any], model: str) -> tuple[list[Score], lis
         if isinstance(found, Mapping):
             scores += [Score(title.format(size), value) for size, value in found.items()]
         elif found is not None:
-            scores.append(Score(title, found))
+            interval = results.get("intervals", {}).get(key, {}).get(model)
+            scores.append(Score(title, found, None if interval is None else tuple(interval)))
     return scores, list(known)
 
 
@@ -168,7 +170,9 @@ def write_card(
     if card.scores:
         sections.append(_scores(card))
     if settings := metadata.get("settings"):
-        text = json.dumps(_without_paths(json.loads(settings)), indent=2)
+        text = json.dumps(
+            _without_paths(parse_json(settings, "the settings beside the weights")), indent=2
+        )
         sections.append(f"## Training\n\nSettings of the run:\n\n```json\n{text}\n```")
     sections.append(_provenance(card, metadata, digest))
     return "\n\n".join(sections) + "\n"

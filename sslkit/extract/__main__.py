@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from sslkit.command_line import run_command
 from sslkit.extract.parts import Extraction
 from sslkit.extract.processes import extract_with_processes
 
@@ -58,4 +59,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -13,6 +13,7 @@ import csv
 import io
 import itertools
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,12 +110,23 @@ def read_description(path: Path) -> dict[str, Any]:
         ValueError: they are not of this package.
     """
     path = Path(path)
-    if path.suffix == ".parquet":
-        metadata = _import_parquet().read_schema(path).metadata or {}
-        if _METADATA_KEY not in metadata:
-            raise ValueError(f"{path} was not written by python -m sslkit.extract")
-        return json.loads(metadata[_METADATA_KEY])
-    return json.loads(description_path(path).read_text())
+    described = description_path(path)
+    try:
+        if path.suffix == ".parquet":
+            text = (_import_parquet().read_schema(path).metadata or {}).get(_METADATA_KEY)
+        else:
+            text = described.read_bytes()
+        if text is None:
+            raise ValueError("it was not written by python -m sslkit.extract")
+        description = json.loads(text)
+        if not description["settings"].keys() or not description["shape"].keys():
+            raise ValueError("it describes nothing")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{described} does not say what features it is of ({type(error).__name__}: {error}): "
+            "remove it, or choose another file"
+        ) from error
+    return description
 
 
 def read_features(path: Path, *, size: int | None = None) -> np.ndarray:
@@ -137,7 +149,12 @@ def read_features(path: Path, *, size: int | None = None) -> np.ndarray:
         array = lists.flatten().to_numpy(zero_copy_only=False)
         return array.reshape(len(lists), -1)
     path = path if size is None else path.with_name(f"{path.stem}_{size}.npy")
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a whole .npy file: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} is a .npz archive, not a .npy file")
     if array.ndim != 2 or array.dtype.kind != "f":
         raise ValueError(f"{path} must be float [N, F], got {array.dtype} {list(array.shape)}")
     return array
@@ -162,8 +179,39 @@ def output_is_complete(output: Path, settings: Mapping[str, Any]) -> bool:
         if output.exists():
             raise ValueError(f"{output} is there, but nothing says what it is of: remove it")
         return False
-    require_same(read_description(output)["settings"], settings, str(output))
+    description = read_description(output)
+    require_same(description["settings"], settings, str(output))
+    require_whole(output, description)
     return True
+
+
+def require_whole(output: Path, description: Mapping[str, Any]) -> None:
+    """A ValueError that names the file unless every file has the rows that its description says."""
+    (num_rows, _), *_ = description["shape"].values()
+    path = output
+    try:
+        if output.suffix == ".parquet":
+            found = {output: _import_parquet().read_metadata(output).num_rows}
+        else:
+            path = output.with_suffix(".csv")
+            found = {path: len(read_names(output))}
+            for name, shape in description["shape"].items():
+                path = output.with_name(name)
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+                if path.stat().st_size != array.offset + array.nbytes or array.shape[1] != shape[1]:
+                    raise ValueError(f"it is not an array {shape} and nothing else")
+                found[path] = len(array)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): remove {output} and "
+            f"{description_path(output)}, and extract the features again"
+        ) from error
+    for path, count in found.items():
+        if count != num_rows:
+            raise ValueError(
+                f"{path} has {count} rows, but {description_path(output)} says {num_rows}: remove "
+                "both, and extract the features again"
+            )
 
 
 def require_same(there: Mapping[str, Any], asked: Mapping[str, Any], what: str) -> None:

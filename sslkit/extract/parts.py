@@ -11,6 +11,7 @@ giving process r of W the parts r, r + W, ..., and continued by making those tha
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Literal, get_args
 import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sslkit.data.sources import Source, Split, open_source
@@ -214,7 +215,13 @@ class _Job:
             with atomic_write(path) as file:
                 file.write(json.dumps(settings, indent=2).encode())
             return
-        there = json.loads(path.read_text())
+        try:
+            there = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} does not say what the parts beside it are of ({type(error).__name__}: "
+                f"{error}): remove {self.folder}"
+            ) from error
         require_same(there, settings, f"the unfinished {self.output} in {self.folder}")
 
     def size(self, start: int) -> int:
@@ -223,8 +230,8 @@ class _Job:
 
     def make(self, start: int, device: torch.device, num_workers: int) -> Iterator[int]:
         """Make a part unless it is there; gives how many images are done, batch after batch."""
-        path = self._path(start)
-        if path.exists():
+        if self._path(start).exists():
+            self._read(start)  # complains if it was damaged
             yield self.size(start)
             return
         rows: list[Tensor] = []
@@ -254,8 +261,10 @@ class _Job:
             "labels": torch.tensor(labels, dtype=torch.int64),
             "indices": torch.tensor(indices, dtype=torch.int64),
         }
-        with atomic_write(path) as file:
-            file.write(safetensors.torch.save(tensors, {"unreadable": json.dumps(unreadable)}))
+        checksum = _checksum(tensors)
+        with atomic_write(self._path(start)) as file:
+            said = {"unreadable": json.dumps(unreadable), "crc32": str(checksum)}
+            file.write(safetensors.torch.save(tensors, said))
 
     def finish(self) -> dict[str, Any]:
         """The file of all parts."""
@@ -275,13 +284,27 @@ class _Job:
 
     def _parts(self) -> Iterator[Part]:
         for start in self.starts:
-            with safe_open(self._path(start), framework="pt") as file:
-                yield Part(
-                    file.get_tensor("rows"),
-                    file.get_tensor("labels"),
-                    file.get_tensor("indices"),
-                    json.loads(file.metadata()["unreadable"]),
-                )
+            yield self._read(start)
+
+    def _read(self, start: int) -> Part:
+        """A part that is there; a ValueError if it is not as it was written."""
+        path = self._path(start)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in ("rows", "labels", "indices")}
+                said = file.metadata()
+            errors = json.loads(said["unreadable"])
+            part = Part(tensors["rows"], tensors["labels"], tensors["indices"], errors)
+            if len(part.labels) + len(part.unreadable) != self.size(start):
+                raise ValueError(f"it is not of {self.size(start)} images")
+            if said.get("crc32", str(_checksum(tensors))) != str(_checksum(tensors)):
+                raise ValueError("its checksum is another")
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"the part {path} is damaged ({type(error).__name__}: {error}): remove it, and run "
+                "the command again to make it anew"
+            ) from error
+        return part
 
     def _path(self, start: int) -> Path:
         return self.folder / f"{start:08d}.safetensors"
@@ -302,6 +325,13 @@ class _Job:
                 f"features are up to {rows.abs().max().item():.3g}, beyond float16: take float32"
             )
         return stored
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    checksum = 0
+    for name in sorted(tensors):
+        checksum = zlib.crc32(tensors[name].contiguous().numpy().tobytes(), checksum)
+    return checksum
 
 
 def _resolved(text: str) -> str:

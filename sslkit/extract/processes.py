@@ -78,10 +78,11 @@ def _spawn(
                 finished = workers.join(timeout=_POLL_SECONDS)
                 bar.total = sum(counts[1::2])
                 bar.update(sum(counts[0::2]) - bar.n)
-        except ProcessExitedException:
-            if mistakes.empty():
-                raise
-            raise RuntimeError(mistakes.get()) from None
+        except ProcessExitedException as error:
+            raise RuntimeError(str(error) if mistakes.empty() else mistakes.get()) from None
+        finally:  # what is done of the file stays done, however its processes end
+            for process in workers.processes:
+                process.kill()
     return read_description(output)
 
 

@@ -36,17 +36,31 @@ SINGLE_TILE_TOKENS = 64
 """Longest crop that the Triton body attends over in one tile."""
 
 
-def equal_runs(lengths: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Run-length encode ``lengths``: one ``(length, count)`` for each run of equal neighbours.
+Runs = tuple[tuple[int, int], ...]
+"""``(length, count)`` of each run of crops of equal lengths."""
+
+
+def equal_runs(lengths: Sequence[int], counts: Sequence[int] | None = None) -> Runs:
+    """Run-length encode lengths: one ``(length, count)`` for each run of equal neighbours.
 
     >>> equal_runs((257, 257, 50, 50, 50))
     ((257, 2), (50, 3))
+    >>> equal_runs((257, 50, 50), counts=(2, 1, 2))
+    ((257, 2), (50, 3))
     """
-    return tuple((length, len(list(run))) for length, run in groupby(lengths))
+    counts = (1,) * len(lengths) if counts is None else counts
+    pairs = zip(lengths, counts, strict=True)
+    runs = groupby(pairs, key=operator.itemgetter(0))
+    return tuple((length, sum(count for _, count in run)) for length, run in runs)
 
 
 def packed_attention(
-    qkv: Tensor, lengths: Sequence[int], *, scale: float | None = None, impl: str = "auto"
+    qkv: Tensor,
+    lengths: Sequence[int],
+    *,
+    counts: Sequence[int] | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """Softmax attention of every token over the tokens of its own crop.
 
@@ -61,6 +75,8 @@ def packed_attention(
     Args:
         qkv: ``[T, 3, h, d]``, queries, keys and values of h heads of size d, in any float type.
         lengths: number of tokens of each crop, in the order of packing; sums to T.
+        counts: how many neighbouring crops each length stands for; None: one. A compiled graph
+            serves any counts, where a longer list of lengths would need another graph.
         scale: factor of the dot products; ``d ** -0.5`` when None.
         impl: ``"auto"``, ``"torch"`` or ``"triton"`` (see :mod:`sslkit.ops.dispatch`). The Triton
             body takes float16 and bfloat16, heads of 32 and 64, and crops of up to 384 tokens;
@@ -70,7 +86,8 @@ def packed_attention(
         ``[T, h, d]``, in the type of ``qkv``; ``.flatten(1)`` feeds the output projection.
 
     Raises:
-        ValueError: ``qkv`` is not ``[T, 3, h, d]``, a length is below 1, or they do not sum to T.
+        ValueError: ``qkv`` is not ``[T, 3, h, d]``, a length is below 1, a count below 0, there are
+            not as many counts as lengths, or the crops do not sum to T tokens.
         TypeError: ``qkv`` is not floating point.
         RuntimeError: ``impl="triton"``, which cannot run here; the message says why.
 
@@ -81,7 +98,6 @@ def packed_attention(
     >>> bool(torch.allclose(out[10:], packed_attention(qkv[10:], [3])))
     True
     """
-    lengths = tuple(map(operator.index, lengths))
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(
             f"packed_attention: qkv must be [T, 3, h, d], got {list(qkv.shape)}; "
@@ -91,23 +107,31 @@ def packed_attention(
         raise TypeError(f"packed_attention: qkv must be floating point, got {qkv.dtype}")
     if min(lengths, default=1) < 1:
         raise ValueError(f"packed_attention: every length must be at least 1, got {min(lengths)}")
-    T = qkv.shape[0]
-    if sum(lengths) != T:
+    if counts is not None and (len(counts) != len(lengths) or min(counts, default=0) < 0):
+        raise ValueError(
+            f"packed_attention: counts must be {len(lengths)} numbers of crops, one for each "
+            f"length and none below 0, got {list(counts)}"
+        )
+    runs = equal_runs(lengths, counts)
+    T, total = qkv.shape[0], sum(n * count for n, count in runs)
+    if total != T:
         raise ValueError(
             f"packed_attention: lengths must sum to the {T} tokens of qkv {list(qkv.shape)}, "
-            f"got {len(lengths)} lengths that sum to {sum(lengths)}"
+            f"got {sum(count for _, count in runs)} lengths that sum to {total}"
         )
-    return torch.ops.sslkit.packed_attention(qkv, lengths, scale, impl)
+    lengths, counts = [n for n, _ in runs], [count for _, count in runs]
+    return torch.ops.sslkit.packed_attention(qkv, lengths, counts, scale, impl)
 
 
 torch.library.define(
-    "sslkit::packed_attention", "(Tensor qkv, SymInt[] lengths, float? scale, str impl) -> Tensor"
+    "sslkit::packed_attention",
+    "(Tensor qkv, SymInt[] lengths, SymInt[] counts, float? scale, str impl) -> Tensor",
 )
 
 
 @torch.library.impl("sslkit::packed_attention", "CompositeImplicitAutograd")
 def _packed_attention(
-    qkv: Tensor, lengths: Sequence[int], scale: float | None, impl: str
+    qkv: Tensor, lengths: Sequence[int], counts: Sequence[int], scale: float | None, impl: str
 ) -> Tensor:
     """Choose bodies, cut ``qkv`` into the pieces that they take, and concatenate the results."""
     _, _, _, d = qkv.shape
@@ -119,32 +143,31 @@ def _packed_attention(
         and qkv.dtype != torch.float64
     ):
         qkv = qkv.to(torch.get_autocast_dtype(device))
-    pieces = list(_pieces(qkv, lengths, impl))
+    pieces = list(_pieces(qkv, tuple(zip(lengths, counts, strict=True)), impl))
     if not pieces:
         return qkv[:, 0]  # no crop: [0, h, d]
     # split, not slices: its backward is one concatenation and no zero-padded copy for each piece
-    parts = qkv.split([sum(crops) for _, crops in pieces]) if len(pieces) > 1 else (qkv,)
+    sizes = [sum(n * count for n, count in runs) for _, runs in pieces]
+    parts = qkv.split(sizes) if len(pieces) > 1 else (qkv,)
     outputs = [
-        _triton_forward(part, crops, scale)[0]
+        _triton_forward(part, [n for n, _ in runs], [count for _, count in runs], scale)[0]
         if body == "triton"
-        else _attend_torch(part, len(crops), scale)
-        for part, (body, crops) in zip(parts, pieces, strict=True)
+        else _attend_torch(part, *runs[0], scale)
+        for part, (body, runs) in zip(parts, pieces, strict=True)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _pieces(
-    qkv: Tensor, lengths: Sequence[int], impl: str
-) -> Iterator[tuple[Body, tuple[int, ...]]]:
-    """Neighbouring crops that one call of a body takes: for PyTorch, those of equal lengths."""
-    for too_long, group in groupby(lengths, key=lambda n: n > MAX_TOKENS_TRITON):
-        crops = tuple(group)
-        problem = _unsupported(qkv, max(crops) if too_long else None)
+def _pieces(qkv: Tensor, runs: Runs, impl: str) -> Iterator[tuple[Body, Runs]]:
+    """Neighbouring runs that one call of a body takes: for PyTorch, one."""
+    for too_long, group in groupby(runs, key=lambda run: run[0] > MAX_TOKENS_TRITON):
+        some = tuple(group)
+        problem = _unsupported(qkv, max(n for n, _ in some) if too_long else None)
         body = resolve(impl, "packed_attention", qkv, unsupported=problem)
         if body == "triton":
-            yield body, crops
+            yield body, some
         else:
-            yield from ((body, (n,) * count) for n, count in equal_runs(crops))
+            yield from ((body, (run,)) for run in some)
 
 
 def _unsupported(qkv: Tensor, too_long: int | None) -> str | None:
@@ -160,56 +183,57 @@ def _unsupported(qkv: Tensor, too_long: int | None) -> str | None:
     return None
 
 
-def _attend_torch(qkv: Tensor, count: int, scale: float) -> Tensor:
+def _attend_torch(qkv: Tensor, length: int, count: int, scale: float) -> Tensor:
     """Attention inside ``count`` crops of one length: ``[T, 3, h, d] -> [T, h, d]``."""
-    q, k, v = qkv.unflatten(0, (count, -1)).permute(2, 0, 3, 1, 4)  # each [count, h, n, d]
+    q, k, v = qkv.unflatten(0, (count, length)).permute(2, 0, 3, 1, 4)  # each [count, h, n, d]
     out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).flatten(0, 1)
 
 
-# The schemas are written out: torch 2.6 does not infer one from `collections.abc.Sequence`.
-@torch.library.custom_op(
-    "sslkit::packed_attention_triton",
-    mutates_args=(),
-    schema="(Tensor qkv, SymInt[] lengths, float scale) -> (Tensor, Tensor)",
-)
-def _triton_forward(qkv: Tensor, lengths: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("sslkit::packed_attention_triton", mutates_args=())
+def _triton_forward(
+    qkv: Tensor, lengths: Sequence[int], counts: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
     """``out [T, h, d]``, and ``lse [h, P]`` of the P tokens in crops of more than one tile."""
     from sslkit.ops import attention_triton
 
-    out, lse = _empty_outputs(qkv, lengths)
-    attention_triton.forward(out, lse, qkv.contiguous(), lengths, scale)
+    runs = equal_runs(lengths, counts)
+    out, lse = _empty_outputs(qkv, runs)
+    attention_triton.forward(out, lse, qkv.contiguous(), runs, scale)
     return out, lse
 
 
-@torch.library.custom_op(
-    "sslkit::packed_attention_triton_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad, Tensor qkv, Tensor out, Tensor lse, SymInt[] lengths, float scale) -> Tensor"
-    ),
-)
+@torch.library.custom_op("sslkit::packed_attention_triton_backward", mutates_args=())
 def _triton_backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, lengths: Sequence[int], scale: float
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Sequence[int],
+    counts: Sequence[int],
+    scale: float,
 ) -> Tensor:
     from sslkit.ops import attention_triton
 
     resolve("triton", "packed_attention_backward", qkv)
     qkv = qkv.contiguous()
     dqkv = torch.empty_like(qkv)
-    attention_triton.backward(dqkv, grad.contiguous(), qkv, out, lse, lengths, scale)
+    runs = equal_runs(lengths, counts)
+    attention_triton.backward(dqkv, grad.contiguous(), qkv, out, lse, runs, scale)
     return dqkv
 
 
-def _empty_outputs(qkv: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _empty_outputs(qkv: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
     T, _, h, d = qkv.shape
-    saved = sum(n for n in lengths if n > SINGLE_TILE_TOKENS)
+    saved = sum(n * count for n, count in runs if n > SINGLE_TILE_TOKENS)
     return qkv.new_empty(T, h, d), qkv.new_empty(h, saved, dtype=torch.float32)
 
 
 @_triton_forward.register_fake
-def _(qkv: Tensor, lengths: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(qkv, lengths)
+def _(
+    qkv: Tensor, lengths: Sequence[int], counts: Sequence[int], _scale: float
+) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(qkv, tuple(zip(lengths, counts, strict=True)))
 
 
 @_triton_backward.register_fake
@@ -218,14 +242,15 @@ def _(grad: Tensor, qkv: Tensor, *_: object) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.lengths, ctx.scale = inputs
+    qkv, ctx.lengths, ctx.counts, ctx.scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(qkv, out, lse)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-    return _triton_backward(grad, *ctx.saved_tensors, ctx.lengths, ctx.scale), None, None
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    arguments = ctx.lengths, ctx.counts, ctx.scale
+    return _triton_backward(grad, *ctx.saved_tensors, *arguments), None, None, None
 
 
 _triton_forward.register_autograd(_differentiate, setup_context=_save)

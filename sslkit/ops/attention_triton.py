@@ -38,7 +38,7 @@ Only 16-bit inputs: with float32 operands the products of these tiles spill 6 to
 # mypy: disable-error-code="no-untyped-def"
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkit.ops.attention import SINGLE_TILE_TOKENS, equal_runs
+from sslkit.ops.attention import SINGLE_TILE_TOKENS, Runs
 
 
 class Tiling(NamedTuple):
@@ -101,14 +101,14 @@ def options(kernel: Any, tiling: Tiling, d: int) -> dict[str, Any]:
     return used | {"num_warps": tiling.num_warps, "num_stages": 2, "enable_fp_fusion": True}
 
 
-def forward(out: Tensor, lse: Tensor, qkv: Tensor, lengths: Sequence[int], scale: float) -> None:
+def forward(out: Tensor, lse: Tensor, qkv: Tensor, runs: Runs, scale: float) -> None:
     """Write the attention ``out [T, h, d]`` of ``qkv [T, 3, h, d]``, all contiguous.
 
     ``lse [h, P]`` gets the logarithms to base 2 of the sums of exponentials, of the P tokens of the
     crops of more than `SINGLE_TILE_TOKENS` tokens.
     """
     _, _, h, d = qkv.shape
-    for tokens, saved, n, count in _runs(lengths):
+    for tokens, saved, n, count in _placed(runs):
         tiling = choose_tiling(n)
         tiles = tiling.full_tiles(n)
         with torch.cuda.device_of(qkv):
@@ -131,7 +131,7 @@ def backward(
     qkv: Tensor,
     out: Tensor,
     lse: Tensor,
-    lengths: Sequence[int],
+    runs: Runs,
     scale: float,
 ) -> None:
     """Write the gradient ``dqkv`` of ``qkv`` from the gradient ``grad`` of ``out``; see `forward`.
@@ -139,7 +139,7 @@ def backward(
     ``out`` and ``lse`` are read for crops of more than one tile only.
     """
     _, _, h, d = qkv.shape
-    for tokens, saved, n, count in _runs(lengths):
+    for tokens, saved, n, count in _placed(runs):
         tiling = choose_tiling(n)
         tiles = tiling.full_tiles(n)
         with torch.cuda.device_of(qkv):
@@ -171,10 +171,10 @@ def backward(
                 )
 
 
-def _runs(lengths: Sequence[int]) -> Iterator[tuple[slice, slice, int, int]]:
+def _placed(runs: Runs) -> Iterator[tuple[slice, slice, int, int]]:
     """For each run of equal lengths: its tokens, their places in lse, length, number of crops."""
     start = saved = 0
-    for n, count in equal_runs(tuple(lengths)):
+    for n, count in runs:
         stop = start + n * count
         saved_stop = saved + (n * count if n > SINGLE_TILE_TOKENS else 0)
         yield slice(start, stop), slice(saved, saved_stop), n, count

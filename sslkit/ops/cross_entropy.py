@@ -266,7 +266,8 @@ def _(*_args: object) -> None:
 
 @_loss_over_logits_.register_fake
 def _(student_logits: Tensor, *_args: object) -> Tensor:
-    return student_logits.new_empty(len(student_logits), dtype=score_dtype(student_logits))
+    M, _ = student_logits.shape  # len() would fix the number of rows in a compiled graph
+    return student_logits.new_empty(M, dtype=score_dtype(student_logits))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -101,7 +101,7 @@ def check_target_rows(columns: Columns) -> None:
 
 def new_partials(columns: Columns, count: int) -> tuple[Tensor, Tensor]:
     """Room for the partials of ``count`` parts of the columns: ``[count, M, 2 | (T, 3)]``."""
-    M, T = len(columns.student), columns.num_targets
+    M, T = columns.student.shape[0], columns.num_targets
     dtype = score_dtype(columns.student)
     return (
         columns.student.new_empty(count, M, 2, dtype=dtype),  # ẑ, S
@@ -111,7 +111,7 @@ def new_partials(columns: Columns, count: int) -> tuple[Tensor, Tensor]:
 
 def new_results(columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the losses ``[M]`` and both `RowStatistics`."""
-    M, T = len(columns.student), columns.num_targets
+    M, T = columns.student.shape[0], columns.num_targets
     dtype = score_dtype(columns.student)
     return (
         columns.student.new_empty(M, dtype=dtype),

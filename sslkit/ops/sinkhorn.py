@@ -15,14 +15,14 @@ the second iteration on the column step reads
 
     u_k ← u_k - log m_k,        m_k = Σ_b softmax_k(s_b + u)    (the column mass).
 
-Why float32 survives any finite logits. The first column sum, over exp(s), needs a shift; it is the
-column's maximum (per prototype, hence absorbed by u_k exactly. A shift per row would not be: it
-replaces v = 0 as the starting point and changes what few iterations give). Later sums need none.
-After a column step the entries c_bk = exp(s_bk + u_k + v_b) satisfy Σ_b c_bk = 1, so c_bk ≤ 1 and a
-row sums to r_b ≤ K. The row step divides by r_b, so the new column mass is
-m_k = Σ_b c_bk / r_b ≥ (1/K) Σ_b c_bk = 1/K; and softmax entries are at most one, so m_k ≤ B. Hence
-**m_k lies in [1/K, B]** and its logarithm is harmless. The softmax itself shifts by the row maximum
-internally, which only rescales v_b.
+Why float32 survives logits of any size, up to |s| = 1e37, where s + u is still finite. The first
+column sum, over exp(s), needs a shift; it is the column's maximum (per prototype, hence absorbed by
+u_k exactly. A shift per row would not be: it replaces v = 0 as the starting point and changes what
+few iterations give). Later sums need none. After a column step the entries c_bk = exp(s_bk + u_k +
+v_b) satisfy Σ_b c_bk = 1, so c_bk ≤ 1 and a row sums to r_b ≤ K. The row step divides by r_b, so
+the new column mass is m_k = Σ_b c_bk / r_b ≥ (1/K) Σ_b c_bk = 1/K; and softmax entries are at most
+one, so m_k ≤ B. Hence **m_k lies in [1/K, B]** and its logarithm is harmless. The softmax itself
+shifts by the row maximum internally, which only rescales v_b.
 
 **If logits are known to be bounded**, |logit| ≤ β (L2-normalised features and prototypes: β = 1),
 the constant β / temperature can stand in for the column maxima: exponents of the first column sum
@@ -51,15 +51,19 @@ import torch
 from torch import Tensor
 
 from sslkit.assignments import check_logits, score_dtype
-from sslkit.factored_logits import FactoredLogits, Logits, written
+from sslkit.factored_logits import FactoredLogits, Logits
 from sslkit.ops.collectives import Reduction
 from sslkit.ops.sinkhorn_passes import (
     check_problem,
+    factored_column_exp_sum,
+    factored_column_logsumexp,
+    factored_column_mass,
+    finite_shift,
+    merge_logsumexp,
     packed_column_exp_sum,
     packed_column_logsumexp,
     packed_column_mass,
 )
-from sslkit.slices import chunks
 
 AllReduce = Callable[[list[Tensor], Reduction], list[Tensor]]
 
@@ -157,12 +161,12 @@ def sinkhorn_biases(
     if bound is not None and all(2 * bound / t <= _MAX_EXPONENT for t in temperatures):
         shifts = [_constant_columns(p, [bound / t for t in p.temperatures]) for p in problems]
         sums = [
-            _sum_of_chunks(packed_column_exp_sum, p, -shift, impl)
+            _column_sum(packed_column_exp_sum, factored_column_exp_sum, p, -shift, impl)
             for p, shift in zip(problems, shifts, strict=True)
         ]
     else:
-        local = [_logsumexp_of_chunks(p, impl) for p in problems]
-        shifts = [_finite_shift(shift) for shift in all_reduce([own for own, _ in local], "max")]
+        local = [_column_logsumexp(p, impl) for p in problems]
+        shifts = [finite_shift(shift) for shift in all_reduce([own for own, _ in local], "max")]
         sums = [
             column_sum * torch.exp(own - shift)  # 0 where own is -inf, however low shift
             for (own, column_sum), shift in zip(local, shifts, strict=True)
@@ -174,7 +178,7 @@ def sinkhorn_biases(
     ]
     for _ in range(num_iterations - 1):
         masses = [
-            _sum_of_chunks(packed_column_mass, p, bias, impl)
+            _column_sum(packed_column_mass, factored_column_mass, p, bias, impl)
             for p, bias in zip(problems, biases, strict=True)
         ]
         biases = [
@@ -198,24 +202,11 @@ class _Problems(NamedTuple):
     row_masks: list[Tensor | None]
     pasts: list[Logits] | None
 
-    def chunks(self) -> Iterator[tuple[list[Tensor], list[Tensor | None]]]:
-        """Logits and row masks of all rows: the batch's, then past ones, if there are any."""
-        yield from _row_chunks(self.logits, self.row_masks)
+    def parts(self) -> Iterator[tuple[list[Logits], list[Tensor | None]]]:
+        """Logits and row masks: the batch's, then those of past rows, if there are any."""
+        yield self.logits, self.row_masks
         if self.pasts is not None:
-            yield from _row_chunks(self.pasts, [None] * len(self.pasts))
-
-
-def _row_chunks(
-    logits: list[Logits], row_masks: list[Tensor | None]
-) -> Iterator[tuple[list[Tensor], list[Tensor | None]]]:
-    """All rows of several problems at once, or of a factored one in chunks of rows."""
-    first, row_mask = logits[0], row_masks[0]
-    if not isinstance(first, FactoredLogits):
-        yield cast(list[Tensor], logits), row_masks
-        return
-    B, K = first.shape
-    for rows in chunks(B, K, first.device) if B > 0 else [slice(0, 0)]:
-        yield [written(first[rows])], [None if row_mask is None else row_mask[rows]]
+            yield self.pasts, [None] * len(self.pasts)
 
 
 def _in_groups(
@@ -263,33 +254,35 @@ def _pasts_of(
     return [x[:0] if past is None else past for x, past in given]
 
 
-def _sum_of_chunks(
-    op: Callable[..., Tensor], problems: _Problems, bias: Tensor, impl: str
+def _column_sum(
+    packed: Callable[..., Tensor],
+    factored: Callable[..., Tensor],
+    problems: _Problems,
+    bias: Tensor,
+    impl: str,
 ) -> Tensor:
-    """Packed ``[ΣK]``: an op that sums over rows, over all of them."""
-    parts = (
-        op(logits, problems.temperatures, bias, row_masks, impl)
-        for logits, row_masks in problems.chunks()
-    )
-    return reduce(torch.add, parts)
+    """Packed ``[ΣK]``: a sum over all rows, by the op for tensors and the one for factors."""
+    temperatures = problems.temperatures
+    sums = [
+        factored(x[0].features, x[0].prototypes, temperatures[0], bias, row_masks[0], impl)
+        if isinstance(x[0], FactoredLogits)
+        else packed(cast(list[Tensor], x), temperatures, bias, row_masks, impl)
+        for x, row_masks in problems.parts()
+    ]
+    return reduce(torch.add, sums)
 
 
-def _logsumexp_of_chunks(problems: _Problems, impl: str) -> tuple[Tensor, Tensor]:
-    parts = (
-        packed_column_logsumexp(logits, problems.temperatures, row_masks, impl)
-        for logits, row_masks in problems.chunks()
-    )
-    return reduce(_merge_logsumexp, parts)
-
-
-def _merge_logsumexp(
-    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Of the rows of both, from shift and sum of each."""
-    larger = torch.maximum(first[0], second[0])
-    shift = _finite_shift(larger)
-    sums = (total * torch.exp(own - shift) for own, total in (first, second))
-    return larger, sum(sums, torch.zeros_like(shift))
+def _column_logsumexp(problems: _Problems, impl: str) -> tuple[Tensor, Tensor]:
+    temperatures = problems.temperatures
+    parts = [
+        factored_column_logsumexp(
+            x[0].features, x[0].prototypes, temperatures[0], row_masks[0], impl
+        )
+        if isinstance(x[0], FactoredLogits)
+        else packed_column_logsumexp(cast(list[Tensor], x), temperatures, row_masks, impl)
+        for x, row_masks in problems.parts()
+    ]
+    return reduce(merge_logsumexp, parts)
 
 
 def _constant_columns(problems: _Problems, values: Sequence[float]) -> Tensor:
@@ -300,11 +293,6 @@ def _constant_columns(problems: _Problems, values: Sequence[float]) -> Tensor:
             for x, value in zip(problems.logits, values, strict=True)
         ]
     )
-
-
-def _finite_shift(shift: Tensor) -> Tensor:
-    """0 where there is no maximum, as -inf - (-inf) is NaN."""
-    return torch.where(shift == -torch.inf, 0.0, shift)
 
 
 def _check_past(past: Logits | None, logits: Logits) -> None:

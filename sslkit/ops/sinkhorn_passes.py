@@ -6,15 +6,18 @@ collective reduces as it is. The bodies are `sslkit.ops.sinkhorn_torch` and
 `sslkit.ops.sinkhorn_triton`.
 """
 
+from collections.abc import Iterator
+from functools import reduce
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sslkit.assignments import check_logits, check_row_mask, check_temperature, score_dtype
-from sslkit.factored_logits import Logits
+from sslkit.factored_logits import FactoredLogits, Logits, written
 from sslkit.ops import sinkhorn_torch
 from sslkit.ops.dispatch import resolve
+from sslkit.slices import chunks
 
 
 def column_logsumexp(
@@ -179,6 +182,96 @@ def packed_column_mass(
     return body.column_mass(logits, temperatures, bias, row_masks)
 
 
+# Passes over factored logits, a chunk of rows at a time. The loop is inside the op: in a compiled
+# graph it would make another graph of every number of rows.
+
+
+@torch.library.custom_op(
+    "sslkit::factored_column_logsumexp",
+    mutates_args=(),
+    schema=(
+        "(Tensor features, Tensor prototypes, float temperature, Tensor? row_mask, str impl)"
+        " -> (Tensor shift, Tensor column_sum)"
+    ),
+)
+def factored_column_logsumexp(
+    features: Tensor, prototypes: Tensor, temperature: float, row_mask: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    """`Passes.column_logsumexp` of one problem."""
+    parts = (
+        packed_column_logsumexp([logits], [temperature], [mask], impl)
+        for logits, mask in _row_chunks(features, prototypes, row_mask)
+    )
+    return reduce(merge_logsumexp, parts)
+
+
+_FACTORED_SCHEMA = (
+    "(Tensor features, Tensor prototypes, float temperature, Tensor bias, Tensor? row_mask, "
+    "str impl) -> Tensor"
+)
+
+
+@torch.library.custom_op(
+    "sslkit::factored_column_exp_sum", mutates_args=(), schema=_FACTORED_SCHEMA
+)
+def factored_column_exp_sum(
+    features: Tensor,
+    prototypes: Tensor,
+    temperature: float,
+    bias: Tensor,
+    row_mask: Tensor | None,
+    impl: str,
+) -> Tensor:
+    """`Passes.column_exp_sum` of one problem."""
+    parts = (
+        packed_column_exp_sum([logits], [temperature], bias, [mask], impl)
+        for logits, mask in _row_chunks(features, prototypes, row_mask)
+    )
+    return reduce(torch.add, parts)
+
+
+@torch.library.custom_op("sslkit::factored_column_mass", mutates_args=(), schema=_FACTORED_SCHEMA)
+def factored_column_mass(
+    features: Tensor,
+    prototypes: Tensor,
+    temperature: float,
+    bias: Tensor,
+    row_mask: Tensor | None,
+    impl: str,
+) -> Tensor:
+    """`Passes.column_mass` of one problem."""
+    parts = (
+        packed_column_mass([logits], [temperature], bias, [mask], impl)
+        for logits, mask in _row_chunks(features, prototypes, row_mask)
+    )
+    return reduce(torch.add, parts)
+
+
+def _row_chunks(
+    features: Tensor, prototypes: Tensor, row_mask: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Logits of some rows after the other, and their part of the mask; one chunk of no rows."""
+    logits = FactoredLogits(features, prototypes)
+    B, K = logits.shape
+    for rows in chunks(B, K, logits.device) if B > 0 else [slice(0, 0)]:
+        yield written(logits[rows]), None if row_mask is None else row_mask[rows]
+
+
+def merge_logsumexp(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Shift and sum over the rows of both, from those of each."""
+    larger = torch.maximum(first[0], second[0])
+    shift = finite_shift(larger)
+    sums = (total * torch.exp(own - shift) for own, total in (first, second))
+    return larger, sum(sums, torch.zeros_like(shift))
+
+
+def finite_shift(shift: Tensor) -> Tensor:
+    """0 where there is no maximum, as -inf - (-inf) is NaN."""
+    return torch.where(shift == -torch.inf, 0.0, shift)
+
+
 @packed_column_logsumexp.register_fake
 def _(logits: list[Tensor], *_args: object) -> tuple[Tensor, Tensor]:
     return _empty_columns(logits), _empty_columns(logits)
@@ -188,6 +281,22 @@ def _(logits: list[Tensor], *_args: object) -> tuple[Tensor, Tensor]:
 @packed_column_mass.register_fake
 def _(logits: list[Tensor], *_args: object) -> Tensor:
     return _empty_columns(logits)
+
+
+@factored_column_logsumexp.register_fake
+def _(features: Tensor, prototypes: Tensor, *_args: object) -> tuple[Tensor, Tensor]:
+    return _empty_factored(features, prototypes), _empty_factored(features, prototypes)
+
+
+@factored_column_exp_sum.register_fake
+@factored_column_mass.register_fake
+def _(features: Tensor, prototypes: Tensor, *_args: object) -> Tensor:
+    return _empty_factored(features, prototypes)
+
+
+def _empty_factored(features: Tensor, prototypes: Tensor) -> Tensor:
+    """A vector ``[K]``."""
+    return features.new_empty(prototypes.shape[0], dtype=score_dtype(features))
 
 
 def _empty_columns(logits: list[Tensor]) -> Tensor:

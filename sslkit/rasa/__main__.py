@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sslkit import backbones
+from sslkit.command_line import run_command
 from sslkit.data.crops import random_crop
 from sslkit.data.sources import Source, Split, open_source
 from sslkit.evaluation import figures
@@ -269,4 +270,4 @@ def _write_folded(model: Model, rasa: RASAProjector, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

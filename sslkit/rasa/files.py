@@ -9,15 +9,14 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sslkit.files import atomic_write
-from sslkit.rasa.planes import check_planes
+from sslkit.rasa.planes import check_planes, orthonormal_basis
 from sslkit.rasa.projector import RASAProjector
+from sslkit.torch_files import plain_tensor, read_torch_file, require_proportion
 
 _TORCH_MAGIC = (b"PK", b"\x80")  # a zip archive, and PyTorch's format before 1.6
 _LAYER = re.compile(r"(?:.*\.)?(?:pre_pos_layers\.(\d+)|pos_pred)\.weight")
@@ -53,11 +52,14 @@ def load_rasa(path: str | os.PathLike[str]) -> RASAProjector:
     iteration, so that it leaves a rest of the earlier ones: `removals_in_turn` of `read_planes` is
     that, exactly.
 
+    A float32 basis, which earlier versions wrote, is made orthonormal in float64.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else, or more than tensors.
+        ValueError: it holds something else, or more than tensors; or its basis is not finite, or
+            not orthonormal to 4e-6 (`RASAProjector.from_planes` takes any rows).
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> path = Path(tempfile.mkdtemp()) / "rasa.safetensors"
     >>> save_rasa(RASAProjector.from_planes([torch.eye(4)[:1].expand(2, 4)]), path)
     >>> load_rasa(path)(torch.ones(4))
@@ -73,14 +75,18 @@ def load_rasa(path: str | os.PathLike[str]) -> RASAProjector:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     basis = tensors.get("basis")
-    if set(tensors) != {"basis"} or basis is None or basis.ndim != 2 or len(basis) % 2:
+    if set(tensors) != {"basis"} or basis is None:
         raise ValueError(
             f"{path} is not a RASA file: expected one tensor, basis [2 T, D], got "
             f"{len(tensors)}, such as {sorted(tensors)[:1]}. An encoder with RASA folded in needs "
             "no RASA file: give it as the weights"
         )
+    try:
+        basis = orthonormal_basis(basis)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a RASA file: {error}") from error
     rasa = RASAProjector(basis.shape[1], num_iterations=len(basis) // 2)
-    rasa.load_state_dict(tensors)
+    rasa.basis.copy_(basis)
     return rasa
 
 
@@ -97,15 +103,7 @@ def read_planes(path: str | os.PathLike[str]) -> list[Tensor]:
             which are not unpickled.
     """
     path = _existing(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, and unpickling it could run anything: export its "
-            "tensors from where it was written. PyTorch says: " + str(error).split("\n")[0]
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable file of torch.save: {error}") from error
+    content = read_torch_file(path)
     for container in _CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
             content = content[container]
@@ -116,23 +114,28 @@ def read_planes(path: str | os.PathLike[str]) -> list[Tensor]:
             f"{path} is no RASA head: expected a list of planes [2, D], or a state dict, got "
             f"{type(content).__name__}"
         )
+    planes = [plain_tensor(f"{path}: a plane", plane) for plane in planes]
+    require_proportion(str(path), planes, path.stat().st_size)
     try:
         check_planes(planes)
     except ValueError as error:
         raise ValueError(f"{path} is no RASA head: {error}") from error
-    return list(planes)
+    return [plane.clone() for plane in planes]
 
 
 def _ordered_layers(state: Mapping[str, Any], path: Path) -> list[Any]:
     """The weights of pre_pos_layers by their numbers, then that of pos_pred."""
     layers: dict[int | None, list[str]] = {}
     for name in state:
-        if match := _LAYER.fullmatch(str(name)):
+        if isinstance(name, str) and (match := _LAYER.fullmatch(name)):
             number = None if match[1] is None else int(match[1])
             layers.setdefault(number, []).append(name)
     numbers = sorted(number for number in layers if number is not None)
     if None not in layers or numbers != list(range(len(numbers))):
-        found = sorted(name for names in layers.values() for name in names) or list(state)[:3]
+        found = (
+            sorted(name for names in layers.values() for name in names)
+            or [n for n in state if isinstance(n, str)][:3]
+        )
         raise ValueError(
             f"{path} is no RASA head: expected pre_pos_layers.0.weight, pre_pos_layers.1.weight, "
             f"... without a gap and pos_pred.weight, got {found}"

@@ -5,14 +5,15 @@ Franca, arXiv 2507.14137, section 3.3 (Removal of Absolute Spatial Attributes).
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Generator, Tensor, nn
 
+from sslkit.kept_types import KeepsTypes
 from sslkit.rasa import folding
 from sslkit.rasa.patches import Patches, linear_r2, moments_of
-from sslkit.rasa.planes import check_planes, gram_schmidt, removal
+from sslkit.rasa.planes import check_planes, gram_schmidt, orthonormal_basis, removal, remove
 from sslkit.rasa.solvers import (
     ADAMW_EPOCHS,
     fit_head,
@@ -25,7 +26,7 @@ Solver = Literal["auto", "adamw"]
 Vit = TypeVar("Vit", bound=nn.Module)
 
 
-class RASAProjector(nn.Module):
+class RASAProjector(KeepsTypes):
     """Projection of features onto the complement of the directions that encode position.
 
     `fit` runs T iterations. Iteration t fits a head on the features z with all earlier planes
@@ -43,13 +44,17 @@ class RASAProjector(nn.Module):
 
     Before `fit`, nothing is removed.
 
+    The basis is float64 and stays so through ``half()`` and checkpoints, and ``forward`` projects
+    in float64 and rounds once to the type of x. So what is left in the removed directions is the
+    rounding of the result, which least squares cannot tell from noise, in any type of x.
+
     Args:
         dim: D, the size of the features.
         num_iterations: T, the planes at most; 2 T < D. The paper takes 9.
 
     Attributes:
-        basis: buffer [2 T, D]: rows 2t and 2t + 1 span plane t and are orthonormal to all others.
-            The rows of planes that were not needed are zero.
+        basis: buffer [2 T, D], float64: rows 2t and 2t + 1 span plane t and are orthonormal to all
+            others. The rows of planes that were not needed are zero.
 
     >>> from sslkit.rasa import patch_positions
     >>> grid = patch_positions(6, 8)  # features: the position, then 14 numbers that are noise
@@ -77,7 +82,8 @@ class RASAProjector(nn.Module):
             )
         self.dim = dim
         self.num_iterations = num_iterations
-        self.register_buffer("basis", torch.zeros(2 * num_iterations, dim))
+        basis = torch.zeros(2 * num_iterations, dim, dtype=torch.float64)
+        self.register_buffer("basis", basis)
 
     @classmethod
     def from_planes(cls, planes: Sequence[Tensor]) -> "RASAProjector":
@@ -198,22 +204,31 @@ class RASAProjector(nn.Module):
         return errors
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features [..., D] without the span of ``basis``, in x's type."""
-        if x.ndim == 0 or x.shape[-1] != self.dim:
-            raise ValueError(f"x must be [..., D={self.dim}] features, got {list(x.shape)}")
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        basis = self.basis.to(precise.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return (precise - (precise @ basis.T) @ basis).to(x.dtype)
+        """Features [..., D] without the span of ``basis``, in x's type.
+
+        Computed in float64, which autocast leaves alone; for x on MPS, which has none, on the CPU.
+        """
+        if x.ndim == 0 or x.shape[-1] != self.dim or not x.is_floating_point():
+            raise ValueError(
+                f"x must be float features [..., D={self.dim}], got {x.dtype} {list(x.shape)}"
+            )
+        device = self.basis.device if x.device.type == "mps" else x.device
+        return remove(x.to(device, torch.float64), self.basis).to(x.device, x.dtype)
 
     def matrix(self) -> Tensor:
-        """P = I - basis^T basis, [D, D]: symmetric, idempotent, ``forward(x) = x @ P``."""
-        return removal(self.basis.double()).to(self.basis.dtype)
+        """P = I - basis^T basis, float64 [D, D]: symmetric, idempotent, ``forward(x) = x @ P``.
+
+        A product with P rounded to float32 leaves position at the level of that rounding, 1e-7 of
+        what was removed, where exact least squares finds some of it: prefer ``forward``.
+        """
+        return removal(self.basis)
 
     def fold(
         self, linear: nn.Linear, *, side: Literal["output", "input"] | None = None
     ) -> nn.Linear:
-        """A copy of a linear layer that carries the projection (equation 3); exact.
+        """A copy of a linear layer that carries the projection (equation 3).
+
+        Exact but for one rounding of the weights to the layer's type.
 
         ``side="output"``, for the layer that produces the features, ``out_features = D`` (the
         paper's last ViT layer)::
@@ -229,7 +244,7 @@ class RASAProjector(nn.Module):
         Raises:
             ValueError: that side does not have D features.
         """
-        return folding.fold_linear(linear, removal(self.basis.double()), side=side)
+        return folding.fold_linear(linear, self.matrix(), side=side)
 
     def fold_into_vit(self, vit: Vit) -> Vit:
         """A copy of a timm ViT whose final norm carries the projection.
@@ -241,7 +256,35 @@ class RASAProjector(nn.Module):
         Raises:
             ValueError: ``vit`` has no LayerNorm over D features called ``norm``.
         """
-        return folding.fold_into_vit(vit, removal(self.basis.double()))
+        return folding.fold_into_vit(vit, self.matrix())
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Orthonormal in float64, whatever type the basis was stored in."""
+        stored = state_dict.get(prefix + "basis")
+        if isinstance(stored, Tensor) and not stored.is_meta:
+            try:
+                state_dict[prefix + "basis"] = orthonormal_basis(stored)
+            except ValueError as error:
+                error_msgs.append(str(error))
+                return
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""

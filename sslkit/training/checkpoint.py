@@ -16,18 +16,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from sslkit.files import atomic_write, file_digest, flush_directory
+from sslkit.training.tensor_storage import (
+    DESCRIPTION,
+    DTYPES,
+    Described,
+    TensorReader,
+    TensorWriter,
+)
 
-_NAME = re.compile(r"step_(\d{8,})")
+_NAME = re.compile(r"step_[0-9]{8,}")
 _TEMPORARY = ".tmp"
 _MANIFEST = "manifest.json"
+_FILE = re.compile(rf"{re.escape(DESCRIPTION)}|rank_\d+\.safetensors")
+_PICKLE = ".metadata"  # of torch.distributed.checkpoint, in checkpoints of sslkit 0.1
 
 # A process without others says so, also beside others; torch 2.6 has no such argument, and takes
 # the group of all if there is one. Each save and load then warns of what is meant.
@@ -57,8 +63,9 @@ class Checkpoints:
     After each save, what is neither among the ``keep_last`` latest nor at a step divisible by
     ``keep_every`` is deleted.
 
-    Reading one unpickles its ``.metadata``, which is how PyTorch keeps it: read only checkpoints
-    whose origin you trust. What is meant for others is exported as safetensors.
+    A checkpoint holds safetensors files and JSON (:mod:`sslkit.training.tensor_storage`). Reading
+    one runs no code, opens no file outside of it, and takes the memory of the state to be filled.
+    Checkpoints of sslkit 0.1, which are pickles, are refused.
 
     Importing this module silences the note of `torch.distributed.checkpoint` that there is no
     process group.
@@ -110,7 +117,8 @@ class Checkpoints:
         """All complete checkpoints, by rising step; other files and folders are not looked at."""
         if not self.directory.is_dir():
             return []
-        return sorted((p for p in self.directory.iterdir() if _NAME.fullmatch(p.name)), key=step_of)
+        named = (path for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
+        return sorted((path for path in named if path.is_dir()), key=step_of)
 
     def latest(self) -> Path | None:
         """The checkpoint of the highest step; None if there is none.
@@ -170,7 +178,7 @@ class Checkpoints:
     def load_(self, path: str | os.PathLike[str], state: State, *, partial: bool = False) -> None:
         """Fill the tensors of ``state`` with those of a checkpoint, by name, in place.
 
-        Checksums of all files are verified first.
+        Names, types and shapes are compared first, then the checksums of all files.
 
         Args:
             path: a folder that :meth:`save` wrote.
@@ -185,18 +193,51 @@ class Checkpoints:
                 differ; all are listed. Nothing has been changed then.
         """
         path = Path(path)
-        if not path.is_dir():
-            names = ", ".join(existing.name for existing in self.paths()) or "none"
-            raise FileNotFoundError(f"no checkpoint {path}; in {self.directory} there are: {names}")
+        self.require_fit(path, state, partial=partial)
         self._attempt(lambda: self._verify(path), f"{path} is damaged: ", self._way_out(path))
-        reader = FileSystemReader(path)
-        saved = reader.read_metadata().state_dict_metadata
-        _require_fit(saved, dict(_flat(state)), path, partial=partial)
         self._attempt(
-            lambda: load(dict(state), storage_reader=reader, **self._together),
+            lambda: load(dict(state), storage_reader=TensorReader(path), **self._together),
             f"could not read {path}: ",
             self._way_out(path),
         )
+
+    def require_fit(
+        self, path: str | os.PathLike[str], state: State, *, partial: bool = False
+    ) -> None:
+        """Raise an error unless :meth:`load_` could fill ``state``.
+
+        Only the description is read, and tensors may be on the ``meta`` device: so a network is
+        compared with a checkpoint before it takes memory.
+
+        Raises:
+            FileNotFoundError, CheckpointError, ValueError: see :meth:`load_`.
+        """
+        _require_fit(self.described(path), dict(_flat(state)), Path(path), partial=partial)
+
+    def described(self, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+        """The tensors of a checkpoint by dotted name, of the saved types and shapes, without data.
+
+        They are on the ``meta`` device.
+
+        Raises:
+            FileNotFoundError, CheckpointError: see :meth:`load_`.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            names = ", ".join(existing.name for existing in self.paths()) or "none"
+            raise FileNotFoundError(f"no checkpoint {path}; in {self.directory} there are: {names}")
+
+        tensors: dict[str, Tensor] = {}
+
+        def read() -> None:
+            self._verify(path, only=DESCRIPTION)
+            saved = cast(Described, TensorReader(path).read_metadata().state_dict_metadata)
+            for name, tensor in saved.items():
+                dtype = tensor.properties.dtype
+                tensors[name] = torch.empty(tensor.size, dtype=dtype, device="meta")
+
+        self._attempt(read, f"{path} is damaged: ", self._way_out(path))
+        return tensors
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
         """In the thread of the writer: a temporary folder, its files, its manifest, its name."""
@@ -230,7 +271,7 @@ class Checkpoints:
         temporary.mkdir()
 
     def _write_tensors(self, temporary: Path, state: dict[str, Any]) -> None:
-        save(state, storage_writer=_Writer(temporary), **self._together)
+        save(state, storage_writer=TensorWriter(temporary, self._rank), **self._together)
 
     def _publish(self, temporary: Path, path: Path, files: dict[str, str]) -> None:
         for name in files:
@@ -254,14 +295,27 @@ class Checkpoints:
             # What somebody still reads may refuse to go; the next time will do.
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def _verify(self, folder: Path) -> None:
+    def _verify(self, folder: Path, *, only: str | None = None) -> None:
         """Raise OSError unless every file is as it was written; each process looks at its share."""
         try:
             files = json.loads((folder / _MANIFEST).read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise OSError(f"its {_MANIFEST} cannot be read ({error})") from error
-        for name in sorted(files)[self._rank :: self._world_size]:
-            if not (folder / name).is_file():
+        if not isinstance(files, dict):
+            raise OSError(f"its {_MANIFEST} holds {type(files).__name__}, expected an object")
+        if _PICKLE in files:
+            raise OSError(
+                f"sslkit 0.1 wrote it, as a pickle, which can run code when it is read. If you "
+                f"trust {folder}, continue this run with sslkit 0.1"
+            )
+        if DESCRIPTION not in files:
+            raise OSError(f"its {_MANIFEST} does not list {DESCRIPTION}")
+        for name in files:
+            if not _FILE.fullmatch(name):
+                raise OSError(f"its {_MANIFEST} lists {name!r}, which is not a file of checkpoints")
+        own = sorted(files)[self._rank :: self._world_size]
+        for name in own if only is None else [only]:
+            if not (folder / name).is_file() or (folder / name).is_symlink():
                 raise OSError(f"{name} is missing")
             if file_digest(folder / name) != files[name]:
                 raise OSError(f"{name} does not have the checksum it was written with")
@@ -272,7 +326,7 @@ class Checkpoints:
         problem: BaseException | None = None
         try:
             result = action()
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             problem = error
         except CheckpointException as error:
             problem = next((first for first, _ in error.failures.values()), error)
@@ -311,11 +365,9 @@ def step_of(path: Path) -> int:
 
 
 def _checksums(folder: Path, rank: int) -> dict[str, str]:
-    """Of the files that process ``rank`` wrote; the first one writes the metadata as well."""
-    own = list(folder.glob(f"__{rank}_*"))
-    if rank == 0:
-        own.append(folder / ".metadata")
-    return {path.name: file_digest(path) for path in own}
+    """Of the files that process ``rank`` wrote; the first one writes the description as well."""
+    own = [folder / f"rank_{rank}.safetensors"] + [folder / DESCRIPTION] * (rank == 0)
+    return {path.name: file_digest(path) for path in own if path.exists()}
 
 
 def _flat(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -334,10 +386,14 @@ def _require_tensors(state: State, where: str) -> None:
                 f"{where} has {name!r}, which is a {type(value).__module__}."
                 f"{type(value).__qualname__}; a checkpoint holds dicts of tensors: convert it"
             )
+        if value.dtype not in DTYPES:
+            raise TypeError(
+                f"{where} has {name!r} of type {value.dtype}, which a checkpoint cannot hold"
+            )
 
 
 def _require_fit(
-    saved: Mapping[str, Any], state: Mapping[str, Tensor], path: Path, *, partial: bool
+    saved: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path, *, partial: bool
 ) -> None:
     """Raise ValueError with all that is missing, unexpected or different."""
     problems = [f"missing: {name}" for name in state if name not in saved]
@@ -351,26 +407,6 @@ def _require_fit(
         raise ValueError(f"{path} does not fit:\n  " + "\n  ".join(sorted(problems)))
 
 
-class _Writer(FileSystemWriter):
-    """Flushes its files to the disk; says why when it fails.
-
-    A failed write comes as a RuntimeError about the file format. The OSError behind it would be
-    lost on the way to the other processes.
-    """
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future:
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-
-
-def _describe(value: Any) -> str:
-    """Type and shape of a tensor, or of what a checkpoint's metadata say of one."""
-    if isinstance(value, TensorStorageMetadata):
-        dtype, size = value.properties.dtype, value.size
-    elif isinstance(value, Tensor):
-        dtype, size = value.dtype, value.shape
-    else:
-        return f"a {type(value).__name__}"
-    return f"{str(dtype).removeprefix('torch.')} {list(size)}"
+def _describe(value: Tensor) -> str:
+    """Type and shape of a tensor."""
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"

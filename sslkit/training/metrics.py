@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkit.files import atomic_write
+from sslkit.files import DamagedFile, atomic_write
 
 Number = float | int | Tensor
 
@@ -123,19 +123,28 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     A last line without its newline is one that a killed process did not finish: it is left out.
 
     Raises:
-        ValueError: another line is not a JSON object with an integer ``step``.
+        DamagedFile: another line is not UTF-8, or not a JSON object with an integer ``step`` whose
+            other values are numbers or null.
     """
-    *lines, _unfinished = Path(path).read_text(encoding="utf-8").split("\n")
+    *lines, _unfinished = Path(path).read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            raise DamagedFile(
                 f"line {number} of {path} is not JSON: {error}; delete that line"
             ) from error
         if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise ValueError(f'line {number} of {path} has no integer "step": {line[:80]!r}')
+            raise DamagedFile(
+                f'line {number} of {path} has no integer "step": {line[:80]!r}; delete that line'
+            )
+        for name, value in row.items():
+            if value is not None and type(value) not in (int, float):
+                raise DamagedFile(
+                    f"line {number} of {path} has {name!r}: {str(value)[:80]!r}, which is not a "
+                    "number; delete that line"
+                )
         rows.append(row)
     return rows
 

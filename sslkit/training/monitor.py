@@ -4,33 +4,18 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from sslkit.unit_rows import unit_rows
+
+HELP = "docs/recipe.md, Reading the curves"
 _MEANING = {
-    "uniform targets": (
-        "the entropy of the targets is at its limit ln K",
-        "The teacher gives every image the same target, so there is nothing to learn. Try a lower "
-        "teacher temperature, a longer temperature warm-up or a lower learning rate.",
-    ),
-    "one prototype": (
-        "the entropy of the mean target is near 0 of at most ln K",
-        "Nearly all images are assigned to one prototype. Try Sinkhorn targets in place of "
-        "centering, a faster centre (lower centering momentum), a larger batch or a lower learning "
-        "rate.",
-    ),
-    "uniform student": (
-        "the loss is at ln K, that of a constant prediction of 1 / K",
-        "This level of the head has learnt nothing. Try a longer warm-up or a different learning "
-        "rate, and see that the head gets gradients and is not frozen any more.",
-    ),
-    "one feature": (
-        "the spread of the features over the batch is near 0 (healthy: towards 1)",
-        "All images have nearly the same features. Try a lower learning rate, a longer warm-up, a "
-        "larger KoLeo weight, a larger batch or a higher teacher momentum.",
-    ),
+    "uniform targets": "entropy of the targets {value} of at most ln K = {limit}",
+    "one prototype": "entropy of the mean target {value} of at most ln K = {limit}",
+    "uniform student": "loss {value} stays at ln K = {limit}",
+    "one feature": "spread of the features {value}, healthy towards 1",
 }
-"""For each sign: what was seen, and what it means and what to try."""
+"""For each sign: what was seen, in the first of the levels that show it."""
 
 
 def feature_std(features: Tensor) -> Tensor:
@@ -58,14 +43,15 @@ def feature_std(features: Tensor) -> Tensor:
     x = features.detach().to(torch.promote_types(features.dtype, torch.float32))
     if len(x) < 2:
         return x.new_full((), math.nan)
-    z = F.normalize(x, dim=-1)
+    z = unit_rows(x)
     return z.var(dim=0).sum().sqrt()
 
 
 class CollapseMonitor:
     """Turns the signs of a collapse into plain warnings.
 
-    Four signs, each a fraction of its own scale, are looked at from ``grace_steps`` on:
+    Four signs, each a fraction of its own scale, are looked at from ``grace_steps`` on. What to do
+    about each is in `docs/recipe.md`, *Reading the curves*.
 
     uniform targets
         ``target_entropy >= uniform_targets * ln K``: the teacher gives every sample the same
@@ -75,14 +61,15 @@ class CollapseMonitor:
         prototype or few. (Sharp targets alone, a small ``target_entropy``, are healthy as long as
         different samples get different prototypes.)
     uniform student
-        ``loss >= uniform_loss * ln K``: a student that predicts 1 / K for everything has a
-        cross-entropy of exactly ln K, whatever the targets.
+        ``|loss - ln K| <= (1 - uniform_loss) * ln K``: a student that predicts 1 / K for everything
+        has a cross-entropy of exactly ln K, whatever the targets. A larger loss is another thing:
+        that of a student that is sure and wrong, as in the first steps of every run.
     one feature
         ``spread <= one_feature``, with the spread of :func:`feature_std`: all images have nearly
         the same features.
 
-    A sign is reported once when it has been there for ``patience`` updates in a row, and again only
-    after it was gone. A value that is NaN shows no sign.
+    A sign is reported once: when a level has shown it for ``patience`` updates in a row for the
+    first time. A value that is NaN shows no sign.
 
     Early in a healthy run all four can be there: at step 0 the loss is about ln K, and the features
     of a random network hardly differ. Choose ``grace_steps`` past the warm-up of the learning rate.
@@ -90,6 +77,8 @@ class CollapseMonitor:
     Args:
         num_prototypes: K of each level, by the names that :meth:`update` uses.
         grace_steps: no warning before this step.
+        loss_grace_steps: none of a uniform student before this step: on its way down, the loss of
+            a healthy run passes ln K. ``grace_steps`` by default.
         patience: updates in a row, at least 1.
         uniform_targets: of ln K.
         few_prototypes: of ln K. At .05 a level of 1024 prototypes uses about 1.4 of them.
@@ -102,9 +91,8 @@ class CollapseMonitor:
     []
     >>> for warning in monitor.update(100, **signs):
     ...     print(warning)  # doctest: +NORMALIZE_WHITESPACE
-    step 100: uniform targets: the entropy of the targets is at its limit ln K: dino/level0 2.079 of
-    2.079. The teacher gives every image the same target, so there is nothing to learn. Try a lower
-    teacher temperature, a longer temperature warm-up or a lower learning rate.
+    step 100: uniform targets: entropy of the targets 2.079 of at most ln K = 2.079 in dino/level0.
+    See docs/recipe.md, Reading the curves
     >>> monitor.update(101, **signs)
     []
     """
@@ -114,6 +102,7 @@ class CollapseMonitor:
         num_prototypes: Mapping[str, int],
         *,
         grace_steps: int,
+        loss_grace_steps: int | None = None,
         patience: int = 3,
         uniform_targets: float = 0.99,
         few_prototypes: float = 0.05,
@@ -136,12 +125,14 @@ class CollapseMonitor:
                 raise ValueError(f"{name} is a fraction between 0 and 1, got {fraction}")
         self.limits = {name: math.log(count) for name, count in num_prototypes.items()}
         self.grace_steps = grace_steps
+        self.loss_grace_steps = grace_steps if loss_grace_steps is None else loss_grace_steps
         self.patience = patience
         self.uniform_targets = uniform_targets
         self.few_prototypes = few_prototypes
         self.uniform_loss = uniform_loss
         self.one_feature = one_feature
         self._streaks: dict[tuple[str, str], int] = {}
+        self._told: set[str] = set()
 
     def update(
         self,
@@ -165,7 +156,7 @@ class CollapseMonitor:
             spread: :func:`feature_std` of the class tokens; NaN if not known.
 
         Returns:
-            The new warnings, at most one for each of the four signs; usually none.
+            The new warnings, one for each sign that is there for the first time; usually none.
 
         Raises:
             ValueError: a name is not in ``num_prototypes``.
@@ -174,10 +165,14 @@ class CollapseMonitor:
         if step < self.grace_steps:
             return []
         present = {
-            "uniform targets": self._at_least(self.uniform_targets, target_entropy),
-            "one prototype": self._at_most(self.few_prototypes, mean_entropy),
-            "uniform student": self._at_least(self.uniform_loss, losses),
-            "one feature": {"": f"{spread:.4f}"} if spread <= self.one_feature else {},
+            "uniform targets": self._within(self.uniform_targets, math.inf, target_entropy),
+            "one prototype": self._within(-math.inf, self.few_prototypes, mean_entropy),
+            "uniform student": (
+                self._within(self.uniform_loss, 2 - self.uniform_loss, losses)
+                if step >= self.loss_grace_steps
+                else {}
+            ),
+            "one feature": {"": spread} if spread <= self.one_feature else {},
         }
         self._streaks = {
             (sign, name): self._streaks.get((sign, name), 0) + 1
@@ -186,24 +181,23 @@ class CollapseMonitor:
         }
         warnings = []
         for sign, seen in present.items():
-            new = [
-                text for name, text in seen.items() if self._streaks[sign, name] == self.patience
-            ]
-            if new:
-                what, advice = _MEANING[sign]
-                warnings.append(f"step {step}: {sign}: {what}: {', '.join(new)}. {advice}")
+            new = [name for name in seen if self._streaks[sign, name] >= self.patience]
+            if new and sign not in self._told:
+                self._told.add(sign)
+                warnings.append(
+                    f"step {step}: {sign}: {self._text(sign, new, seen[new[0]])}. See {HELP}"
+                )
         return warnings
 
-    def _at_least(self, fraction: float, values: Mapping[str, float]) -> dict[str, str]:
-        """The values that reach ``fraction`` of their ln K, in words."""
-        return {n: self._text(n, v) for n, v in values.items() if v >= fraction * self.limits[n]}
+    def _within(self, low: float, high: float, values: Mapping[str, float]) -> dict[str, float]:
+        """The values between two fractions of their ln K."""
+        return {n: v for n, v in values.items() if low <= v / self.limits[n] <= high}
 
-    def _at_most(self, fraction: float, values: Mapping[str, float]) -> dict[str, str]:
-        """The values that are no more than ``fraction`` of their ln K, in words."""
-        return {n: self._text(n, v) for n, v in values.items() if v <= fraction * self.limits[n]}
-
-    def _text(self, name: str, value: float) -> str:
-        return f"{name} {value:.3f} of {self.limits[name]:.3f}"
+    def _text(self, sign: str, names: list[str], value: float) -> str:
+        limit = f"{self.limits[names[0]]:.3f}" if names[0] else ""
+        what = _MEANING[sign].format(value=f"{value:.3f}", limit=limit)
+        where = f" in {names[0]}" if names[0] else ""
+        return what + where + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
     def _require_known(self, values: Mapping[str, float]) -> None:
         unknown = sorted(values.keys() - self.limits.keys())

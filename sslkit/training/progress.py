@@ -14,6 +14,8 @@ Mode = Literal["auto", "bar", "lines"]
 T = TypeVar("T")
 _WINDOW = 30.0
 """Seconds over which speeds are averaged."""
+_TIMED_STEPS = 3
+"""Steps after the first one, which also starts workers and compiles, before time left is shown."""
 
 
 class TrainingProgress:
@@ -21,7 +23,8 @@ class TrainingProgress:
 
     On a terminal that is a bar; elsewhere (a log file, CI) a line such as ``pretrain 120/2000  loss
     5.231  412 images/s  0:04:33 left`` at the first update, every 5 seconds, and at the last step.
-    Speed and time left come from the last 30 seconds.
+    Speed and time left come from the last 30 seconds. The time left is shown once three steps after
+    the first one have been timed.
 
     Args:
         total_steps: of the whole run.
@@ -37,7 +40,7 @@ class TrainingProgress:
     ...     p.update(1, loss=2.5, images=64)
     ...     p.update(2, loss=2.25, images=64)
     k-NN accuracy 31.0 %
-    demo 1/2  loss 2.500  64 images/s  0:00:01 left
+    demo 1/2  loss 2.500  64 images/s
     demo 2/2  loss 2.250  43 images/s  0:00:00 left
     """
 
@@ -80,12 +83,9 @@ class TrainingProgress:
         due = self._shown_at is None or now - self._shown_at >= self._display.interval
         if due or step == self.total_steps:
             self._shown_at = now
-            left = self._speed.seconds_left(self.total_steps)
-            text = (
-                f"loss {float(loss):.3f}  {self._speed.images_per_second:.0f} images/s  "
-                f"{_duration(left)} left"
-            )
-            self._display.show(self._task, step, text)
+            speed = f"{self._speed.images_per_second:.0f} images/s"
+            left = self._speed.left(self.total_steps)
+            self._display.show(self._task, step, f"loss {float(loss):.3f}  {speed}  {left}")
 
     def message(self, text: str) -> None:
         """Print a line above the bar."""
@@ -135,7 +135,7 @@ def track(
     >>> for item in track("ab", "features", mode="lines", clock=iter([0, 6, 7, 8]).__next__):
     ...     print(item)
     a
-    features 1/2  0:00:06 left
+    features 1/2
     b
     features 2/2  in 0:00:08
     """
@@ -166,7 +166,7 @@ def _track(
         speed.add(now, done, 0)
         if now - shown_at >= display.interval and done != total:
             shown_at = now
-            left = "" if total is None else f"{_duration(speed.seconds_left(total))} left"
+            left = "" if total is None else speed.left(total)
             display.show(task, done, left)
     display.show(task, done, f"in {_duration(clock() - start)}")
     display.remove(task)
@@ -178,23 +178,30 @@ class _Speed:
     def __init__(self, now: float, step: int) -> None:
         self._images = 0
         self._marks = deque([(now, step, 0)])
+        self._cold = True  # the oldest mark stands before the first step
+        self._first: int | None = None
 
     def add(self, now: float, step: int, images: int) -> None:
         self._images += images
+        self._first = step if self._first is None else self._first
         self._marks.append((now, step, self._images))
         while len(self._marks) > 2 and now - self._marks[1][0] >= _WINDOW:
             self._marks.popleft()
+            self._cold = False
 
     @property
     def images_per_second(self) -> float:
         (start, _, images_before), (end, _, images) = self._marks[0], self._marks[-1]
         return (images - images_before) / (end - start) if end > start else math.nan
 
-    def seconds_left(self, total_steps: int) -> float:
-        (start, step_before, _), (end, step, _) = self._marks[0], self._marks[-1]
-        if step == step_before:
-            return math.nan
-        return (total_steps - step) * (end - start) / (step - step_before)
+    def left(self, total_steps: int) -> str:
+        """The time left in words; nothing before enough steps have been timed."""
+        (start, step_before, _), (end, step, _) = self._marks[int(self._cold)], self._marks[-1]
+        if step >= total_steps:
+            return f"{_duration(0)} left"
+        if self._first is None or step - self._first < _TIMED_STEPS or step == step_before:
+            return ""
+        return f"{_duration((total_steps - step) * (end - start) / (step - step_before))} left"
 
 
 class _Display(Protocol):

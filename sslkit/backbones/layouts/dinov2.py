@@ -14,6 +14,7 @@ from sslkit.backbones.layouts.layout import (
     Source,
     Stated,
     as_vector,
+    block_number,
     count_blocks,
     count_tokens,
     in_any_block,
@@ -42,18 +43,19 @@ def describe(tensors: Mapping[str, Tensor], stated: Stated) -> Layout:
     place = _block_places(tensors)
     first = place.get(0, "blocks.0")
     gated = in_any_block(tensors, "mlp.w12.weight")
-    width = shape_of(tensors, "patch_embed.proj.weight")[0]
+    patch_shape = shape_of(tensors, "patch_embed.proj.weight", 4)
+    width = patch_shape[0]
     registers = count_tokens(tensors, "register_tokens")
     last_linear = f"{first}.mlp.w3.weight" if gated else f"{first}.mlp.fc2.weight"
     settings = network_settings(
         names=GATED_NAMES if gated else NAMES,
-        patch_weight=tensors["patch_embed.proj.weight"],
-        positions=shape_of(tensors, "pos_embed")[1] - 1,
+        patch_shape=patch_shape,
+        positions=shape_of(tensors, "pos_embed", 3)[1] - 1,
         depth=1 + max(place, default=-1),
         heads=num_heads(width, stated),
         registers=registers,
         no_embed_class=registers > 0,
-        hidden=shape_of(tensors, last_linear)[1],
+        hidden=shape_of(tensors, last_linear, 2)[1],
         gated=gated,
         layer_scale=in_any_block(tensors, "ls1.gamma"),
         qkv_bias=in_any_block(tensors, "attn.qkv.bias"),
@@ -89,7 +91,7 @@ def _block_places(names: Mapping[str, Tensor]) -> dict[int, str]:
     places = {}
     for name in names:
         if chunked := re.match(r"blocks\.\d+\.(\d+)\.", name):
-            places[int(chunked[1])] = chunked[0][:-1]
+            places[block_number(chunked[1])] = chunked[0][:-1]
     if not places:
         depth = count_blocks(names, r"blocks\.(\d+)\.")
         return {i: f"blocks.{i}" for i in range(depth)}

@@ -17,6 +17,8 @@ from sslkit.backbones.layouts.layout import (
     Source,
     Stated,
     as_vector,
+    config_arguments,
+    config_number,
     count_blocks,
     count_tokens,
     in_any_block,
@@ -47,15 +49,15 @@ def describe(tensors: Mapping[str, Tensor], stated: Stated) -> Layout:
     gated = in_any_block(tensors, "mlp.w1.weight")
     biased = in_any_block(tensors, "attn.qkv.bias")
     masked = in_any_block(tensors, "attn.qkv.bias_mask")
-    patch_weight = tensors["patch_embed.proj.weight"]
-    width = len(patch_weight)
+    patch_shape = shape_of(tensors, "patch_embed.proj.weight", 4)
+    width = patch_shape[0]
     heads, temperature, rounded = _rope(tensors, width, stated)
     settings = _settings(
-        patch_weight=patch_weight,
+        patch_shape=patch_shape,
         depth=count_blocks(tensors, r"blocks\.(\d+)\."),
         heads=heads,
         registers=count_tokens(tensors, "storage_tokens"),
-        hidden=shape_of(tensors, f"blocks.0.mlp.{'w3' if gated else 'fc2'}.weight")[1],
+        hidden=shape_of(tensors, f"blocks.0.mlp.{'w3' if gated else 'fc2'}.weight", 2)[1],
         gated=gated,
         qkv_bias=biased,
     )
@@ -96,13 +98,13 @@ def describe_timm(
 ) -> Layout:
     """The layout of a file of timm's DINOv3 networks."""
     gated = in_any_block(tensors, "mlp.fc1_g.weight")
-    patch_weight = tensors["patch_embed.proj.weight"]
+    patch_shape = shape_of(tensors, "patch_embed.proj.weight", 4)
     settings = _settings(
-        patch_weight=patch_weight,
+        patch_shape=patch_shape,
         depth=count_blocks(tensors, r"blocks\.(\d+)\."),
-        heads=_heads(len(patch_weight), config.get("model_args") or {}, stated),
+        heads=_heads(patch_shape[0], config_arguments(config), stated),
         registers=count_tokens(tensors, "reg_token"),
-        hidden=shape_of(tensors, "blocks.0.mlp.fc2.weight")[1],
+        hidden=shape_of(tensors, "blocks.0.mlp.fc2.weight", 2)[1],
         gated=gated,
         qkv_bias=in_any_block(tensors, "attn.q_bias"),
     )
@@ -126,18 +128,18 @@ def describe_transformers(
     biased = in_any_block(tensors, "attention.q_proj.bias")
     require_config(config, "hidden_act", "silu" if gated else "gelu")
     require_config(config, "layer_norm_eps", 1e-5)
-    patch_weight = tensors["embeddings.patch_embeddings.weight"]
+    patch_shape = shape_of(tensors, "embeddings.patch_embeddings.weight", 4)
     counted = count_blocks(tensors, r"(?:model\.)?layer\.(\d+)\.")
     settings = _settings(
-        patch_weight=patch_weight,
-        depth=int(config.get("num_hidden_layers", counted)),
-        heads=_heads(len(patch_weight), {"num_heads": config.get("num_attention_heads")}, stated),
+        patch_shape=patch_shape,
+        depth=int(config_number(config, "num_hidden_layers", counted)),
+        heads=_heads(patch_shape[0], {"num_heads": config.get("num_attention_heads")}, stated),
         registers=count_tokens(tensors, "embeddings.register_tokens"),
-        hidden=shape_of(tensors, f"{start}.0.mlp.down_proj.weight")[1],
+        hidden=shape_of(tensors, f"{start}.0.mlp.down_proj.weight", 2)[1],
         gated=gated,
         qkv_bias=biased,
     )
-    settings["rope_temperature"] = float(config.get("rope_theta", 100.0))
+    settings["rope_temperature"] = float(config_number(config, "rope_theta", 100.0))
     others = {
         "reg_token": "embeddings.register_tokens",
         "cls_token": "embeddings.cls_token",
@@ -177,7 +179,7 @@ def describe_transformers(
 
 def _settings(
     *,
-    patch_weight: Tensor,
+    patch_shape: torch.Size,
     depth: int,
     heads: int,
     registers: int,
@@ -185,7 +187,7 @@ def _settings(
     gated: bool,
     qkv_bias: bool,
 ) -> dict[str, Any]:
-    width, in_chans, ph, pw = patch_weight.shape
+    width, in_chans, ph, pw = patch_shape
     names = _GATED_NAMES if gated else _NAMES
     return {
         "name": names[min(names, key=lambda known: abs(known - width))],
@@ -204,8 +206,8 @@ def _settings(
 
 
 def _heads(width: int, config: Mapping[str, Any], stated: Stated) -> int:
-    if stated.num_heads is None and config.get("num_heads"):
-        return int(config["num_heads"])
+    if stated.num_heads is None and (known := config_number(config, "num_heads", None)):
+        return int(known)
     if stated.num_heads is None and width in _RELEASED_HEADS:
         return _RELEASED_HEADS[width]
     return num_heads(width, stated)
@@ -218,8 +220,8 @@ def _rope(tensors: Mapping[str, Tensor], width: int, stated: Stated) -> tuple[in
     """
     if "rope_embed.periods" not in tensors:
         return _heads(width, {}, stated), 100.0, "float32"
+    (n,) = shape_of(tensors, "rope_embed.periods", 1)
     periods = tensors["rope_embed.periods"].float()
-    n = len(periods)
     heads = width // (4 * n)
     if stated.num_heads not in (None, heads):
         raise ValueError(
@@ -227,7 +229,7 @@ def _rope(tensors: Mapping[str, Tensor], width: int, stated: Stated) -> tuple[in
             f"{4 * n} features"
         )
     last = float(periods[-1])
-    for base in (100.0, last ** (n / (n - 1)) if n > 1 else 100.0):
+    for base in (100.0, last ** (n / (n - 1)) if n > 1 and 0 < last < 1e9 else 100.0):
         computed = base ** (torch.arange(n, dtype=torch.float32) / n)
         if torch.allclose(periods, computed, rtol=1e-6, atol=0):
             return heads, base, "float32"
@@ -252,6 +254,8 @@ def _effective(bias: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
 
     The released masks are zero for q and v too.
     """
+    if mask is not None and mask.shape != bias.shape:
+        raise ValueError(f"a mask of shape {list(mask.shape)} for a bias of {list(bias.shape)}")
     q, k, v = (bias if mask is None else bias * mask).chunk(3)
     if not bool((k == 0).all()):
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sslkit.backbones.settings import MOST_BLOCKS
 from sslkit.backbones.swiglu import swiglu_hidden_dim
 
 # Heads cannot be read off a file. These code bases use 64 features a head at their released widths.
@@ -56,7 +57,7 @@ class Stated:
 def network_settings(
     *,
     names: Mapping[int, str],
-    patch_weight: Tensor,
+    patch_shape: torch.Size,
     positions: int,
     depth: int,
     heads: int,
@@ -73,7 +74,7 @@ def network_settings(
 
     Args:
         names: width -> name for ``create``; a network of another width takes the nearest.
-        patch_weight: ``[D, C, ph, pw]``.
+        patch_shape: ``[D, C, ph, pw]``, of the patch embedding.
         positions: number of patches that have a position.
         depth: blocks.
         heads: attention heads.
@@ -86,7 +87,7 @@ def network_settings(
         pos_interpolation: of the original code.
         stated: the size of the images of the file's grid, where that is not square.
     """
-    width, in_chans, ph, pw = patch_weight.shape
+    width, in_chans, ph, pw = patch_shape
     H, W = grid_size(positions, (ph, pw), stated)
     return {
         "name": names[min(names, key=lambda known: abs(known - width))],
@@ -153,7 +154,17 @@ def count_blocks(names: Iterable[str], pattern: str) -> int:
     12
     """
     found = (re.match(pattern, name) for name in names)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+    return 1 + max((block_number(match[1]) for match in found if match), default=-1)
+
+
+def block_number(digits: str) -> int:
+    """The number in the name of a block; a ValueError if no network has as many blocks."""
+    if len(digits) > len(str(MOST_BLOCKS)) or int(digits) >= MOST_BLOCKS:
+        raise ValueError(
+            f"a tensor's name has block {digits[:20]}; networks of more than {MOST_BLOCKS} blocks "
+            "are not built"
+        )
+    return int(digits)
 
 
 def in_any_block(tensors: Iterable[str], ending: str) -> bool:
@@ -161,19 +172,40 @@ def in_any_block(tensors: Iterable[str], ending: str) -> bool:
     return any(name.endswith(f".{ending}") for name in tensors)
 
 
-def shape_of(tensors: Mapping[str, Tensor], *names: str) -> torch.Size:
-    """The shape of the first of ``names`` that is there; a ValueError names them if none is."""
-    for name in names:
-        if name in tensors:
-            return tensors[name].shape
-    raise ValueError(
-        f"the network cannot be told from its tensors: there is no {' or '.join(names)}"
-    )
+def shape_of(tensors: Mapping[str, Tensor], name: str, ndim: int) -> torch.Size:
+    """The shape of a tensor; a ValueError if it is not there, has other axes or an empty one."""
+    if name not in tensors:
+        raise ValueError(f"the network cannot be told from its tensors: there is no {name}")
+    shape = tensors[name].shape
+    if len(shape) != ndim or 0 in shape:
+        raise ValueError(
+            f"the network cannot be told from its tensors: {name} is {list(shape)}, where "
+            f"{ndim} axes are expected"
+        )
+    return shape
 
 
 def count_tokens(tensors: Mapping[str, Tensor], name: str) -> int:
     """R of the register tokens ``[1, R, D]`` of this name; 0 if they are not there."""
-    return tensors[name].shape[1] if name in tensors else 0
+    return shape_of(tensors, name, 3)[1] if name in tensors else 0
+
+
+def config_number(config: Mapping[str, Any], key: str, default: float | None) -> Any:
+    """A positive number of ``config.json``, ``default`` where it has none."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"config.json: {key} must be a positive number, got {value!r:.60}")
+    return value
+
+
+def config_arguments(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """timm's ``model_args`` of ``config.json``."""
+    value = config.get("model_args") or {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"config.json: model_args must be values by name, got {value!r:.60}")
+    return value
 
 
 def require_config(config: Mapping[str, Any], key: str, value: object) -> None:
@@ -203,7 +235,12 @@ def stack_rows(*parts: Tensor) -> Tensor:
 
 def merge_class_position(cls_token: Tensor, pos_embed: Tensor) -> Tensor:
     """Class token with its position: ``[1, 1, D], [1, 1 + N, D] -> [1, 1, D]``."""
-    return cls_token + pos_embed[:, :1]
+    position = pos_embed[:, :1]
+    if cls_token.shape != position.shape:
+        raise ValueError(
+            f"shapes {list(cls_token.shape)} and {list(position.shape)} cannot be added"
+        )
+    return cls_token + position
 
 
 def patch_positions(pos_embed: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from sslkit.backbones.layouts.layout import (
     Source,
     Stated,
     as_vector,
+    config_arguments,
     count_blocks,
     count_tokens,
     grid_size,
@@ -46,7 +47,7 @@ def describe(
     title = "timm's names, as DINO and iBOT use them" if ibot else "timm's names"
     architecture = stated.architecture or config.get("architecture")
     if architecture is not None:
-        settings = _named(str(architecture), tensors, config.get("model_args") or {}, stated)
+        settings = _named(str(architecture), tensors, config_arguments(config), stated)
     else:
         settings = _derived(tensors, stated, ibot=ibot)
     fused = architecture is None and "blocks.0.mlp.fc2.weight" in tensors and _gated(tensors)
@@ -91,7 +92,7 @@ def _named(
     """Settings by a name of timm, with the file's grid and channels."""
     if not timm.is_model(name):
         raise ValueError(f"architecture {name!r} is no network of timm {timm.__version__}")
-    _, in_chans, ph, pw = shape_of(tensors, "patch_embed.proj.weight")
+    _, in_chans, ph, pw = shape_of(tensors, "patch_embed.proj.weight", 4)
     left_out = ("num_classes", "global_pool", "dynamic_img_size")  # an encoder has its own
     kept = {k: v for k, v in model_args.items() if k not in left_out}
     settings = {**kept, "name": name, "in_chans": in_chans, "patch_size": (ph, pw)}
@@ -107,17 +108,17 @@ def _named(
 
 def _derived(tensors: Mapping[str, Tensor], stated: Stated, *, ibot: bool) -> dict[str, Any]:
     positions, no_embed_class = _patch_positions(tensors, stated)
-    patch_weight = tensors["patch_embed.proj.weight"]
+    patch_shape = shape_of(tensors, "patch_embed.proj.weight", 4)
     gated = _gated(tensors)
     return network_settings(
         names=GATED_NAMES if gated else _NAMES,
-        patch_weight=patch_weight,
+        patch_shape=patch_shape,
         positions=positions,
         depth=count_blocks(tensors, r"blocks\.(\d+)\."),
-        heads=num_heads(len(patch_weight), stated),
+        heads=num_heads(patch_shape[0], stated),
         registers=count_tokens(tensors, "reg_token"),
         no_embed_class=no_embed_class,
-        hidden=shape_of(tensors, "blocks.0.mlp.fc2.weight")[1],
+        hidden=shape_of(tensors, "blocks.0.mlp.fc2.weight", 2)[1],
         gated=gated,
         layer_scale=in_any_block(tensors, "ls1.gamma") or _ibot_gammas(tensors),
         qkv_bias=in_any_block(tensors, "attn.qkv.bias"),
@@ -132,10 +133,10 @@ def _patch_positions(tensors: Mapping[str, Tensor], stated: Stated) -> tuple[int
     The file may have positions for class token and registers or not. The stated grid tells, or
     that a grid is square: two squares differ by 1 + R for the smallest grids only.
     """
-    count = shape_of(tensors, "pos_embed")[1]
+    count = shape_of(tensors, "pos_embed", 3)[1]
     prefix = int("cls_token" in tensors) + count_tokens(tensors, "reg_token")
     if stated.file_img_size is not None:
-        ph, pw = shape_of(tensors, "patch_embed.proj.weight")[2:]
+        ph, pw = shape_of(tensors, "patch_embed.proj.weight", 4)[2:]
         H, W = stated.file_img_size[0] // ph, stated.file_img_size[1] // pw
         patches_only = count == H * W
     else:
@@ -146,7 +147,9 @@ def _patch_positions(tensors: Mapping[str, Tensor], stated: Stated) -> tuple[int
 def _gated(tensors: Mapping[str, Tensor]) -> bool:
     """timm's SwiGLUPacked: the first layer makes gate and value, twice what the second takes."""
     first, second = (tensors.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
-    return first is not None and second is not None and len(first) == 2 * second.shape[1]
+    if first is None or second is None or first.ndim != 2 or second.ndim != 2:
+        return False
+    return len(first) == 2 * second.shape[1]
 
 
 def _ibot_gammas(tensors: Mapping[str, Tensor]) -> bool:

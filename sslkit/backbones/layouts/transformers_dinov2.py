@@ -15,6 +15,7 @@ from sslkit.backbones.layouts.layout import (
     Source,
     Stated,
     as_vector,
+    config_number,
     count_blocks,
     count_tokens,
     in_any_block,
@@ -45,17 +46,17 @@ def describe(tensors: Mapping[str, Tensor], config: Mapping[str, Any], stated: S
     registers = count_tokens(tensors, "embeddings.register_tokens")
     require_config(config, "hidden_act", "gelu")
     require_config(config, "layer_norm_eps", 1e-6)
-    patch_weight = tensors["embeddings.patch_embeddings.projection.weight"]
-    heads = config.get("num_attention_heads") if stated.num_heads is None else None
+    patch_shape = shape_of(tensors, "embeddings.patch_embeddings.projection.weight", 4)
+    heads = config_number(config, "num_attention_heads", None) if stated.num_heads is None else None
     settings = network_settings(
         names=GATED_NAMES if gated else NAMES,
-        patch_weight=patch_weight,
-        positions=shape_of(tensors, "embeddings.position_embeddings")[1] - 1,
+        patch_shape=patch_shape,
+        positions=shape_of(tensors, "embeddings.position_embeddings", 3)[1] - 1,
         depth=_depth(tensors, config),
-        heads=int(heads) if heads else num_heads(len(patch_weight), stated),
+        heads=int(heads) if heads else num_heads(patch_shape[0], stated),
         registers=registers,
         no_embed_class=registers > 0,
-        hidden=shape_of(tensors, f"{start}.0.mlp.{last_linear}.weight")[1],
+        hidden=shape_of(tensors, f"{start}.0.mlp.{last_linear}.weight", 2)[1],
         gated=gated,
         layer_scale=True,
         qkv_bias=in_any_block(tensors, f"{qkv[0]}.bias"),
@@ -114,4 +115,4 @@ def describe(tensors: Mapping[str, Tensor], config: Mapping[str, Any], stated: S
 def _depth(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
     """As config.json says, so that a file that lost its last layers is missing them."""
     counted = count_blocks(tensors, r"encoder\.layer\.(\d+)\.")
-    return int(config.get("num_hidden_layers", counted))
+    return int(config_number(config, "num_hidden_layers", counted))

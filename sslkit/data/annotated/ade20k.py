@@ -16,7 +16,7 @@ from sslkit.data.annotated.files import (
     check_files,
     check_layout,
     list_files,
-    read_class_map,
+    read_text,
 )
 from sslkit.data.decode import MAX_SIDE, UnreadableImage
 
@@ -75,7 +75,7 @@ class ADE20K(AnnotatedFiles):
     def mask(self, index: int) -> Tensor:
         """The class of each pixel, uint8 [h, w], 255 where it has none."""
         path = self._masks / f"{self.stem(index)}.png"
-        mask = read_class_map(path)
+        mask = self.class_map(path, index)
         if mask.max() > NUM_CLASSES:
             raise UnreadableImage(
                 str(path), f"it holds {mask.max()}; the benchmark's masks go to {NUM_CLASSES}"
@@ -87,7 +87,7 @@ def _read_class_names(path: Path) -> tuple[str, ...]:
     """The first name of each class: a table with tabs, one of whose columns is called Name."""
     if not path.is_file():
         return tuple(f"class {i}" for i in range(1, NUM_CLASSES + 1))
-    header, *rows = [line.split("\t") for line in path.read_text().splitlines() if line.strip()]
+    header, *rows = [line.split("\t") for line in read_text(path).splitlines() if line.strip()]
     titles = [title.strip() for title in header]
     if "Name" not in titles or len(rows) != NUM_CLASSES:
         raise ValueError(
@@ -102,7 +102,7 @@ def _read_scenes(path: Path) -> dict[str, str]:
     """Scene category by image: a line is ``ADE_train_00000001 airport_terminal``."""
     if not path.is_file():
         return {}
-    lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
     if wrong := next((line for line in lines if len(line) != 2), None):
         raise ValueError(f"{path} should have an image and a category a line, got {wrong}")
     return dict(lines)

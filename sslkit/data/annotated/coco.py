@@ -7,7 +7,7 @@ counted from 0, and 255 where a pixel has no label.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sslkit.data.annotated.boxes import is_finite_number, is_numbers
 from sslkit.data.annotated.coco_classes import (
     COARSE_CLASSES,
     COARSE_OF_FINE,
@@ -29,9 +30,9 @@ from sslkit.data.annotated.files import (
     check_layout,
     find_folder,
     list_files,
-    read_class_map,
+    read_json,
 )
-from sslkit.data.decode import MAX_SIDE, UnreadableImage
+from sslkit.data.decode import MAX_SIDE, MAX_STORED_SIDE, UnreadableImage
 from sslkit.data.string_table import StringTable
 
 _STUFF_TREE = """\
@@ -93,7 +94,7 @@ class COCOStuff(AnnotatedFiles):
     def mask(self, index: int) -> Tensor:
         """The class of each pixel, uint8 [h, w], 255 where it has none."""
         path = self._maps / f"{self.stem(index)}.png"
-        values = read_class_map(path)
+        values = self.class_map(path, index)
         if ((values >= len(FINE_CLASSES)) & (values != 255)).any():
             raise UnreadableImage(
                 str(path), f"the values of COCO-Stuff are 0 to {len(FINE_CLASSES) - 1} and 255"
@@ -148,39 +149,14 @@ class COCOThings(AnnotatedFiles):
         name = f"annotations/instances_{split}2017.json"
         check_layout(root, [name], _THINGS_TREE)
         self.path = root / name
-        try:
-            content = json.loads(self.path.read_text())
-            key = "supercategory" if classes == "coarse" else "name"
-            categories = sorted(content["categories"], key=lambda each: each["id"])
-            names = [each[key] for each in categories]
-            names = sorted(set(names)) if classes == "coarse" else names
-            number = {each["id"]: names.index(each[key]) for each in categories}
-            entries = sorted(content["images"], key=lambda each: each["id"])
-            things: dict[int, list[_Thing]] = {each["id"]: [] for each in entries}
-            for each in content["annotations"]:
-                thing = _Thing(
-                    number[each["category_id"]],
-                    each["segmentation"],
-                    each["area"],
-                    each.get("iscrowd", 0),
-                    each["bbox"],
-                )
-                things[each["image_id"]].append(thing)
-            files = [each["file_name"] for each in entries]
-            self._sizes = np.array([(each["height"], each["width"]) for each in entries], np.int32)
-            in_boxes = [
-                {thing.label for thing in each if crowd or not thing.crowd}
-                for each in things.values()
-            ]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.path} is not a file of COCO instances (images, annotations, categories): "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        names, entries, things = _read_instances(self.path, coarse=classes == "coarse")
+        files = [each["file_name"] for each in entries]
+        self._sizes = np.array([(each["height"], each["width"]) for each in entries], np.int32)
+        in_boxes = [{thing.label for thing in each if crowd or not thing.crowd} for each in things]
         check_files(images, files, "image")
         self.crowd = crowd
         self.mask_class_names = tuple(names)
-        self._things = StringTable([json.dumps(each) for each in things.values()])
+        self._things = StringTable([json.dumps(each) for each in things])
         super().__init__(
             images,
             files,
@@ -191,12 +167,16 @@ class COCOThings(AnnotatedFiles):
 
     def mask(self, index: int) -> Tensor:
         """The class of each pixel, uint8 [h, w], 255 where there is no thing."""
-        size = (int(self._sizes[index][0]), int(self._sizes[index][1]))
+        size = self._size(index)
+        if len(self.mask_class_names) > 255:
+            raise ValueError(
+                f"{self.path} has {len(self.mask_class_names)} classes; masks hold 255 at most"
+            )
         mask = np.full(size, 255, np.uint8)
         for thing in sorted(self._of(index), key=lambda each: (not each.crowd, -each.area)):
             try:
                 mask[region_mask(thing.segmentation, size)] = thing.label
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
                 raise ValueError(
                     f"{self.path} has a region that cannot be used, for {self.name(index)}: {error}"
                 ) from error
@@ -204,10 +184,22 @@ class COCOThings(AnnotatedFiles):
 
     def boxes(self, index: int) -> Tensor:
         """Boxes (x0, y0, x1, y1) in pixels, half open, float32 [n, 4]."""
+        self._size(index)
         boxes = (thing.box for thing in self._boxed(index))
         return self.fit_boxes(
-            [[x, y, x + width, y + height] for x, y, width, height in boxes], index
+            [[x, y, x + width, y + height] for x, y, width, height in boxes], index, str(self.path)
         )
+
+    def _size(self, index: int) -> tuple[int, int]:
+        """(height, width) that the JSON file has, once it is known to be that of the image."""
+        size = (int(self._sizes[index][0]), int(self._sizes[index][1]))
+        stored, _ = self.sizes(index)
+        if size != stored:
+            raise UnreadableImage(
+                f"the entry of the image in {self.path}",
+                f"it is {list(size)}, but {self.name(index)} is {list(stored)}",
+            )
+        return size
 
     def box_classes(self, index: int) -> Tensor:
         """The class of each box, as in masks, int64 [n]."""
@@ -222,3 +214,82 @@ class COCOThings(AnnotatedFiles):
 
 def _find_images(root: Path, split: str, tree: str) -> Path:
     return find_folder([root / f"{split}2017", root / "images" / f"{split}2017"], root, tree)
+
+
+def _read_instances(
+    path: Path, *, coarse: bool
+) -> tuple[list[str], list[dict[str, Any]], list[list[_Thing]]]:
+    """The classes, the entries of the images by their numbers, and the things in each image.
+
+    Raises:
+        ValueError: an entry that cannot be used, which the message names.
+    """
+    where = "its lists images, annotations and categories"
+    try:
+        content = read_json(path)
+        lists = [list(content[key]) for key in ("images", "annotations", "categories")]
+        entries, annotations, categories = lists
+        key = "supercategory" if coarse else "name"
+        category_of: dict[int, str] = {}
+        for i, each in enumerate(categories):
+            where = f"categories[{i}]"
+            number = _new_number(each["id"], category_of)
+            category_of[number] = _text(each[key], key)
+        names = [category_of[number] for number in sorted(category_of)]
+        names = sorted(set(names)) if coarse else names
+        label_of = {name: i for i, name in enumerate(names)}
+        things: dict[int, list[_Thing]] = {}
+        for i, each in enumerate(entries):
+            where = f"images[{i}]"
+            things[_new_number(each["id"], things)] = []
+            _text(each["file_name"], "file_name")
+            for side in ("height", "width"):
+                if not 1 <= _integer(each[side], side) <= MAX_STORED_SIDE:
+                    raise ValueError(f"its {side} is {each[side]}")
+        for i, each in enumerate(annotations):
+            where = f"annotations[{i}]"
+            for key, known in (("category_id", category_of), ("image_id", things)):
+                if _integer(each[key], key) not in known:
+                    raise ValueError(f"its {key} {each[key]} is not in the file")
+            if not is_finite_number(each["area"]):
+                raise ValueError(f"its area is {each['area']!r}, not a finite number")
+            if each.get("iscrowd", 0) not in (0, 1):
+                raise ValueError(f"its iscrowd is {each['iscrowd']!r}, not 0 or 1")
+            if not is_numbers(each["bbox"], 4) or min(each["bbox"][2:]) < 0:
+                raise ValueError(
+                    f"its bbox is {each['bbox']!r}, not four finite numbers (x, y, width, height)"
+                )
+            thing = _Thing(
+                label_of[category_of[each["category_id"]]],
+                each["segmentation"],
+                each["area"],
+                int(each.get("iscrowd", 0)),
+                each["bbox"],
+            )
+            things[each["image_id"]].append(thing)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"{path} is not a file of COCO instances (images, annotations, categories): {where}: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    entries = sorted(entries, key=lambda each: each["id"])
+    return names, entries, [things[each["id"]] for each in entries]
+
+
+def _integer(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"its {name} is {value!r}, not an integer")
+    return value
+
+
+def _new_number(value: Any, known: Mapping[int, Any]) -> int:
+    if _integer(value, "id") in known:
+        raise ValueError(f"its id {value} occurs before")
+    return value
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"its {name} is {value!r}, not text")
+    return value

@@ -1,18 +1,29 @@
 """Image files whose annotations match the images as they are read, and errors about layouts."""
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
 from torch import Tensor
 
-from sslkit.data.decode import UnreadableImage, read_image
+from sslkit.data.annotated.boxes import check_boxes
+from sslkit.data.decode import (
+    MAX_BYTES,
+    MAX_SIDE,
+    UnreadableImage,
+    open_image,
+    read_image,
+    unreadable_as,
+)
 from sslkit.data.image_files import ImageFiles
+from sslkit.data.regular_file import read_regular
 
 _SHOWN = 8  # names of what was found, in a message
+_MAX_TEXT_BYTES = 2**32
 
 
 class AnnotatedFiles(ImageFiles):
@@ -30,6 +41,10 @@ class AnnotatedFiles(ImageFiles):
         """(height, width) in the file, upright, and of the image that is read."""
         return image_sizes(self.name(index), self.max_side)
 
+    def class_map(self, path: str | os.PathLike[str], index: int) -> np.ndarray:
+        """`read_class_map` of an image's map, once its size is known to be that of the image."""
+        return read_class_map(path, image=self.name(index))
+
     def fit_mask(self, mask: np.ndarray, index: int, name: str) -> Tensor:
         """A map [H, W] of the file's pixels at the size of the image that is read, [h, w].
 
@@ -37,19 +52,21 @@ class AnnotatedFiles(ImageFiles):
         names both files when the sizes differ.
         """
         stored, (height, width) = self.sizes(index)
-        if mask.shape != stored:
-            raise UnreadableImage(
-                name, f"it is {list(mask.shape)}, but {self.name(index)} is {list(stored)}"
-            )
+        _check_same_size(mask.shape, stored, name, self.name(index))
         if mask.shape != (height, width):
             rows = (2 * np.arange(height) + 1) * stored[0] // (2 * height)
             columns = (2 * np.arange(width) + 1) * stored[1] // (2 * width)
             mask = mask[rows[:, None], columns]
         return torch.from_numpy(np.ascontiguousarray(mask))
 
-    def fit_boxes(self, boxes: Sequence[Sequence[float]], index: int) -> Tensor:
-        """Boxes (x0, y0, x1, y1) in the image that is read, float32 [n, 4]."""
+    def fit_boxes(self, boxes: Sequence[Sequence[float]], index: int, name: str) -> Tensor:
+        """Boxes (x0, y0, x1, y1) in the image that is read, float32 [n, 4].
+
+        ``name`` is their file, for the error of a box that cannot be; see
+        `sslkit.data.annotated.boxes.check_boxes`.
+        """
         (stored_height, stored_width), (height, width) = self.sizes(index)
+        check_boxes(boxes, (stored_height, stored_width), f"{name}, {self.name(index)}")
         x, y = width / stored_width, height / stored_height
         scaled = torch.tensor(boxes, dtype=torch.float64).view(-1, 4)
         return (scaled * torch.tensor([x, y, x, y], dtype=torch.float64)).float()
@@ -57,21 +74,38 @@ class AnnotatedFiles(ImageFiles):
 
 def image_sizes(path: str, max_side: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """(height, width) in an image file, upright, and of the image that `read_image` makes of it."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (OSError, SyntaxError) as error:
-        raise UnreadableImage(path, f"{type(error).__name__}: {error}") from error
-    stored = (width, height) if orientation >= 5 else (height, width)
+    stored = _stored_size(path, max_side)
     if max(stored) <= max_side:
         return stored, stored
     _, read_height, read_width = read_image(path, max_side=max_side).shape
     return stored, (read_height, read_width)
 
 
-def read_class_map(path: str | os.PathLike[str]) -> np.ndarray:
+def _stored_size(path: str, max_side: int = MAX_SIDE) -> tuple[int, int]:
+    """(height, width) in an image file, upright, by its header."""
+    with unreadable_as(path):
+        content = read_regular(path, max_bytes=MAX_BYTES)
+        with open_image(content, max_side=max_side) as opened:
+            return opened.upright_size
+
+
+def _check_same_size(
+    size: tuple[int, ...], image_size: tuple[int, int], name: str, image: str
+) -> None:
+    if size != image_size:
+        raise UnreadableImage(name, f"it is {list(size)}, but {image} is {list(image_size)}")
+
+
+def read_class_map(path: str | os.PathLike[str], *, image: str | None = None) -> np.ndarray:
     """The grey levels or palette indices of an image file, uint8 [H, W].
+
+    Args:
+        path: the file.
+        image: the file of the image that it belongs to, whose size must be the same; the sizes are
+            compared before the map is decoded.
+
+    Raises:
+        UnreadableImage: it cannot be read, has another mode, or the sizes differ.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile(suffix=".png") as file:
@@ -81,15 +115,57 @@ def read_class_map(path: str | os.PathLike[str]) -> np.ndarray:
     ...     read_class_map(file.name)
     array([[2, 2, 2]], dtype=uint8)
     """
-    name = os.fspath(path)
-    try:
-        with Image.open(path) as file:
-            mode, mask = file.mode, np.array(file)
-    except (OSError, SyntaxError) as error:  # Pillow's answers to a broken PNG
-        raise UnreadableImage(name, f"{type(error).__name__}: {error}") from error
+    mode, mask = read_stored_values(path, image=image)
     if mode not in ("L", "P"):
-        raise UnreadableImage(name, f"a mask is 8-bit grey or palette, this one has mode {mode}")
+        reason = f"a mask is 8-bit grey or palette, this one has mode {mode}"
+        raise UnreadableImage(os.fspath(path), reason)
     return mask
+
+
+def read_stored_values(
+    path: str | os.PathLike[str], *, image: str | None = None
+) -> tuple[str, np.ndarray]:
+    """Pillow's mode of an image file and the numbers in it, [H, W] or [H, W, C].
+
+    Args, errors: see `read_class_map`, but for the mode.
+    """
+    name = os.fspath(path)
+    size = None if image is None else _stored_size(image)
+    with unreadable_as(name):
+        content = read_regular(path, max_bytes=MAX_BYTES)
+        with open_image(content) as opened:
+            if size is not None and image is not None:
+                _check_same_size(opened.image.size[::-1], size, name, image)
+            return opened.image.mode, np.array(opened.image)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a list or an annotation file, which is UTF-8.
+
+    Raises:
+        OSError: it cannot be opened, or is not a regular file.
+        ValueError: it is not UTF-8, or has more than 4 GiB.
+    """
+    content = read_regular(path, max_bytes=_MAX_TEXT_BYTES)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(path)} is not UTF-8 text: {error}") from error
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        OSError: see `read_text`.
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{os.fspath(path)} is nested too deeply") from error
 
 
 def check_layout(folder: Path, wanted: Sequence[str], tree: str) -> None:
@@ -132,7 +208,7 @@ def list_files(folder: Path, endings: Sequence[str]) -> list[str]:
 
 def read_names(path: Path) -> list[str]:
     """The first word of each line of a list file."""
-    names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    names = [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
     if not names:
         raise ValueError(f"the list {path} is empty")
     return names

@@ -7,23 +7,31 @@ is what ``extract_official_train_test_set_from_mat.py`` makes of that file (Lee 
 and most code since): depth is the camera's own, in whole millimetres, with holes (0).
 """
 
+import io
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from sslkit.data.annotated.files import AnnotatedFiles, check_files, describe_layout
-from sslkit.data.decode import MAX_SIDE, UnreadableImage
+from sslkit.data.annotated.files import (
+    AnnotatedFiles,
+    check_files,
+    describe_layout,
+    read_stored_values,
+)
+from sslkit.data.decode import MAX_SIDE, UnreadableImage, unreadable_as
+from sslkit.data.regular_file import check_regular, read_regular
 
 EIGEN_CROP = (slice(45, 471), slice(41, 601))
 """Rows and columns of the 480 by 640 pixels that Eigen et al. 2014 evaluate on."""
 
 MAT_FILE = "nyu_depth_v2_labeled.mat"
 _SIZE = (480, 640)
+_MAX_SIDE = 4096  # of an image in the MATLAB file
+_MAX_SPLIT_BYTES = 2**20  # the real file has 3 kB
 _TREE = f"""\
   FOLDER/
     {MAT_FILE}
@@ -91,13 +99,18 @@ class NYUDepthFile:
         with self._open() as file:
             if missing := {"images", "depths"} - set(file):
                 raise ValueError(f"{self.path} has no {sorted(missing)}; it has {sorted(file)}")
-            num_images = len(file["images"])
+            num_images = self._check_arrays(file["images"], file["depths"])
             scenes: list[str] = []
             if "sceneTypes" in file:
-                scenes = [_text(file[each]) for each in np.ravel(file["sceneTypes"])]
-        if self.indices.max() >= num_images:
+                names = self._array(file, "sceneTypes", max_values=num_images)
+                if names.size != num_images:
+                    raise ValueError(f"{self.path} has {names.size} sceneTypes")
+                scenes = [_text(self._array(file, each, max_values=1000)) for each in names]
+        if len(self.indices) == 0 or self.indices.min() < 0 or self.indices.max() >= num_images:
+            wrong = [i + 1 for i in self.indices if not 0 <= i < num_images]
             raise ValueError(
-                f"splits.mat names image {self.indices.max() + 1} of {num_images} in {self.path}"
+                f"splits.mat names image {wrong[0] if wrong else 'none'} of {num_images} in "
+                f"{self.path}"
             )
         self.class_names: tuple[str, ...] | None = tuple(sorted(set(scenes))) or None
         self.num_classes = len(self.class_names or ())
@@ -108,7 +121,7 @@ class NYUDepthFile:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        with self._open() as file:
+        with unreadable_as(self.name(index)), self._open() as file:
             image = torch.from_numpy(file["images"][self.indices[index]])
         return image.transpose(1, 2).contiguous(), self.label(index)  # [3, w, h] -> [3, h, w]
 
@@ -122,12 +135,36 @@ class NYUDepthFile:
 
     def depth(self, index: int) -> Tensor:
         """Metres, float32 [h, w]."""
-        with self._open() as file:
+        with unreadable_as(self.name(index)), self._open() as file:
             depth = file["depths"][self.indices[index]]
         depth = _cropped(depth.T, self.name(index)) if self.eigen_crop else depth.T
         return torch.from_numpy(np.ascontiguousarray(depth, np.float32))
 
+    def _check_arrays(self, images: Any, depths: Any) -> int:
+        """The number of images, once the shapes and types in the file are known to be right."""
+        shape = tuple(getattr(images, "shape", ()))
+        is_right = len(shape) == 4 and shape[1] == 3 and images.dtype == np.uint8
+        depth_shape = tuple(getattr(depths, "shape", ()))
+        if not is_right or max(shape[2:]) > _MAX_SIDE or depth_shape != (shape[0], *shape[2:]):
+            raise ValueError(
+                f"{self.path} has images {shape} and depths {depth_shape}; expected uint8 "
+                f"[N, 3, w, h] with sides of {_MAX_SIDE} at most, and [N, w, h]"
+            )
+        if depths.dtype.kind != "f":
+            raise ValueError(f"{self.path} has depths of type {depths.dtype}; expected floats")
+        return shape[0]
+
+    def _array(self, file: Any, key: Any, *, max_values: int) -> np.ndarray:
+        """A small array of the file, flat."""
+        found = file[key]
+        if getattr(found, "size", None) is None or found.size > max_values:
+            raise ValueError(
+                f"{self.path} has more than {max_values} values in {found.name}, or is no array"
+            )
+        return np.ravel(found)
+
     def _open(self) -> Any:
+        check_regular(self.path)
         try:
             import h5py
         except ImportError as error:
@@ -184,12 +221,9 @@ class NYUDepthFolder(AnnotatedFiles):
         """Metres, float32 [h, w]; 0 where the camera saw none."""
         image = Path(self.name(index))
         path = image.with_name(_depth_name(image.name))
-        try:
-            with Image.open(path) as file:
-                millimetres = np.array(file)
-        except (OSError, SyntaxError) as error:
-            raise UnreadableImage(str(path), f"{type(error).__name__}: {error}") from error
-        if millimetres.ndim != 2 or millimetres.dtype == np.uint8:
+        _, millimetres = read_stored_values(path, image=str(image))
+        is_depth = millimetres.ndim == 2 and millimetres.dtype in (np.uint16, np.int32)
+        if not is_depth or millimetres.min() < 0:
             raise UnreadableImage(
                 str(path), f"depth is 16-bit grey, this is {millimetres.dtype} {millimetres.shape}"
             )
@@ -224,14 +258,18 @@ def _read_split(path: Path, split: str) -> np.ndarray:
         raise FileNotFoundError(describe_layout(path.parent, [path.name], _TREE))
     key = f"{split}Ndxs"
     try:
-        splits = loadmat(path)
+        content = read_regular(path, max_bytes=_MAX_SPLIT_BYTES)
+        splits = loadmat(io.BytesIO(content))
     except Exception as error:  # SciPy's errors have no base of their own
         raise ValueError(f"cannot read {path}: {type(error).__name__}: {error}") from error
     if key not in splits:
         raise ValueError(f"{path} has no {key}; it has {sorted(splits)}")
-    return np.ravel(splits[key]).astype(np.int64) - 1
+    numbers = np.ravel(splits[key])
+    if numbers.dtype.kind not in "uif" or (numbers != np.floor(numbers)).any():
+        raise ValueError(f"{path} has {key} of type {numbers.dtype}; expected whole numbers")
+    return numbers.astype(np.int64) - 1
 
 
-def _text(characters: Any) -> str:
-    """A MATLAB string: its UTF-16 codes, [n, 1]."""
-    return "".join(chr(code) for code in np.ravel(characters))
+def _text(characters: np.ndarray) -> str:
+    """A MATLAB string: its UTF-16 codes, [n]."""
+    return "".join(chr(code) for code in characters)

@@ -6,14 +6,16 @@ a path, a space and the class of the image, -1 for one of none of the classes.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from sslkit.data.annotated.files import describe_layout
+from sslkit.data.annotated.files import describe_layout, read_text
 from sslkit.data.decode import MAX_SIDE
 from sslkit.data.image_files import ImageFiles
+from sslkit.data.labels import as_label, check_num_classes
 
 _CLASSIC, _LARGE_SCALE = "images_classic", "images_largescale"
 _SMALL_FAR = ("mnist", "svhn", "texture", "places365")
@@ -73,7 +75,7 @@ class ImageList(ImageFiles):
                 "its paths are relative to"
             )
         most = max(labels) + 1
-        if num_classes is not None and most > num_classes:
+        if num_classes is not None and most > check_num_classes(num_classes, of=str(list_file)):
             raise ValueError(f"{list_file} has class {most - 1}, but num_classes={num_classes}")
         num_classes = most if num_classes is None else num_classes
         super().__init__(root, files, labels=labels, num_classes=num_classes, max_side=max_side)
@@ -156,16 +158,18 @@ def _read_list(path: Path) -> tuple[list[str], list[int]]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no list {path}")
     files, labels = [], []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         file, _, label = line.strip().rpartition(" ")
-        if not file or not label.removeprefix("-").isdecimal() or int(label) < -1:
-            raise ValueError(
-                f"{path}:{number} should be a path, a space and a class (-1: none), got {line!r}"
-            )
+        expected = f"{path}:{number} should be a path, a space and a class (-1: none), got {line!r}"
+        if not file or not re.fullmatch("-?[0-9]{1,30}", label):
+            raise ValueError(expected)
+        try:
+            labels.append(as_label(int(label)))
+        except ValueError as error:
+            raise ValueError(f"{expected}: {error}") from error
         files.append(file)
-        labels.append(int(label))
     if not files:
         raise ValueError(f"the list {path} is empty")
     return files, labels

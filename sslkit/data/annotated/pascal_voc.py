@@ -20,16 +20,18 @@ from sslkit.data.annotated.files import (
     check_files,
     check_layout,
     describe_layout,
-    read_class_map,
     read_names,
 )
 from sslkit.data.decode import MAX_SIDE, UnreadableImage
+from sslkit.data.regular_file import read_regular
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
     *("train", "tvmonitor"),
 )
+
+_MAX_ANNOTATION_BYTES = 2**24
 
 _TREE = """\
   VOCdevkit/VOC2012/
@@ -73,7 +75,7 @@ class VOCSegmentation(AnnotatedFiles):
     def mask(self, index: int) -> Tensor:
         """The class of each pixel, uint8 [h, w], 255 to be ignored."""
         path = self._masks / f"{self.stem(index)}.png"
-        mask = read_class_map(path)
+        mask = self.class_map(path, index)
         if ((mask > len(VOC_CLASSES)) & (mask != 255)).any():
             raise UnreadableImage(str(path), f"classes are 0 to {len(VOC_CLASSES)} and 255")
         return self.fit_mask(mask, index, str(path))
@@ -129,24 +131,61 @@ class VOCBoxes(AnnotatedFiles):
 
     def boxes(self, index: int) -> Tensor:
         """Boxes (x0, y0, x1, y1) in pixels, half open, float32 [n, 4]."""
-        return self.fit_boxes([each.box for each in self._objects(index)], index)
+        root, path = self._parse(index), self._annotation(index)
+        size = [root.findtext(f"size/{side}", "0").strip() for side in ("height", "width")]
+        stored, _ = self.sizes(index)
+        if "0" not in size and size != [str(side) for side in stored]:
+            raise ValueError(
+                f"{path} is of an image of {' x '.join(size)}, but {self.name(index)} is "
+                f"{' x '.join(map(str, stored))}"
+            )
+        return self.fit_boxes([each.box for each in self._objects(index)], index, str(path))
 
     def box_classes(self, index: int) -> Tensor:
         """The class of each box, one of ``class_names``, int64 [n]."""
         return torch.tensor([each.label for each in self._objects(index)], dtype=torch.int64)
 
+    def _annotation(self, index: int) -> Path:
+        return self._annotations / f"{self.stem(index)}.xml"
+
     def _objects(self, index: int) -> list[_Object]:
-        path = self._annotations / f"{self.stem(index)}.xml"
+        root = self._parse(index)
         try:
             # The children of an object only: its parts (head, hand, foot) have boxes of their own.
             return [
-                _Object(_half_open(each), VOC_CLASSES.index(each.findtext("name", "").strip()))
-                for each in ElementTree.parse(path).getroot().findall("object")
+                _Object(_half_open(each), _label(each))
+                for each in root.findall("object")
                 if (self.difficult or each.findtext("difficult", "0").strip() != "1")
                 and (self.truncated or each.findtext("truncated", "0").strip() != "1")
             ]
-        except (ElementTree.ParseError, ValueError) as error:
-            raise ValueError(f"{path} is not an annotation of Pascal VOC: {error}") from error
+        except ValueError as error:
+            raise self._unusable(index, error) from error
+
+    def _parse(self, index: int) -> ElementTree.Element:
+        content = read_regular(self._annotation(index), max_bytes=_MAX_ANNOTATION_BYTES)
+        try:
+            parser = ElementTree.XMLParser(target=_WithoutDoctype())
+            return ElementTree.fromstring(content, parser)
+        except (ElementTree.ParseError, ValueError, LookupError) as error:
+            raise self._unusable(index, error) from error
+
+    def _unusable(self, index: int, error: Exception) -> ValueError:
+        path = self._annotation(index)
+        return ValueError(f"{path} is not an annotation of Pascal VOC: {error}")
+
+
+class _WithoutDoctype(ElementTree.TreeBuilder):
+    """Refuses document types: the entities that one defines can unfold to any length."""
+
+    def doctype(self, name: str, public: str | None, system: str | None) -> None:
+        raise ValueError(f"it defines a document type ({name}), which annotations do not need")
+
+
+def _label(element: ElementTree.Element) -> int:
+    name = element.findtext("name", "").strip()
+    if name not in VOC_CLASSES:
+        raise ValueError(f"an object is called {name!r}; expected one of {', '.join(VOC_CLASSES)}")
+    return VOC_CLASSES.index(name)
 
 
 def _half_open(element: ElementTree.Element) -> tuple[float, float, float, float]:

@@ -6,7 +6,6 @@ pairs, one ``000001-2008_002719-2008_004100:aeroplane`` a line; ``PairAnnotation
 file for each.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sslkit.data.annotated.files import check_files, check_layout, image_sizes, read_names
+from sslkit.data.annotated.boxes import check_boxes, is_numbers
+from sslkit.data.annotated.files import (
+    check_files,
+    check_layout,
+    image_sizes,
+    read_json,
+    read_names,
+)
 from sslkit.data.annotated.protocols import KeypointPair
 from sslkit.data.decode import MAX_SIDE, read_image
 from sslkit.data.string_table import StringTable
@@ -72,24 +78,25 @@ class SPair:
         """Pair number ``index``."""
         path = Path(self.name(index))
         try:
-            fields = json.loads(path.read_text())
-            category = str(fields["category"])
+            fields = read_json(path)
+            category = _file_name(fields["category"])
             source_name, target_name = (
-                str(self.folder / "JPEGImages" / category / fields[key])
+                str(self.folder / "JPEGImages" / category / _file_name(fields[key]))
                 for key in ("src_imname", "trg_imname")
             )
             source_points, target_points = _points(fields["src_kps"]), _points(fields["trg_kps"])
-            target_box = torch.tensor(fields["trg_bndbox"], dtype=torch.float32)
             viewpoint_difference = int(fields["viewpoint_variation"])
-            if len(source_points) != len(target_points) or target_box.shape != (4,):
+            if len(source_points) != len(target_points):
                 raise ValueError(
-                    f"it has {len(source_points)} source and {len(target_points)} target key "
-                    f"points, and a box of {target_box.numel()} numbers"
+                    f"it has {len(source_points)} source and {len(target_points)} target key points"
                 )
+            box = fields["trg_bndbox"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is not an annotation of SPair-71k: {type(error).__name__}: {error}"
             ) from error
+        check_boxes([box], image_sizes(target_name, self.max_side)[0], f"{path}, {target_name}")
+        target_box = torch.tensor(box, dtype=torch.float32)
         source_scale, target_scale = self._scale(source_name), self._scale(target_name)
         return KeypointPair(
             source_image=read_image(source_name, max_side=self.max_side),
@@ -110,4 +117,13 @@ class SPair:
 
 
 def _points(points: Any) -> Tensor:
+    """Finite (x, y), float32 [n, 2]."""
+    if not isinstance(points, list) or not all(is_numbers(each, 2) for each in points):
+        raise ValueError("key points that are not pairs (x, y) of finite numbers")
     return torch.tensor(points, dtype=torch.float32).view(-1, 2)
+
+
+def _file_name(name: Any) -> str:
+    if not isinstance(name, str) or not name or Path(name).name != name:
+        raise ValueError(f"{name!r} is not the name of a file")
+    return name

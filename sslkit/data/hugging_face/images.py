@@ -1,28 +1,120 @@
-"""A map-style data set as a source, and which columns of a data set are its images and labels."""
+"""A map-style data set as a source, and rows in memory as one."""
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
-from sslkit.data.decode import MAX_SIDE, UnreadableImage, decode_image, read_image
+from sslkit.data.decode import MAX_SIDE
+from sslkit.data.fingerprint import digest
+from sslkit.data.hugging_face.columns import Columns, cell_key
+from sslkit.data.labels import NO_LABEL, as_labels, count_classes, labels_by_name, number_classes
+from sslkit.data.string_table import StringTable
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Dataset
 
 
-class HuggingFaceImages:
+_DIGESTED = 64  # images whose bytes tell one data set from another
+
+
+class _Rows:
+    """A source of ``count`` rows, which the two classes below read in different ways."""
+
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    labels: np.ndarray
+    _keys: StringTable | None = None
+
+    def __init__(self, columns: Columns, count: int, root: str | None, max_side: int):
+        self.max_side = max_side
+        self._columns = columns
+        self._root = root
+        self._count = count
+        self._set_labels()
+
+    def _set_labels(self) -> None:
+        columns = self._columns
+        self.class_names, self.num_classes = columns.class_names, columns.num_classes
+        self.labels = np.full(self._count, NO_LABEL)
+        if columns.label is None:
+            return
+        values = self._label_values()
+        of = f"the column {columns.label!r}"
+        if columns.is_text:
+            if self.class_names is None:
+                self.class_names = number_classes(values)
+                self.num_classes = len(self.class_names)
+            self.labels = labels_by_name(values, self.class_names, of=of)
+        else:
+            self.labels = as_labels(values, of=of, num_classes=self.num_classes or None)
+            self.num_classes = self.num_classes or count_classes(self.labels)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} images")
+        image = self._columns.decode(self._row(index), f"[{index}]", self.max_side)
+        return image, int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """The path that the data set has for the image, if any, and its index."""
+        return self._columns.name(self._row(index), f"[{index}]")
+
+    def key(self, index: int) -> str:
+        """A hash of the image as it is stored, or its path where the data set has that alone.
+
+        Of images that are the same, the second and every further one has its number added.
+        """
+        if self._keys is None:
+            times: dict[str, int] = {}
+            keys = []
+            for cell in self._cells():
+                key = cell_key(cell, self._root)
+                times[key] = times.get(key, -1) + 1
+                keys.append(f"{key}#{times[key]}" if times[key] else key)
+            self._keys = StringTable(keys)
+        return self._keys[index]
+
+    def names_digest(self) -> str:
+        """A digest of all labels and of evenly spaced images, undecoded."""
+        step = max(-(-len(self) // _DIGESTED), 1)
+        cells = (self._row(index).get(self._columns.image) for index in range(0, len(self), step))
+        return digest(chain([self.labels.tobytes()], (cell_key(x, self._root) for x in cells)))
+
+    def _row(self, index: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _label_values(self) -> Any:
+        raise NotImplementedError
+
+    def _cells(self) -> Any:
+        raise NotImplementedError
+
+
+class HuggingFaceImages(_Rows):
     """A ``datasets.Dataset`` as a source; images are decoded by :mod:`sslkit.data.decode`.
 
     Args:
         dataset: map-style. Formats and transforms that were set on it do not count.
-        image: the column of images; None takes the one whose feature is ``datasets.Image``.
-        label: the column of labels; None takes the one whose feature is ``datasets.ClassLabel``,
-            or integers in a column called ``label``, or no labels. Class names come from the
-            ClassLabel; of integers, the largest says how many classes there are. Null is no label.
+        image: the column of images, of any form in :mod:`sslkit.data.hugging_face.columns`; None
+            takes the only one that may be it.
+        label: the column of labels, ``""`` for none; None takes the only ``datasets.ClassLabel``,
+            or else the only column called ``label``, ``labels``, ``class`` or ``target``, or else
+            none. It holds integers or names; null is no label (:mod:`sslkit.data.labels`).
+        class_names: the classes, where labels are names; default: those of a ClassLabel, or all
+            names of the column in natural order.
+        num_classes: default: the number of names, or one more than the largest label.
+        root: the folder of the data set, to which the keys of its files are relative.
         max_side: see :func:`sslkit.data.decode.read_image`.
 
     Raises:
-        ValueError: a column is missing, or there are several to choose from.
+        ValueError: a column is missing, there are several to choose from, or a row has something
+            else than a label.
     """
 
     def __init__(
@@ -31,101 +123,69 @@ class HuggingFaceImages:
         *,
         image: str | None = None,
         label: str | None = None,
+        class_names: Sequence[str] | None = None,
+        num_classes: int | None = None,
+        root: str | None = None,
         max_side: int = MAX_SIDE,
     ):
-        self.max_side = max_side
-        self._columns = Columns(dataset.features, image, label)
-        self._dataset = self._columns.of(dataset.with_format(None))
-        self.num_classes = self._columns.num_classes
-        self.class_names = self._columns.class_names
-        if self._columns.label is not None and self.class_names is None:
-            labels = (each for each in self._dataset[self._columns.label] if each is not None)
-            self.num_classes = max(labels, default=-1) + 1
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is out of range for {len(self)} images")
-        return self._columns.decode(self._dataset[index], f"[{index}]", self.max_side)
-
-    def name(self, index: int) -> str:
-        """The path that the data set has for the image, if any, and its index."""
-        return self._columns.name(self._dataset[index], f"[{index}]")
-
-
-class Columns:
-    """Which columns hold image and label, and how a row is read; see :class:`HuggingFaceImages`."""
-
-    def __init__(self, features: "Features", image: str | None, label: str | None):
-        from datasets import ClassLabel, Image, Value
-
-        self.image = _pick(features, image, [n for n, f in features.items() if type(f) is Image])
-        labels = [name for name, feature in features.items() if type(feature) is ClassLabel]
-        plain = features.get("label")
-        if not labels and isinstance(plain, Value) and "int" in plain.dtype:
-            labels = ["label"]
-        self.label = None
-        if label is not None or labels:
-            self.label = _pick(features, label, labels, argument="label")
-        feature = None if self.label is None else features[self.label]
-        names = getattr(feature, "names", None)
-        self.class_names = None if names is None else tuple(names)
-        self.num_classes = len(self.class_names or ())
-
-    def of(self, dataset: Any) -> Any:
-        """``dataset`` with these columns alone, its images undecoded."""
-        from datasets import Image
-
-        columns = [self.image] if self.label is None else [self.image, self.label]
-        return dataset.select_columns(columns).cast_column(self.image, Image(decode=False))
-
-    def name(self, row: dict[str, Any], position: str) -> str:
-        """The path that the data set has for the row's image, if any, and ``position``."""
-        cell = row[self.image] or {}
-        return f"{cell.get('path') or ''}{position}"
-
-    def decode(self, row: dict[str, Any], position: str, max_side: int) -> tuple[Tensor, int]:
-        """The row's image, uint8 [3, h, w], and its label, -1 where there is none."""
-        cell = row[self.image] or {}
-        label = None if self.label is None else row[self.label]
-        name = self.name(row, position)
-        if cell.get("bytes") is not None:
-            image = decode_image(cell["bytes"], name=name, max_side=max_side)
-        elif "://" in (cell.get("path") or ""):
-            image = decode_image(_download(cell["path"], name), name=name, max_side=max_side)
-        elif cell.get("path"):
-            image = read_image(cell["path"], max_side=max_side)
-        else:
-            raise UnreadableImage(name, "the data set has no image here (null)")
-        return image, -1 if label is None else int(label)
-
-
-def _download(url: str, name: str) -> bytes:
-    import fsspec  # comes with datasets
-
-    try:
-        with fsspec.open(url, "rb") as file:
-            content: bytes = file.read()
-    except OSError as error:
-        raise UnreadableImage(name, f"{type(error).__name__}: {error}") from error
-    return content
-
-
-def _pick(
-    features: "Features", name: str | None, candidates: list[str], argument: str = "image"
-) -> str:
-    if name is not None:
-        if name not in features:
-            raise ValueError(
-                f"{argument}={name!r} is no column of the data set; it has {sorted(features)}"
-            )
-        return name
-    if len(candidates) != 1:
-        found = f"several columns may be it: {candidates}" if candidates else "no column is it"
-        raise ValueError(
-            f"name the {argument} column with {argument}=...: {found}; the data set has "
-            f"{ {name: type(feature).__name__ for name, feature in features.items()} }"
+        columns = Columns(
+            dataset.features,
+            image=image,
+            label=label,
+            class_names=class_names,
+            num_classes=num_classes,
         )
-    return candidates[0]
+        self._dataset = columns.of(dataset)
+        super().__init__(columns, len(dataset), root, max_side)
+
+    def _row(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = self._dataset[index]
+        return row
+
+    def _label_values(self) -> Any:
+        label = self._columns.label
+        column = self._dataset.select_columns([label]).with_format("arrow")[:][label]
+        if self._columns.is_text or column.null_count:
+            return column.to_pylist()
+        return column.to_numpy()
+
+    def _cells(self) -> Any:
+        import pyarrow
+
+        image = self._columns.image
+        # Arrow's buffers are views of the file: of large images, only the ends are read.
+        for batch in self._dataset.select_columns([image]).with_format("arrow").iter(1000):
+            for scalar in batch[image]:
+                if isinstance(scalar, pyarrow.StructScalar) and "bytes" in scalar.type.names:
+                    content = scalar["bytes"] if scalar.is_valid else None
+                    if content is not None and content.is_valid:
+                        yield content.as_buffer()
+                        continue
+                kind = scalar.type
+                is_bytes = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+                yield scalar.as_buffer() if is_bytes and scalar.is_valid else scalar.as_py()
+
+
+class RowsInMemory(_Rows):
+    """Rows of a stream as a source; see `HuggingFaceImages`."""
+
+    def __init__(
+        self,
+        rows: Sequence[dict[str, Any]],
+        columns: Columns,
+        *,
+        root: str | None = None,
+        max_side: int = MAX_SIDE,
+    ):
+        self._in_memory = rows
+        super().__init__(columns, len(rows), root, max_side)
+
+    def _row(self, index: int) -> dict[str, Any]:
+        return self._in_memory[index]
+
+    def _label_values(self) -> Any:
+        label = self._columns.label or ""
+        return [row.get(label) for row in self._in_memory]
+
+    def _cells(self) -> Any:
+        return (row.get(self._columns.image) for row in self._in_memory)

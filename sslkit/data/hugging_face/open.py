@@ -1,11 +1,28 @@
-"""Opens the data sets that ``hf:NAME`` and ``hf-stream:NAME`` name."""
+"""Opens what ``hf:NAME`` and ``hf-stream:NAME`` name, and Parquet files."""
 
-from typing import Any
+import glob
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
 
 from sslkit.data.decode import MAX_SIDE
-from sslkit.data.hugging_face.images import HuggingFaceImages
+from sslkit.data.hugging_face.columns import SYNTAX
+from sslkit.data.hugging_face.images import HuggingFaceImages, RowsInMemory
 from sslkit.data.hugging_face.stream import HuggingFaceStream
-from sslkit.data.splits import Split, own_test_split
+from sslkit.data.splits import Split, Subset, own_test_split
+
+
+class TableSpec(NamedTuple):
+    """What ``NAME[:CONFIG][#image=COLUMN,label=COLUMN]`` says; see `split_columns`."""
+
+    text: str
+    name: str
+    config: str | None
+    columns: dict[str, str]
 
 
 def open_hugging_face(
@@ -14,68 +31,274 @@ def open_hugging_face(
     """The images of ``hf:NAME[:CONFIG]``, and whether they are a split of their own.
 
     ``split="test"`` is the first that exists of the splits ``val``, ``valid``, ``validation`` and
-    ``test``; a data set without any gives its training split for both.
+    ``test``; a data set without any gives its training split for both. The classes are those of the
+    training split; of integers, those of both.
+
+    ``NAME`` may also be a Parquet file, a pattern of such, or several files by their splits, which
+    `find_parquet` gives. Columns are named as in ``hf:NAME#image=COLUMN,label=COLUMN``.
 
     Raises:
         FileNotFoundError: ``datasets`` cannot load it, with its reason.
-        ValueError: there is no split ``train``, and several others.
+        ValueError: there is no split ``train``, and several others; a column is missing or not the
+            only one; a label is not one; or a test image is of a class that training images lack.
     """
-    splits = _load(spec, streaming=False)
-    train, test = _split_names(splits, spec)
-    chosen = train if split == "train" or test is None else test
-    return HuggingFaceImages(splits[chosen], max_side=max_side), test is not None
+    table = _parse(spec)
+    return open_table(table, _load(table, streaming=False), split=split, max_side=max_side)
+
+
+def open_parquet(
+    text: str, files: dict[str, list[str]], *, split: Split = "train", max_side: int = MAX_SIDE
+) -> tuple[HuggingFaceImages, bool]:
+    """The images in Parquet files, as `open_hugging_face` gives them.
+
+    Args:
+        text: names them, for messages, and may name columns.
+        files: from `find_parquet`.
+        split: see `open_hugging_face`.
+        max_side: see :func:`sslkit.data.decode.read_image`.
+    """
+    name, columns = split_columns(text)
+    table = TableSpec(text, name, None, columns)
+    return open_table(
+        table, _load(table, streaming=False, files=files), split=split, max_side=max_side
+    )
+
+
+def open_table(
+    table: TableSpec, splits: Any, *, split: Split, max_side: int
+) -> tuple[HuggingFaceImages, bool]:
+    """The images of a ``datasets.DatasetDict``; see `open_hugging_face`."""
+    names = _split_names(splits, table.text)
+    options: dict[str, Any] = {**table.columns, "root": _root(table.name), "max_side": max_side}
+    train, test = (None if name is None else splits[name] for name in names)
+    images = HuggingFaceImages(train, **options)
+    if test is None:
+        return images, False
+    options["class_names"] = images.class_names
+    others = HuggingFaceImages(test, **options)
+    if images.class_names is None:
+        # Integers: both splits have the classes of both.
+        images.num_classes = others.num_classes = max(images.num_classes, others.num_classes)
+    return (images if split == "train" else others), True
 
 
 def open_stream(
-    spec: str, *, num_test: int = 2000, max_lanes: int = 64, max_side: int = MAX_SIDE
+    spec: str,
+    *,
+    test_fraction: float = 0.1,
+    seed: int = 0,
+    max_lanes: int = 64,
+    max_side: int = MAX_SIDE,
 ) -> HuggingFaceStream:
     """The training stream of ``hf-stream:NAME[:CONFIG]``.
 
-    ``NAME`` is a data set of the Hugging Face Hub or a local folder that
-    ``datasets.load_dataset`` takes. Without a test split of its own, ``num_test`` samples are held
-    out, those that ``open_source(spec, split="test")`` gives.
+    ``NAME`` is a data set of the Hugging Face Hub or a local folder that ``datasets.load_dataset``
+    takes, or a Parquet file. Without a test split of its own, a share ``test_fraction`` of the
+    samples is held out, from which ``open_source(spec, split="test")`` with the same
+    ``test_fraction`` and ``seed`` takes its images.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`open_hugging_face`.
     """
-    splits = _load(spec, streaming=True)
+    table = _parse(spec)
+    splits = _load(table, streaming=True)
     train, test = _split_names(splits, spec)
-    held_out = num_test if test is None else 0
     return HuggingFaceStream(
-        splits[train], max_lanes=max_lanes, held_out=held_out, max_side=max_side
+        splits[train],
+        image=table.columns.get("image"),
+        label=table.columns.get("label"),
+        max_lanes=max_lanes,
+        test_fraction=test_fraction if test is None else 0.0,
+        seed=seed,
+        root=_root(table.name),
+        max_side=max_side,
     )
 
 
 def open_stream_test(
-    spec: str, *, num_test: int = 2000, max_lanes: int = 64, max_side: int = MAX_SIDE
-) -> HuggingFaceImages:
+    spec: str,
+    *,
+    num_test: int = 2000,
+    test_fraction: float = 0.1,
+    seed: int = 0,
+    max_lanes: int = 64,
+    max_side: int = MAX_SIDE,
+) -> Subset | RowsInMemory:
     """``num_test`` test images that go with :func:`open_stream`, read into memory, undecoded.
 
-    They come from the data set's test split, or else are what the training stream leaves out.
+    They come from the data set's test split, or else are some of what the training stream leaves
+    out.
     """
-    splits = _load(spec, streaming=True)
+    table = _parse(spec)
+    splits = _load(table, streaming=True)
     train, test = _split_names(splits, spec)
     stream = HuggingFaceStream(
-        splits[test or train], max_lanes=max_lanes, held_out=num_test, max_side=max_side
+        splits[test or train],
+        image=table.columns.get("image"),
+        label=table.columns.get("label"),
+        max_lanes=max_lanes,
+        test_fraction=test_fraction if test is None else 0.0,
+        seed=seed,
+        root=_root(table.name),
+        max_side=max_side,
     )
-    return stream.held_out_images()
+    if test is not None:
+        return stream.first_images(num_test)
+    images = stream.held_out_images(num_test)
+    # Divided once: to divide them again is independent of that.
+    return Subset(images, torch.arange(len(images)), divisions=1)
 
 
-def _load(spec: str, *, streaming: bool) -> Any:
+def split_columns(text: str) -> tuple[str, dict[str, str]]:
+    """The name of the data in ``NAME#image=COLUMN,label=COLUMN``, and the columns.
+
+    Either column may be left out, and ``label=`` with nothing behind it means that there are no
+    labels. A ``#`` without a ``=`` behind it belongs to the name.
+
+    Raises:
+        ValueError: something else than the two stands there.
+
+    >>> split_columns("birds.parquet#image=jpg,label=species")
+    ('birds.parquet', {'image': 'jpg', 'label': 'species'})
+    >>> split_columns("C#/birds.parquet")
+    ('C#/birds.parquet', {})
+    """
+    name, _, words = text.rpartition("#")
+    if not name or "=" not in words or "/" in words:
+        return text, {}
+    columns = {}
+    for word in words.split(","):
+        argument, _, column = word.partition("=")
+        if argument not in ("image", "label") or (argument == "image" and not column):
+            raise ValueError(f"{text!r}: columns are named as in NAME{SYNTAX}, not {word!r}")
+        columns[argument] = column
+    return name, columns
+
+
+def find_parquet(text: str) -> dict[str, list[str]] | None:
+    """The Parquet files that a path, pattern, URL or folder means, by split; None if it means none.
+
+    The split of a file is the word ``train``, ``val``, ``valid``, ``validation`` or ``test`` (or
+    ``training``, ``dev``, ``testing``) in its name or else in that of the folder it lies in, set
+    off by other characters than letters, as in ``test-00000-of-00001.parquet``. Where no file has
+    one, all are ``train``.
+
+    Raises:
+        FileNotFoundError: no file matches the pattern.
+    """
+    path = os.path.expanduser(text)
+    if os.path.isdir(path):
+        found = sorted(
+            os.path.join(folder, file)
+            for folder, _, files in os.walk(path)
+            for file in files
+            if file.lower().endswith(".parquet") and not file.startswith(".")
+        )
+        if not found:
+            return None
+    elif not text.lower().endswith(".parquet"):
+        return None
+    elif "://" in text:
+        return {"train": [text]}
+    else:
+        found = [path] if os.path.isfile(path) else sorted(glob.glob(path))
+        if not found:
+            raise FileNotFoundError(f"no file matches {text!r}")
+    root = _root(path) or ""
+    by_split: dict[str, list[str]] = {}
+    for file in found:
+        by_split.setdefault(_split_of(os.path.relpath(file, root or None)), []).append(file)
+    if set(by_split) == {""}:
+        return {"train": found}
+    if "" in by_split:
+        by_split["train"] = sorted(by_split.get("train", []) + by_split.pop(""))
+    return by_split
+
+
+_SPLIT_WORDS = {
+    **{word: word for word in ("train", "val", "valid", "validation", "test")},
+    **{"training": "train", "dev": "validation", "testing": "test"},
+}
+
+
+def _split_of(path: str) -> str:
+    """The split that a path names, or ``""``: the file's name first, then its folders'."""
+    for part in reversed(Path(path).parts):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in _SPLIT_WORDS:
+                return _SPLIT_WORDS[word]
+    return ""
+
+
+def _parse(spec: str) -> TableSpec:
+    name, columns = split_columns(spec.partition(":")[2])
+    config = ""
+    if "://" not in name:
+        name, _, config = name.partition(":")
+    return TableSpec(spec, name, config or None, columns)
+
+
+def _root(name: str) -> str | None:
+    """The folder that keys are relative to: a local data set's own, whatever it is called."""
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.isdir(path) else None
+
+
+def _load(table: TableSpec, *, streaming: bool, files: dict[str, list[str]] | None = None) -> Any:
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"to read {spec!r}, install Hugging Face datasets: pip install 'sslkit[streaming]'"
+            f"to read {table.text!r}, install Hugging Face datasets: "
+            f"pip install 'sslkit[streaming]'"
         ) from error
-    name, _, config = spec.partition(":")[2].partition(":")
+    name = os.path.expanduser(table.name)
+    if files is None and not os.path.isdir(name):
+        files = find_parquet(name)
     try:
-        return load_dataset(name, config or None, streaming=streaming)
+        if files is not None:
+            _check_class_names(path for paths in files.values() for path in paths)
+            return load_dataset("parquet", data_files=_patterns(files), streaming=streaming)
+        return load_dataset(name, table.config, streaming=streaming)
     except OSError as error:
         raise FileNotFoundError(
-            f"Hugging Face datasets cannot load {spec!r} ({name!r} is neither a local folder it "
-            f"can read nor a data set of the Hub it can reach): {error}"
+            f"Hugging Face datasets cannot load {table.text!r} ({table.name!r} is neither a local "
+            f"folder it can read nor a data set of the Hub it can reach): {error}"
         ) from error
+    except Exception as error:  # its errors, and those of Arrow, have no base of their own
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"Hugging Face datasets cannot load {table.text!r}: {type(reason).__name__}: {reason}"
+        ) from error
+
+
+def _check_class_names(paths: Iterable[str]) -> None:
+    """An error if files number their classes differently: ``datasets`` takes the first's names."""
+    import pyarrow.parquet
+    from datasets import ClassLabel, Features
+
+    seen: dict[str, tuple[str, list[str]]] = {}
+    for path in paths:
+        if "://" in path:
+            continue
+        for column, feature in Features.from_arrow_schema(
+            pyarrow.parquet.read_schema(path)
+        ).items():
+            if type(feature) is ClassLabel:
+                first, names = seen.setdefault(column, (path, feature.names))
+                if names != feature.names:
+                    raise ValueError(
+                        f"the classes of the column {column!r} are {names[:10]} in {first} and "
+                        f"{feature.names[:10]} in {path}; write all files with one list of classes"
+                    )
+
+
+def _patterns(files: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Each path as a pattern that matches it alone; URLs as they are."""
+    return {
+        split: [f if "://" in f else glob.escape(os.path.abspath(f)) for f in paths]
+        for split, paths in files.items()
+    }
 
 
 def _split_names(splits: Any, spec: str) -> tuple[str, str | None]:

@@ -2,16 +2,18 @@
 
 import random
 from collections import deque
-from collections.abc import Iterator
-from itertools import chain, islice
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from sslkit.data.decode import MAX_SIDE, UnreadableImage
-from sslkit.data.hugging_face.images import Columns, HuggingFaceImages
+from sslkit.data.hugging_face.columns import Columns, cell_key
+from sslkit.data.hugging_face.images import RowsInMemory
 from sslkit.data.protocols import MAX_REPLACEMENTS, StreamItem
 from sslkit.data.seeds import sample_seed
+from sslkit.data.splits import check_test_fraction, name_hash
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -42,18 +44,30 @@ class HuggingFaceStream:
       that of its lane, and images of a short lane are shown more often.
     - A broken image is replaced by the next one of its lane that can be read.
 
+    - Images that ``filter`` or ``map`` has decoded lie decoded in memory. One that is broken ends
+      the stream there, with an error that says how to avoid it.
+
     Args:
-        dataset: streaming; its features must be known.
-        image, label: see :class:`HuggingFaceImages`; integer labels that are not a ClassLabel
-            need ``num_classes``.
-        num_classes: where the features do not say.
+        dataset: streaming. Of one whose features are not known, as after ``map``, the first row
+            shows what its columns hold.
+        image, label: see :class:`HuggingFaceImages`. Labels that are not a ClassLabel need
+            ``num_classes``, or if they are names ``class_names``; without, there are none. An image
+            whose label is not one (:mod:`sslkit.data.labels`) is unreadable.
+        class_names, num_classes: where the features do not say.
         shuffle: samples in the buffers of all lanes together; they lie in memory, undecoded, in
             each worker (its rank's part).
         max_lanes: how many files are read at a time, at most. A multiple of the number of ranks
             keeps their lanes apart.
-        held_out: samples that the stream leaves out, about the same number at the beginning of
-            the first shard of each lane; :meth:`held_out_images` gives them.
+        test_fraction: share of the samples that the stream leaves out, on average: those whose
+            image has a small hash (:func:`sslkit.data.splits.name_hash`), wherever they lie.
+            :meth:`held_out_images` gives them.
+        seed: of the choice of these.
+        root: see :class:`HuggingFaceImages`.
         max_side: see :func:`sslkit.data.decode.read_image`.
+
+    Raises:
+        ValueError: a number out of range, a column that is missing or several to choose from, or no
+            row at all.
     """
 
     def __init__(
@@ -62,64 +76,91 @@ class HuggingFaceStream:
         *,
         image: str | None = None,
         label: str | None = None,
+        class_names: Sequence[str] | None = None,
         num_classes: int | None = None,
         shuffle: int = 4096,
         max_lanes: int = 64,
-        held_out: int = 0,
+        test_fraction: float = 0.0,
+        seed: int = 0,
+        root: str | None = None,
         max_side: int = MAX_SIDE,
     ):
-        if max_lanes < 1 or shuffle < 1 or held_out < 0:
+        if max_lanes < 1 or shuffle < 1:
             raise ValueError(
-                f"max_lanes and shuffle must be at least 1 and held_out at least 0, got "
-                f"{max_lanes}, {shuffle} and {held_out}"
+                f"max_lanes and shuffle must be at least 1, got {max_lanes} and {shuffle}"
             )
-        if dataset.features is None:
-            raise ValueError(
-                "the features of this streaming data set are not known; give them when making it, "
-                "for example dataset.cast(features)"
-            )
-        self._columns = Columns(dataset.features, image, label)
-        self._dataset = self._columns.of(dataset.with_format(None))
+        if test_fraction != 0:
+            check_test_fraction(test_fraction)
+        table = dataset.features
+        if table is None:
+            table = next(iter(dataset.with_format(None)), None)
+        if table is None:
+            raise ValueError("the streaming data set has no row")
+        self._columns = Columns(
+            table, image=image, label=label, class_names=class_names, num_classes=num_classes
+        )
+        self._dataset = self._columns.of(dataset)
         self.num_lanes = min(dataset.num_shards, max_lanes)
         self.shuffle = shuffle
-        self.held_out = held_out
+        self.test_fraction = test_fraction
+        self.seed = seed
+        self.root = root
         self.max_side = max_side
-        self.num_classes = self._columns.num_classes if num_classes is None else num_classes
+        self.num_classes = self._columns.num_classes
         self.class_names = self._columns.class_names
 
     def reader(self, seed: int) -> "HuggingFaceReader":
         """Read the stream of ``seed``."""
         return HuggingFaceReader(self, seed)
 
-    def held_out_images(self) -> HuggingFaceImages:
-        """The ``held_out`` samples, read into memory (undecoded) now.
+    def held_out_images(self, limit: int = 2000) -> RowsInMemory:
+        """The first ``limit`` held-out samples, taken from all lanes in turn, read into memory now.
+
+        They are a ``test_fraction`` of what must be read for them; images that the data set has
+        encoded stay so. The whole data set is read if it has fewer.
 
         Raises:
-            ValueError: ``held_out`` is 0.
+            ValueError: ``test_fraction`` is 0, or no sample is held out.
         """
-        from datasets import Dataset
+        if self.test_fraction == 0:
+            raise ValueError("this stream holds no sample out; make it with test_fraction=0.1, say")
+        found = self._first_rows(limit, held_out=True)
+        if len(found) == 0:
+            raise ValueError(
+                f"no sample of the stream is held out by test_fraction={self.test_fraction} and "
+                f"seed={self.seed}: raise test_fraction, or take another seed"
+            )
+        return found
 
-        if self.held_out == 0:
-            raise ValueError("this stream holds no sample out; make it with held_out=2000, say")
-        rows: list[dict[str, Any]] = []
-        for lane in range(self.num_lanes):
-            rows += islice(self._shard(lane), self._num_held_out(lane))
-        table = Dataset.from_list(rows, features=self._dataset.features)
-        columns = self._columns
-        return HuggingFaceImages(
-            table, image=columns.image, label=columns.label, max_side=self.max_side
+    def first_images(self, limit: int) -> RowsInMemory:
+        """The first ``limit`` samples that are not held out; as for :meth:`held_out_images`."""
+        return self._first_rows(limit, held_out=False)
+
+    def _first_rows(self, limit: int, *, held_out: bool) -> RowsInMemory:
+        lanes = deque(
+            chain.from_iterable(
+                self._rows_of(shard, held_out=held_out) for shard in self._lane_shards(lane)
+            )
+            for lane in range(self.num_lanes)
         )
+        rows: list[dict[str, Any]] = []
+        while lanes and len(rows) < limit:
+            lane = lanes.popleft()
+            if row := next(lane, None):
+                rows.append(row)
+                lanes.append(lane)
+        return RowsInMemory(rows, self._columns, root=self.root, max_side=self.max_side)
 
     def rows(self, seed: int, lane: int, epoch: int) -> Iterator[dict[str, Any]]:
-        """Pass ``epoch`` of ``lane``, undecoded."""
+        """Pass ``epoch`` of ``lane``, undecoded, without what is held out."""
         # Not by IterableDataset.shuffle: its order depends on the version of datasets, and it
         # keeps threads, which wait for seconds at the end of each pass.
         generator = random.Random(sample_seed(seed, lane, epoch))
-        shards = list(range(lane, self._dataset.num_shards, self.num_lanes))
+        shards = self._lane_shards(lane)
         generator.shuffle(shards)
         buffer: list[dict[str, Any]] = []
         size = max(self.shuffle // self.num_lanes, 1)
-        for row in chain.from_iterable(map(self._training_rows, shards)):
+        for row in chain.from_iterable(self._rows_of(each, held_out=False) for each in shards):
             if len(buffer) < size:
                 buffer.append(row)
             else:
@@ -131,24 +172,41 @@ class HuggingFaceStream:
 
     def decode(self, row: dict[str, Any], name: str) -> tuple[Tensor, int]:
         """The image and label of a row."""
-        image, label = self._columns.decode(row, name, self.max_side)
-        return image, label if self.num_classes else -1
+        label = self._columns.label_of(row, name)
+        return self._columns.decode(row, name, self.max_side), label
+
+    def _lane_shards(self, lane: int) -> list[int]:
+        return list(range(lane, self._dataset.num_shards, self.num_lanes))
 
     def _shard(self, index: int) -> Iterator[dict[str, Any]]:
         shard = self._dataset.shard(num_shards=self._dataset.num_shards, index=index)
+        batches = shard.iter(batch_size=_ROWS_AT_A_TIME)
         # Unlike __iter__, iter() does not deal the files out to the workers of a torch loader.
-        for batch in shard.iter(batch_size=_ROWS_AT_A_TIME):
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as error:  # of any type: the user's functions run here too
+                raise RuntimeError(
+                    f"reading shard {index} of the stream failed: {type(error).__name__}: {error}. "
+                    f"If an image is broken that filter or map decodes, give them undecoded ones, "
+                    f"so that it costs nothing else: .cast_column({self._columns.image!r}, "
+                    f"datasets.Image(decode=False)) before them"
+                ) from error
+            if batch is None:
+                return
             for values in zip(*batch.values(), strict=True):
                 yield dict(zip(batch, values, strict=True))
 
-    def _training_rows(self, shard: int) -> Iterator[dict[str, Any]]:
-        is_first_of_its_lane = shard < self.num_lanes
-        return islice(
-            self._shard(shard), self._num_held_out(shard) if is_first_of_its_lane else 0, None
-        )
+    def _rows_of(self, shard: int, *, held_out: bool) -> Iterator[dict[str, Any]]:
+        for row in self._shard(shard):
+            if self._is_held_out(row) == held_out:
+                yield row
 
-    def _num_held_out(self, lane: int) -> int:
-        return self.held_out // self.num_lanes + (lane < self.held_out % self.num_lanes)
+    def _is_held_out(self, row: dict[str, Any]) -> bool:
+        if self.test_fraction == 0:
+            return False
+        key = cell_key(row.get(self._columns.image), self.root)
+        return name_hash(key, self.seed) < self.test_fraction
 
 
 class HuggingFaceReader:
@@ -223,6 +281,8 @@ def _endless(
             else:
                 yield epoch, row
         if length == 0:
-            raise ValueError(f"lane {lane} of the stream has no rows; lower max_lanes or held_out")
+            raise ValueError(
+                f"lane {lane} of the stream has no rows; lower max_lanes or test_fraction"
+            )
         epoch += 1 + to_skip // length  # all passes are as long as the one just read
         to_skip %= length

@@ -5,6 +5,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+from sslkit.command_line import run_command
 from sslkit.data.shards.writer import make_shards
 
 
@@ -46,4 +47,4 @@ def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

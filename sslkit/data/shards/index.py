@@ -8,12 +8,16 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from sslkit.data.labels import check_num_classes
+from sslkit.data.regular_file import read_regular
 from sslkit.data.shards.urls import is_remote, open_url
 
 INDEX_NAME = "shards.json"
+_MAX_INDEX_BYTES = 2**30
+_MAX_SAMPLES = 2**31  # of one shard
+_LEAST_SAMPLE_BYTES = 512  # its header
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ def read_contents(shards: Sequence[str], index: str | None) -> Contents:
         entries = {_basename(entry["url"]): entry for entry in found["shardlist"]}
         for shard in its_shards:
             entry = entries.get(_basename(shard))
-            if entry is not None and _is_whole(shard, entry.get("filesize")):
-                sizes[shard] = int(entry["nsamples"])
+            if entry is not None and _is_whole(shard, entry.get("filesize"), entry["nsamples"]):
+                sizes[shard] = entry["nsamples"]
         names = None if found.get("class_names") is None else tuple(map(str, found["class_names"]))
         if "num_classes" not in found and names is None:
             has_classes = False
@@ -65,7 +69,8 @@ def read_contents(shards: Sequence[str], index: str | None) -> Contents:
                 f"shards of one data set with one list of classes"
             )
         class_names = class_names or names
-        num_classes = max(num_classes, int(found.get("num_classes", len(names or ()))))
+        given = check_num_classes(found.get("num_classes", len(names or ())), of=repr(location))
+        num_classes = max(num_classes, given)
     return Contents(sizes, has_classes, num_classes, class_names)
 
 
@@ -78,17 +83,24 @@ def read_index(location: str) -> dict[str, Any] | None:
     try:
         if is_remote(location):
             with open_url(location) as file:
-                content = file.read()
+                content = file.read(_MAX_INDEX_BYTES)
         else:
-            content = Path(location).read_bytes()
-    except OSError:
+            content = read_regular(location, max_bytes=_MAX_INDEX_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if not is_remote(location) and os.path.exists(location):
+            raise ValueError(f"cannot read the index of tar shards: {error}") from error
         return None
     try:
         index = json.loads(content)
         if not all(isinstance(each["url"], str) for each in index["shardlist"]):
             raise TypeError("a url is not text")
-        sum(int(each["nsamples"]) for each in index["shardlist"])
-    except (ValueError, KeyError, TypeError) as error:
+        for each in index["shardlist"]:
+            count = each["nsamples"]
+            if type(count) is not int or not 0 <= count <= _MAX_SAMPLES:
+                raise ValueError(f"nsamples is {count!r}; expected 0 to {_MAX_SAMPLES}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{location!r} is not an index of tar shards, which is JSON with a list 'shardlist' "
             f"of objects with 'url' and 'nsamples': {type(error).__name__}: {error}"
@@ -104,14 +116,18 @@ def _index_beside(shard: str) -> str:
     return os.path.join(os.path.dirname(shard), INDEX_NAME)
 
 
-def _is_whole(shard: str, num_bytes: int | None) -> bool:
-    """Whether a local shard has its size in the index; one that cannot be looked at has not."""
+def _is_whole(shard: str, num_bytes: int | None, num_samples: int) -> bool:
+    """Whether a local shard has its size in the index, and room for the samples there.
+
+    One that cannot be looked at has not.
+    """
     if is_remote(shard):
         return True
     try:
-        return num_bytes is None or os.path.getsize(shard) == num_bytes
+        found = os.path.getsize(shard)
     except OSError:
         return False
+    return num_bytes in (None, found) and num_samples * _LEAST_SAMPLE_BYTES <= found
 
 
 def _basename(url: str) -> str:

@@ -2,19 +2,20 @@
 
 import os
 import re
-import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO
 
 import numpy as np
 
-from sslkit.data.image_folder import IMAGE_EXTENSIONS
+from sslkit.data.image_formats import IMAGE_EXTENSIONS
+from sslkit.data.labels import NO_LABEL, as_label
+from sslkit.data.regular_file import open_regular
+from sslkit.data.shards.headers import DamagedTar, TarMember, walk_headers
 from sslkit.data.string_table import StringTable
 
-NO_LABEL, BAD_LABEL = -1, -2
+BAD_LABEL = -2
 
-_BLOCK = tarfile.BLOCKSIZE
-_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # key, extension: cut at the basename's first dot
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # key, extension: at the first dot
 _MAX_LABEL_BYTES = 64
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -26,9 +27,11 @@ class Members:
     Attributes:
         names: the image member of each sample.
         offsets, sizes: int64 [n], where the bytes of the image lie in the file.
-        labels: int64 [n], ``NO_LABEL`` without a ``.cls`` member, ``BAD_LABEL`` where that is not a
-            number of at least 0.
+        labels: int64 [n], ``NO_LABEL`` without a ``.cls`` member or where that says so,
+            ``BAD_LABEL`` where it is not a label (:mod:`sslkit.data.labels`).
         damage: why the shard ends before its end, or None.
+        remarks: what a user may not expect of how members became samples, or of members that were
+            passed over though they look like images.
     """
 
     names: StringTable
@@ -36,6 +39,7 @@ class Members:
     sizes: np.ndarray
     labels: np.ndarray
     damage: str | None
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -46,61 +50,114 @@ def read_members(path: str | os.PathLike[str]) -> Members:
 
     Consecutive members whose names agree up to the first dot of the file name are one sample, as
     in webdataset. Its image is the first member whose whole extension is an image's
-    (``000123.jpg``, but not ``000123.mask.png``); samples without one are passed over. The label
-    is the number in ``000123.cls``.
+    (``000123.jpg``, but not ``000123.mask.png``). The label is the number in ``000123.cls``.
+
+    Where there is no such image, the dots belong to names: every member that ends in an image's
+    extension (``22.05.png``) is a sample of its own, with the label in ``22.05.cls`` or else in
+    ``22.cls``. Samples without any image, and files whose names begin with a dot, are passed over.
 
     Where the file is damaged, the samples that lie wholly before the damage are given.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or is not a regular file.
     """
-    names: list[str] = []
-    rows: list[tuple[int, int, int]] = []  # offset, size, label
-    key: str | None = None
-    image: tuple[str, int, int] | None = None
-    label = NO_LABEL
-
-    def finish_sample() -> None:
-        if image is not None:
-            names.append(image[0])
-            rows.append((image[1], image[2], label))
-
-    with open(path, "rb") as file:
-        num_bytes = os.fstat(file.fileno()).st_size
-        end = 0
+    samples = _Samples()
+    with open_regular(path) as file:
         damage = None
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for info in tar:
-                    if info.isreg() and info.offset_data + info.size > num_bytes:
-                        damage = f"the file ends inside {info.name}"
-                        break
-                    end = tar.offset  # where the next header is expected
-                    match = _NAME.fullmatch(info.name)
-                    if not info.isreg() or info.issparse() or match is None:
-                        continue
-                    if match[1] != key:
-                        finish_sample()
-                        key, image, label = match[1], None, NO_LABEL
-                    extension = match[2].lower()
-                    if f".{extension}" in IMAGE_EXTENSIONS and image is None:
-                        image = info.name, info.offset_data, info.size
-                    elif extension == "cls":
-                        label = _read_label(file, info.offset_data, info.size)
-        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-            damage = f"{type(error).__name__}: {error}"
-        damage = _compression(file) or damage or _unexpected_end(file, end)
-    is_labelled = any(row[2] != NO_LABEL for row in rows)
-    if damage is None or label != NO_LABEL or not is_labelled:  # else its label may be lost
-        finish_sample()
-    table = np.array(rows, dtype=np.int64).reshape(-1, 3)
-    return Members(StringTable(names), table[:, 0], table[:, 1], table[:, 2], damage)
+            for member in walk_headers(file, os.fstat(file.fileno()).st_size):
+                samples.add(member, file)
+        except DamagedTar as error:
+            damage = str(error)
+        damage = _compression(file) or damage
+    return samples.members(damage)
+
+
+@dataclass
+class _Group:
+    """Members of one key; a stem is what lies between the key and the last extension."""
+
+    key: str
+    images: list[tuple[str, TarMember]] = field(default_factory=list)  # stem, member
+    labels: dict[str, int] = field(default_factory=dict)  # by stem
+
+
+class _Samples:
+    """Collects the samples of a shard, member by member."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._rows: list[tuple[int, int, int]] = []  # offset, size, label
+        self._group = _Group("")
+        # How many, and the first: images of their own, images beside a sample's image, not plain.
+        self._split: list[str] = []
+        self._beside: list[str] = []
+        self._not_plain: list[str] = []
+
+    def add(self, member: TarMember, file: IO[bytes]) -> None:
+        match = _NAME.fullmatch(member.name)
+        if match is None or member.is_folder:
+            return
+        key, extension = match[1], match[2].lower()
+        stem, _, ending = extension.rpartition(".")
+        is_image = f".{ending}" in IMAGE_EXTENSIONS
+        if not member.is_plain:
+            if is_image:
+                self._not_plain.append(member.name)
+            return
+        if key != self._group.key:
+            self._finish_group()
+            self._group = _Group(key)
+        if is_image:
+            self._group.images.append((stem, member))
+        elif ending == "cls":
+            self._group.labels[stem] = _read_label(file, member.offset, member.size)
+
+    def _finish_group(self) -> None:
+        group = self._group
+        whole = [each for each in group.images if not each[0]]
+        dotted = [each for each in group.images if each[0]]
+        if whole:
+            self._beside += [member.name for _, member in [*whole[1:], *dotted]]
+        else:
+            self._split += [member.name for _, member in dotted]
+        for stem, member in whole[:1] or dotted:
+            self._names.append(member.name)
+            label = group.labels.get(stem, group.labels.get("", NO_LABEL))
+            self._rows.append((member.offset, member.size, label))
+
+    def members(self, damage: str | None) -> Members:
+        """All samples, where the shard ends with ``damage`` or None."""
+        is_labelled = any(row[2] != NO_LABEL for row in self._rows)
+        if damage is None or self._group.labels or not is_labelled:  # else its label may be lost
+            self._finish_group()
+        table = np.array(self._rows, dtype=np.int64).reshape(-1, 3)
+        names = StringTable(self._names)
+        return Members(names, table[:, 0], table[:, 1], table[:, 2], damage, self._remarks())
+
+    def _remarks(self) -> tuple[str, ...]:
+        texts = {
+            "images have more than one dot in their names and count as samples of their own, "
+            "as no image of the plain name stands beside them": self._split,
+            "images are passed over, as they stand beside the image of their sample": self._beside,
+            "images are passed over, as they are links or sparse files": self._not_plain,
+        }
+        return tuple(
+            f"{len(names)} {text}, such as {names[0]}" for text, names in texts.items() if names
+        )
 
 
 def _read_label(file: IO[bytes], offset: int, size: int) -> int:
+    if size > _MAX_LABEL_BYTES:
+        return BAD_LABEL
     file.seek(offset)
-    text = file.read(min(size, _MAX_LABEL_BYTES)).strip()
-    return int(text) if text.isdigit() else BAD_LABEL
+    text = file.read(size).strip()
+    if not re.fullmatch(rb"-?[0-9]+", text):
+        return BAD_LABEL
+    try:
+        return as_label(int(text))
+    except ValueError:
+        return BAD_LABEL
 
 
 def _compression(file: IO[bytes]) -> str | None:
@@ -110,12 +167,3 @@ def _compression(file: IO[bytes]) -> str | None:
         if start.startswith(magic):
             return f"it is compressed ({kind}); decompress it, so that it can be read at random"
     return None
-
-
-def _unexpected_end(file: IO[bytes], offset: int) -> str | None:
-    """``tarfile`` takes any header that it cannot read for the end; a block of zeros is the end."""
-    file.seek(offset)
-    block = file.read(_BLOCK)
-    if len(block) < _BLOCK:
-        return "the file ends without an end-of-archive mark"
-    return f"no tar header at byte {offset}" if any(block) else None

@@ -7,19 +7,23 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from copy import copy
+from itertools import chain
 from typing import IO, Any
 
 import numpy as np
 from torch import Tensor
 
 from sslkit.data.decode import MAX_SIDE, UnreadableImage, decode_image
-from sslkit.data.image_folder import IMAGE_EXTENSIONS
+from sslkit.data.fingerprint import digest
+from sslkit.data.image_formats import IMAGE_EXTENSIONS
+from sslkit.data.labels import NO_LABEL, check_num_classes, count_classes, label_rule
+from sslkit.data.regular_file import open_regular
 from sslkit.data.shards.cache import ShardCache
 from sslkit.data.shards.index import Contents, read_contents
 from sslkit.data.shards.members import BAD_LABEL, Members, read_members
 from sslkit.data.shards.order import LaneOrder
 from sslkit.data.shards.urls import expand_shards, is_remote
-from sslkit.data.splits import num_held_out
+from sslkit.data.splits import choose_test
 from sslkit.data.string_table import StringTable
 
 _MAX_OPEN_FILES = 64
@@ -31,8 +35,9 @@ class TarShards:
     """The images of webdataset tar shards, as a source like any other.
 
     Files of a shard that share their name up to its first dot are one sample: ``000123.jpg`` the
-    image, ``000123.cls`` its label as a decimal number; see
-    :func:`sslkit.data.shards.members.read_members`. Nothing is ever unpickled.
+    image, ``000123.cls`` its label as a decimal number, -1 for none; see
+    :func:`sslkit.data.shards.members.read_members`. An image whose ``.cls`` is not a label
+    (:mod:`sslkit.data.labels`) is unreadable. Nothing is ever unpickled.
 
     Local shards are read in place. Any other URL that ``webdataset.gopen`` or fsspec can open
     (``pipe:``, ``http:``, ``s3:``, ...) is copied as a whole into a cache folder when an image of
@@ -85,6 +90,7 @@ class TarShards:
         max_side: int = MAX_SIDE,
     ):
         self.damaged: dict[str, str] = {}
+        self._has_remarked = False
         self.lanes = lanes
         self.window = window
         self.max_side = max_side
@@ -96,19 +102,22 @@ class TarShards:
             raise FileNotFoundError(f"no file matches the pattern {asked} of tar shards")
         contents = read_contents(shards, None if index is None else os.fspath(index))
         counts = [self._count(shard, contents) for shard in shards]
+        indexed = [shard in contents.sizes for shard in shards]
         sizes = [size for size, _ in counts]
         if not any(sizes):
             reason = next((f"; {url}: {why}" for url, why in self.damaged.items()), "")
+            remarks = (text for members in self._tables.values() for text in members.remarks)
+            reason += next((f"; {text}" for text in remarks), "")
             raise FileNotFoundError(
                 f"no image in the {len(shards)} tar shard(s) of {asked}; looked for members "
                 f"ending in {' '.join(IMAGE_EXTENSIONS)}{reason}"
             )
         if num_classes is None:
             num_classes = max(contents.num_classes, *(classes for _, classes in counts))
-        self.num_classes = num_classes
+        self.num_classes = check_num_classes(num_classes, of=asked)
         names = contents.class_names
         self.class_names = names if names is not None and len(names) == num_classes else None
-        self._set_shards(shards, sizes)
+        self._set_shards(shards, sizes, indexed)
 
     def _count(self, shard: str, contents: Contents) -> tuple[int, int]:
         """The samples in ``shard``, and where no index has them, the classes of their labels."""
@@ -120,12 +129,15 @@ class TarShards:
         except OSError as error:
             self._note_damage(shard, error)
             return 0, 0
-        classes = 0 if contents.has_classes else int(members.labels.max(initial=-1)) + 1
+        classes = 0 if contents.has_classes else count_classes(members.labels)
         return len(members), classes
 
-    def _set_shards(self, shards: Sequence[str], sizes: Sequence[int]) -> None:
+    def _set_shards(
+        self, shards: Sequence[str], sizes: Sequence[int], indexed: Sequence[bool]
+    ) -> None:
         self._shards = StringTable(shards)
         self._sizes = np.array(sizes, dtype=np.int64)
+        self._indexed = np.array(indexed, dtype=bool)
         self._ends = np.cumsum(self._sizes)
 
     @property
@@ -149,10 +161,10 @@ class TarShards:
         name = f"{shard}:{members.names[item]}"
         label = int(members.labels[item])
         if self.num_classes and (label == BAD_LABEL or label >= self.num_classes):
-            found = "no number" if label == BAD_LABEL else str(label)
-            raise UnreadableImage(name, f"its label is {found}; expected 0..{self.num_classes - 1}")
+            found = "in its .cls is not one" if label == BAD_LABEL else f"is {label}"
+            raise UnreadableImage(name, f"its label {found}; {label_rule(self.num_classes)}")
         image = decode_image(content, name=name, max_side=self.max_side)
-        return image, label if self.num_classes else -1
+        return image, label if self.num_classes else NO_LABEL
 
     def name(self, index: int) -> str:
         """Shard and member, ``train-000007.tar:000123.jpg``."""
@@ -162,21 +174,57 @@ class TarShards:
         except (OSError, IndexError):
             return f"{shard}:[{item}]"
 
+    def key(self, index: int) -> str:
+        """The shard's file name and the member's, or with an index, the position in the shard.
+
+        So a shard of which an index says how many samples it has is not read for it.
+        """
+        shard, item = self._locate(index)
+        name = shard.replace("\\", "/").rpartition("/")[2]
+        is_indexed = self._indexed[np.searchsorted(self._ends, index, side="right")]
+        if not is_indexed:
+            try:
+                return f"{name}:{self._members(shard).names[item]}"
+            except (OSError, IndexError):
+                pass  # what the shard held when it was opened is gone
+        return f"{name}:[{item}]"
+
+    def names_digest(self) -> str:
+        """A digest of the shards' file names and their numbers of samples."""
+        shards = (shard.rpartition("/")[2] for shard in self.shards)
+        return digest(chain(shards, [self._sizes.tobytes()]))
+
     def epoch_order(self, seed: int) -> LaneOrder:
         """The order of one epoch, which reads few shards at a time."""
         return LaneOrder(self._sizes, lanes=self.lanes, window=self.window, seed=seed)
 
-    def split(self, test_fraction: float) -> tuple["TarShards", "TarShards"]:
-        """Divide into ``(train, test)`` by whole shards: the last ones are held out.
+    def epoch_order_within(self, indices: Tensor, seed: int) -> LaneOrder:
+        """The same over the samples at ``indices``, which rise: positions in ``indices``."""
+        shards = np.searchsorted(self._ends, indices.numpy(), side="right")
+        sizes = np.bincount(shards, minlength=len(self._sizes))
+        return LaneOrder(sizes, lanes=self.lanes, window=self.window, seed=seed)
 
-        How many is :func:`sslkit.data.splits.num_held_out` of their number.
+    def split(self, test_fraction: float, seed: int = 0) -> tuple["TarShards", "TarShards"]:
+        """Divide into ``(train, test)`` by whole shards, so that no shard is read for both.
+
+        A shard is for the test by a hash of its file name, as an image is in
+        :func:`sslkit.data.splits.train_test_split`, and the same holds when shards are added.
         """
-        shards, sizes = self.shards, self._sizes.tolist()
-        cut = -num_held_out(len(shards), test_fraction, of="shards")
+        names = [shard.replace("\\", "/").rpartition("/")[2] for shard in self.shards]
+        is_test = choose_test(names, test_fraction, seed, of="shards")
         train, test = copy(self), copy(self)
-        train._set_shards(shards[:cut], sizes[:cut])
-        test._set_shards(shards[cut:], sizes[cut:])
+        for part, chosen in ((train, ~is_test), (test, is_test)):
+            part._set_shards(
+                [self._shards[i] for i in chosen.nonzero()[0].tolist()],
+                self._sizes[chosen].tolist(),
+                self._indexed[chosen].tolist(),
+            )
         return train, test
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a shard must be copied before its images can be read."""
+        return any(is_remote(shard) for shard in self.shards)
 
     def _locate(self, index: int) -> tuple[str, int]:
         if not 0 <= index < len(self):
@@ -204,6 +252,10 @@ class TarShards:
         members = read_members(self._path(shard))
         if members.damage is not None:
             self._note_damage(shard, members.damage)
+        if members.remarks and not self._has_remarked:
+            self._has_remarked = True  # once for all shards, which will be of one maker
+            text = "; ".join(members.remarks)
+            warnings.warn(f"shard {shard}: {text}", RuntimeWarning, stacklevel=2)
         with self._lock:
             self._tables[shard] = members
             while len(self._tables) > _MAX_MEMBER_TABLES:
@@ -217,7 +269,7 @@ class TarShards:
                 self._files.clear()
                 self._pid = os.getpid()
             if path not in self._files:
-                self._files[path] = open(path, "rb")  # noqa: SIM115
+                self._files[path] = open_regular(path)
             self._files.move_to_end(path)
             file = self._files[path]
             file.seek(offset)

@@ -33,7 +33,11 @@ def expand_shards(
         patterns = [patterns]
     shards: list[str] = []
     for pattern in patterns:
-        for url in _expand_braces(os.fspath(pattern)):
+        pattern = os.fspath(pattern)
+        if os.path.exists(pattern):  # whatever it is called: names in a folder are not commands
+            shards.append(pattern)
+            continue
+        for url in _expand_braces(pattern):
             if url.startswith("file:"):
                 url = unquote(url.removeprefix("file:").removeprefix("//"))
             if is_remote(url):

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from sslkit.data.decode import UnreadableImage, decode_image
+from sslkit.data.decode import MAX_BYTES, UnreadableImage, decode_image, unreadable_as
 from sslkit.data.image_folder import ImageFolder
+from sslkit.data.regular_file import read_regular
 from sslkit.data.seeds import sample_seed
 from sslkit.data.shards.index import INDEX_NAME, read_index
 from sslkit.data.splits import own_test_split
@@ -190,12 +191,11 @@ def _contents(
 
 def _read(path: str) -> bytes | UnreadableImage:
     try:
-        content = Path(path).read_bytes()
-        decode_image(content, name=path, max_side=_PROBE_SIDE)
+        with unreadable_as(path):
+            content = read_regular(path, max_bytes=MAX_BYTES)
+            decode_image(content, name=path, max_side=_PROBE_SIDE)
     except UnreadableImage as error:
         return error
-    except OSError as error:
-        return UnreadableImage(path, f"{type(error).__name__}: {error}")
     return content
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from itertools import product
 
+from sslkit.command_line import run_command
 from sslkit.training.parallel import choose_for_gpus
 from sslkit.training.plan.cost import duration, flops, traffic
 from sslkit.training.plan.hardware import BANDWIDTHS, GIB, HARDWARE, Hardware, Strategy, problems
@@ -184,4 +185,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

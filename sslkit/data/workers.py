@@ -1,0 +1,195 @@
+"""Worker processes that outlive a scheduler's or a terminal's signals and end with their iterator.
+
+A scheduler sends SIGTERM, and a terminal's Ctrl-C sends SIGINT, to every process of a job at once.
+The process that trains decides when to stop, and needs its workers until then: they ignore both
+signals. Python and PyTorch, however, end leftover workers with SIGTERM and then wait for them
+without a limit. So the workers have an owner here, :class:`WorkerBatches`, which kills them.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
+from multiprocessing import connection
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.signal_handling import (  # type: ignore[attr-defined]
+    _remove_worker_pids,
+)
+
+T = TypeVar("T")
+_PATIENCE = 5.0  # seconds for what ends at once unless the kernel is stuck
+_WATCH_INTERVAL = 1.0  # seconds between two looks at whether the owner is still there
+
+
+class WorkerLoader(Iterable[T]):
+    """A torch ``DataLoader`` whose worker processes end when, and only when, its iterator does.
+
+    Args:
+        dataset: as for ``DataLoader``.
+        num_workers: number of worker processes; 0 loads in this one.
+        convert: applied to each batch in this process, when the batch is taken.
+        settings: passed to ``DataLoader``.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        num_workers: int = 0,
+        convert: Callable[[Any], T] | None = None,
+        **settings: Any,
+    ) -> None:
+        self._started: list[BaseProcess] = []
+        if num_workers > 0:
+            settings["multiprocessing_context"] = _recording_context(self._started)
+            settings["worker_init_fn"] = _outlive_signals
+        self._loader: DataLoader[Any] = DataLoader(dataset, num_workers=num_workers, **settings)
+        self._convert = convert
+
+    def __iter__(self) -> "WorkerBatches[T]":
+        return WorkerBatches(self._loader, self._started, self._convert)
+
+
+class WorkerBatches(Iterator[T], Generic[T]):
+    """The batches of a :class:`WorkerLoader`, and the owner of its worker processes.
+
+    The workers are killed by :meth:`close`, at the end of a ``with`` block, when the iterator is
+    garbage-collected, and when this process exits. They do nothing that could be left half done.
+    When this process is killed, they end by themselves within seconds.
+
+    Raises:
+        RuntimeError: from any line of the main thread, as PyTorch does it, when a worker has died;
+            :func:`lost_worker` recognises it.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        started: list[BaseProcess],
+        convert: Callable[[Any], T] | None,
+    ) -> None:
+        self._convert = convert
+        started.clear()
+        self._workers = _Workers(started)
+        # When the process exits, multiprocessing first runs these, then ends and awaits children.
+        self._close = Finalize(self, self._workers.end, exitpriority=20)
+        try:
+            self._workers.batches = iter(loader)
+        except BaseException:
+            self.close()
+            raise
+        self._workers.processes = list(started)
+
+    def __next__(self) -> T:
+        if not self._close.still_active():
+            raise StopIteration
+        try:
+            batch = next(self._workers.batches)
+        except (OSError, EOFError) as error:  # a dead worker's half of a connection, or its own
+            if (death := self._workers.death()) is not None:
+                raise RuntimeError(death) from error
+            raise
+        return batch if self._convert is None else self._convert(batch)
+
+    def close(self) -> None:
+        """End the worker processes now. There are no more batches afterwards."""
+        self._close()
+
+    def __enter__(self) -> "WorkerBatches[T]":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def lost_worker(error: BaseException) -> bool:
+    """Whether an error is PyTorch's word that a worker process was killed or died.
+
+    >>> lost_worker(RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. "))
+    True
+    """
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+class _Workers:
+    """The processes of one iterator over a ``DataLoader``."""
+
+    def __init__(self, started: list[BaseProcess]) -> None:
+        self.processes = started
+        self.batches: Any = None
+
+    def death(self) -> str | None:
+        """What became of a worker that is dead or about to be, in PyTorch's words."""
+        ended = connection.wait([process.sentinel for process in self.processes], timeout=1)
+        for process in self.processes:
+            if process.sentinel in ended and process.exitcode:
+                return f"DataLoader worker (pid {process.pid}) ended with status {process.exitcode}"
+        return None
+
+    def end(self) -> None:
+        """Kill the workers. PyTorch's own shutdown, which may wait for them forever, is skipped."""
+        batches = self.batches
+        if hasattr(batches, "_shutdown") and not batches._shutdown:  # it has workers
+            batches._shutdown = True
+            if batches._worker_pids_set:  # otherwise PyTorch reports the killed ones as failures
+                batches._worker_pids_set = False
+                _remove_worker_pids(id(batches))
+            if hasattr(batches, "_pin_memory_thread"):  # reads what workers send: it ends first
+                batches._pin_memory_thread_done_event.set()
+                batches._worker_result_queue.cancel_join_thread()
+                batches._worker_result_queue.put((None, None))  # wakes it
+                batches._pin_memory_thread.join(_PATIENCE)
+        running = [process for process in self.processes if process.pid is not None]
+        for process in running:
+            process.kill()
+        for process in running:
+            process.join(_PATIENCE)
+
+
+def _recording_context(started: list[BaseProcess]) -> BaseContext:
+    """The default way to start processes, adding each one to ``started``.
+
+    An iterator that fails half-way, for example because memory is short, would lose them.
+    """
+    method = multiprocessing.get_start_method(allow_none=True)
+    # Asking for the default would fix it, and nobody could choose another one afterwards.
+    method = method or multiprocessing.get_all_start_methods()[0]
+    context = copy(multiprocessing.get_context(method))
+    make = context.Process  # type: ignore[attr-defined]
+
+    def process(*args: Any, **settings: Any) -> BaseProcess:
+        started.append(make(*args, **settings))
+        return started[-1]
+
+    context.Process = process  # type: ignore[attr-defined]
+    return context
+
+
+def _outlive_signals(worker: int) -> None:
+    """In a worker: leave it to the owner to react to signals, and end when the owner is gone."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_after_owner, daemon=True).start()
+
+
+def _end_after_owner() -> None:
+    """PyTorch's workers look for their owner too, but only between two batches."""
+    # The first tells at once, but not of an owner that is gone already; the second does.
+    parent, owner = os.getppid(), multiprocessing.parent_process()
+    while os.getppid() == parent and owner is not None and owner.is_alive():
+        time.sleep(_WATCH_INTERVAL)
+    os._exit(1)

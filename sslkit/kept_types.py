@@ -1,0 +1,54 @@
+"""Buffers that keep their type whatever ``half()``, ``to(dtype)`` or a checkpoint says.
+
+Running sums, past scores and orthonormal directions are exact or useless. A module around them is
+cast for the sake of its weights; the state keeps its range and its precision.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class KeepsTypes(nn.Module):
+    """A module whose own buffers keep their types, and their values with them.
+
+    ``half()``, ``double()``, ``to(dtype)`` and ``to(device, dtype)``, called on the module or on
+    one around it, move the buffers to the device and leave their types. ``load_state_dict``
+    converts what a checkpoint holds, with ``assign=True`` too. On Apple's MPS, which has no
+    float64, a float64 buffer stays on the CPU.
+
+    >>> class Mean(KeepsTypes):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.register_buffer("total", torch.tensor([1e5]))
+    >>> nn.Sequential(Mean(), nn.Linear(1, 1)).half()[0].total
+    tensor([100000.])
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsTypes":
+        own = {id(buffer) for buffer in self._buffers.values() if buffer is not None}
+
+        def keeping_type(tensor: Tensor) -> Tensor:
+            if id(tensor) not in own:
+                return fn(tensor)
+            wide = tensor.dtype == torch.float64
+            moved = fn(tensor.float() if wide else tensor)
+            if moved.dtype == tensor.dtype and not wide:
+                return moved
+            if wide and moved.device.type == "mps":
+                return tensor
+            if tensor.is_meta or moved.is_meta:
+                return torch.empty_like(tensor, device=moved.device)
+            return tensor.to(moved.device)
+
+        super()._apply(keeping_type, recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, buffer in self._buffers.items():
+            stored = state_dict.get(prefix + name)
+            if buffer is not None and isinstance(stored, Tensor) and stored.dtype != buffer.dtype:
+                state_dict[prefix + name] = stored.to(buffer.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,61 @@
+"""Failures of a run that its surroundings cause, in words for whoever started it."""
+
+import errno
+
+import torch
+
+from sslkit.command_line import describe
+from sslkit.data.workers import lost_worker
+from sslkit.training.parallel import lost_contact
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TOO_MANY = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
+
+
+def explain(error: BaseException) -> str | None:
+    """What happened and what to do; None for an error that is not from the surroundings.
+
+    Known are full disks, files that cannot be opened, short memory and other limits, dead worker
+    processes and lost processes of a distributed run. An error of any other kind may be a bug,
+    whose traceback is needed.
+
+    >>> explain(OSError(28, "No space left on device"))
+    'No space left on device. Free space, then continue with --resume from the last checkpoint'
+    >>> explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    True
+    """
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return (
+            f"{describe(error)}. Free space, then continue with --resume from the last checkpoint"
+        )
+    if isinstance(error, OSError) and error.errno in _TOO_MANY:
+        return f"{describe(error)}. Lower --workers, or raise the limits of this user (ulimit -a)"
+    if isinstance(error, OSError) and error.filename is not None:
+        hint = ". Move away what has this name, and try again" if error.errno in _IN_THE_WAY else ""
+        return describe(error) + hint
+    if _out_of_memory(error):
+        said = str(error).strip().split(". ")[0] or "out of memory"
+        return (
+            f"{said}. Raise --accumulation or lower --batch-size (python -m sslkit.training.plan "
+            "says what fits), then continue with --resume from the last checkpoint"
+        )
+    if lost_worker(error):
+        return (
+            f"a process that loads images is gone ({str(error).splitlines()[0].strip()}), often "
+            "for want of memory: lower --workers, then continue with --resume from the last "
+            "checkpoint"
+        )
+    if lost_contact(error):
+        return (
+            f"another process of this job is gone ({error}). Its own message says why; start all "
+            "again with --resume, as torchrun --max-restarts does"
+        )
+    return None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """On a GPU or in the host's memory, which PyTorch tells by a RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
