@@ -1,6 +1,5 @@
 """Checkpoints of a run: sharded, written in the background, complete or not there at all."""
 
-import inspect
 import json
 import os
 import re
@@ -35,9 +34,8 @@ _MANIFEST = "manifest.json"
 _FILE = re.compile(rf"{re.escape(DESCRIPTION)}|rank_\d+\.safetensors")
 _PICKLE = ".metadata"  # of torch.distributed.checkpoint, in checkpoints of sslkit 0.1
 
-# A process without others says so, also beside others; torch 2.6 has no such argument, and takes
-# the group of all if there is one. Each save and load then warns of what is meant.
-_ALONE = {"no_dist": True} if "no_dist" in inspect.signature(save).parameters else {}
+# A process without a group says so, even if a default group exists; PyTorch warns of what is meant.
+_ALONE = {"no_dist": True}
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 State = Mapping[str, Any]
