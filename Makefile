@@ -1,10 +1,11 @@
 # Every target makes what it needs: `make demo` or `make test` on a fresh clone is enough.
 PYTHON ?= python3
+OLDEST_PYTHON ?= python3.10
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
-.PHONY: demo test test-slow lint types unit docs gallery smoke bench bench-gpu clean
+.PHONY: demo test test-oldest test-slow lint types unit docs gallery smoke bench bench-gpu clean
 
 demo: $(VENV)/recipe.installed
 	rm -rf $(DEMO)
@@ -21,6 +22,17 @@ types: $(VENV)/dev.installed
 
 unit: $(VENV)/dev.installed
 	$(BIN)/python -m pytest -n 2
+
+# All fast tests with the oldest versions that pyproject.toml admits, on the oldest Python.
+test-oldest: .venv-oldest/dev.installed
+	.venv-oldest/bin/python -m pytest -n 2
+
+.venv-oldest/dev.installed: pyproject.toml
+	test -x .venv-oldest/bin/python || $(OLDEST_PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-oldest/bin/uv pip install --quiet --resolution lowest-direct \
+	    --python .venv-oldest/bin/python --editable '.[dev]'
+	touch $@
 
 # What takes minutes: a run that is killed twenty times, every configuration of every kernel.
 test-slow: $(VENV)/dev.installed
@@ -54,4 +66,4 @@ $(VENV)/%.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest runs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

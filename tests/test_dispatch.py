@@ -68,9 +68,9 @@ def test_triton_missing(name, monkeypatch):
 @pytest.mark.parametrize(
     ("version", "problem"),
     [
-        ("3.1.0", "Triton 3.1.0 is too old (needed: 3.2 or newer)"),
-        ("2.3.1", "Triton 2.3.1 is too old (needed: 3.2 or newer)"),
-        ("3.2.0", None),
+        ("3.4.0", "Triton 3.4.0 is too old (needed: 3.5 or newer)"),
+        ("2.3.1", "Triton 2.3.1 is too old (needed: 3.5 or newer)"),
+        ("3.5.0", None),
         ("3.10.1+git1a2b3c", None),
         ("4.0", None),
     ],
