@@ -96,6 +96,7 @@ def cached_features(
         **{name: str(value) for name, value in identity.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
+    _refuse_links(folder)
     with FileLock(folder / "lock"):
         meta = _read_meta(folder, described)
         lines = _read_journal(folder / "journal.jsonl", indices)
@@ -136,6 +137,14 @@ def cached_features(
     return _opened(folder, meta["shapes"], lines)
 
 
+def _refuse_links(folder: Path) -> None:
+    """Raise a ValueError if the folder holds more than files: a link would be written through."""
+    for path in folder.iterdir():
+        if path.is_symlink() or not path.is_file():
+            kind = "a link" if path.is_symlink() else "not a file"
+            raise ValueError(f"{path} is {kind}, and a cache of features holds files: remove it")
+
+
 def _described_indices(indices: Sequence[int]) -> str:
     """A few words that other choices of images do not have."""
     if isinstance(indices, range) and indices == range(len(indices)):
@@ -153,7 +162,9 @@ def _read_meta(folder: Path, described: Mapping[str, Any]) -> dict[str, Any] | N
         shapes = [size for shape in meta["shapes"].values() for size in shape]
         if not all(type(size) is int and size > 0 for size in shapes) or not meta["of"].keys():
             raise ValueError(f"shapes {meta['shapes']}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if unasked := sorted(meta["shapes"].keys() - set(meta["of"].get("want", ()))):
+            raise ValueError(f"shapes of {unasked[0][:60]!r}, which it does not want")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {error}): remove {folder}"
         ) from error
@@ -206,7 +217,11 @@ def _read_journal(path: Path, indices: Sequence[int]) -> list[dict[str, Any]]:
                 raise ValueError("its parts are of different lengths")
             if not set(line["indices"]) <= set(indices[done : done + line["images"]]):
                 raise ValueError("it is of other images than those that come next")
-        except (ValueError, KeyError, TypeError) as error:
+            if not all(type(side) is int and side > 0 for grid in line["grids"] for side in grid):
+                raise ValueError("its grids are not sides of patches")
+            if not all(type(label) is int for label in line["labels"]):
+                raise ValueError("its labels are not numbers")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"line {number} of {path} is damaged ({type(error).__name__}: {error}): remove "
                 f"{path.parent}"
