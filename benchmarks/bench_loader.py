@@ -150,10 +150,9 @@ def contestants(
             yield [*batch.global_crops, *batch.local_crops, batch.indices]
 
     def decoded() -> Iterator[Sequence[Tensor]]:
-        rendered = make_loader(
-            dataset, batch_size=batch_size, num_workers=workers, augment_on="cpu"
-        )
-        for batch in rendered.loader:
+        loader = make_loader(dataset, batch_size=batch_size, num_workers=workers, augment_on="cpu")
+        loader.convert = None  # the batches as the workers send them
+        for batch in loader:
             yield [batch.images, batch.indices]
 
     raced = {

@@ -36,7 +36,7 @@ class WorkerLoader(Iterable[T]):
     Args:
         dataset: as for ``DataLoader``.
         num_workers: number of worker processes; 0 loads in this one.
-        convert: applied to each batch in this process, when the batch is taken.
+        convert: applied to each batch in this process, when the batch is taken; an attribute, too.
         settings: passed to ``DataLoader``.
     """
 
@@ -53,10 +53,10 @@ class WorkerLoader(Iterable[T]):
             settings["multiprocessing_context"] = _recording_context(self._started)
             settings["worker_init_fn"] = _outlive_signals
         self._loader: DataLoader[Any] = DataLoader(dataset, num_workers=num_workers, **settings)
-        self._convert = convert
+        self.convert = convert
 
     def __iter__(self) -> "WorkerBatches[T]":
-        return WorkerBatches(self._loader, self._started, self._convert)
+        return WorkerBatches(self._loader, self._started, self.convert)
 
 
 class WorkerBatches(Iterator[T], Generic[T]):
