@@ -102,7 +102,7 @@ class _Machine:
         length = items[4]
         kind = items[1].name
         known = kind.startswith("torch.") and "storage." not in kind  # torch.FloatStorage, ...
-        dtype = getattr(getattr(torch, kind.rpartition(".")[2], None), "dtype", None)
+        dtype = getattr(getattr(torch, kind.rpartition(".")[2], None), "_dtype", None)
         item_size = dtype.itemsize if known and isinstance(dtype, torch.dtype) else 1
         more = max(length * item_size - self.claimed.get(items[2], 0), 0)
         self.claimed[items[2]] = self.claimed.get(items[2], 0) + more
