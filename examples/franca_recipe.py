@@ -62,6 +62,7 @@ from sslkit.data import (
     TooManyUnreadable,
     UnreadableImage,
     UnreadableLog,
+    UnusableData,
     make_loader,
     open_source,
     open_stream,
@@ -2418,7 +2419,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         launcher = "python" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "torchrun ..."
         output = shlex.quote(str(settings.output))
         print(f"{stopped}: {launcher} {shlex.quote(sys.argv[0])} --output {output} --resume")
-    except (SettingsError, NonFiniteLoss, CheckpointError, DamagedFile) as error:
+    except (SettingsError, NonFiniteLoss, CheckpointError, DamagedFile, UnusableData) as error:
         sys.exit(f"error: {error}")
     except TooManyUnreadable as error:
         sys.exit(f"error: {error}: --max-unreadable")

@@ -49,3 +49,28 @@ def test_a_clear_difference_has_an_asterisk(compared):
     first, better, elsewhere = table(compared)[0][1:]
     assert better.endswith(")*")
     assert "(" not in first + elsewhere
+
+
+def test_models_that_miss_different_images_are_compared_on_the_others(monkeypatch):
+    """Both miss one of 100 images. By their rows, half of the items would seem to differ."""
+    correct = torch.arange(100) % 2 == 0
+    kept = {"first": torch.arange(100) != 0, "second": torch.arange(100) != 99}
+
+    def evaluate(subject, options):
+        rows = kept[subject.name]
+        items = torch.arange(100)[rows]
+        return Outcome({"accuracy": Score.mean(correct[rows], items=items)})
+
+    monkeypatch.setitem(PROTOCOLS, "stub", SimpleNamespace(evaluate=evaluate))
+    subjects = [
+        SimpleNamespace(name=name, generator=lambda *words: torch.Generator().manual_seed(0))
+        for name in kept
+    ]
+    said = []
+    found = compare(subjects, {"stub": None}, say=said.append)
+    difference = found.measured["stub"]["accuracy"]["second"].difference
+    assert (difference.low, difference.high) == (0, 0)
+    assert said[-1] == (
+        "stub: second is scored on 99 test items and first on 99: their differences are over the "
+        "98 that both have"
+    )

@@ -418,3 +418,25 @@ def test_rasa_of_another_size(tmp_path, given):
     save_file(RASAProjector(50).state_dict(), tmp_path / "rasa")
     with pytest.raises(ValueError, match=r"x must be \[..., D=50\] features"):
         extract_to_file(replace(given, rasa=tmp_path / "rasa"), tmp_path / "f.npy", parallel=ALONE)
+
+
+def test_parts_of_other_images_are_refused(tmp_path, given):
+    output, folder = tmp_path / "f.npy", tmp_path / ".f.npy.parts"
+    first = Parallel(0, 2, torch.device("cpu"), None)
+    with pytest.raises(RuntimeError, match="2 of 4 parts are not in"):
+        extract_to_file(given, output, parallel=first)
+    (folder / "00000000.safetensors").rename(folder / "00000004.safetensors")
+    with pytest.raises(ValueError, match=r"00000004.safetensors is damaged .*of other images"):
+        extract_to_file(given, output, parallel=ALONE)
+
+
+def test_images_of_other_names_are_other_data(tmp_path, given):
+    data = tmp_path / "images"
+    data.mkdir()
+    for name in "ab":
+        Image.new("RGB", (20, 20), "red" if name == "a" else "blue").save(data / f"{name}.png")
+    mine = replace(given, data=str(data))
+    extract_to_file(mine, tmp_path / "f.npy", parallel=ALONE)
+    (data / "a.png").rename(data / "c.png")  # as many images, in another order
+    with pytest.raises(ValueError, match=r"is of something else: names: .* there, .* asked for"):
+        extract_to_file(mine, tmp_path / "f.npy", parallel=ALONE)

@@ -144,3 +144,22 @@ def test_refused(call, message, tmp_path):
 def test_a_folder_without_features(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must hold NAME.npy of each view and pca.npz"):
         read_pca_features(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[:-4], "cannot open the array file .*a.npy"),
+        (lambda content: content.replace(b"(3, 4, 2)", b"(3, 4000000000000, 2)"), "a.npy"),
+        (lambda content: b"PK" + content, "cannot open the array file .*a.npy"),
+        (lambda content: content.replace(b"<f4", b"<i4"), r"a.npy must be float \[H, W, d\]"),
+    ],
+)
+def test_damaged_views_are_named(tmp_path, damage, message):
+    np.save(tmp_path / "a.npy", np.ones((3, 4, 2), np.float32))
+    np.savez(tmp_path / "pca.npz", mean=np.ones(2))
+    assert read_pca_features(tmp_path)["a"].shape == (3, 4, 2)
+    path = tmp_path / "a.npy"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        read_pca_features(tmp_path)

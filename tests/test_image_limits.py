@@ -68,7 +68,7 @@ BOMBS = {
     "PNG of 400 megapixels": png_of(20_000, 20_000),
     "palette PNG": png_of(20_000, 20_000, colour=3),
     "grey PNG of one bit": png_of(20_000, 20_000, depth=1, colour=0),
-    "PNG of 16 bits": png_of(15_000, 15_000, depth=16, colour=6),
+    "PNG of 16 bits": png_of(16_000, 16_000, depth=16, colour=6),
     "interlaced PNG": png_of(20_000, 20_000, interlaced=1),
     "PNG of one row": png_of(2**31 - 1, 1),
     "PNG of one column": png_of(1, 2**31 - 1),
@@ -106,7 +106,7 @@ def test_codecs_that_take_more(kind):
     content = encoded(kind, Image.new("RGB", (50, 40)))
     assert decode_image(content, name="x", max_bytes=50 * 40 * 48).shape == (3, 40, 50)
     with pytest.raises(UnreadableImage, match="50 x 40 = 2000 pixels takes"):
-        decode_image(content, name="x", max_bytes=50 * 40 * 12)
+        decode_image(content, name="x", max_bytes=50 * 40 * 20)
 
 
 def test_a_large_jpeg_is_decoded_small():
@@ -122,9 +122,17 @@ def test_a_large_jpeg_is_decoded_small():
 
 def test_the_limit_is_the_callers():
     content = png_of(100, 100)
-    assert decode_image(encoded("PNG", Image.new("L", (9, 9))), name="x", max_bytes=972).numel()
-    with pytest.raises(UnreadableImage, match=r"takes 120000 bytes.*max_bytes=100000"):
-        decode_image(content, name="x", max_bytes=100_000)
+    least = 9 * 100 * 100 + len(content)
+    with pytest.raises(UnreadableImage, match=rf"takes {least} bytes.*max_bytes={least - 1}"):
+        decode_image(content, name="x", max_bytes=least - 1)
+    small = encoded("PNG", Image.new("L", (9, 9)))
+    assert decode_image(small, name="x", max_bytes=9 * 9 * 9 + len(small)).numel()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    small = encoded("PNG", Image.new("L", (9, 9)), exif=turned)
+    assert decode_image(small, name="x", max_bytes=12 * 9 * 9 + len(small)).numel()
+    with pytest.raises(UnreadableImage, match=f"takes {12 * 9 * 9 + len(small)} bytes"):
+        decode_image(small, name="x", max_bytes=12 * 9 * 9 + len(small) - 1)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P", "RGBA", "LA", "I;16", "CMYK", "L"])

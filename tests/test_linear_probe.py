@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sslkit import backbones
+from sslkit.data.labels import MAX_CLASSES
 from sslkit.data.scenes import Scenes
 from sslkit.evaluation import linear_head
 from sslkit.evaluation import linear_probe as probe_module
+from sslkit.evaluation.confusion import class_labels, confusion_of_classes
 from sslkit.evaluation.encoders import as_encoder
 from sslkit.evaluation.linear_probe import (
     LEARNING_RATES,
@@ -152,8 +154,9 @@ def test_any_shape(seed, num_classes, blocks, dim, count, scale, dtype):
     assert result.accuracy == max(result.accuracies.values())
     assert result.correct.double().mean().item() == pytest.approx(result.accuracy)
     logits = result.best.logits(*data[:2])
-    assert logits.shape == (count, num_classes)
-    assert torch.equal(result.predictions, logits.argmax(1))
+    assert torch.equal(result.best.classes, labels.unique())
+    assert logits.shape == (count, len(result.best.classes))
+    assert torch.equal(result.predictions, result.best.classes[logits.argmax(1)])
 
 
 def test_of_equal_heads_the_first_is_the_best():
@@ -280,3 +283,21 @@ def test_a_subject_of_final_tokens_alone(subject):
     for one in (replace(subject, nesting=8), replace(subject, encoder=as_encoder(colours))):
         details = evaluate(one, OPTIONS).details
         assert len(details["accuracies"]) == 2 * 2  # of one block
+
+
+def test_memory_depends_on_the_classes_that_occur_and_not_on_their_numbers():
+    """100,000 classes with the default grid would take 15 GB, and their confusions 80 GB."""
+    cls, patch, labels = planted(12, spread=0.0)
+    far = labels * 9_999 + 59_999
+    kept = linear_probe(cls, patch, labels, cls, patch, labels, generator=seeded(), **QUICK)
+    found = linear_probe(
+        cls, patch, far, cls, patch, far, generator=seeded(), num_classes=MAX_CLASSES, **QUICK
+    )
+    assert torch.equal(found.best.weight, kept.best.weight)
+    assert found.best.classes.tolist() == far.unique().tolist()
+    assert torch.equal(found.predictions, kept.predictions * 9_999 + 59_999)
+    classes, counts = confusion_of_classes(far, found.predictions)
+    assert counts.shape == (len(classes), len(classes))
+    assert counts.diagonal().sum() == found.correct.sum()
+    assert class_labels(classes[:1], ("a", "b")) == ["59999"]
+    assert class_labels(torch.tensor([1, 2]), ("a", "b")) == ["b", "2"]

@@ -143,3 +143,47 @@ def test_folder_errors(tmp_path):
         source.depth(0)
     with pytest.raises(FileNotFoundError, match=r"no depth map .*00001.png; 1 of 1"):
         open_nyu_depth(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("images", np.zeros((4, 3, 16, 12), np.float32), "expected uint8"),
+        ("images", np.zeros((4, 12, 16, 3), np.uint8), "expected uint8"),
+        ("images", np.zeros((4, 3, 10_000, 1), np.uint8), "sides of 4096 at most"),
+        ("depths", np.zeros((4, 12, 16), np.float32), r"depths \(4, 12, 16\)"),
+        ("depths", np.zeros((4, 16, 12), np.int32), "depths of type int32; expected floats"),
+        ("sceneTypes", np.zeros(3), "has 3 sceneTypes"),
+        ("sceneTypes", np.zeros(4), "is damaged"),
+    ],
+)
+def test_arrays_of_the_matlab_file(tmp_path, key, change, message):
+    import h5py
+
+    path = on_disk.write_nyu_file(tmp_path, size=SMALL)
+    with h5py.File(path, "r+") as file:
+        del file[key]
+        file[key] = change
+    with pytest.raises(ValueError, match=rf"labeled.mat.*{message}"):
+        open_nyu_depth(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1])
+def test_depths_that_are_none(tmp_path, value):
+    import h5py
+
+    path = on_disk.write_nyu_file(tmp_path, size=SMALL)
+    with h5py.File(path, "r+") as file:
+        file["depths"][1, 3, 3] = value
+    source = open_nyu_depth(path)
+    assert source.depth(1).isfinite().all()
+    with pytest.raises(UnreadableImage, match=r"labeled.mat\[2\]: its depth is not a number"):
+        source.depth(0)
+
+
+@pytest.mark.parametrize("numbers", [[[1.5]], [[np.nan]], [[np.inf]], [[0]], [[]]])
+def test_splits_that_number_no_image(tmp_path, numbers):
+    path = on_disk.write_nyu_file(tmp_path, size=SMALL)
+    savemat(tmp_path / "splits.mat", {"trainNdxs": np.array(numbers, float)})
+    with pytest.raises(ValueError, match=r"splits.mat"):
+        open_nyu_depth(path)

@@ -179,7 +179,9 @@ def test_a_subject(subject, tmp_path):
 
 def test_a_resample_counts_known_items_first_then_each_set():
     known, near, far = noise(9) + 1, noise(6, seed=1), noise(4, seed=2)
-    score = module._mean_auroc({"": known, "near": near, "far": far}, ["near", "far"])
+    items = {"": torch.arange(9), "near": torch.arange(6) + 1, "far": torch.arange(4)}
+    score = module._mean_auroc({"": known, "near": near, "far": far}, ["near", "far"], items)
+    assert len(score.items.unique()) == 19  # image 1 of one set is not image 1 of another
     counts = torch.randint(3, (19,), generator=seeded()).double()
     weights = {"id_weights": counts[:9]}
     parts = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sslkit.evaluation.confusion import mean_iou
-from sslkit.evaluation.scores import Score, bootstrap
+from sslkit.evaluation.scores import Score, bootstrap, common_items
 from tests.noise import seeded
 
 
@@ -43,6 +43,34 @@ def test_a_resample_is_the_score_of_its_items():
 def test_what_cannot_be_resampled_has_no_interval():
     assert bootstrap(Score(0.5), generator=seeded()) is None
     assert bootstrap(Score.mean(torch.ones(3)), minus=Score(0.5, 3), generator=seeded()) is None
+
+
+def test_a_difference_is_over_the_items_that_both_scores_have():
+    """As many items each, but not the same ones: row i of one is not row i of the other."""
+    x = torch.randn(200, generator=seeded(), dtype=torch.float64)
+    one, other = torch.arange(200) != 17, torch.arange(200) != 160  # an image is missing in each
+    items = torch.arange(200).flip(0)  # in any order
+    first = Score.mean(x[one], items=torch.arange(200)[one])
+    second = Score.mean((x + 0.25).flip(0)[other.flip(0)], items=items[other.flip(0)])
+    rows, other_rows = common_items(first, second)
+    assert torch.equal(first.items[rows], second.items[other_rows])
+    assert set(range(200)) - set(first.items[rows].tolist()) == {17, 160}
+    found = bootstrap(second, minus=first, generator=seeded(1))
+    assert found.low == pytest.approx(0.25)
+    assert found.high == pytest.approx(0.25)
+    apart = Score.mean(torch.ones(3), items=torch.arange(900, 903))
+    assert bootstrap(first, minus=apart, generator=seeded()) is None
+
+
+def test_images_without_a_pixel_are_no_items_of_a_confusion():
+    confusions = torch.tensor([[[1, 0], [0, 1]], [[0, 0], [0, 0]], [[1, 1], [0, 0]]])
+    assert Score.of_confusion(confusions, items=torch.tensor([4, 5, 9])).items.tolist() == [4, 9]
+
+
+@pytest.mark.parametrize("items", [torch.arange(3), torch.tensor([0, 1, 1, 2])])
+def test_items_are_different_and_one_each(items):
+    with pytest.raises(ValueError, match="items must be 4 different integers"):
+        Score.mean(torch.ones(4), items=items)
 
 
 @pytest.mark.parametrize(

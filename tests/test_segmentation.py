@@ -11,8 +11,10 @@ from sslkit.evaluation.segmentation import (
     classes_of_clusters,
     merge_clusters,
     predicted_masks,
+    require_classes,
     resize_masks,
 )
+from sslkit.evaluation.tokens import Unsuitable
 from tests.noise import seeded
 from tests.oracles import dense as oracle
 from tests.oracles import evaluation as evaluation_oracle
@@ -106,3 +108,18 @@ def test_merged_counts_are_those_of_renamed_pixels():
 def test_fewer_clusters_than_classes_are_refused():
     with pytest.raises(ValueError, match="2 clusters cannot stand for 3 classes"):
         classes_of_clusters(torch.ones(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("masks", "num_classes"),
+    [
+        (torch.zeros(2, 3, 4), 1),  # one class: any prediction is right
+        (torch.zeros(2, 3, 4), 2),
+        (torch.full((2, 3, 4), 255), 2),
+        (torch.full((2, 3, 4), 255), 1),
+        (torch.full((2, 3, 4), 7), 9),
+    ],
+)
+def test_masks_that_any_model_predicts_are_refused(masks, num_classes):
+    with pytest.raises(Unsuitable, match="a mean IoU needs pixels of two classes"):
+        require_classes(masks.long(), num_classes, name="test_masks")

@@ -302,8 +302,39 @@ def test_torchvision_failures(torchvision_sets, tmp_path):
         open_source("TrainOnly", split="test", root=tmp_path)
     with pytest.raises(RuntimeError, match=f"cannot prepare Offline in '{tmp_path}': network"):
         open_source("Offline", root=tmp_path)
-    with pytest.raises(TypeError, match="not one of images"):
+    with pytest.raises(
+        UnreadableImage, match=r"NotImages\[0\]: TypeError: .* a dict, not an image"
+    ):
         open_source("NotImages", root=tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        (None, "gives a NoneType; expected"),
+        ((torch.zeros(3, 4, 4, dtype=torch.uint8),), "gives a tuple of 1; expected"),
+        ((torch.zeros(3, 4, 4), 0), r"a tensor of torch.float32 \[3, 4, 4\], not an image"),
+        ((torch.zeros(4, 4, dtype=torch.uint8), 0), r"torch.uint8 \[4, 4\], not an image"),
+        ((Image.new("F", (4, 4)), 0), "32-bit float image"),
+        ((Image.new("L", (4, 4)), 1.0), "its label is 1.0"),
+        ((Image.new("L", (4, 4)), {"class": 1}), "its label is {'class': 1}"),
+        (KeyError("annotation"), "KeyError: 'annotation'"),
+        (Image.DecompressionBombError("too many pixels"), "too many pixels"),
+    ],
+)
+def test_bad_items_of_torchvision_are_unreadable_images(item, reason):
+    class Set(ByTrain):
+        def __getitem__(self, index):
+            if index == 0:
+                return Image.new("L", (4, 4)), None
+            if isinstance(item, Exception):
+                raise item
+            return item
+
+    source = TorchvisionImages(Set("."))
+    assert source[0][1] == -1  # None is no label
+    with pytest.raises(UnreadableImage, match=rf"Set\[1\]: .*{reason}"):
+        source[1]
 
 
 def test_torchvision_set_without_splits_is_divided(tmp_path):

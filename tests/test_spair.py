@@ -60,6 +60,15 @@ def test_errors(tmp_path):
             r"aeroplane.json, .*box 0 is \[1, 2, 3\]; expected four",
         ),
         ({"src_kps": "none"}, r"aeroplane.json is not an annotation of SPair-71k"),
+        ({"src_kps": [[0, 1], [2, float("nan")], [1, 1]]}, r"aeroplane.json .*of finite numbers"),
+        ({"trg_kps": [[0, 1], [2, 3, 4], [1, 1]]}, r"aeroplane.json .*pairs \(x, y\)"),
+        ({"trg_bndbox": [3, 1, 0, 5]}, r"4100.jpg: box 0 .*; expected x0 <= x1"),
+        ({"trg_bndbox": [0, 1, 30, 5]}, r"4100.jpg: box 0 .*outside the image of 4 x 5"),
+        ({"trg_bndbox": [0, 1, float("inf"), 5]}, r"box 0 .*four finite numbers"),
+        ({"viewpoint_variation": float("inf")}, r"aeroplane.json is not .*inf"),
+        ({"viewpoint_variation": 7}, r"aeroplane.json is not .*from 0 to 2"),
+        ({"category": "../.."}, r"'../..' is not the name of a file"),
+        ({"trg_imname": 3}, r"3 is not the name of a file"),
     ]:
         path.write_text(json.dumps(on_disk.SPAIR_PAIR | change))
         with pytest.raises(ValueError, match=message):

@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from sslkit import RASAProjector, backbones
+from sslkit.data.image_array import ImageArray
 from sslkit.data.scenes import Scenes
 from sslkit.evaluation import knn
 from sslkit.evaluation.encoders import as_encoder
@@ -137,3 +139,15 @@ def test_a_bar_shows_how_much_is_done(subject, capsys):
             reach(3)
         shown = capsys.readouterr().err
         assert ("micro: fits" in shown and "3/3" in shown) == progress
+
+
+def test_features_of_other_images_are_not_those_of_the_cache(subject, tmp_path):
+    """The same place and number of images, but other names: computed anew."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 40, 40, 3), dtype=np.uint8)
+    found = []
+    for order in (range(6), reversed(range(6))):
+        source = ImageArray(images[list(order)])
+        one = replace(subject, cache=tmp_path).with_source("test", source)
+        found.append(one.features("test", "cls").cls)
+    assert torch.equal(found[0], found[1].flip(0))
+    assert not torch.equal(found[0], found[1])

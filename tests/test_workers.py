@@ -15,7 +15,8 @@ import torch
 
 from sslkit.data.crops import MultiCrop
 from sslkit.data.loader import MultiCropDataset, make_loader
-from sslkit.data.workers import WorkerBatches, lost_worker
+from sslkit.data.unreadable import UnusableData
+from sslkit.data.workers import WorkerBatches, WorkerLoader, lost_worker
 
 CROPS = MultiCrop(global_size=8, local_size=4, num_local=1)
 SECONDS = 20.0  # far below forever, far above what a busy machine takes
@@ -213,3 +214,61 @@ def test_the_interpreter_can_exit() -> None:
     assert ended.returncode == 1
     assert ended.stderr.count("Traceback") == 1, ended.stderr
     assert ended.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+class Fails(RuntimeError):
+    """An error with two arguments, which PyTorch cannot make anew from its message."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+
+
+def fail_as(error: BaseException) -> Callable[[], object]:
+    def before() -> None:
+        raise error
+
+    return before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnusableData("4 channels"),
+        Fails("a.png", "broken"),
+        OSError(24, "Too many open files", "a.png"),
+        KeyError("label"),
+    ],
+)
+def test_an_error_in_a_worker_is_the_error_here(error: Exception) -> None:
+    loader = make_loader(
+        MultiCropDataset(Images(fail_as(error)), CROPS), batch_size=2, num_workers=1
+    )
+    with iter(loader) as batches, pytest.raises(type(error)) as caught:
+        next(batches)
+    assert caught.value.args == error.args
+    assert getattr(caught.value, "errno", None) == getattr(error, "errno", None)
+    assert "in before" in str(caught.value.__cause__)  # the worker's traceback
+
+
+def test_errors_that_cannot_be_sent_and_errors_of_collating() -> None:
+    class Local(Exception):
+        pass
+
+    loader = make_loader(
+        MultiCropDataset(Images(fail_as(Local("here"))), CROPS), batch_size=2, num_workers=1
+    )
+    with iter(loader) as batches, pytest.raises(RuntimeError, match=r"^Local: here$"):
+        next(batches)
+
+    def collate(items: object) -> object:
+        raise UnusableData("cannot be stacked")
+
+    wrong: WorkerLoader[object] = WorkerLoader(
+        torch.utils.data.TensorDataset(torch.ones(4)),
+        batch_size=2,
+        num_workers=1,
+        collate_fn=collate,
+    )
+    with iter(wrong) as batches, pytest.raises(UnusableData, match=r"^cannot be stacked$"):
+        next(batches)

@@ -16,7 +16,7 @@ from sslkit.data.shards import TarShards, make_shards
 from sslkit.data.sources import open_source
 from sslkit.data.splits import Subset, train_test_split
 from sslkit.data.torchvision_images import TorchvisionImages
-from sslkit.data.unreadable import TooManyUnreadable, UnreadableLog
+from sslkit.data.unreadable import TooManyUnreadable, UnreadableLog, UnusableData
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -40,6 +40,7 @@ __all__ = [
     "TorchvisionImages",
     "UnreadableImage",
     "UnreadableLog",
+    "UnusableData",
     "collate",
     "decode_image",
     "item_key",

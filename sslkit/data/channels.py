@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sslkit.data.unreadable import UnusableData
+
 
 def with_channels(image: Tensor, channels: int) -> Tensor:
     """An image of ``channels`` channels, uint8 [channels, h, w].
@@ -20,7 +22,7 @@ def with_channels(image: Tensor, channels: int) -> Tensor:
         channels: those of the network.
 
     Raises:
-        ValueError: other numbers of channels.
+        UnusableData: other numbers of channels.
 
     >>> with_channels(torch.tensor([[[255]], [[0]], [[0]]], dtype=torch.uint8), 1)
     tensor([[[76]]], dtype=torch.uint8)
@@ -34,7 +36,7 @@ def with_channels(image: Tensor, channels: int) -> Tensor:
         return luma[None].to(torch.uint8)
     if (C, channels) == (1, 3):
         return image.expand(3, -1, -1)
-    raise ValueError(
+    raise UnusableData(
         f"the image has {C} channel(s) and the model takes {channels}: only 3 to 1 (luminance) and "
         f"1 to 3 (repeated) are converted; give images of {channels} channel(s), or a model with "
         f"in_chans={C}"

@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as vision
 from sslkit.data import pixels
 from sslkit.data.channels import with_channels
 from sslkit.data.normalisation import normalisation
+from sslkit.data.unreadable import UnusableData
 
 Size = int | tuple[int, int]
 
@@ -156,7 +157,7 @@ class MultiCrop:
         return self.render_all(image, self.draw(*image.shape[1:], generator=generator))
 
     def checked(self, image: Tensor) -> Tensor:
-        """``image`` with ``channels`` channels; a ValueError unless it is uint8 [C, h, w]."""
+        """``image`` with ``channels`` channels; UnusableData unless it is uint8."""
         check_image(image)
         return image if self.channels is None else with_channels(image, self.channels)
 
@@ -280,9 +281,9 @@ def random_crop(
 
 
 def check_image(image: Tensor) -> None:
-    """Raise ValueError unless ``image`` is a non-empty uint8 tensor [C, h, w]."""
+    """Raise UnusableData unless ``image`` is a non-empty uint8 tensor [C, h, w]."""
     if image.dtype != torch.uint8 or image.ndim != 3 or image.numel() == 0:
-        raise ValueError(
+        raise UnusableData(
             f"image must be a non-empty uint8 tensor [C, h, w], got {image.dtype} "
             f"{list(image.shape)}"
         )

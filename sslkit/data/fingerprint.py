@@ -25,15 +25,20 @@ def fingerprint(source: Source) -> dict[str, Any]:
     >>> found["names"] == fingerprint(ImageArray(images + 1, np.array([0, 1, 1])))["names"]
     False
     """
-    own = getattr(source, "names_digest", None)
-    names = own() if own is not None else digest(source.name(i) for i in range(len(source)))
     class_names = source.class_names
     return {
         "images": len(source),
-        "names": names,
+        "names": names_digest(source),
         "num_classes": source.num_classes,
         "class_names": None if class_names is None else list(class_names),
     }
+
+
+def names_digest(source: Source) -> str:
+    """The digest of the names of a source's images, as in its :func:`fingerprint`."""
+    own = getattr(source, "names_digest", None)
+    found: str = own() if own is not None else digest(source.name(i) for i in range(len(source)))
+    return found
 
 
 def digest(parts: Iterable[str | bytes]) -> str:

@@ -21,7 +21,7 @@ from sslkit.data.protocols import MAX_REPLACEMENTS, Source, StreamReader, Stream
 from sslkit.data.sample_stream import PERMUTATION, REPLACEMENT, VIEWS, Positions, SampleStream
 from sslkit.data.samples import Batch, DrawnBatch, DrawnSample, Sample, collate, collate_drawn
 from sslkit.data.seeds import sample_seed
-from sslkit.data.unreadable import Unreadable
+from sslkit.data.unreadable import TooManyUnreadable, Unreadable
 from sslkit.data.workers import WorkerLoader
 
 
@@ -32,7 +32,7 @@ class MultiCropDataset(Dataset[Sample]):
     another one, drawn from the whole source by the same rule, and reported in the sample.
 
     Raises:
-        RuntimeError: on access, when 64 images drawn one after the other are all unreadable.
+        TooManyUnreadable: on access, when 64 images drawn one after the other are all unreadable.
     """
 
     def __init__(self, source: Source | StreamSource, crops: MultiCrop, *, seed: int = 0):
@@ -66,7 +66,7 @@ class MultiCropDataset(Dataset[Sample]):
                 read_seconds=time.perf_counter() - start,
             )
         first = unreadable[index]
-        raise RuntimeError(
+        raise TooManyUnreadable(
             f"{MAX_REPLACEMENTS} images drawn in a row are unreadable ({len(unreadable)} "
             f"different ones of {len(self.source)}), the first of them {first.name}: "
             f"{first.reason}"

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 
 from sslkit.data.crops import Crops, MultiCrop, View
 from sslkit.data.device_crops import PackedViews, pack_views, render_batch
-from sslkit.data.unreadable import Unreadable
+from sslkit.data.unreadable import Unreadable, UnusableData
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,7 @@ def collate_drawn(samples: Sequence[DrawnSample], *, num_global: int) -> DrawnBa
 
 def _check_channels(channels: list[int]) -> None:
     if len(set(channels)) > 1:
-        raise ValueError(
+        raise UnusableData(
             f"one batch holds images of different channel counts: {sorted(set(channels))}"
         )
 

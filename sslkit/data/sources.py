@@ -81,7 +81,8 @@ def open_source(
       and divided as wholes, by their names.
     - a folder with ``.tar`` files in it: these shards. When some are called ``train...`` and others
       ``val...``, ``valid...``, ``validation...`` or ``test...``, these are the two splits.
-    - a folder with ``images`` and ``masks``, and lists of names or none:
+    - a folder with ``images`` and ``masks``, and lists of names or none; or with such folders
+      ``train`` and one of ``val``, ``valid``, ``validation``, ``test``:
       :class:`sslkit.data.annotated.image_masks.ImagesAndMasks`.
     - a folder with ``.parquet`` files in it or below it, and no image: these files, by their
       splits (:func:`sslkit.data.hugging_face.find_parquet`).
@@ -202,6 +203,10 @@ def _open_folder(folder: Path, split: Split, max_side: int) -> tuple[Source, boo
         return ImagesAndMasks(folder, split=own_split, max_side=max_side), listed
     children = {child.name for child in folder.iterdir() if child.is_dir()}
     test_folder = own_test_split(children)
+    parts = [] if test_folder is None else [folder / "train", folder / test_folder]
+    if parts and all(map(is_images_and_masks, parts)):
+        part = parts[split == "test"]
+        return ImagesAndMasks(part, split=None, parts=parts, max_side=max_side), True
     if test_folder is None:
         return ImageFolder(folder, max_side=max_side), False
     train = ImageFolder(folder / "train", max_side=max_side)

@@ -25,7 +25,8 @@ class TorchvisionImages:
     """A torchvision data set as a source.
 
     Args:
-        dataset: gives ``(image, target)``, the image a Pillow image or a uint8 tensor [C, h, w].
+        dataset: gives ``(image, target)``, the image a Pillow image or a uint8 tensor [C, h, w]. An
+            item that is anything else, or an error of the data set's, is an unreadable image.
             Targets count as labels when the data set says what its classes are, by ``classes``,
             ``num_classes`` or a list of integer labels, as all of torchvision's classification
             sets but a few do. A target that is not a label (:mod:`sslkit.data.labels`) makes its
@@ -51,15 +52,16 @@ class TorchvisionImages:
             raise IndexError(f"index {index} is out of range for {len(self)} images")
         with unreadable_as(self.name(index)):
             item = self.dataset[index]
-        image, target = item
-        with unreadable_as(self.name(index)):
+            if not isinstance(item, tuple | list) or len(item) != 2:
+                raise TypeError(f"the data set gives {_kind(item)}; expected (image, target)")
+            image, target = item
             if isinstance(image, Image.Image):
                 image = pil_to_tensor(image, max_side=self.max_side)
-        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3:
-            raise TypeError(
-                f"{self.name(index)} is {type(image).__name__}, not an image; this torchvision "
-                f"data set is not one of images"
-            )
+            if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3:
+                raise TypeError(
+                    f"the data set gives {_kind(image)}, not an image: expected a Pillow image or "
+                    "a uint8 tensor [C, h, w]"
+                )
         if self.num_classes == 0:
             return image, NO_LABEL
         try:
@@ -77,6 +79,14 @@ class TorchvisionImages:
             path = os.path.relpath(self.dataset.samples[index][0], self.dataset.root)
             return path.replace(os.sep, "/")
         return str(index)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} {list(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
 
 
 def torchvision_names() -> list[str]:

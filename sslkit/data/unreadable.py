@@ -18,8 +18,15 @@ class Unreadable:
     reason: str
 
 
+class UnusableData(ValueError):
+    """Images that can be read and not be used, with what to do about it, for whoever gave them."""
+
+
 class TooManyUnreadable(RuntimeError):
-    """More broken images than :class:`UnreadableLog` puts up with; the message names the last."""
+    """More broken images than :class:`UnreadableLog` puts up with, or 64 of them in a row.
+
+    The message names one of them.
+    """
 
 
 class UnreadableLog:

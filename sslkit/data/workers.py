@@ -8,9 +8,11 @@ without a limit. So the workers have an owner here, :class:`WorkerBatches`, whic
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from multiprocessing import connection
@@ -20,7 +22,7 @@ from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, default_convert
 from torch.utils.data._utils.signal_handling import (  # type: ignore[attr-defined]
     _remove_worker_pids,
 )
@@ -38,6 +40,10 @@ class WorkerLoader(Iterable[T]):
         num_workers: number of worker processes; 0 loads in this one.
         convert: applied to each batch in this process, when the batch is taken; an attribute, too.
         settings: passed to ``DataLoader``.
+
+    An error in a worker is raised where the batch is taken: as itself, with its own message and
+    attributes, and caused by an `ErrorInWorker`, which holds the worker's traceback. PyTorch would
+    raise another one with the traceback as its message.
     """
 
     def __init__(
@@ -52,6 +58,11 @@ class WorkerLoader(Iterable[T]):
         if num_workers > 0:
             settings["multiprocessing_context"] = _recording_context(self._started)
             settings["worker_init_fn"] = _outlive_signals
+            batched = settings.get("batch_size", 1) is not None or "batch_sampler" in settings
+            default = default_collate if batched else default_convert
+            settings["collate_fn"] = _Collate(settings.get("collate_fn") or default, batched)
+            guard = _IterableGuard if isinstance(dataset, IterableDataset) else _Guard
+            dataset = guard(dataset)
         self._loader: DataLoader[Any] = DataLoader(dataset, num_workers=num_workers, **settings)
         self.convert = convert
 
@@ -98,6 +109,8 @@ class WorkerBatches(Iterator[T], Generic[T]):
             if (death := self._workers.death()) is not None:
                 raise RuntimeError(death) from error
             raise
+        if isinstance(batch, _Failure):
+            raise batch.error from ErrorInWorker(batch.text)
         return batch if self._convert is None else self._convert(batch)
 
     def close(self) -> None:
@@ -114,6 +127,76 @@ class WorkerBatches(Iterator[T], Generic[T]):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class ErrorInWorker(Exception):
+    """The cause of an error that a worker process raised: its traceback there, as text."""
+
+
+class _Failure:
+    """An error instead of an item or a batch."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+        self.text = "\n" + traceback.format_exc()
+
+    def __reduce__(self) -> Any:
+        try:
+            copied = pickle.loads(pickle.dumps(self.error))
+        except Exception:  # not every error can be sent to another process
+            copied = RuntimeError(f"{type(self.error).__name__}: {self.error}")
+        return _restored_failure, (copied, self.text)
+
+
+def _restored_failure(error: Exception, text: str) -> _Failure:
+    failure = _Failure(error)
+    failure.text = text
+    return failure
+
+
+class _Guard(Dataset[Any]):
+    """A data set whose errors are items."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            return _Failure(error)
+
+
+class _IterableGuard(IterableDataset[Any]):
+    """A stream that ends with its error as the last item."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.dataset
+        except Exception as error:
+            yield _Failure(error)
+
+
+class _Collate:
+    """``collate`` of items, or the first failure among them."""
+
+    def __init__(self, collate: Callable[[Any], Any], batched: bool):
+        self.collate, self.batched = collate, batched
+
+    def __call__(self, items: Any) -> Any:
+        for item in items if self.batched else (items,):
+            if isinstance(item, _Failure):
+                return item
+        try:
+            return self.collate(items)
+        except Exception as error:
+            return _Failure(error)
 
 
 def lost_worker(error: BaseException) -> bool:

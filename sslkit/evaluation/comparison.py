@@ -1,14 +1,14 @@
 """Several models under several protocols: run, compare, and write down."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sslkit.evaluation.protocols import PROTOCOLS
 from sslkit.evaluation.report import write_report
-from sslkit.evaluation.scores import Interval, Outcome, Score, bootstrap
+from sslkit.evaluation.scores import Interval, Outcome, Score, bootstrap, common_items
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.tokens import Unsuitable
 from sslkit.files import atomic_write
@@ -23,8 +23,8 @@ class Measured:
     Attributes:
         score: the number and how to resample it.
         interval: of the score; None where it cannot be resampled.
-        difference: of the score minus the first model's; None for the first model, and where the
-            two are not over the same test items.
+        difference: of the score minus the first model's, over the test items that both have; None
+            for the first model, and where there is no such item.
     """
 
     score: Score
@@ -60,7 +60,9 @@ def compare(
 ) -> Comparison:
     """Run protocols on models, each with intervals by `sslkit.evaluation.scores.bootstrap`.
 
-    Every resample draws the same test items for all models, so that differences are paired.
+    Every resample draws the same test items for all models, so that differences are paired. Where
+    two models miss different images that could not be read, their difference is over the images
+    that both have, and ``say`` tells how many these are.
 
     Args:
         subjects: one a model, with different names and the same data.
@@ -94,6 +96,8 @@ def compare(
                 say(f"{protocol}: {subject.name}: {name} {_number(score, score.value)}")
         if outcomes:
             comparison.outcomes[protocol] = outcomes
+            for line in _different_items(outcomes, subjects[0].name):
+                say(f"{protocol}: {line}")
             comparison.measured[protocol] = _measure(outcomes, subjects[0], level, num_resamples)
     return comparison
 
@@ -179,13 +183,35 @@ def _measure(
     for model, outcome in outcomes.items():
         for name, score in outcome.scores.items():
             reference = references.get(name)
-            paired = reference is not None and reference.num_items == score.num_items
+            paired = reference is not None and _can_be_paired(score, reference)
             measured.setdefault(name, {})[model] = Measured(
                 score,
                 interval(score),
                 interval(score, reference) if paired and model != first.name else None,
             )
     return measured
+
+
+def _can_be_paired(score: Score, reference: Score) -> bool:
+    known = score.items is not None and reference.items is not None
+    return known or score.num_items == reference.num_items
+
+
+def _different_items(outcomes: Mapping[str, Outcome], first: str) -> Iterator[str]:
+    """A line for each model that has other test items than the first model."""
+    references = outcomes[first].scores if first in outcomes else {}
+    for model, outcome in outcomes.items():
+        for name, score in outcome.scores.items():
+            reference = references.get(name)
+            if reference is None or score.items is None or reference.items is None:
+                continue
+            common = len(common_items(score, reference)[0])
+            if common < max(score.num_items, reference.num_items):
+                yield (
+                    f"{model} is scored on {score.num_items} test items and {first} on "
+                    f"{reference.num_items}: their differences are over the {common} that both have"
+                )
+                break
 
 
 def _number(score: Score, value: float) -> str:

@@ -1,6 +1,6 @@
 """The confusion matrix that every segmentation score is read from."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,6 +49,30 @@ def confusion_matrix(
         cells.masked_fill_(ignored, num_classes**2)
         counts += torch.bincount(cells, minlength=len(counts))
     return counts[:-1].view(num_classes, num_classes)
+
+
+def confusion_of_classes(truth: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes that occur, int64 [c] in ascending order, and the `confusion_matrix` of them.
+
+    Its memory depends on how many classes occur, and not on how large their numbers are.
+
+    Args:
+        truth: classes, integers of any shape.
+        prediction: classes, integers of the same shape.
+
+    >>> confusion_of_classes(torch.tensor([7, 90_000]), torch.tensor([7, 7]))
+    (tensor([    7, 90000]), tensor([[1, 0],
+            [1, 0]]))
+    """
+    both = torch.stack([truth, prediction]).long()
+    classes, which = both.unique(return_inverse=True)
+    return classes, confusion_matrix(which[0], which[1], len(classes), ignore_index=-1)
+
+
+def class_labels(classes: Tensor, class_names: Sequence[str] | None) -> list[str]:
+    """The name of each class where there is one, else its number."""
+    names = class_names or ()
+    return [names[c] if c < len(names) else str(c) for c in classes.tolist()]
 
 
 def confusion_matrices(

@@ -224,12 +224,14 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
     known = sorted(set(names))
     classes = torch.tensor([known.index(name) for name in names])
     difference = torch.tensor(differences)
+    items = torch.tensor(list(subject.indices("test")))
 
     def score(chosen: Tensor) -> Score:
         parts = [x[chosen] for x in (found, asked, classes)]
         return Score.of(
             lambda n: class_pck(parts[0] * n, parts[1] * n, parts[2]).nanmean().item(),
             len(parts[0]),
+            items=items[chosen],
         )
 
     scores = {"PCK": score(torch.ones_like(difference, dtype=torch.bool))}

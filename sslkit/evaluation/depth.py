@@ -8,6 +8,7 @@ Franca paper's NYUv2 numbers (arXiv 2507.14137, section 5). Differences: docs/fa
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -240,7 +241,8 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
     predicted = predict_depth(head, test_patches, test_cls, (truth.shape[1], truth.shape[2]))
     errors = depth_errors(predicted, truth)
     known = truth.flatten(1).any(1)
-    metres = {"higher_is_better": False, "percent": False}
+    items = test.indices[known]
+    metres: dict[str, Any] = {"items": items, "higher_is_better": False, "percent": False}
     chosen = evenly_spaced(len(truth), 5)
     images = torch.stack(subject.images("test", test.indices[chosen].tolist()))
     return Outcome(
@@ -248,7 +250,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
             "RMSE, scale and shift aligned (m)": Score.mean(errors.aligned_rmse[known], **metres),
             "RMSE (m)": Score.mean(errors.rmse[known], **metres),
             "absolute relative error": Score.mean(errors.abs_rel[known], **metres),
-            "within 1.25": Score.mean(errors.delta1[known]),
+            "within 1.25": Score.mean(errors.delta1[known], items=items),
         },
         {"depth": figures.depth(images, truth[chosen], predicted[chosen])},
         {"layers": train_cls.shape[1]},

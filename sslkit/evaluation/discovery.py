@@ -56,4 +56,4 @@ def discovery_outcome(
             [truth[i] for i in shown],
         )
     details = {"images": len(kept), "images_without_boxes": len(features) - len(kept)}
-    return Outcome({"CorLoc": Score.mean(hits)}, figures, details)
+    return Outcome({"CorLoc": Score.mean(hits, items=torch.tensor(kept))}, figures, details)

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslkit.data.array_file import open_npy
 from sslkit.evaluation.pca import principal_axes
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
@@ -107,6 +108,10 @@ def read_pca_features(
     Args:
         folder: see above.
         size: resize bilinearly to (height, width), as Feat2GS does, to the size of its images.
+
+    Raises:
+        FileNotFoundError: there are no such files.
+        ValueError: a file holds something else, or less than its header says.
     """
     folder = Path(folder)
     paths = sorted(folder.glob("*.npy"))
@@ -114,13 +119,20 @@ def read_pca_features(
         raise FileNotFoundError(
             f"{folder} must hold NAME.npy of each view and pca.npz: write_pca_features makes them"
         )
-    views = {path.stem: torch.from_numpy(np.load(path)) for path in paths}
+    views = {path.stem: torch.from_numpy(_read_view(path)) for path in paths}
     if size is None:
         return views
     return {
         name: F.interpolate(view.movedim(-1, 0)[None], size, mode="bilinear")[0].movedim(0, -1)
         for name, view in views.items()
     }
+
+
+def _read_view(path: Path) -> np.ndarray:
+    array = open_npy(path)
+    if array.ndim != 3 or array.dtype.kind != "f":
+        raise ValueError(f"{path} must be float [H, W, d], got {array.dtype} {list(array.shape)}")
+    return np.array(array, dtype=np.float32)
 
 
 def masked_psnr(

@@ -27,6 +27,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sslkit.data.labels import as_labels
 from sslkit.data.sources import Source
 from sslkit.evaluation.features import (
     EncodedBatch,
@@ -162,8 +163,10 @@ def _read_meta(folder: Path, described: Mapping[str, Any]) -> dict[str, Any] | N
         shapes = [size for shape in meta["shapes"].values() for size in shape]
         if not all(type(size) is int and size > 0 for size in shapes) or not meta["of"].keys():
             raise ValueError(f"shapes {meta['shapes']}")
-        if unasked := sorted(meta["shapes"].keys() - set(meta["of"].get("want", ()))):
-            raise ValueError(f"shapes of {unasked[0][:60]!r}, which it does not want")
+        if meta["of"].get("want") == described["want"] and set(meta["shapes"]) != set(
+            described["want"]
+        ):
+            raise ValueError(f"it is of {described['want']}, but has shapes {meta['shapes']}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {error}): remove {folder}"
@@ -212,16 +215,8 @@ def _read_journal(path: Path, indices: Sequence[int]) -> list[dict[str, Any]]:
     for number, text in enumerate(complete.splitlines(), start=1):
         try:
             line = json.loads(text)
-            counts = [len(line[name]) for name in ("indices", "labels", "grids")]
-            if counts != counts[:1] * 3 or line["images"] != counts[0] + len(line["unreadable"]):
-                raise ValueError("its parts are of different lengths")
-            if not set(line["indices"]) <= set(indices[done : done + line["images"]]):
-                raise ValueError("it is of other images than those that come next")
-            if not all(type(side) is int and side > 0 for grid in line["grids"] for side in grid):
-                raise ValueError("its grids are not sides of patches")
-            if not all(type(label) is int for label in line["labels"]):
-                raise ValueError("its labels are not numbers")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            _check_line(line, indices[done:])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"line {number} of {path} is damaged ({type(error).__name__}: {error}): remove "
                 f"{path.parent}"
@@ -229,6 +224,29 @@ def _read_journal(path: Path, indices: Sequence[int]) -> list[dict[str, Any]]:
         done += line["images"]
         lines.append(line)
     return lines
+
+
+def _check_line(line: dict[str, Any], to_come: Sequence[int]) -> None:
+    """Raise an error unless this is a line that `_append` may have written for the next images."""
+    stated = line.pop("line_crc32", None)  # earlier versions wrote none
+    if stated is not None and stated != _line_checksum(line):
+        raise ValueError("it is not what was written there")
+    counts = [len(line[name]) for name in ("indices", "labels", "grids")]
+    if counts != counts[:1] * 3 or line["images"] != counts[0] + len(line["unreadable"]):
+        raise ValueError("its parts are of different lengths")
+    following = iter(to_come[: line["images"]])
+    if not all(index in following for index in line["indices"]):
+        raise ValueError("it is of other images than those that come next")
+    as_labels(line["labels"], of="its labels")
+    sides = [side for H, W in line["grids"] for side in (H, W)]
+    if not all(type(side) is int and side >= 0 for side in sides):
+        raise ValueError("its grids are not pairs of whole numbers")
+    if not all(isinstance(checksum, int) for checksum in line.get("crc32", {}).values()):
+        raise ValueError("its checksums are not numbers")
+
+
+def _line_checksum(line: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(line, sort_keys=True).encode())
 
 
 def _append(folder: Path, encoded: Sequence[EncodedBatch], unreadable: list[str]) -> dict[str, Any]:
@@ -252,7 +270,7 @@ def _append(folder: Path, encoded: Sequence[EncodedBatch], unreadable: list[str]
         "crc32": checksums,
     }
     with (folder / "journal.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps({**line, "line_crc32": _line_checksum(line)}) + "\n")
     return line
 
 

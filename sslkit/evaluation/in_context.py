@@ -25,6 +25,7 @@ from sslkit.evaluation.segmentation import (
     require_classes,
 )
 from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.tokens import Unsuitable
 from sslkit.unit_rows import unit_rows
 
 _IMAGES_AT_ONCE = 64
@@ -135,7 +136,7 @@ def build_memory(
         keys.append(key)
         labels.append(label)
     if not sum(map(len, keys)):
-        raise ValueError(f"the memory is empty: every pixel of the masks is {ignore_index}")
+        raise Unsuitable(f"the memory is empty: every pixel of the masks is {ignore_index}")
     return Memory(torch.cat(keys), torch.cat(labels))
 
 
@@ -327,7 +328,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
         class_names=names,
     )
     return Outcome(
-        {"mIoU": Score.of_confusion(result.confusions, statistic)},
+        {"mIoU": Score.of_confusion(result.confusions, statistic, items=test.indices)},
         {"in_context": figure},
         {
             "memory patches": result.memory_size,

@@ -257,5 +257,5 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
         temperature=options.temperature,
         num_neighbours=max(200, *ks),
     )
-    scores = {f"k={k}": Score.mean(predictions[k] == test.labels) for k in ks}
+    scores = {f"k={k}": Score.mean(predictions[k] == test.labels, items=test.indices) for k in ks}
     return Outcome(scores)

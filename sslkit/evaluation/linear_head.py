@@ -62,15 +62,17 @@ class LinearHead:
         learning_rate: of the grid, before it is scaled by batch / 256.
         weight: float32 [C, d].
         bias: float32 [C].
+        classes: the C classes that it was trained on, int64 [C], in ascending order.
     """
 
     inputs: LinearInput
     learning_rate: float
     weight: Tensor
     bias: Tensor
+    classes: Tensor
 
     def logits(self, layer_cls: Tensor, mean_patch: Tensor | None) -> Tensor:
-        """Logits [B, C] from ``layer_cls`` [B, n, D] and ``mean_patch`` [B, D]."""
+        """Logits [B, C] of ``classes`` from ``layer_cls`` [B, n, D] and ``mean_patch`` [B, D]."""
         logits = self.bias.new_empty(len(layer_cls), len(self.bias))
         for start in range(0, len(layer_cls), ITEMS_AT_ONCE):
             rows = slice(start, start + ITEMS_AT_ONCE)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sslkit.evaluation.confusion import confusion_matrix
+from sslkit.evaluation.confusion import class_labels, confusion_of_classes
 from sslkit.evaluation.features import Features
 from sslkit.evaluation.labels import warn_of_one_class, with_labels
 from sslkit.evaluation.linear_head import (
@@ -107,7 +107,8 @@ def linear_probe(
         learning_rates: for a batch of 256.
         num_steps: T.
         batch_size: items a step; 1024 is DINOv2's 8 × 128, with 12,500 steps 10 passes of ImageNet.
-        num_classes: C; default: the largest training label + 1.
+        num_classes: what training labels must be below; only checked. The C classes of a head are
+            those that occur among them.
         device: where the heads are trained.
         progress: called with the number of steps done, after each.
 
@@ -129,10 +130,12 @@ def linear_probe(
     test_labels, test_cls, test_mean_patch = with_labels(
         test_labels, test_cls, test_mean_patch, name="test_labels"
     )
-    num_labels = int(train_labels.max()) + 1
-    C = num_labels if num_classes is None else num_classes
-    if num_labels > C:
-        raise ValueError(f"train_labels holds {num_labels - 1}, but num_classes={C}")
+    if num_classes is not None and int(train_labels.max()) >= num_classes:
+        raise ValueError(
+            f"train_labels holds {int(train_labels.max())}, but num_classes={num_classes}"
+        )
+    classes, train_labels = train_labels.cpu().unique(return_inverse=True)
+    C = len(classes)
     if num_steps < 1 or batch_size < 1:
         raise ValueError(
             f"num_steps and batch_size must be at least 1, got {num_steps} and {batch_size}"
@@ -180,7 +183,7 @@ def linear_probe(
             found.append((x @ weight.T).unflatten(1, (-1, C)).argmax(-1).cpu())  # [rows, heads]
     truth = test_labels.cpu()
     guesses = {
-        (one, rate): guess
+        (one, rate): classes[guess]
         for one, found in zip(inputs, predicted, strict=True)
         for rate, guess in zip(learning_rates, torch.cat(found).T, strict=True)
     }
@@ -188,8 +191,8 @@ def linear_probe(
     one, rate = max(accuracies, key=lambda head: accuracies[head])  # the first of equal ones
     i = learning_rates.index(rate)
     rows_of_head = weights[inputs.index(one)][i * C : (i + 1) * C].cpu()
-    best = LinearHead(one, rate, *joined.split(one, rows_of_head))
-    guess = guesses[one, rate].clone()
+    best = LinearHead(one, rate, *joined.split(one, rows_of_head), classes)
+    guess = guesses[one, rate]
     return LinearProbeResult(accuracies, best, guess, guess == truth)
 
 
@@ -296,16 +299,13 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
     from sslkit.evaluation import figures
 
     result, test = probe_subject(subject, options)
-    head, C = result.best, len(result.best.bias)
-    names = subject.test.class_names
-    C = max(C, int(test.labels.max()) + 1)
-    counts = confusion_matrix(test.labels, result.predictions, C)
+    head = result.best
+    classes, counts = confusion_of_classes(test.labels, result.predictions)
+    names = class_labels(classes, subject.test.class_names)
     return Outcome(
-        {"best head": Score.mean(result.correct)},
+        {"best head": Score.mean(result.correct, items=test.indices)},
         {
-            "linear_confusion": figures.confusion(
-                counts, class_names=names if names is not None and len(names) == C else None
-            )
+            "linear_confusion": figures.confusion(counts, class_names=names),
         },
         {
             "best head": f"{head.inputs}, learning rate {head.learning_rate:g}",

@@ -24,6 +24,7 @@ from sslkit.evaluation.segmentation import (
     resize_masks,
 )
 from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.tokens import Unsuitable
 
 _IMAGES_AT_ONCE = 256
 
@@ -84,7 +85,7 @@ def fit_linear_segmentation(
     size = (masks.shape[1], masks.shape[2]) if size is None else size
     masks = resize_masks(masks, size, mode="nearest" if reference_quirks else "nearest-exact")
     if not known_pixels(masks, num_classes, ignore_index=ignore_index).any():
-        raise ValueError(f"masks hold {ignore_index} only: there is no class to learn")
+        raise Unsuitable(f"masks hold {ignore_index} only: there is no class to learn")
     linear = nn.utils.skip_init(nn.Linear, D, num_classes, device=patches.device)
     for parameter in linear.parameters():
         nn.init.uniform_(parameter, -(D**-0.5), D**-0.5, generator=generator)
@@ -263,7 +264,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
         class_names=names,
     )
     return Outcome(
-        {"mIoU": Score.of_confusion(result.confusions, statistic)},
+        {"mIoU": Score.of_confusion(result.confusions, statistic, items=test.indices)},
         {"linear_segmentation": figure},
         {
             "learning rate": best,

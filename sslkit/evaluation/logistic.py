@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslkit.evaluation.confusion import confusion_matrix
+from sslkit.evaluation.confusion import class_labels, confusion_of_classes
 from sslkit.evaluation.labels import with_labels
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject, labelled
@@ -312,18 +312,18 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
             max_iter=options.max_iter,
             progress=reach,
         )
-    score = Score.mean(result.correct)
+    score = Score.mean(result.correct, items=test.indices)
     if options.metric == "mean_per_class":
         score = Score.of(
-            lambda counts: mean_per_class(result.correct, truth, weights=counts), len(truth)
+            lambda counts: mean_per_class(result.correct, truth, weights=counts),
+            len(truth),
+            items=test.indices,
         )
-    names = subject.test.class_names
-    C = max(len(names or ()), int(truth.max()) + 1, int(train.labels.max()) + 1)
-    counts = confusion_matrix(truth, result.predictions, C)
-    known = names if names is not None and len(names) == C else None
+    classes, counts = confusion_of_classes(truth, result.predictions)
+    names = class_labels(classes, subject.test.class_names)
     return Outcome(
         {options.metric.replace("_", " "): score},
-        {"logistic_confusion": figures.confusion(counts, class_names=known)},
+        {"logistic_confusion": figures.confusion(counts, class_names=names)},
         {
             "C": result.cost,
             "C did not converge": list(result.not_converged),

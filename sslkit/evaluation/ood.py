@@ -25,6 +25,8 @@ from sslkit.evaluation.linear_probe import linear_probe
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject, labelled
 
+_SET = 2**32  # apart are the numbers of test items of two sets of images
+
 
 def auroc(
     confidence_id: Tensor,
@@ -191,10 +193,12 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
         batch_size=options.batch_size,
         device=subject.device,
     )
-    sets = {spec: subject.features(spec, "cls").cls for spec in (*options.near, *options.far)}
+    unknown = {spec: subject.features(spec, "cls") for spec in (*options.near, *options.far)}
+    sets = {spec: features.cls for spec, features in unknown.items()}
+    items = {"": everything.indices, **{spec: one.indices for spec, one in unknown.items()}}
     found = ood_confidences(
         train.cls,
-        train.labels,
+        torch.searchsorted(head.best.classes, train.labels),
         head.best.weight,
         head.best.bias,
         {"": everything.cls, **sets},
@@ -204,7 +208,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
     groups = {"near": options.near, "far": options.far}
     groups = {group: specs for group, specs in groups.items() if specs}
     scores = {
-        f"{group} AUROC, {name}": _mean_auroc(one, specs)
+        f"{group} AUROC, {name}": _mean_auroc(one, specs, items)
         for name, one in found.items()
         for group, specs in groups.items()
     }
@@ -244,7 +248,9 @@ def whole_source(spec: str) -> Source:
     return cast(Source, source)
 
 
-def _mean_auroc(confidences: Mapping[str, Tensor], specs: Sequence[str]) -> Score:
+def _mean_auroc(
+    confidences: Mapping[str, Tensor], specs: Sequence[str], items: Mapping[str, Tensor]
+) -> Score:
     """Mean over some sets; the items are those of all sets, known ones (``""``) first."""
     sizes = [len(x) for x in confidences.values()]
 
@@ -262,4 +268,5 @@ def _mean_auroc(confidences: Mapping[str, Tensor], specs: Sequence[str]) -> Scor
         ]
         return sum(values) / len(values) if values else 0.5
 
-    return Score.of(resampled, sum(sizes))
+    numbers = [items[spec] + _SET * place for place, spec in enumerate(confidences)]
+    return Score.of(resampled, sum(sizes), items=torch.cat(numbers))

@@ -318,7 +318,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
         name = f"K={num_clusters}"
         statistic = partial(matched_mean_iou, absent_as_zero=options.reference_quirks)
         scores[name] = _mean_score(
-            [Score.of_confusion(counts, statistic) for counts in result.counts]
+            [Score.of_confusion(counts, statistic, items=test.indices) for counts in result.counts]
         )
         by_seed[name] = dict(zip(map(str, options.seeds), result.mean_ious, strict=True))
         figures[f"overclustering_{num_clusters}"] = draw_segmentation(
@@ -342,4 +342,4 @@ def _mean_score(scores: Sequence[Score]) -> Score:
     def resampled(counts: Tensor) -> float:
         return sum(s.resampled(counts) for s in scores if s.resampled) / len(scores)
 
-    return Score.of(resampled, scores[0].num_items)
+    return Score.of(resampled, scores[0].num_items, items=scores[0].items)

@@ -221,7 +221,9 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
     maps = {name: probe.squared_errors.mean((0, 3)) for name, probe in probes.items()}
     return Outcome(
         {
-            f"{name} R²": Score.mean(probe.r2_by_image(), higher_is_better=False, percent=False)
+            f"{name} R²": Score.mean(
+                probe.r2_by_image(), items=test.indices, higher_is_better=False, percent=False
+            )
             for name, probe in probes.items()
         },
         {"position": figures.position_maps(maps)},

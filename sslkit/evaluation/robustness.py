@@ -251,8 +251,8 @@ class Options(ProbeOptions):
 def evaluate(subject: Subject, options: Options) -> Outcome:
     """Train and choose the head on ImageNet, then score it on each variant."""
     probe, test = probe_subject(subject, options)
-    columns = _columns_of(subject.train)
-    scores = {"imagenet": Score.mean(probe.correct)}
+    columns = _columns_of(subject.train)[probe.best.classes]
+    scores = {"imagenet": Score.mean(probe.correct, items=test.indices)}
     blocks = probe.best.inputs.num_blocks if "layer_cls" in test.tokens else 1
     for name in ("imagenet-a", "imagenet-r", "imagenet-v2", "imagenet-sketch"):
         spec = getattr(options, name.replace("-", "_"))
@@ -263,14 +263,16 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
         folders = folder_classes(variant.source(spec).class_names or ())
         labels = folders[features.labels]
         logits = _scattered(head_logits(probe.best, features), columns)
-        scores[name] = Score.mean(subset_correct(logits, labels, subset_classes(name)))
+        scores[name] = Score.mean(
+            subset_correct(logits, labels, subset_classes(name)), items=features.indices
+        )
     names = [subject.test.name(i) for i in test.indices.tolist()]
     if options.real and all("ILSVRC2012_val_" in name for name in names):
         sets = real_labels_of(names, read_real_labels())
         logits = _scattered(head_logits(probe.best, test), columns)
         correct, counts = real_correct(logits, sets)
         if counts.any():
-            scores["imagenet-real"] = Score.mean(correct[counts])
+            scores["imagenet-real"] = Score.mean(correct[counts], items=test.indices[counts])
     head = f"{probe.best.inputs}, learning rate {probe.best.learning_rate:g}"
     return Outcome(scores, {}, {"head": head, "chosen on": "imagenet"})
 

@@ -116,7 +116,7 @@ def require_classes(
 
     Args:
         masks: integer classes [B, h, w], in 0..C-1, or ``ignore_index``.
-        num_classes: C; with C = 1 nothing is refused.
+        num_classes: C.
         name: what messages call the masks.
         scored: whether these are the masks that predictions are compared with.
         class_names: for messages.
@@ -131,7 +131,7 @@ def require_classes(
         known = known_pixels(mask, num_classes, ignore_index=ignore_index)
         counts += torch.bincount(mask[known].long(), minlength=num_classes).cpu()
     absent = counts == 0
-    if not absent.any():
+    if num_classes >= 2 and not absent.any():
         return
     names = [
         str(c) if class_names is None else f"{class_names[c]} ({c})" for c in range(len(counts))
@@ -151,7 +151,7 @@ def require_classes(
                 '. Of binary masks, 0 and 255, say "values": [0, 255] in annotations.json, or '
                 "leave that file out"
             )
-    if scored and num_classes - len(shown) < min(2, num_classes):
+    if scored and num_classes - len(shown) < 2:
         raise Unsuitable(f"a mean IoU needs pixels of two classes: {found}")
     warnings.warn(found, stacklevel=3)
 

@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from sslkit.data.channels import with_channels
+from sslkit.data.fingerprint import names_digest
 from sslkit.data.labels import NO_LABEL
 from sslkit.data.seeds import sample_seed
 from sslkit.data.sources import Source, UnreadableImage
@@ -189,7 +190,12 @@ class Subject:
         if self.cache is None:
             features = extract(self.encoder, images, **shared)
         else:
-            identity = {**self.identity, "source": source, "view": repr(shared["transform"])}
+            identity = {
+                **self.identity,
+                "source": source,
+                "names": names_digest(images),
+                "view": repr(shared["transform"]),
+            }
             words = json.dumps([identity, len(indices), want, block, num_layers], default=str)
             digest = hashlib.sha256(words.encode()).hexdigest()[:12]
             features = cached_features(

@@ -13,7 +13,6 @@ import csv
 import io
 import itertools
 import json
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from sslkit import __version__
+from sslkit.data.array_file import open_npy
 from sslkit.files import atomic_write
 
 _METADATA_KEY = b"sslkit.extract"
@@ -149,12 +149,9 @@ def read_features(path: Path, *, size: int | None = None) -> np.ndarray:
         array = lists.flatten().to_numpy(zero_copy_only=False)
         return array.reshape(len(lists), -1)
     path = path if size is None else path.with_name(f"{path.stem}_{size}.npy")
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a whole .npy file: {error}") from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path} is a .npz archive, not a .npy file")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}")
+    array = open_npy(path)
     if array.ndim != 2 or array.dtype.kind != "f":
         raise ValueError(f"{path} must be float [N, F], got {array.dtype} {list(array.shape)}")
     return array
@@ -197,7 +194,7 @@ def require_whole(output: Path, description: Mapping[str, Any]) -> None:
             found = {path: len(read_names(output))}
             for name, shape in description["shape"].items():
                 path = output.with_name(name)
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
+                array: Any = open_npy(path)  # a memory map
                 if path.stat().st_size != array.offset + array.nbytes or array.shape[1] != shape[1]:
                     raise ValueError(f"it is not an array {shape} and nothing else")
                 found[path] = len(array)

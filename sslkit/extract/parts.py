@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sslkit.data.fingerprint import names_digest
 from sslkit.data.sources import Source, Split, open_source
 from sslkit.evaluation.features import Unsuitable, encoded_batches
 from sslkit.evaluation.models import Model, open_model
@@ -204,6 +205,7 @@ class _Job:
             "weights_identity": self.model.identity,
             "view": repr(self.transform),
             "num_images": len(self.source),
+            "names": names_digest(self.source),
         }
         del settings["batch_size"]  # a run that ran out of memory continues with a smaller one
         return settings
@@ -297,6 +299,9 @@ class _Job:
             part = Part(tensors["rows"], tensors["labels"], tensors["indices"], errors)
             if len(part.labels) + len(part.unreadable) != self.size(start):
                 raise ValueError(f"it is not of {self.size(start)} images")
+            following = iter(range(start, start + self.size(start)))
+            if not all(index in following for index in part.indices.tolist()):
+                raise ValueError("it is of other images")
             if said.get("crc32", str(_checksum(tensors))) != str(_checksum(tensors)):
                 raise ValueError("its checksum is another")
         except (SafetensorError, ValueError, KeyError, TypeError) as error:

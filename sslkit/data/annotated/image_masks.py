@@ -20,6 +20,10 @@ order, and a warning says which they are. If 255 is one of more than two, it is 
 two values, such as 0 and 255, the smaller is the background and the other the foreground.
 
 Without both lists the images have no splits; `sslkit.data.open_source` then divides them.
+
+Masks may have longer names than their images, if all go on in the same way: ``NAME_mask.png``.
+Two folders ``train`` and ``val`` (or ``test``) may each have ``images`` and ``masks``; their
+``annotations.json`` then lies beside the two, or else their masks together tell the classes.
 """
 
 import os
@@ -124,6 +128,8 @@ class ImagesAndMasks(AnnotatedFiles):
     Args:
         folder: laid out as above.
         split: ``"train"`` or ``"test"``, by the lists; None: all images, whatever the lists.
+        parts: folders of this layout, ``folder`` included, that have one list of classes; default:
+            ``folder`` alone.
         max_side: see :func:`sslkit.data.decode.read_image`.
 
     Raises:
@@ -136,6 +142,7 @@ class ImagesAndMasks(AnnotatedFiles):
         folder: str | os.PathLike[str],
         *,
         split: Split | None = "train",
+        parts: Sequence[str | os.PathLike[str]] | None = None,
         max_side: int = MAX_SIDE,
     ):
         root = Path(folder)
@@ -156,11 +163,15 @@ class ImagesAndMasks(AnnotatedFiles):
         if not names:
             raise FileNotFoundError(f"{found or root / 'images'} is empty: there is no image")
         self._masks = root / "masks"
-        self._mask_files = _by_stem(self._masks, _MASK_ENDINGS)
-        _require_masks(self._masks, names, self._mask_files)
-        path = root / "annotations.json"
+        self._mask_files = _masks_of(self._masks, names)
+        self._parts = [Path(part) / "masks" for part in parts or (root,)]
+        path = root / "annotations.json" if parts is None else root.parent / "annotations.json"
         annotations = _read_annotations(path) if path.is_file() else None
         self._annotations = str(path)
+        if annotations:
+            _warn_of_unknown(
+                annotations, path, [Path(part) / "images" for part in parts or (root,)]
+            )
         labels, boxes = (annotations.labels, annotations.boxes) if annotations else ({}, {})
         labelled = any(label >= 0 for label in labels.values())
         self._stated = None if annotations is None else annotations.classes
@@ -178,7 +189,7 @@ class ImagesAndMasks(AnnotatedFiles):
         """The classes of the masks; without ``annotations.json`` every mask is read for them."""
         if self._stated is not None:
             return self._stated
-        return _classes_found(self._masks, list(self._mask_files.values()))
+        return _classes_found(self._parts)
 
     @property
     def mask_class_names(self) -> tuple[str, ...]:
@@ -254,18 +265,21 @@ def read_mask_values(
     return (red << 16) | (green << 8) | blue, True
 
 
-def _classes_found(folder: Path, files: Sequence[str]) -> MaskClasses:
-    """The classes that the values of all masks stand for."""
+def _classes_found(folders: Sequence[Path]) -> MaskClasses:
+    """The classes that the values of all masks in some folders stand for."""
     greys: set[int] = set()
     colours: set[int] = set()
+    files = [
+        folder / name for folder in folders for name in _by_stem(folder, _MASK_ENDINGS).values()
+    ]
     for file in files:
-        levels, is_coloured = read_mask_values(str(folder / file))
+        levels, is_coloured = read_mask_values(str(file))
         (colours if is_coloured else greys).update(np.unique(levels).tolist())
     coloured = bool(colours)
     found = sorted(colours | {grey * 0x010101 for grey in greys}) if coloured else sorted(greys)
     ignored = (IGNORE,) if not coloured and len(found) > 2 and IGNORE in found else ()
     values = tuple(value for value in found if value not in ignored)
-    where = f"{len(files)} masks in {folder}"
+    where = f"{len(files)} masks in {' and '.join(map(str, folders))}"
     if len(values) < 2:
         raise ValueError(f"the {where} all hold {_shown(values, coloured)}: there are no classes")
     if len(values) > IGNORE:
@@ -305,6 +319,18 @@ def _by_stem(folder: Path, endings: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def _masks_of(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """The mask of each image: the file of its name, or of its name and an ending common to all."""
+    files = _by_stem(folder, _MASK_ENDINGS)
+    first = names[0]
+    endings = sorted(stem[len(first) :] for stem in files if stem.startswith(first))
+    for ending in endings:
+        if ending[:1] in ("", ".", "_", "-") and all(name + ending in files for name in names):
+            return {name: files[name + ending] for name in names}
+    _require_masks(folder, names, files)
+    return files
+
+
 def _require_masks(folder: Path, names: Sequence[str], masks: Mapping[str, str]) -> None:
     if not (missing := [name for name in names if name not in masks]):
         return
@@ -316,6 +342,7 @@ def _require_masks(folder: Path, names: Sequence[str], masks: Mapping[str, str])
         )
     raise FileNotFoundError(
         f"no mask {folder / missing[0]}.png; {len(missing)} of {len(names)} images have none. "
+        "Masks have the names of their images, or all go on in the same way (NAME_mask.png). "
         "train.txt and val.txt may name the images that have one"
     )
 
@@ -335,6 +362,8 @@ class _Annotations(NamedTuple):
 def _read_annotations(path: Path) -> _Annotations:
     try:
         content = read_json(path)
+        if not isinstance(content["classes"], list):
+            raise TypeError("classes is not a list")
         names, images = tuple(map(str, content["classes"])), dict(content.get("images", {}))
         # Class 0 is the background, which is no more a label than -1.
         labels = {name: max(as_label(each.get("label", 0)), 0) - 1 for name, each in images.items()}
@@ -354,6 +383,8 @@ def _read_annotations(path: Path) -> _Annotations:
         raise ValueError(
             f"{path} names {C} class(es): the background and at least one, at most {IGNORE} in all"
         )
+    if len(set(names)) < C:
+        raise ValueError(f"{path} names two classes alike: {list(names)}")
     if len(values) != C or len({*values, *ignored}) != C + len(ignored):
         raise ValueError(
             f"{path} gives {len(values)} values to {C} classes, and ignores {len(ignored)}: each "
@@ -372,6 +403,16 @@ def _read_annotations(path: Path) -> _Annotations:
     if coloured and content.get("ignore") is None:
         ignored = ()
     return _Annotations(MaskClasses(names, values, ignored, coloured), labels, boxes)
+
+
+def _warn_of_unknown(annotations: _Annotations, path: Path, folders: Sequence[Path]) -> None:
+    images = {stem for folder in folders for stem in _by_stem(folder, IMAGE_EXTENSIONS)}
+    if unknown := [name for name in annotations.labels if name not in images]:
+        warnings.warn(
+            f"{path} is of {len(unknown)} images that are not there, such as {unknown[0]!r}; names "
+            "are those of the files without their endings",
+            stacklevel=3,
+        )
 
 
 def _is_box(box: Any, num_classes: int) -> bool:

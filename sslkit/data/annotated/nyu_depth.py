@@ -97,15 +97,14 @@ class NYUDepthFile:
         self.eigen_crop = eigen_crop
         self.indices = _read_split(Path(path).with_name("splits.mat"), split)
         with self._open() as file:
-            if missing := {"images", "depths"} - set(file):
-                raise ValueError(f"{self.path} has no {sorted(missing)}; it has {sorted(file)}")
-            num_images = self._check_arrays(file["images"], file["depths"])
-            scenes: list[str] = []
-            if "sceneTypes" in file:
-                names = self._array(file, "sceneTypes", max_values=num_images)
-                if names.size != num_images:
-                    raise ValueError(f"{self.path} has {names.size} sceneTypes")
-                scenes = [_text(self._array(file, each, max_values=1000)) for each in names]
+            try:
+                num_images, scenes = self._read_tables(file)
+            except ValueError:
+                raise
+            except Exception as error:  # HDF5's errors have no base of their own
+                raise ValueError(
+                    f"{self.path} is damaged: {type(error).__name__}: {error}"
+                ) from error
         if len(self.indices) == 0 or self.indices.min() < 0 or self.indices.max() >= num_images:
             wrong = [i + 1 for i in self.indices if not 0 <= i < num_images]
             raise ValueError(
@@ -137,8 +136,25 @@ class NYUDepthFile:
         """Metres, float32 [h, w]."""
         with unreadable_as(self.name(index)), self._open() as file:
             depth = file["depths"][self.indices[index]]
+        if not (np.isfinite(depth) & (depth >= 0)).all():
+            raise UnreadableImage(
+                self.name(index), "its depth is not a number of 0 and more metres"
+            )
         depth = _cropped(depth.T, self.name(index)) if self.eigen_crop else depth.T
         return torch.from_numpy(np.ascontiguousarray(depth, np.float32))
+
+    def _read_tables(self, file: Any) -> tuple[int, list[str]]:
+        """The number of images, and the type of each one's scene where the file says it."""
+        if missing := {"images", "depths"} - set(file):
+            raise ValueError(f"{self.path} has no {sorted(missing)}; it has {sorted(file)}")
+        num_images = self._check_arrays(file["images"], file["depths"])
+        scenes: list[str] = []
+        if "sceneTypes" in file:
+            names = self._array(file, "sceneTypes", max_values=num_images)
+            if names.size != num_images:
+                raise ValueError(f"{self.path} has {names.size} sceneTypes")
+            scenes = [_text(self._array(file, each, max_values=1000)) for each in names]
+        return num_images, scenes
 
     def _check_arrays(self, images: Any, depths: Any) -> int:
         """The number of images, once the shapes and types in the file are known to be right."""
@@ -265,7 +281,8 @@ def _read_split(path: Path, split: str) -> np.ndarray:
     if key not in splits:
         raise ValueError(f"{path} has no {key}; it has {sorted(splits)}")
     numbers = np.ravel(splits[key])
-    if numbers.dtype.kind not in "uif" or (numbers != np.floor(numbers)).any():
+    whole = numbers.dtype.kind in "uif" and bool((np.abs(numbers) < 2**31).all())
+    if not whole or (numbers != np.floor(numbers)).any():
         raise ValueError(f"{path} has {key} of type {numbers.dtype}; expected whole numbers")
     return numbers.astype(np.int64) - 1
 

@@ -23,6 +23,7 @@ from sslkit.data.annotated.files import (
 )
 from sslkit.data.annotated.protocols import KeypointPair
 from sslkit.data.decode import MAX_SIDE, read_image
+from sslkit.data.labels import as_label
 from sslkit.data.string_table import StringTable
 
 _TREE = """\
@@ -85,13 +86,13 @@ class SPair:
                 for key in ("src_imname", "trg_imname")
             )
             source_points, target_points = _points(fields["src_kps"]), _points(fields["trg_kps"])
-            viewpoint_difference = int(fields["viewpoint_variation"])
+            viewpoint_difference = as_label(fields["viewpoint_variation"], num_classes=3)
             if len(source_points) != len(target_points):
                 raise ValueError(
                     f"it has {len(source_points)} source and {len(target_points)} target key points"
                 )
             box = fields["trg_bndbox"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is not an annotation of SPair-71k: {type(error).__name__}: {error}"
             ) from error

@@ -199,10 +199,8 @@ def _read_cell(cell: Any, name: str, max_side: int, places: Places | None) -> Te
     if isinstance(cell, bytes | bytearray | memoryview):
         return decode_image(bytes(cell), name=name, max_side=max_side)
     if isinstance(cell, Image.Image):
-        try:
+        with unreadable_as(name):
             return pil_to_tensor(cell.copy(), max_side=max_side)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UnreadableImage(name, f"{type(error).__name__}: {error}") from error
     if cell is not None:
         raise UnreadableImage(name, f"{type(cell).__name__} is neither a file's bytes nor pixels")
     if path and ("://" in path or "::" in path):

@@ -15,6 +15,7 @@ from sslkit.data.hugging_face.places import Places
 from sslkit.data.protocols import MAX_REPLACEMENTS, StreamItem
 from sslkit.data.seeds import sample_seed
 from sslkit.data.splits import check_test_fraction, name_hash
+from sslkit.data.unreadable import TooManyUnreadable
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -228,7 +229,7 @@ class HuggingFaceReader:
         """Sample number ``position`` of the stream.
 
         Raises:
-            RuntimeError: 64 images of its lane in a row cannot be read.
+            TooManyUnreadable: 64 images of its lane in a row cannot be read.
         """
         item, lane_number = divmod(position, self.stream.num_lanes)
         if lane_number not in self._lanes:
@@ -246,7 +247,7 @@ class HuggingFaceReader:
                 continue
             return StreamItem(image, label, lane.peek(0)[0], at, tuple(unreadable))
         first = unreadable[0][1]
-        raise RuntimeError(
+        raise TooManyUnreadable(
             f"{MAX_REPLACEMENTS} images in a row of lane {lane_number} of the stream are "
             f"unreadable, the first of them {first.name}: {first.reason}"
         )

@@ -7,8 +7,9 @@ from typing import IO
 
 import numpy as np
 
+from sslkit.data.annotation_names import is_annotation
 from sslkit.data.image_formats import IMAGE_EXTENSIONS
-from sslkit.data.labels import NO_LABEL, as_label
+from sslkit.data.labels import MAX_CLASSES, NO_LABEL, as_label, label_rule
 from sslkit.data.regular_file import open_regular
 from sslkit.data.shards.headers import DamagedTar, TarMember, walk_headers
 from sslkit.data.string_table import StringTable
@@ -48,13 +49,16 @@ class Members:
 def read_members(path: str | os.PathLike[str]) -> Members:
     """Find the samples of the tar file at ``path`` by its headers, without reading the images.
 
-    Consecutive members whose names agree up to the first dot of the file name are one sample, as
-    in webdataset. Its image is the first member whose whole extension is an image's
-    (``000123.jpg``, but not ``000123.mask.png``). The label is the number in ``000123.cls``.
+    Consecutive members whose names agree up to the first dot of the file name are one sample, as in
+    webdataset; a name that comes again begins the next sample. Its image is the first member whose
+    whole extension is an image's (``000123.jpg``, but not ``000123.mask.png``). The label is the
+    number in ``000123.cls``.
 
     Where there is no such image, the dots belong to names: every member that ends in an image's
     extension (``22.05.png``) is a sample of its own, with the label in ``22.05.cls`` or else in
-    ``22.cls``. Samples without any image, and files whose names begin with a dot, are passed over.
+    ``22.cls``. Masks, depth and the like (``22.mask.png``, by `sslkit.data.annotation_names`) are
+    never images, whatever stands beside them. Samples without any image, and files whose names
+    begin with a dot, are passed over.
 
     Where the file is damaged, the samples that lie wholly before the damage are given.
 
@@ -80,6 +84,7 @@ class _Group:
     key: str
     images: list[tuple[str, TarMember]] = field(default_factory=list)  # stem, member
     labels: dict[str, int] = field(default_factory=dict)  # by stem
+    extensions: set[str] = field(default_factory=set)
 
 
 class _Samples:
@@ -89,9 +94,10 @@ class _Samples:
         self._names: list[str] = []
         self._rows: list[tuple[int, int, int]] = []  # offset, size, label
         self._group = _Group("")
-        # How many, and the first: images of their own, images beside a sample's image, not plain.
+        # Images of their own, images beside a sample's image, annotations, and what is not plain.
         self._split: list[str] = []
         self._beside: list[str] = []
+        self._annotations: list[str] = []
         self._not_plain: list[str] = []
 
     def add(self, member: TarMember, file: IO[bytes]) -> None:
@@ -105,10 +111,13 @@ class _Samples:
             if is_image:
                 self._not_plain.append(member.name)
             return
-        if key != self._group.key:
+        if key != self._group.key or extension in self._group.extensions:
             self._finish_group()
             self._group = _Group(key)
-        if is_image:
+        self._group.extensions.add(extension)
+        if is_image and stem and is_annotation(stem):
+            self._annotations.append(member.name)
+        elif is_image:
             self._group.images.append((stem, member))
         elif ending == "cls":
             self._group.labels[stem] = _read_label(file, member.offset, member.size)
@@ -140,11 +149,21 @@ class _Samples:
             "images have more than one dot in their names and count as samples of their own, "
             "as no image of the plain name stands beside them": self._split,
             "images are passed over, as they stand beside the image of their sample": self._beside,
+            "images are passed over, as their names say that they are annotations of others": (
+                self._annotations
+            ),
             "images are passed over, as they are links or sparse files": self._not_plain,
         }
-        return tuple(
+        remarks = [
             f"{len(names)} {text}, such as {names[0]}" for text, names in texts.items() if names
-        )
+        ]
+        labels = [label for _, _, label in self._rows if label != NO_LABEL]
+        if labels and all(label == BAD_LABEL for label in labels):
+            remarks.append(
+                f"none of its {len(labels)} .cls members is a label, so that there are no classes: "
+                f"{label_rule(MAX_CLASSES)}"
+            )
+        return tuple(remarks)
 
 
 def _read_label(file: IO[bytes], offset: int, size: int) -> int:
