@@ -2,20 +2,21 @@
 
 ``torch.load(weights_only=True)`` runs no code, but it still makes what the file asks for: a zip
 member that unpacks to gigabytes, ``bytearray(10 ** 11)``, a tensor whose strides are 0. These are
-refused here, the first two before anything is unpickled.
+refused here, and all but the last before anything is unpickled (`sslkit.torch_pickles`).
 """
 
 import argparse
 import pickle
-import pickletools
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
+
+from sslkit.torch_pickles import Excess, walk
 
 _ALLOWED = {
     "argparse.Namespace",  # the checkpoints of DINO and iBOT keep their command line
@@ -72,7 +73,7 @@ def read_torch_file(path: Path) -> Any:
             "you trust it, load it in a process of its own with torch.load(..., "
             "weights_only=False), and save the state dict's tensors alone"
         ) from error
-    except _Refused as error:
+    except (_Refused, Excess) as error:
         raise ValueError(f"{path} {error}") from error
     except Exception as error:  # a damaged pickle calls anything with anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -146,7 +147,7 @@ def _check_archive(path: Path) -> None:
 def _check_globals(path: Path, file: IO[bytes], num_pickles: int) -> None:
     """Raise an UnpicklingError for a class or function that a file of weights does not need."""
     for _ in range(num_pickles):
-        for name in _globals(file):
+        for name in walk(file, path.stat().st_size):
             if name.startswith("torch._utils._rebuild_") and not _is_allowed(name):
                 raise _Refused(
                     f"holds a tensor that is sparse, quantised, nested or without values ({name}): "
@@ -154,19 +155,6 @@ def _check_globals(path: Path, file: IO[bytes], num_pickles: int) -> None:
                 )
             if not _is_allowed(name):
                 raise pickle.UnpicklingError(f"GLOBAL {name}")
-
-
-def _globals(file: IO[bytes]) -> Iterator[str]:
-    """Full names of the classes and functions that the next pickle of a file names."""
-    try:
-        for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name == "GLOBAL":
-                module, _, name = str(argument).partition(" ")
-                yield f"{module.replace('__builtin__', 'builtins')}.{name}"
-            elif opcode.name == "STACK_GLOBAL":
-                return  # of a later protocol, which torch.load refuses
-    except (ValueError, EOFError, UnicodeDecodeError):
-        return  # torch.load says what is wrong
 
 
 def _is_allowed(name: str) -> bool:

@@ -18,8 +18,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from sslkit.training import checkpoint
+from sslkit.training import checkpoint, tensor_storage
 from sslkit.training.checkpoint import CheckpointError, Checkpoints, step_of
 
 ROOT = Path(__file__).parents[1]
@@ -551,3 +552,59 @@ def test_a_network_is_compared_without_memory(two_checkpoints):
 def test_types_that_files_do_not_have(tmp_path):
     with pytest.raises(TypeError, match=r"'a' of type torch\.complex64"):
         Checkpoints(tmp_path).save(0, {"a": torch.zeros(1, dtype=torch.complex64)})
+
+
+def parts_of(path: Path, *boxes: tuple[list[int], list[int]]) -> None:
+    """Give the first tensor of net's weights, [100], other parts: (offsets, shape)."""
+    changed = described(path)
+    changed["net.weights"]["parts"] = [
+        {"file": "rank_0.safetensors", "offsets": offsets, "shape": shape}
+        for offsets, shape in boxes
+    ]
+    forge(path, description=json.dumps(changed).encode())
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([([0], [50]), ([0], [50])], "parts of net.weights overlap"),
+        ([([0], [60]), ([40], [40])], "parts of net.weights overlap"),
+        ([([0], [100]), ([100], [0])], "a part of net.weights is empty"),
+    ],
+)
+def test_parts_leave_nothing_of_a_tensor_unfilled(two_checkpoints, boxes, message):
+    """The old code left what no part fills as it was in memory."""
+    checkpoints, path = two_checkpoints
+    parts_of(path, *boxes)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.load_(path, state_of(0))
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "pipe"])
+def test_a_file_that_the_manifest_lacks_is_not_read(two_checkpoints, tmp_path, kind):
+    checkpoints, path = two_checkpoints
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["rank_0.safetensors"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    if kind != "file":
+        shutil.move(path / "rank_0.safetensors", tmp_path / "elsewhere")
+    if kind == "link":
+        (path / "rank_0.safetensors").symlink_to(tmp_path / "elsewhere")
+    if kind == "pipe":
+        os.mkfifo(path / "rank_0.safetensors")
+    with pytest.raises(CheckpointError, match=r"manifest\.json does not list rank_0\.safetensors"):
+        checkpoints.load_(path, state_of(0))
+    (path / "manifest.json").unlink()
+    os.mkfifo(path / "manifest.json")
+    with pytest.raises(CheckpointError, match=r"its manifest\.json is a link, or not a file"):
+        checkpoints.load_(path, state_of(0))
+
+
+def test_parts_that_divide_several_axes_may_meet(two_checkpoints):
+    grid = [
+        ChunkStorageMetadata(torch.Size([r, c]), torch.Size([2, 3])) for r in (0, 2) for c in (0, 3)
+    ]
+    tensor_storage._require_disjoint(grid, "w")
+    shifted = [*grid[:3], ChunkStorageMetadata(torch.Size([2, 2]), torch.Size([2, 3]))]
+    with pytest.raises(ValueError, match="parts of w overlap"):
+        tensor_storage._require_disjoint(shifted, "w")

@@ -263,3 +263,18 @@ def test_other_features_need_the_data_they_are_of(tmp_path, planted):
 def test_mistakes_take_one_line(tmp_path, words, message):
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         main([*words, "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    "data", ["pipe:touch started; cat a.tar", "http://127.0.0.1:1/a.tar", "hf:org/name"]
+)
+def test_features_from_somebody_else_start_nothing(tmp_path, monkeypatch, data):
+    monkeypatch.chdir(tmp_path)
+    np.save("f.npy", np.zeros((2, 3), np.float16))
+    settings_of = {"data": data, "split": "train", "seed": 0, "num_images": 2}
+    described = {"settings": settings_of, "shape": {"f.npy": [2, 3]}}
+    Path("f.json").write_text(json.dumps(described))
+    Path("f.csv").write_text("index,name\n0,a\n1,b\n")
+    with pytest.raises(SystemExit, match=r"f\.json names data that may start .* give it as --data"):
+        main(["--features", "f.npy", "--output", "out"])
+    assert not Path("started").exists()

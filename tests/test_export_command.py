@@ -82,6 +82,21 @@ def test_settings_beside_an_encoder_with_rasa(tmp_path, capsys):
     assert "no scores in the card: " in capsys.readouterr().err
 
 
+def test_settings_that_are_a_link_or_not_json_are_not_published(tmp_path):
+    path = tmp_path / "rasa.safetensors"
+    save(network("sslkit_vit_micro", depth=1), path, {"stage": "rasa"})
+    (tmp_path / "private.json").write_text('{"password": 1}')
+    (tmp_path / "settings.json").symlink_to(tmp_path / "private.json")
+    words = ["hf", "--weights", str(path), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"settings\.json is a link"):
+        main(words)
+    (tmp_path / "settings.json").unlink()
+    (tmp_path / "settings.json").write_text("not JSON")
+    with pytest.raises(SystemExit, match=r"settings\.json is not JSON"):
+        main(words)
+    assert not (tmp_path / "out" / "README.md").exists()
+
+
 def test_onnx_and_torch(weights, tmp_path):
     images = torch.randn(2, 3, 24, 16)
     expected = load(weights).eval()(images).cls

@@ -1,6 +1,7 @@
 """Features on the disk: the same as in memory, continued where they stopped, never mixed up."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -258,6 +259,38 @@ def test_a_killed_process_continues(tmp_path):
     assert torch.equal(found.cls, torch.arange(64.0).half()[:, None].expand(64, 3))
     assert torch.equal(found.labels, torch.arange(64) % 3)
     assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 10 + 3
+
+
+def test_a_cache_from_somebody_else_writes_nowhere_else(tmp_path, encoder):
+    """Links, pipes, and names of tokens that lead out of the folder."""
+    victim = tmp_path / "victim.f16"
+    victim.write_bytes(bytes(5000))
+    source = Pictures(count=3, broken=(), stop_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path / "set", encoder, source)
+    meta = tmp_path / "set" / "meta.json"
+    good = meta.read_text()
+    described = json.loads(good)
+    for name in (str(victim.with_suffix("")), "../victim"):
+        meta.write_text(json.dumps(described | {"shapes": {**described["shapes"], name: [1]}}))
+        with pytest.raises(ValueError, match=r"meta\.json is damaged .*but has shapes"):
+            cached(tmp_path / "set", encoder, Pictures(count=3, broken=()))
+    meta.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"meta\.json is damaged"):
+        cached(tmp_path / "set", encoder, Pictures(count=3, broken=()))
+    meta.write_text(good)
+    for name in ("cls.f16", "lock", "journal.jsonl"):
+        path = tmp_path / "set" / name
+        kept = path.read_bytes()
+        for make, kind in ((lambda p: p.symlink_to(victim), "a link"), (os.mkfifo, "not a file")):
+            path.unlink()
+            make(path)
+            with pytest.raises(ValueError, match=rf"{name} is {kind}, and a cache"):
+                cached(tmp_path / "set", encoder, Pictures(count=3, broken=()))
+        path.unlink()
+        path.write_bytes(kept)
+    assert victim.read_bytes() == bytes(5000)
+    cached(tmp_path / "set", encoder, Pictures(count=3, broken=()))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from sslkit.data.annotated import ImageList, find_ood_lists
 from sslkit.data.annotated.openood import find_list_root
@@ -112,3 +113,15 @@ def test_paths_with_spaces(tmp_path):
     (tmp_path / "list.txt").write_text("a cat.png 2\n")
     source = ImageList(tmp_path / "list.txt", tmp_path)
     assert source[0][0].shape == (3, 3, 4)
+
+
+@pytest.mark.parametrize("name", ["/PRIVATE/a.png", "a/../../private/a.png", "..\\private\\a.png"])
+def test_a_list_names_images_of_its_folder(tmp_path, name):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "private").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "private" / "a.png")
+    Image.new("RGB", (2, 2)).save(tmp_path / "set" / "b.png")
+    named = name.replace("/PRIVATE", str(tmp_path / "private"))
+    (tmp_path / "set" / "list.txt").write_text(f"b.png 0\n{named} 1\n")
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        ImageList(tmp_path / "set" / "list.txt", tmp_path / "set")

@@ -26,6 +26,7 @@ BASE = {
     "ops",
     "slices",
     "torch_files",
+    "torch_pickles",
     "unit_rows",
 }
 PARTS = {
@@ -125,7 +126,7 @@ def test_arrows_point_one_way(path):
         below = {
             "files": set(),
             "kept_types": set(),
-            "torch_files": set(),
+            "torch_files": {"torch_pickles"},
             "slices": set(),
             "unit_rows": set(),
             "factored_logits": set(),

@@ -3,6 +3,7 @@
 import fnmatch
 import functools
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,7 @@ def build_encoder(
     if channels or len(found) < len(expected):
         encoder = _create(settings, folded_norm, fresh=len(found) < len(expected))
     values = {name: tensor.to(dtype, copy=True) for name, tensor in found.items()}
+    _warn_of_nan(file.name, values)
     encoder.load_state_dict(values, assign=True, strict=False)
     encoder.to(dtype)
     _replace_rope_(encoder, settings)
@@ -234,6 +236,18 @@ def _require_share(name: str, expected: Mapping[str, torch.Size], network: Netwo
         raise ValueError(
             f"the encoder that {name} describes has {asked:,} parameters, but the file only "
             f"{there:,}: too few for ignore to leave the rest to fresh weights"
+        )
+
+
+def _warn_of_nan(name: str, values: Mapping[str, Tensor]) -> None:
+    """Weights that are not finite may be what somebody looks for, and are loaded."""
+    wrong = [n for n, x in values.items() if not x.is_meta and not bool(x.isfinite().all())]
+    if wrong:
+        warnings.warn(
+            f"{name}: {len(wrong)} tensor(s) hold NaN or infinite values, such as {wrong[0]}: the "
+            "tokens of this encoder may be NaN",
+            RuntimeWarning,
+            stacklevel=4,
         )
 
 

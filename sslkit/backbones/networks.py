@@ -12,6 +12,7 @@ _LANDMARKS = (
     "embeddings.patch_embeddings.projection.weight",
     "embeddings.patch_embeddings.weight",
 )
+_MOST_NETWORKS = 64
 HEADS = ("dino_head", "ibot_head")
 _BESIDE = {
     "optimizer": "the optimizer's state",
@@ -79,6 +80,8 @@ def choose_network(file: WeightsFile, which: str | None = None) -> Network:
     )
     if not prefixes:
         raise ValueError(_no_network(file))
+    if len(prefixes) > _MOST_NETWORKS:
+        raise ValueError(f"{file.name} holds {len(prefixes)} networks, more than {_MOST_NETWORKS}")
     prefix = _choose(file.name, prefixes, which)
     tensors, unused, unexpected = {}, {}, []
     heads: dict[str, dict[str, Tensor]] = {}

@@ -21,6 +21,9 @@ class ImageFiles:
         class_names: the names of these classes, where known.
         num_classes: default: as many as there are names.
         max_side: see :func:`sslkit.data.decode.read_image`.
+
+    Raises:
+        ValueError: a name is an absolute path, or leads out of ``folder``.
     """
 
     def __init__(
@@ -34,6 +37,9 @@ class ImageFiles:
         max_side: int = MAX_SIDE,
     ):
         self.folder = os.fspath(folder)
+        for file in files:  # they may stand in a list from somebody else
+            if os.path.isabs(file) or ".." in file.replace("\\", "/").split("/"):
+                raise ValueError(f"the name {file!r} leads out of the folder {self.folder}")
         self.max_side = max_side
         self.class_names = class_names
         self.num_classes = check_num_classes(

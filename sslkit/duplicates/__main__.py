@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sslkit.command_line import run_command
+from sslkit.data.local import is_local
 from sslkit.data.sources import Source, UnreadableImage, open_source
 from sslkit.duplicates import figures
 from sslkit.duplicates.search import (
@@ -182,8 +183,13 @@ def _open(settings: Settings) -> tuple[np.ndarray, list[tuple[int, str]], Source
         description = read_description(path)
         require_whole(path, description)
         of = description["settings"]
+        if settings.data is None and not is_local(str(of["data"])):
+            raise ValueError(
+                f"{described} names data that may start a program or ask another machine: "
+                f"{str(of['data'])!r}. If you trust that, give it as --data"
+            )
         source = open_source(
-            settings.data or of["data"], split=of["split"], test_fraction=0.0, seed=of["seed"]
+            settings.data or str(of["data"]), split=of["split"], test_fraction=0.0, seed=of["seed"]
         )
         names = read_names(path)
         changed = len(source) != of["num_images"]

@@ -97,6 +97,7 @@ def cached_features(
         **{name: str(value) for name, value in identity.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
+    _refuse_links(folder)
     with FileLock(folder / "lock"):
         meta = _read_meta(folder, described)
         lines = _read_journal(folder / "journal.jsonl", indices)
@@ -135,6 +136,14 @@ def cached_features(
     report_unreadable(unreadable, len(indices), all_of_them=meta is None)
     assert meta is not None
     return _opened(folder, meta["shapes"], lines)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise a ValueError if the folder holds more than files: a link would be written through."""
+    for path in folder.iterdir():
+        if path.is_symlink() or not path.is_file():
+            kind = "a link" if path.is_symlink() else "not a file"
+            raise ValueError(f"{path} is {kind}, and a cache of features holds files: remove it")
 
 
 def _described_indices(indices: Sequence[int]) -> str:

@@ -1,6 +1,7 @@
 """python -m sslkit.export timm|hf|onnx|torch --weights FILE --output DIR: encoders for others."""
 
 import dataclasses
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from sslkit.export import HubEncoder, save_for_timm, save_onnx, save_program
 from sslkit.export.card import Card, read_scores, write_card
 from sslkit.export.hub import projectors
 from sslkit.export.timm_weights import FORMAT as TIMM_FORMAT
-from sslkit.files import atomic_write, file_digest, parse_json
+from sslkit.files import atomic_write, file_digest, parse_json, read_json_object
 from sslkit.rasa import load_rasa
 
 
@@ -175,7 +176,9 @@ def read_run(weights: str) -> dict[str, str]:
     metadata = {key: value for key, value in header.items() if key != HEADER_KEY}
     settings = path.parent / "settings.json"
     if "stage" in metadata and "settings" not in metadata and settings.is_file():
-        metadata["settings"] = settings.read_text()
+        if settings.is_symlink():  # what it leads to would be published with the weights
+            raise ValueError(f"{settings} is a link; replace it by the file")
+        metadata["settings"] = json.dumps(read_json_object(settings, "restore or remove it"))
     return metadata
 
 

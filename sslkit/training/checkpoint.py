@@ -294,6 +294,8 @@ class Checkpoints:
 
     def _verify(self, folder: Path, *, only: str | None = None) -> None:
         """Raise OSError unless every file is as it was written; each process looks at its share."""
+        if (folder / _MANIFEST).exists() and not _is_own_file(folder / _MANIFEST):
+            raise OSError(f"its {_MANIFEST} is a link, or not a file")
         try:
             files = parse_json((folder / _MANIFEST).read_bytes(), "it")
         except (OSError, ValueError) as error:
@@ -310,9 +312,12 @@ class Checkpoints:
         for name in files:
             if not _FILE.fullmatch(name):
                 raise OSError(f"its {_MANIFEST} lists {name!r}, which is not a file of checkpoints")
+        named = (path.name for path in folder.iterdir() if _FILE.fullmatch(path.name))
+        if unlisted := sorted(set(named) - files.keys()):
+            raise OSError(f"its {_MANIFEST} does not list {unlisted[0]}")
         own = sorted(files)[self._rank :: self._world_size]
         for name in own if only is None else [only]:
-            if not (folder / name).is_file() or (folder / name).is_symlink():
+            if not _is_own_file(folder / name):
                 raise OSError(f"{name} is missing")
             if file_digest(folder / name) != files[name]:
                 raise OSError(f"{name} does not have the checksum it was written with")
@@ -365,6 +370,11 @@ def _checksums(folder: Path, rank: int) -> dict[str, str]:
     """Checksums of the files that process ``rank`` wrote; the first also writes the description."""
     own = [folder / f"rank_{rank}.safetensors"] + [folder / DESCRIPTION] * (rank == 0)
     return {path.name: file_digest(path) for path in own if path.exists()}
+
+
+def _is_own_file(path: Path) -> bool:
+    """Whether it is a file, and not a link to one."""
+    return path.is_file() and not path.is_symlink()
 
 
 def _flat(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

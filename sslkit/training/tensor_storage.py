@@ -14,7 +14,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -138,10 +138,13 @@ class TensorReader(FileSystemReader):
                 for part in tensor["parts"]:
                     chunk = ChunkStorageMetadata(_sizes(part["offsets"]), _sizes(part["shape"]))
                     _require_inside(chunk, shape, name)
+                    if 0 in chunk.sizes and 0 not in shape:
+                        raise ValueError(f"a part of {name} is empty")
                     chunks.append(chunk)
                     files[MetadataIndex(name, chunk.offsets)] = _file_name(part["file"])
                 if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
                     raise ValueError(f"the parts of {name} are not the whole of it")
+                _require_disjoint(chunks, name)
                 properties = TensorProperties(dtype=_TYPES[tensor["dtype"]])
                 tensors[name] = TensorStorageMetadata(properties, shape, chunks)
         except (KeyError, TypeError, ValueError) as error:
@@ -226,3 +229,26 @@ def _require_inside(part: ChunkStorageMetadata, shape: torch.Size, name: str) ->
     edges = zip(part.offsets, part.sizes, shape, strict=True)
     if any(start + length > size for start, length, size in edges):
         raise ValueError(f"a part of {name} lies outside of it")
+
+
+def _require_disjoint(parts: Sequence[ChunkStorageMetadata], name: str) -> None:
+    """With as many numbers as the tensor has, parts that share none leave none out.
+
+    They are looked at along the axis that they divide most, so that each has few neighbours.
+    """
+    if len(parts) < 2:
+        return
+    axes = range(len(parts[0].sizes))
+    first = max(axes, key=lambda axis: len({part.offsets[axis] for part in parts}), default=0)
+    open_parts: list[ChunkStorageMetadata] = []
+    for part in sorted(parts, key=lambda part: tuple(part.offsets[first:])):
+        start = part.offsets[first] if axes else 0
+        open_parts = [o for o in open_parts if axes and o.offsets[first] + o.sizes[first] > start]
+        for other in open_parts:
+            if all(
+                part.offsets[a] < other.offsets[a] + other.sizes[a]
+                and other.offsets[a] < part.offsets[a] + part.sizes[a]
+                for a in axes
+            ):
+                raise ValueError(f"parts of {name} overlap")
+        open_parts.append(part)

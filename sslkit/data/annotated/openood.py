@@ -69,7 +69,7 @@ class ImageList(ImageFiles):
         max_side: int = MAX_SIDE,
     ):
         files, labels = _read_list(Path(list_file))
-        if not (Path(root) / files[0]).is_file():
+        if not os.path.isabs(files[0]) and not (Path(root) / files[0]).is_file():
             raise FileNotFoundError(
                 f"{list_file} begins with {files[0]}, which is not in {root}: give the folder that "
                 "its paths are relative to"
@@ -145,8 +145,8 @@ def find_list_root(list_file: str | os.PathLike[str]) -> Path:
     parents = path.resolve().parents[:4]
     for parent in parents:
         for root in (parent, parent / _CLASSIC, parent / _LARGE_SCALE):
-            if (root / files[0]).is_file():
-                return root
+            if os.path.isabs(files[0]) or (root / files[0]).is_file():
+                return root  # of an absolute path, `ImageList` says what is wrong
     raise FileNotFoundError(
         f"{path} begins with {files[0]}, which is in none of "
         f"{', '.join(str(parent) for parent in parents)}, nor in {_CLASSIC}/ or {_LARGE_SCALE}/ "

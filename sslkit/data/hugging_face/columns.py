@@ -4,7 +4,8 @@ A cell with an image is one of the following:
 
 - the bytes of an image file, alone or as ``{"bytes": ..., "path": ...}``, as ``datasets.Image`` has
   them;
-- the path or the URL of an image file, alone or as the ``path`` where there are no bytes;
+- the path or the URL of an image file, alone or as the ``path`` where there are no bytes; which of
+  them are followed, :mod:`sslkit.data.hugging_face.places` says;
 - a Pillow image, which is what ``filter`` and ``map`` make of a column of ``datasets.Image``;
 - pixels, whole numbers in 0..255: an array, a tensor or nested lists, [h, w], [h, w, C] or
   [C, h, w] with 1, 3 or 4 channels. A flat list of numbers is the bytes of a file.
@@ -28,6 +29,7 @@ from sslkit.data.decode import (
     read_image,
     unreadable_as,
 )
+from sslkit.data.hugging_face.places import Places
 from sslkit.data.labels import NO_LABEL, as_label, check_num_classes, label_rule
 
 LABEL_NAMES = ("label", "labels", "class", "target")
@@ -51,9 +53,11 @@ class Columns:
             integers or names.
         class_names: names of the classes, instead of those of the ClassLabel.
         num_classes: number of classes, where nothing names them.
+        places: what paths and URLs in cells may lead to; None for anything.
 
     Raises:
-        ValueError: a column is missing or cannot hold labels, or there are several to choose from.
+        ValueError: a column is missing or cannot hold images or labels, or there are several to
+            choose from.
     """
 
     def __init__(
@@ -64,7 +68,9 @@ class Columns:
         label: str | None = None,
         class_names: Sequence[str] | None = None,
         num_classes: int | None = None,
+        places: Places | None = None,
     ):
+        self._places = places
         kinds = {name: _kind(value) for name, value in table.items()}
         by_kind = ([n for n, kind in kinds.items() if kind == k] for k in _IMAGE_KINDS)
         images = next((names for names in by_kind if names), [])
@@ -111,7 +117,8 @@ class Columns:
         Raises:
             UnreadableImage: the row has no image, or it cannot be decoded.
         """
-        return _read_cell(row.get(self.image), self.name(row, position), max_side)
+        cell, name = row.get(self.image), self.name(row, position)
+        return _read_cell(cell, name, max_side, self._places)
 
     def label_of(self, row: Mapping[str, Any], position: str) -> int:
         """The row's label; `NO_LABEL` if there are no classes.
@@ -179,7 +186,7 @@ def _path_key(path: str, root: str | None) -> str:
     return path.replace(os.sep, "/")
 
 
-def _read_cell(cell: Any, name: str, max_side: int) -> Tensor:
+def _read_cell(cell: Any, name: str, max_side: int, places: Places | None) -> Tensor:
     path = None
     if isinstance(cell, dict):
         cell, path = cell.get("bytes"), cell.get("path")
@@ -196,10 +203,11 @@ def _read_cell(cell: Any, name: str, max_side: int) -> Tensor:
             return pil_to_tensor(cell.copy(), max_side=max_side)
     if cell is not None:
         raise UnreadableImage(name, f"{type(cell).__name__} is neither a file's bytes nor pixels")
-    if path and "://" in path:
-        return decode_image(_download(path, name), name=name, max_side=max_side)
+    if path and ("://" in path or "::" in path):
+        return decode_image(_download(path, name, places), name=name, max_side=max_side)
     if path:
-        return read_image(path, max_side=max_side)
+        with unreadable_as(name):
+            return read_image(path if places is None else places.local(path), max_side=max_side)
     raise UnreadableImage(name, "the data set has no image here (null)")
 
 
@@ -229,13 +237,14 @@ def _pixels_or_bytes(values: Any, name: str) -> Image.Image | bytes:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _download(url: str, name: str) -> bytes:
+def _download(url: str, name: str, places: Places | None) -> bytes:
     import fsspec  # comes with datasets
 
-    with unreadable_as(name), fsspec.open(url, "rb") as file:
-        content: bytes = file.read(MAX_BYTES + 1)
+    with unreadable_as(name):
+        with fsspec.open(url if places is None else places.remote(url), "rb") as file:
+            content: bytes = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise ValueError(f"the file has more than the {MAX_BYTES} bytes that are read")
+            raise ValueError(f"it has more than {MAX_BYTES} bytes")
     return content
 
 

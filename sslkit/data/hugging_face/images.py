@@ -10,6 +10,7 @@ from torch import Tensor
 from sslkit.data.decode import MAX_SIDE
 from sslkit.data.fingerprint import digest
 from sslkit.data.hugging_face.columns import Columns, cell_key
+from sslkit.data.hugging_face.places import Places
 from sslkit.data.labels import NO_LABEL, as_labels, count_classes, labels_by_name, number_classes
 from sslkit.data.string_table import StringTable
 
@@ -111,6 +112,8 @@ class HuggingFaceImages(_Rows):
         num_classes: number of classes; by default the number of names, or one more than the largest
             label.
         root: the folder of the data set, to which the keys of its files are relative.
+        places: what paths and URLs in the column of images may lead to; by default anywhere, which
+            is for tables that you trust.
         max_side: see :func:`sslkit.data.decode.read_image`.
 
     Raises:
@@ -127,6 +130,7 @@ class HuggingFaceImages(_Rows):
         class_names: Sequence[str] | None = None,
         num_classes: int | None = None,
         root: str | None = None,
+        places: Places | None = None,
         max_side: int = MAX_SIDE,
     ):
         columns = Columns(
@@ -135,6 +139,7 @@ class HuggingFaceImages(_Rows):
             label=label,
             class_names=class_names,
             num_classes=num_classes,
+            places=places,
         )
         self._dataset = columns.of(dataset)
         super().__init__(columns, len(dataset), root, max_side)

@@ -12,6 +12,7 @@ import torch
 from sslkit.data.decode import MAX_SIDE
 from sslkit.data.hugging_face.columns import SYNTAX
 from sslkit.data.hugging_face.images import HuggingFaceImages, RowsInMemory
+from sslkit.data.hugging_face.places import check_card, places_of
 from sslkit.data.hugging_face.stream import HuggingFaceStream
 from sslkit.data.splits import Split, Subset, own_test_split
 
@@ -70,7 +71,12 @@ def open_table(
 ) -> tuple[HuggingFaceImages, bool]:
     """Open the images of a ``datasets.DatasetDict``; see `open_hugging_face`."""
     names = _split_names(splits, table.text)
-    options: dict[str, Any] = {**table.columns, "root": _root(table.name), "max_side": max_side}
+    options: dict[str, Any] = {
+        **table.columns,
+        "root": _root(table.name),
+        "places": places_of(table.name),
+        "max_side": max_side,
+    }
     train, test = (None if name is None else splits[name] for name in names)
     images = HuggingFaceImages(train, **options)
     if test is None:
@@ -145,6 +151,7 @@ def _open_split(
         label=table.columns.get("label"),
         test_fraction=test_fraction if test is None else 0.0,
         root=_root(table.name),
+        places=places_of(table.name),
         **options,
     )
     return stream, test is not None
@@ -260,6 +267,8 @@ def _load(table: TableSpec, *, streaming: bool, files: dict[str, list[str]] | No
         if files is not None:
             _check_class_names(path for paths in files.values() for path in paths)
             return load_dataset("parquet", data_files=_patterns(files), streaming=streaming)
+        if os.path.isdir(name):
+            check_card(name)
         return load_dataset(name, table.config, streaming=streaming)
     except OSError as error:
         raise FileNotFoundError(

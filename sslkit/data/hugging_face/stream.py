@@ -11,6 +11,7 @@ from torch import Tensor
 from sslkit.data.decode import MAX_SIDE, UnreadableImage
 from sslkit.data.hugging_face.columns import Columns, cell_key
 from sslkit.data.hugging_face.images import RowsInMemory
+from sslkit.data.hugging_face.places import Places
 from sslkit.data.protocols import MAX_REPLACEMENTS, StreamItem
 from sslkit.data.seeds import sample_seed
 from sslkit.data.splits import check_test_fraction, name_hash
@@ -63,7 +64,7 @@ class HuggingFaceStream:
             image has a small hash (:func:`sslkit.data.splits.name_hash`), wherever they lie.
             :meth:`held_out_images` gives them.
         seed: seed of this choice.
-        root: see :class:`HuggingFaceImages`.
+        root, places: see :class:`HuggingFaceImages`.
         max_side: see :func:`sslkit.data.decode.read_image`.
 
     Raises:
@@ -84,6 +85,7 @@ class HuggingFaceStream:
         test_fraction: float = 0.0,
         seed: int = 0,
         root: str | None = None,
+        places: Places | None = None,
         max_side: int = MAX_SIDE,
     ):
         if max_lanes < 1 or shuffle < 1:
@@ -98,7 +100,12 @@ class HuggingFaceStream:
         if table is None:
             raise ValueError("the streaming data set has no row")
         self._columns = Columns(
-            table, image=image, label=label, class_names=class_names, num_classes=num_classes
+            table,
+            image=image,
+            label=label,
+            class_names=class_names,
+            num_classes=num_classes,
+            places=places,
         )
         self._dataset = self._columns.of(dataset)
         self.num_lanes = min(dataset.num_shards, max_lanes)
