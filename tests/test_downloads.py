@@ -24,7 +24,7 @@ def test_errors_of_drivers(monkeypatch, error):
 
     monkeypatch.setattr(fsspec, "open", fail)
     with pytest.raises(UnreadableImage, match=rf"s3://b/1.png\[7\]: {type(error).__name__}: "):
-        columns._read_cell("s3://b/1.png", "s3://b/1.png[7]", 64)
+        columns._read_cell("s3://b/1.png", "s3://b/1.png[7]", 64, None)
 
 
 def test_large_downloads_are_cut_off(monkeypatch):
@@ -34,7 +34,7 @@ def test_large_downloads_are_cut_off(monkeypatch):
         with file.open("/a.png", "wb") as target:
             target.write(b"x" * size)
         with pytest.raises(UnreadableImage, match=message):
-            columns._read_cell({"path": "memory://a.png"}, "a", 64)
+            columns._read_cell({"path": "memory://a.png"}, "a", 64, None)
 
 
 def test_a_broken_pillow_image_of_any_error(monkeypatch):
@@ -45,4 +45,4 @@ def test_a_broken_pillow_image_of_any_error(monkeypatch):
 
     monkeypatch.setattr(Image.Image, "copy", fail)
     with pytest.raises(UnreadableImage, match="a: RuntimeError: decoder error"):
-        columns._read_cell(image, "a", 64)
+        columns._read_cell(image, "a", 64, None)
