@@ -29,6 +29,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 from warnings import warn
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports take seconds
+
 import torch
 import tyro
 from matplotlib.figure import Figure
@@ -2417,7 +2420,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Stopped as stopped:
         launcher = "python" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "torchrun ..."
         output = shlex.quote(str(settings.output))
-        print(f"{stopped}: {launcher} {shlex.quote(sys.argv[0])} --output {output} --resume")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{stopped}: {launcher} {shlex.quote(sys.argv[0])} --output {output} --resume")
     except (SettingsError, NonFiniteLoss, CheckpointError, DamagedFile) as error:
         sys.exit(f"error: {error}")
     except TooManyUnreadable as error:

@@ -15,9 +15,14 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     shell's command that SIGINT ended. Files and other resources are closed by the blocks that own
     them; child processes are killed, and threads are not waited for. Output that cannot be written,
     for example because ``head`` has read enough, ends it with one line and status 1.
+
+    A script whose imports take seconds sets SIGINT to ``signal.SIG_DFL`` before them, so that an
+    interrupt is not a traceback there either; that ends here.
     """
     status: int | str | None = 1
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main()
         sys.stdout.flush()
     except KeyboardInterrupt:

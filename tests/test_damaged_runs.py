@@ -133,7 +133,7 @@ def cases() -> list:
     manifest = JUNK | {"no names": write("{}"), "numbers": write('{".metadata": 1}')}
     add(f"{STEP_4}/manifest.json", manifest, HIGHRES, "step_00000004 is damaged.*step_00000002$")
     files = {"empty": JUNK["empty"], "cut": cut, "missing": Path.unlink, "a folder": to_folder}
-    for name in (".metadata", "__0_0.distcp"):
+    for name in ("tensors.json", "rank_0.safetensors"):
         add(f"{STEP_4}/{name}", files, HIGHRES, "step_00000004 is damaged: .*step_00000002$")
     add("pretrain/metrics.jsonl", lines, UNFINISHED, r"line \d of .*metrics\.jsonl.*delete")
     add("pretrain/tensorboard", {"a file": to_file}, UNFINISHED, r"tensorboard: File exists\. Mov")
