@@ -44,11 +44,38 @@ def wait_for_step(output: Path, step: int, process: subprocess.Popen) -> None:
 
 def process_of(rank: int, torchrun: subprocess.Popen) -> int:
     """The process of a rank, among the children of torchrun."""
-    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    children = children_of(torchrun.pid)
     for child in children:
         if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return int(child)
+            return child
     raise AssertionError(f"torchrun has no rank {rank} among {children}")
+
+
+def children_of(process: int) -> list[int]:
+    return [
+        int(child)
+        for task in Path(f"/proc/{process}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+
+
+def below(process: int) -> list[int]:
+    """Children and their children: torchrun gives each rank a session of its own."""
+    return [each for child in children_of(process) for each in (child, *below(child))]
+
+
+def is_running(process: int) -> bool:
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def assert_gone(processes: list[int]) -> None:
+    """Within seconds; the ranks of two and a worker of each are what torchrun started."""
+    assert len(processes) >= 4
+    wait_until(lambda: not any(map(is_running, processes)))
 
 
 def last_state(output: Path) -> dict[str, torch.Tensor]:
@@ -85,12 +112,13 @@ needs_proc = pytest.mark.skipif(not Path("/proc").exists(), reason="finds ranks 
 def test_a_killed_rank_ends_the_job_on_all_ranks_with_words(tmp_path: Path) -> None:
     process = launch(tmp_path / "run", "--steps", "1000", "--workers", "1", restarts=0)
     wait_for_step(tmp_path / "run", 9, process)  # at step 8 the checkpoint of step 4 is waited for
+    processes = below(process.pid)
     killed = time.monotonic()
     os.kill(process_of(1, process), signal.SIGKILL)
     text = finish(process, seconds=60)
     assert time.monotonic() - killed < 60
     assert process.returncode != 0
-    wait_until(lambda: not processes_of_session(process.pid))  # nor are there workers left
+    assert_gone(processes)
     assert "error: another process of this job is gone" in text
     assert "Signal 9 (SIGKILL)" in text  # torchrun, of the rank that died
     assert step_of(Checkpoints(tmp_path / "run" / "pretrain" / "checkpoints").latest()) >= 4
@@ -214,10 +242,11 @@ def test_closed_output_ends_the_run(tmp_path: Path) -> None:
 def test_torchrun_restarts_a_job_that_then_ends_the_same(undisturbed: Path, tmp_path: Path) -> None:
     process = launch(tmp_path / "run", "--workers", "1", restarts=1)
     wait_for_step(tmp_path / "run", 6, process)
+    processes = below(process.pid)
     os.kill(process_of(1, process), signal.SIGKILL)
     text = finish(process)
     assert process.returncode == 0, text
-    wait_until(lambda: not processes_of_session(process.pid))
+    assert_gone(processes)
     assert_same_end(tmp_path / "run", undisturbed)
 
 
@@ -247,19 +276,21 @@ def test_a_run_of_two_goes_on_alone_and_in_shards(undisturbed: Path, tmp_path: P
         assert distance < 1e-3, name
 
 
+@needs_proc
 @pytest.mark.parametrize("restarts", [None, 0])
 def test_sigterm_saves_and_leaves(undisturbed: Path, tmp_path: Path, restarts: int | None) -> None:
     """Sent to every process, those that load data too, as schedulers do."""
     output = tmp_path / "run"
     process = launch(output, "--workers", "2", restarts=restarts)
     wait_for_step(output, 6, process)
-    os.killpg(process.pid, signal.SIGTERM)
+    processes = [process.pid, *below(process.pid)]
+    for each in processes:
+        os.kill(each, signal.SIGTERM)
     text = finish(process, seconds=60)
     latest = step_of(Checkpoints(output / "pretrain" / "checkpoints").latest())
     said = f"pretrain: stopped by SIGTERM and saved at step {latest}; continue with --resume"
     assert text.count(said) == 1
-    if Path("/proc").exists():
-        wait_until(lambda: not processes_of_session(process.pid))
+    wait_until(lambda: not any(map(is_running, processes)))
     assert latest >= 6
     assert not (output / "pretrain.safetensors").exists()
     if restarts is None:
