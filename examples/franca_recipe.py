@@ -29,6 +29,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 from warnings import warn
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports take seconds
+
 import torch
 import tyro
 from matplotlib.figure import Figure
@@ -109,7 +112,13 @@ from sslkit.training.checkpoint import (
     step_of,
 )
 from sslkit.training.failures import explain
-from sslkit.training.finite import NonFiniteLoss, by_rank, nan_unless_finite, require_finite
+from sslkit.training.finite import (
+    NonFiniteLoss,
+    by_rank,
+    nan_unless_finite,
+    require_finite,
+    require_finite_tensors,
+)
 from sslkit.training.metrics import MetricsWriter, read_metrics
 from sslkit.training.monitor import CollapseMonitor, feature_std
 from sslkit.training.optim import (
@@ -887,14 +896,15 @@ def backbone_lr_scale(step: int, plan: Plan) -> float:
     return joining(step, frozen_steps=plan.frozen_steps, warmup_steps=warmup_steps)
 
 
-def make_groups(student: FrancaNetwork, optim: Optim) -> list[dict[str, Any]]:
-    """The parameters of the student by learning rate and weight decay."""
-    return parameter_groups(
+def make_optimizer(student: FrancaNetwork, optim: Optim) -> torch.optim.AdamW:
+    """AdamW over the parameters of the student, in groups by learning rate and weight decay."""
+    groups = parameter_groups(
         student,
         layer_decay=optim.layer_decay,
         patch_embed_lr_scale=optim.patch_embed_lr_scale,
         parts=("backbone",),
     )
+    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas)
 
 
 class Seen(NamedTuple):
@@ -947,8 +957,7 @@ class Trainer:
             for network in networks:
                 network.backbone.set_img_size_(plan.global_size, pos_interpolation="antialias")
         self.distribute(networks)
-        groups = make_groups(self.student, settings.optim)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.optim.betas)
+        self.optimizer = make_optimizer(self.student, settings.optim)
         if plan.name == "highres":  # the position embedding, which changed shape, starts afresh
             fitting = {n: m for n, m in moments(self.optimizer).items() if "pos_embed" not in n}
             load_checkpoint_(pretrained, path, {"optimizer": fitting}, partial=True)
@@ -1273,7 +1282,7 @@ def load_checkpoint_(
 ) -> None:
     """Fill `state` from a checkpoint; an error says if the settings do not fit."""
     try:
-        checkpoints.load_(path, state, partial=partial)
+        checkpoints.load_(path, state, partial=partial, finite=True)
     except ValueError as error:
         raise SettingsError(f"these settings make another network: {error}") from error
 
@@ -1611,7 +1620,13 @@ def finished_stages(settings: Settings) -> list[str]:
 
 def load_encoder(stage: str, settings: Settings) -> ViTEncoder:
     """The encoder that a stage exported."""
-    return read_export(stage, settings, backbones.load).eval()
+
+    def finite(path: Path) -> ViTEncoder:
+        encoder = backbones.load(path)
+        require_finite_tensors(encoder.state_dict())
+        return encoder
+
+    return read_export(stage, settings, finite).eval()
 
 
 def export_metadata(stage: str, settings: Settings, name: str = "stage") -> str:
@@ -1969,10 +1984,11 @@ def feature_pictures(settings: Settings, results: dict[str, Any], plan: Plan) ->
         q, k, _ = encoder.queries_keys_values(images)
     H, W = patches.shape[1:3]
     attention = cls_attention(q, k, num_prefix_tokens=encoder.num_prefix_tokens, grid=(H, W))
-    figures = {
-        "attention": draw.attention_maps(images, attention),
-        "pca": draw.pca_maps(images, pca_maps(patches, threshold=None).rgb),
-    }
+    figures = {"attention": draw.attention_maps(images, attention)}
+    try:
+        figures["pca"] = draw.pca_maps(images, pca_maps(patches, threshold=None).rgb)
+    except ValueError as error:  # patches without a difference
+        print(f"report: no map of principal components: {error}")
     if (settings.output / "rasa.safetensors").exists():
         errors = read_export("rasa", settings, position_errors)
         r2 = results["position_r2"]
@@ -2191,6 +2207,9 @@ LARGEST = {
     **dict.fromkeys(("batch_size", "highres.batch_size", "targets.queue"), 1 << 20),
     **dict.fromkeys(("evaluation.batch_size", "rasa.num_iterations"), 1 << 12),
     **{"crops.num_local": 256, "num_scenes": 1 << 27},
+    **{"evaluation.knn": 200, "evaluation.resize_over_crop": 8},
+    **dict.fromkeys(("optim.base_lr", "optim.final_lr"), 1e3),
+    **dict.fromkeys(("optim.patch_embed_lr_scale", "highres.lr_scale"), 1e3),
 }
 
 
@@ -2203,12 +2222,17 @@ def refused_numbers(settings: Settings, world_size: int) -> list[str]:
     if "highres" in settings.stages:
         positive.append("highres.steps")
         batches.append("highres.batch_size")
-    lowest = dict.fromkeys(positive, 1) | dict.fromkeys(("workers", "keep_every"), 0)
+    positive += ["num_scenes", "scene_size", "rasa.num_iterations", "rasa.num_images"]
+    samples = ("num_train", "num_test", "num_dense", "online_train", "online_test")
+    positive += [f"evaluation.{name}" for name in (*samples, "batch_size", "knn")]
+    positive += ["evaluation.resize_over_crop"]
+    lowest = dict.fromkeys(positive, 1) | dict.fromkeys(("workers", "keep_every", "seed"), 0)
+    lowest |= dict.fromkeys(("evaluation.online_every", "optim.base_lr", "optim.final_lr"), 0)
     values = {name: attrgetter(name)(settings) for name in (*lowest, *batches, *LARGEST)}
     problems = [
         f"{flag(name)} must be at least {least}, got {values[name]}"
         for name, least in lowest.items()
-        if values[name] < least
+        if not values[name] >= least
     ]
     problems += [
         f"{flag(name)} must be at most {most}, got {values[name]}"
@@ -2223,11 +2247,14 @@ def refused_numbers(settings: Settings, world_size: int) -> list[str]:
     ]
     shares = ["max_unreadable", "init.head_warmup", "model.drop_path", "highres.drop_path"]
     shares += ["targets.temperature_warmup", "highres.temperature_warmup"]
+    shares += ["test_fraction", "targets.centering_momentum", "masks.probability"]
     for name in shares:
         if not 0 <= (share := attrgetter(name)(settings)) <= 1:
             problems.append(f"{flag(name)} is a share, got {share}")
-    if settings.optim.clip <= 0:
-        problems.append(f"--optim.clip must be positive, got {settings.optim.clip}")
+    temperatures = ("temperature", "start_temperature", "student_temperature")
+    for name in ("optim.clip", *(f"targets.{name}" for name in temperatures)):
+        if not 0 < (value := attrgetter(name)(settings)) <= 1e6:
+            problems.append(f"{flag(name)} must be above 0 and at most 1000000, got {value}")
     if all(weight == 0 for weight in dataclasses.astuple(settings.losses)):
         problems.append("--losses.* are all 0: there is nothing to learn from")
     if not settings.stages:
@@ -2309,7 +2336,7 @@ def refused_by_parts(settings: Settings) -> list[str]:
     if attempt("--model", lambda: check_network(settings.model)):
         network = attempt("--model", lambda: FrancaNetwork(settings.model, plans[0].global_size))
     if network is not None:
-        attempt("--optim", lambda: make_groups(network, settings.optim))
+        attempt("--optim", lambda: make_optimizer(network, settings.optim))
         attempt("--crops or --highres", sizes)
     return problems
 
@@ -2418,7 +2445,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Stopped as stopped:
         launcher = "python" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "torchrun ..."
         output = shlex.quote(str(settings.output))
-        print(f"{stopped}: {launcher} {shlex.quote(sys.argv[0])} --output {output} --resume")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{stopped}: {launcher} {shlex.quote(sys.argv[0])} --output {output} --resume")
     except (SettingsError, NonFiniteLoss, CheckpointError, DamagedFile, UnusableData) as error:
         sys.exit(f"error: {error}")
     except TooManyUnreadable as error:

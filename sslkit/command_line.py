@@ -16,9 +16,14 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     SIGINT ended: ``with`` blocks close what they own, child processes are killed, and threads are
     not waited for. If the output cannot be written, for example because ``head`` has read enough,
     the program ends with one line and status 1.
+
+    A script whose imports take seconds sets SIGINT to ``signal.SIG_DFL`` before them, so that an
+    interrupt does not print a traceback there either; this function sets it back.
     """
     status: int | str | None = 1
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main()
         sys.stdout.flush()
     except KeyboardInterrupt:

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from sslkit.files import file_digest
 from tests.recipe import recipe, smoke
 
 SMALL = "--steps 4 --checkpoint-every 2 --highres.steps 2 --optim.lr-warmup 0 --rasa.num-images 8"
@@ -66,6 +69,17 @@ def without(name: str) -> Callable[[Path], object]:
 def emptied(name: str) -> Callable[[Path], object]:
     """An entry of a JSON object as an empty one."""
     return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), name: {}}))
+
+
+def with_a_nan(folder: Path) -> None:
+    """A checkpoint whose checksums are right and whose weights are not."""
+    path = folder / "rank_0.safetensors"
+    tensors = load_file(path)
+    next(x for name, x in tensors.items() if "teacher" in name and x.ndim > 1)[0, 0] = torch.nan
+    save_file(tensors, path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest[path.name] = file_digest(path)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def renamed_step(path: Path) -> None:
@@ -135,6 +149,8 @@ def cases() -> list:
     files = {"empty": JUNK["empty"], "cut": cut, "missing": Path.unlink, "a folder": to_folder}
     for name in ("tensors.json", "rank_0.safetensors"):
         add(f"{STEP_4}/{name}", files, HIGHRES, "step_00000004 is damaged: .*step_00000002$")
+    message = "step_00000004 is damaged: teacher.* has numbers that are not.*step_00000002$"
+    add(STEP_4, {"a NaN": with_a_nan}, HIGHRES, message)
     add("pretrain/metrics.jsonl", lines, UNFINISHED, r"line \d of .*metrics\.jsonl.*delete")
     add("pretrain/tensorboard", {"a file": to_file}, UNFINISHED, r"tensorboard: File exists\. Mov")
     add("pretrain/checkpoints", {"a file": to_file}, UNFINISHED, "pretrain/checkpoints")

@@ -301,6 +301,35 @@ def test_a_shard_counts_once(shards):
 
 
 @pytest.mark.parametrize(
+    "pattern",
+    [
+        "{0..9999999999}.tar",
+        "{0..9999999999\n}.tar",
+        "{0..99999999999999999999..-0}.tar",
+        "a.tar::{5..9}{000..999}{0000..9999}.tar",
+        "{{0..99}{0..99}{0..99}{0..99},b}.tar",
+        "{a..z}{a..z}{a..z}{a..z}{a..z}.tar",
+        f"{'{a,b}' * 30}.tar",
+        f"{'x' * 100_000}{{0..9999}}.tar",
+        f"{'{' * 100_000}{'}' * 100_000}",
+    ],
+    ids=lambda pattern: pattern[:20],
+)
+def test_braces_make_no_more_names_than_fit_into_memory(pattern):
+    with pytest.raises(ValueError, match=r"makes more than 1048576 names|has braces in braces"):
+        expand_shards(pattern)
+
+
+def test_braces_of_large_data_sets_are_expanded():
+    assert len(expand_shards("s3://laion/{00000..59999}.tar")) == 60_000
+    both = expand_shards("{{000..199},{200..299..2}}-{a,b}.tar::c.tar")
+    assert len(both) == 2 * 250 + 1
+    assert both[:2] + both[-2:] == ["000-a.tar", "000-b.tar", "298-b.tar", "c.tar"]
+    with pytest.raises(ValueError, match="missing environment variable"):
+        expand_shards("${SHARDS}.tar")
+
+
+@pytest.mark.parametrize(
     ("pattern", "error", "message"),
     [
         ("{folder}/none-*.tar", FileNotFoundError, "no file matches the pattern '.*none-"),

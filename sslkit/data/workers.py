@@ -10,11 +10,13 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
+from functools import partial
 from multiprocessing import connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -267,7 +269,17 @@ def _outlive_signals(worker: int) -> None:
     """In a worker: ignore signals, to which the owner reacts, and end when the owner is gone."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = partial(_report_unless_orphaned, sys.excepthook)
     threading.Thread(target=_end_after_owner, daemon=True).start()
+
+
+def _report_unless_orphaned(report: Callable[..., object], *error: Any) -> None:
+    """An error of a thread that sends batches, unless it is that nobody receives them any more."""
+    owner = multiprocessing.parent_process()
+    if owner is not None:
+        owner.join(_WATCH_INTERVAL)  # its connections are cut a moment before it is gone
+    if owner is None or owner.is_alive():
+        report(*error)
 
 
 def _end_after_owner() -> None:

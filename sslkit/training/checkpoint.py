@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from sslkit.files import atomic_write, file_digest, flush_directory, parse_json
+from sslkit.training.finite import require_finite_tensors
 from sslkit.training.tensor_storage import (
     DESCRIPTION,
     DTYPES,
@@ -174,7 +175,14 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def load_(self, path: str | os.PathLike[str], state: State, *, partial: bool = False) -> None:
+    def load_(
+        self,
+        path: str | os.PathLike[str],
+        state: State,
+        *,
+        partial: bool = False,
+        finite: bool = False,
+    ) -> None:
         """Fill the tensors of ``state`` with those of a checkpoint, by name, in place.
 
         Names, types and shapes are compared first, then the checksums of all files.
@@ -183,11 +191,12 @@ class Checkpoints:
             path: a folder that :meth:`save` wrote.
             state: tensors of the shapes and types that were saved, sharded in any way.
             partial: do not mind what the checkpoint holds beside.
+            finite: refuse infinite numbers and NaN.
 
         Raises:
             FileNotFoundError: no such checkpoint; the message lists those that exist.
-            CheckpointError: a file is missing, truncated or damaged. The message names the
-                checkpoint before it, if there is one.
+            CheckpointError: a file is missing, truncated or damaged, or a number is not finite. The
+                message names the checkpoint before it, if there is one.
             ValueError: names are missing or, unless ``partial``, unexpected, or shapes or types
                 differ; all are listed. Nothing has been changed then.
         """
@@ -199,6 +208,12 @@ class Checkpoints:
             f"could not read {path}: ",
             self._way_out(path),
         )
+        if finite:
+            self._attempt(
+                lambda: require_finite_tensors(dict(_flat(state))),
+                f"{path} is damaged: ",
+                self._way_out(path),
+            )
 
     def require_fit(
         self, path: str | os.PathLike[str], state: State, *, partial: bool = False

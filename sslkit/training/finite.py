@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -96,3 +97,19 @@ def by_rank(names: Iterable[str], values: Tensor) -> dict[str, Tensor]:
         else:
             found[name] = column
     return found
+
+
+def require_finite_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a tensor that was read from a file holds NaN or an infinite number.
+
+    Of a sharded tensor the part of this process is looked at.
+
+    >>> require_finite_tensors({"norm.weight": torch.tensor([1.0, math.nan])})
+    Traceback (most recent call last):
+        ...
+    ValueError: norm.weight has numbers that are not finite
+    """
+    for name, tensor in tensors.items():
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if not own.isfinite().all():
+            raise ValueError(f"{name} has numbers that are not finite")

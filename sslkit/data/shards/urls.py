@@ -10,6 +10,11 @@ from urllib.parse import unquote
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C: is a drive
+# As in the package braceexpand, newline and all.
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\n?\}")
+_LETTERS = re.compile(r"\{[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?\n?\}")
+_LARGEST_COUNT, _LARGEST_SIZE = 1 << 20, 1 << 28  # names, and characters of all together
+_DEEPEST = 20  # braces in braces
 _EXTRA = "pip install 'sslkit[streaming]'"
 
 
@@ -24,7 +29,8 @@ def expand_shards(
 
     Raises:
         ImportError: there are braces, and webdataset is not installed.
-        ValueError: a shard is compressed.
+        ValueError: a shard is compressed, braces do not match, a variable is not set, or braces
+            make more than 1,048,576 names.
 
     >>> expand_shards("pipe:cat a-{0..2}.tar")
     ['pipe:cat a-0.tar', 'pipe:cat a-1.tar', 'pipe:cat a-2.tar']
@@ -89,4 +95,47 @@ def _expand_braces(pattern: str) -> list[str]:
         from webdataset.shardlists import expand_urls
     except ImportError as error:
         raise ImportError(f"to expand {pattern!r}, install webdataset: {_EXTRA}") from error
-    return expand_urls(pattern)
+    try:
+        count = sum(_count_names(part) for part in pattern.split("::"))
+        if count * max(len(pattern), _LARGEST_SIZE // _LARGEST_COUNT) > _LARGEST_SIZE:
+            raise ValueError(
+                f"{pattern[:200]!r} makes more than {_LARGEST_COUNT} names of shards, or too long "
+                "ones: use a pattern with *, or make larger shards"
+            )
+        return expand_urls(pattern)
+    except AssertionError as error:  # of webdataset
+        raise ValueError(f"{pattern[:200]!r}: {error}") from error
+
+
+def _count_names(pattern: str) -> int:
+    """The number of names that braces make, or a number above what is allowed.
+
+    Patterns may come with a folder from somebody else, and are counted before names take memory.
+    """
+    # For each open brace: the names of its finished alternatives, and of the one being read.
+    open_braces = [(0, 1)]
+    position = 0
+    while position < len(pattern) and sum(open_braces[-1]) <= _LARGEST_COUNT:
+        finished, current = open_braces[-1]
+        character, end = pattern[position], position + 1
+        if character == "\\":
+            end += 1
+        elif found := _RANGE.match(pattern, position):
+            first, last, step = (int(number or 1) for number in found.groups())
+            open_braces[-1] = finished, current * (abs(last - first) // (step or 1) + 1)
+            end = found.end()
+        elif found := _LETTERS.match(pattern, position):
+            open_braces[-1] = finished, current * 52
+            end = found.end()
+        elif character == "{":
+            open_braces.append((0, 1))
+        elif character == "," and len(open_braces) > 1:
+            open_braces[-1] = finished + current, 1
+        elif character == "}" and len(open_braces) > 1:
+            open_braces.pop()
+            before, product = open_braces[-1]
+            open_braces[-1] = before, product * (finished + current)
+        if len(open_braces) > _DEEPEST:
+            raise ValueError(f"{pattern[:200]!r} has braces in braces, more than {_DEEPEST} deep")
+        position = end
+    return sum(open_braces[-1])
