@@ -30,7 +30,7 @@ def test_errors_of_drivers(monkeypatch, error):
 def test_large_downloads_are_cut_off(monkeypatch):
     monkeypatch.setattr(columns, "MAX_BYTES", 100)
     file = fsspec.filesystem("memory")
-    for size, message in ((101, "more than the 100 bytes"), (100, "not an image")):
+    for size, message in ((101, "more than 100 bytes"), (100, "not an image")):
         with file.open("/a.png", "wb") as target:
             target.write(b"x" * size)
         with pytest.raises(UnreadableImage, match=message):
