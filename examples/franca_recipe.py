@@ -1718,7 +1718,7 @@ def evaluate(settings: Settings, parallel: Parallel) -> None:
     for stage in finished_stages(settings):
         contestants[stage] = (load_encoder(stage, settings), first if stage == "pretrain" else last)
 
-    results: dict[str, Any] = {name: {} for name in SCORES}
+    results: dict[str, Any] = {name: {} for name in (*SCORES, "chance")}
     measured: dict[str, dict[str, Score]] = {"knn": {}, "in_context": {}, "position_r2": {}}
     for name, (encoder, plan) in contestants.items():
         print(f"evaluate: {name}")
@@ -1733,7 +1733,7 @@ def evaluate(settings: Settings, parallel: Parallel) -> None:
             measured["knn"][name] = knn_hits(
                 train.labels, test.labels, train.cls, test.cls, k=options.knn
             )
-            results["chance"] = {"knn": 1 / sources.train.num_classes}
+            results["chance"]["knn"] = 1 / sources.train.num_classes
             online = online_knn(encoder, plan, settings, sources) if name in floor else None
             if online is not None:  # what the curve of the online score has to be compared with
                 results["online_knn"][name] = online

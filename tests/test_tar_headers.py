@@ -109,7 +109,7 @@ def test_names_with_dots(tmp_path):
     (warning,) = caught
     assert "3 images have more than one dot" in str(warning.message)
     assert "such as 22.05.png" in str(warning.message)
-    assert "1 images are passed over, as they stand beside" in str(warning.message)
+    assert "1 images are passed over, as their names say that they are" in str(warning.message)
 
 
 def test_links_are_told(tmp_path):

@@ -7,6 +7,7 @@ A loss says itself what it counts. Where the student says nothing, so that all K
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
@@ -130,11 +131,11 @@ def ibot_loss(grid: int = 14) -> Figure:
     scale.set_label("weight of a patch")
     share = weights.nan_to_num().sum((1, 2))
     plain = masks.sum((1, 2)) / masks.sum()
-    places = torch.arange(len(counts))
+    places = np.arange(len(counts))
     bars = panels["images"]
     for offset, values, colour, name in (
-        (-0.2, share, TRAINED, "iBOTLoss"),
-        (0.2, plain, BASELINE, "plain mean over patches"),
+        (-0.2, share.numpy(), TRAINED, "iBOTLoss"),
+        (0.2, plain.numpy(), BASELINE, "plain mean over patches"),
     ):
         drawn = bars.bar(places + offset, values, width=0.38, color=colour, label=name)
         bars.bar_label(drawn, fmt="%.2f", size=8.5, padding=1)
