@@ -15,14 +15,15 @@ from tests.recipe import ALONE, batch, batches, recipe, tiny, trainer
 
 LEVELS = range(5)
 HEADS = ("dino", "ibot")
-# Float32 on one thread of an x86 CPU, torch 2.14.1. The largest relative difference was 1e-7 with
-# two threads and 6e-7 from weights that differ in their last bit; a student temperature .5 % off
-# gives 2e-3. The tolerance leaves room for the sums of other CPUs and torch versions.
+# Float32 on one thread of an x86 CPU; equal to the sixth digit with torch 2.9.0, 2.14.1 and 2.15.0.
+# The largest relative difference was 1e-7 with two threads and 6e-7 from weights that differ in
+# their last bit; a student temperature .5 % off gives 2e-3. The tolerance leaves room for the sums
+# of other CPUs.
 GOLDEN = {
-    0: {"loss": 27.857883, "dino/level_0": 2.286736, "ibot/level_4": 2.663562, "koleo": 3.003799},
-    9: {"loss": 21.499979, "dino/level_0": 1.398282, "ibot/level_4": 2.211344, "koleo": 2.676234},
-    19: {"loss": 20.954966, "dino/level_0": 1.391381, "ibot/level_4": 2.101329, "koleo": 1.527124},
-    29: {"loss": 20.409998, "dino/level_0": 1.347766, "ibot/level_4": 2.062335, "koleo": 1.317852},
+    0: {"loss": 28.796385, "dino/level_0": 2.461822, "ibot/level_4": 2.644201, "koleo": 3.003799},
+    9: {"loss": 21.965153, "dino/level_0": 1.546921, "ibot/level_4": 2.202751, "koleo": 2.511097},
+    19: {"loss": 20.954107, "dino/level_0": 1.393469, "ibot/level_4": 2.089255, "koleo": 1.313606},
+    29: {"loss": 20.461943, "dino/level_0": 1.364323, "ibot/level_4": 2.071979, "koleo": 1.227546},
 }
 
 
@@ -54,11 +55,26 @@ def weights(own: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in own.student.named_parameters()}
 
 
+@torch.no_grad()
+def refill_heads_(own: Any) -> None:
+    """Give the heads weights that do not depend on the version of PyTorch.
+
+    What ``nn.init.trunc_normal_`` draws from a seed changed between 2.9 and 2.14.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for head in own.student.heads.values():
+        for weight in head.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=0.02, generator=generator)
+    own.teacher.module.load_state_dict(own.student.state_dict())
+
+
 @pytest.mark.parametrize("factored_scores", [False, True])
 def test_golden_losses(factored_scores: bool) -> None:
     settings = tiny(steps=30)
     model = recipe.replace(settings.model, factored_scores=factored_scores)
     own = trainer(recipe.replace(settings, model=model))
+    refill_heads_(own)
     stream = batches(8)
     for step in range(30):
         seen = own.step(step, next(stream))
