@@ -308,7 +308,8 @@ def test_fold_is_exact(num_iterations, other, bias, dtype, side):
     folded = rasa.fold(linear, side=side)
     expected = rasa(linear(x)) if side == "output" else linear(rasa(x))
     torch.testing.assert_close(folded(x), expected, rtol=0, atol=3e-6)
-    torch.testing.assert_close(rasa.fold(linear)(x), expected, rtol=0, atol=3e-6)
+    if other != D:  # otherwise the side has to be named; see the next test
+        torch.testing.assert_close(rasa.fold(linear)(x), expected, rtol=0, atol=3e-6)
     assert torch.equal(linear.weight, before)
     assert (folded.bias is not None) == bias
 
