@@ -25,14 +25,23 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sslkit import Assignments, CyclicMaskGenerator, DINOLoss, EMATeacher, KoLeoLoss
-from sslkit import MatryoshkaProjector, RASAProjector, Targets, backbones, iBOTLoss, schedules
+from sslkit import (
+    Assignments,
+    CyclicMaskGenerator,
+    DINOLoss,
+    EMATeacher,
+    KoLeoLoss,
+    MatryoshkaProjector,
+    RASAProjector,
+    Targets,
+    backbones,
+    iBOTLoss,
+    schedules,
+)
 from sslkit.assignments import usage
 from sslkit.command_line import run_command
 from sslkit.data import Batch, MultiCrop
 from sslkit.data.batch_masks import MaskGenerator, sharded_masks
-from sslkit.data.crops import random_crop
-from sslkit.evaluation.features import evenly_spaced, extract
 from sslkit.factored_logits import Logits
 from sslkit.recipes import franca
 from sslkit.recipes.franca import Losses, Model, Settings
@@ -101,10 +110,7 @@ def make_targets(network: FrancaNetwork, run: Run[Settings]) -> Targets:
     s = run.settings
     return Targets(
         {"dino": network.dino_head.prototypes, "ibot": network.ibot_head.prototypes},
-        kind=s.targets.kind,
-        num_iterations=s.targets.num_iterations,
-        queue=s.targets.queue,
-        momentum=s.targets.momentum,
+        **s.targets.arguments(),
         factored=s.model.factored,
         bound=1.0 if s.model.normalize else None,  # cosines
         group=run.parallel.group,
@@ -119,13 +125,10 @@ class FrancaLoss(nn.Module):
 
     def __init__(self, run: Run[Settings]) -> None:
         super().__init__()
+        temperature = run.settings.targets.student_temp
         # Nothing reads the student's logits after the loss: gradients may take their memory.
-        options: dict[str, Any] = {
-            "student_temp": run.settings.targets.student_temp,
-            "overwrite_logits": True,
-        }
-        self.dino = DINOLoss(**options)
-        self.ibot = iBOTLoss(**options)
+        self.dino = DINOLoss(student_temp=temperature, overwrite_logits=True)
+        self.ibot = iBOTLoss(student_temp=temperature, overwrite_logits=True)
         self.koleo = KoLeoLoss(group=run.parallel.group)
 
     def forward(
@@ -187,14 +190,9 @@ class Schedule(NamedTuple):
     student_temperature: float
 
 
-def frozen_steps(s: Settings) -> int:
-    """Steps in which new heads learn on the frozen backbone of --init-from."""
-    return round(s.init.head_warmup * s.steps) if s.init.heads == "fresh" else 0
-
-
 def schedule(step: int, s: Settings) -> Schedule:
     """A function of the step alone, so a resumed run needs no other state."""
-    optim, targets, total, frozen = s.optim, s.targets, s.steps, frozen_steps(s)
+    optim, targets, total, frozen = s.optim, s.targets, s.steps, s.frozen_steps
     warmup = round(optim.lr_warmup * total)
     lr = schedules.warmup_cosine(
         step,
@@ -233,8 +231,8 @@ class Franca:
     """Student, teacher, targets and losses of one stage; `sslkit.training.train` drives it."""
 
     def __init__(self, stage: str, settings: Settings, run: Run[Settings]) -> None:
-        s, self.parallel = settings, run.parallel
-        self.stage, self.settings, self.run = stage, settings, run
+        s = settings
+        self.stage, self.settings, self.run, self.parallel = stage, settings, run, run.parallel
         first_size = run.settings.crops.global_size  # of the pretraining
         torch.manual_seed(s.seed)
         self.student = FrancaNetwork(s.model, first_size)
@@ -247,30 +245,26 @@ class Franca:
         self.loss = FrancaLoss(run)
         networks = (self.student, self.teacher.module)
         if stage == "highres":
-            network = partial(FrancaNetwork, s.model, first_size)
-            pretrained = run.last_checkpoint("pretrain", network=network)
+            build = partial(FrancaNetwork, s.model, first_size)
+            pretrained = run.last_checkpoint("pretrain", network=build)
             run.load_(pretrained, self.weights())
             for network in networks:  # as the release's scripts/modify_ckpt_highres.py
                 network.backbone.set_img_size_(s.crops.global_size, pos_interpolation="antialias")
         self.replica = distribute(
             networks, run, blocks=["backbone.vit.blocks"], float32=["dino_head", "ibot_head"]
         )
-        groups = parameter_groups(
-            self.student,
-            layer_decay=s.optim.layer_decay,
-            patch_embed_lr_scale=s.optim.patch_embed_lr_scale,
-            parts=["backbone"],
-        )
+        options = s.optim.group_arguments()
+        groups = parameter_groups(self.student, parts=["backbone"], **options)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=s.optim.betas)
         if stage == "highres":  # the position embedding, which changed shape, starts afresh
             fitting = {n: m for n, m in moments(self.optimizer).items() if "pos_embed" not in n}
             run.load_(pretrained, {"optimizer": fitting})
         self.draw_masks = make_masks(self.student.backbone.grid_size, s)
 
-    def step(self, step: int, batch: Batch, *, watch: bool) -> StepReport:
+    def step(self, step: int, batch: Batch, *, watch: bool = False) -> StepReport:
         """Take one optimizer step, counted from 0."""
         s, parallel, now = self.settings, self.parallel, schedule(step, self.settings)
-        frozen = step < frozen_steps(s)
+        frozen = step < s.frozen_steps
         # Stochastic depth alone draws from the global generator.
         torch.manual_seed(self.run.seed(self.stage, "drop path", step, parallel.rank))
         set_hyperparameters(
@@ -281,7 +275,8 @@ class Franca:
             part_lr_scales={"backbone": now.backbone_lr_scale},
         )
         self.replica.freeze_("backbone", frozen)
-        masks = self.masks(step, batch)
+        seed = partial(self.run.seed, self.stage, "masks")
+        masks = sharded_masks(self.draw_masks, batch, step=step, seed=seed, ranks=parallel)
         micro = micro_batches(*batch.views, masks, count=s.accumulation, device=parallel.device)
         watched = Watched(step, parallel)
         watched.see("images", *(images for *crops, _ in micro for images in crops))
@@ -318,15 +313,6 @@ class Franca:
             row_shares={"ibot": means["masked images"].item()},
         )
 
-    def masks(self, step: int, batch: Batch) -> Tensor:
-        """Masks of this process's global crops, bool [V, B, H, W]."""
-        seed = partial(self.run.seed, self.stage, "masks")
-        V, B = batch.global_crops.shape[:2]
-        rank, world_size = self.parallel.rank, self.parallel.world_size
-        return sharded_masks(
-            self.draw_masks, V, B, step=step, seed=seed, rank=rank, world_size=world_size
-        )
-
     def weights(self) -> dict[str, Any]:
         """Student, teacher, and centres or queues."""
         queues = joined(self.targets.rank_state(), self.parallel)
@@ -342,11 +328,12 @@ class Franca:
 
     def encoder(self) -> nn.Module:
         """The teacher's encoder."""
-        return self.replica.whole(self.teacher.module, "backbone")
+        encoder: nn.Module = self.replica.whole(self.teacher.module, "backbone")
+        return encoder
 
     def export(self, path: Path, description: dict[str, str]) -> None:
         """Write the teacher's encoder and heads, which --init-from takes."""
-        teacher = self.replica.whole(self.teacher.module)
+        teacher: FrancaNetwork = self.replica.whole(self.teacher.module)
         if self.parallel.is_main:
             heads = {"dino_head": teacher.dino_head, "ibot_head": teacher.ibot_head}
             backbones.save(teacher.backbone, path, description, heads=heads)
@@ -355,7 +342,9 @@ class Franca:
 # ---------------------------------------------------------------------------------------- stages
 
 
-def train_stage(stage: str, settings_of: Callable[[Settings], Settings], run: Run[Settings]) -> None:
+def train_stage(
+    stage: str, settings_of: Callable[[Settings], Settings], run: Run[Settings]
+) -> None:
     """Train one stage with the settings that it makes of those of the run."""
     s = settings_of(run.settings)
     sources, size = open_sources(s), s.crops.global_size
@@ -371,7 +360,7 @@ def train_stage(stage: str, settings_of: Callable[[Settings], Settings], run: Ru
         sources=sources,
         crops=MultiCrop(**vars(s.crops), num_global=NUM_GLOBAL, channels=s.model.in_chans),
         # Somewhat past the warm-up: an untrained network shows the signs of a collapsed one.
-        grace_steps=frozen_steps(s) + round(1.25 * s.optim.lr_warmup * s.steps),
+        grace_steps=s.frozen_steps + round(1.25 * s.optim.lr_warmup * s.steps),
         online=partial(franca.online_knn, run=run, sources=sources, size=size),
         online_every=s.evaluation.online_every,
         export_before="init" if s.init_from and stage == "pretrain" else "",
@@ -379,22 +368,12 @@ def train_stage(stage: str, settings_of: Callable[[Settings], Settings], run: Ru
 
 
 def rasa(run: Run[Settings]) -> None:
-    """Find the planes of position on random crops, and fold their removal into the encoder."""
+    """Section 3.3: find the planes of position, and fold their removal into the encoder."""
     s, last = run.settings, franca.last_trained(run)
-    encoder = franca.load_encoder(run, last).to(run.parallel.device)
-    images = open_sources(s).train
-    features = extract(
-        encoder,
-        images,
-        transform=random_crop(s.global_size(last), s.rasa.crop_scale, run.generator("rasa")),
-        indices=evenly_spaced(len(images), s.rasa.num_images),
-        batch_size=s.evaluation.batch_size,
-        want=["patches"],
-        device=run.parallel.device,
-        dtype=torch.float16,
-    )
+    encoder = franca.load_encoder(run, last)
+    patches = franca.crop_features(run, encoder, s.global_size(last))  # [B, H, W, D]
     projector = RASAProjector(encoder.embed_dim, num_iterations=s.rasa.num_iterations)
-    errors = projector.fit(features.patches.split(128), solver=s.rasa.solver)
+    errors = projector.fit(patches.split(128), solver=s.rasa.solver)
     franca.save_without_position(run, encoder, projector, of=last, errors=errors)
 
 

@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from sslkit import backbones
+from sslkit.recipes.franca.recipe import Franca
+from sslkit.training import command
 from sslkit.training.checkpoint import Checkpoints, step_of
 from sslkit.training.metrics import read_metrics
 from sslkit.training.parallel import Parallel, choose, local_device, lost_contact, restarted, start
-from tests.recipe import RECIPE, last_step, recipe, saved_tensors, smoke, start_process
+from sslkit.training.settings import SettingsError
+from tests.recipe import RECIPE, last_step, main, parse, saved_tensors, smoke, start_process
 
 TRAINING = "--stages pretrain --steps 24 --checkpoint-every 4 --optim.lr-warmup 0"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -93,7 +97,7 @@ def assert_same_end(output: Path, expected: Path, *, steps: int = 24, atol: floa
     for run in (output, expected):
         rows = read_metrics(run / "pretrain" / "metrics.jsonl")
         assert [row["step"] for row in rows] == list(range(1, steps + 1))
-        assert recipe.backbones.load(run / "pretrain.safetensors").embed_dim == 32
+        assert backbones.load(run / "pretrain.safetensors").embed_dim == 32
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +197,9 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")
 
-    monkeypatch.setattr(recipe.Trainer, "step", step)
+    monkeypatch.setattr(Franca, "step", step)
     with pytest.raises(KeyboardInterrupt):
-        recipe.main(smoke(tmp_path / "run", *TRAINING.split(), "--workers", "1"))
+        main(smoke(tmp_path / "run", *TRAINING.split(), "--workers", "1"))
     assert not multiprocessing.active_children()
     assert Checkpoints(tmp_path / "run" / "pretrain" / "checkpoints").latest() is None
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -302,7 +306,7 @@ def test_sigterm_saves_and_leaves(undisturbed: Path, tmp_path: Path, restarts: i
 
 def test_a_flipped_byte_is_refused_and_the_checkpoint_before_it_offered(tmp_path: Path) -> None:
     arguments = smoke(tmp_path / "run", *TRAINING.split(), "--workers", "1")
-    recipe.main(arguments)
+    main(arguments)
     (tmp_path / "run" / "pretrain.safetensors").unlink()
     checkpoints = Checkpoints(tmp_path / "run" / "pretrain" / "checkpoints")
     damaged, before = checkpoints.latest(), checkpoints.paths()[-2]
@@ -310,9 +314,9 @@ def test_a_flipped_byte_is_refused_and_the_checkpoint_before_it_offered(tmp_path
     content[len(content) // 2] ^= 1
     (damaged / "rank_0.safetensors").write_bytes(content)
     with pytest.raises(SystemExit, match=rf"error: .*{damaged.name} is damaged: .*{before.name}$"):
-        recipe.main([*arguments, "--resume"])
+        main([*arguments, "--resume"])
     damaged.rename(tmp_path / "set aside")
-    recipe.main([*arguments, "--resume"])
+    main([*arguments, "--resume"])
     assert checkpoints.latest() == damaged
 
 
@@ -339,10 +343,10 @@ def test_whatever_ends_the_training_ends_its_workers(
         assert multiprocessing.active_children()
         raise error
 
-    monkeypatch.setattr(recipe.Trainer, "step", step)
+    monkeypatch.setattr(Franca, "step", step)
     known = not isinstance(error, ZeroDivisionError | KeyboardInterrupt)
     with pytest.raises(SystemExit if known else type(error), match=message):
-        recipe.main(smoke(tmp_path / "run", *TRAINING.split(), "--workers", "2"))
+        main(smoke(tmp_path / "run", *TRAINING.split(), "--workers", "2"))
     assert not multiprocessing.active_children()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -364,11 +368,11 @@ def test_restarted(variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for count in ("0", "1"):
         monkeypatch.setenv(variable, count)
         assert restarted() == (count == "1")
-    recipe.main(words)
-    recipe.main(words)
+    main(words)
+    main(words)
     monkeypatch.setenv(variable, "0")
     with pytest.raises(SystemExit, match="holds a run already"):
-        recipe.main(words)
+        main(words)
 
 
 def test_each_process_has_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,6 +425,6 @@ def test_small_networks_are_replicated_and_large_ones_sharded(
     ],
 )
 def test_refused_parallelism(arguments: str, world_size: int, message: str, tmp_path: Path) -> None:
-    settings = recipe.parse(smoke(tmp_path / "run", *arguments.split()))
-    with pytest.raises(recipe.SettingsError, match=message):
-        recipe.check(settings, world_size=world_size)
+    settings = parse(smoke(tmp_path / "run", *arguments.split()))
+    with pytest.raises(SettingsError, match=message):
+        command.check(RECIPE, settings, world_size)

@@ -15,9 +15,12 @@ from sslkit import backbones
 from sslkit.evaluation.__main__ import main as evaluation
 from sslkit.evaluation.floor import Pixels
 from sslkit.rasa import load_rasa
+from sslkit.recipes.franca import online_knn
+from sslkit.training import Run
 from sslkit.training.checkpoint import Checkpoints
+from sslkit.training.data import open_sources
 from sslkit.training.metrics import read_metrics
-from tests.recipe import recipe, saved_tensors, smoke
+from tests.recipe import ALONE, main, parse, saved_tensors, smoke
 
 SHORT = "--steps 4 --highres.steps 2 --evaluation.num-train 40 --evaluation.num-test 20"
 SHORT += " --evaluation.num-dense 20 --evaluation.online-train 40 --evaluation.online-test 20"
@@ -30,7 +33,7 @@ LEVELS = [f"{kind}/level_{level}" for kind in ("dino", "ibot") for level in rang
 
 
 def run_all(output: Path, *arguments: str) -> None:
-    recipe.main(smoke(output, *SHORT.split(), *arguments))
+    main(smoke(output, *SHORT.split(), *arguments))
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +150,9 @@ def test_report_and_evaluate_can_be_run_alone(
     (finished / "report.md").unlink()
     results = (finished / "results.json").read_text()
     (finished / "results.json").unlink()
-    recipe.main(["--output", str(finished), "--stages", "evaluate"])
+    main(["--output", str(finished), "--stages", "evaluate"])
     assert (finished / "results.json").read_text() == results  # it is a function of the weights
-    recipe.main(["--output", str(finished), "--stages", "report"])
+    main(["--output", str(finished), "--stages", "report"])
     assert figures(finished) == FIGURES
     printed = capsys.readouterr().out
     for row in (
@@ -171,7 +174,7 @@ def test_a_report_of_older_scores_is_refused(finished: Path) -> None:
             del (results["position_r2"] if lost else results)[lost or "intervals"]
             path.write_text(json.dumps(results))
             with pytest.raises(SystemExit, match=f"is older than {words}; run --stages evaluate"):
-                recipe.main(["--output", str(finished), "--stages", "report"])
+                main(["--output", str(finished), "--stages", "report"])
     finally:
         path.write_text(before)
 
@@ -184,7 +187,7 @@ def test_a_rasa_of_an_older_encoder_is_refused(finished: Path, tmp_path: Path) -
     backbones.save(backbones.load(path), path, described)
     for stage in ("evaluate", "report"):
         with pytest.raises(SystemExit, match="was fitted on pretrain, and highres has been"):
-            recipe.main(["--output", str(output), "--stages", stage])
+            main(["--output", str(output), "--stages", stage])
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -239,8 +242,9 @@ def test_broken_images_do_not_stop_the_scores_of_pixels(tmp_path: Path) -> None:
     for label in ("a", "b"):
         write_images(tmp_path / label, 12)
     words = ("--data", str(tmp_path), "--test-fraction", "0.4", "--evaluation.knn", "3")
-    settings = recipe.parse(smoke(tmp_path, *words))
-    plan, sources = recipe.pretraining(settings), recipe.open_data(settings)
+    settings = parse(smoke(tmp_path, *words))
+    sources = open_sources(settings)
     for pixels in (Pixels(), Pixels(standardised=False)):
         with pytest.warns(UserWarning, match="could not be read"):
-            assert 0 <= recipe.online_knn(pixels, plan, settings, sources) <= 1
+            [score] = online_knn(pixels, Run(settings, ALONE), sources, 32).values()
+        assert 0 <= score <= 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sslkit.training.run_folder import FolderError, one_run_at_a_time, own_folder, refuse_links
-from tests.recipe import ALONE, recipe, smoke
+from tests.recipe import ALONE, main, smoke
 
 # Holds the lock and starts a child, as a loader's worker is started, that outlives it.
 HOLDER = """
@@ -59,7 +59,7 @@ def test_a_run_beside_another_is_refused_and_one_after_a_kill_is_not(
     who = rf"--output .*run is in use by process {process.pid} on host '{socket.gethostname()}'"
     for words in (["--stages", "pretrain"], ["--stages", "report"]):
         with pytest.raises(SystemExit, match=who):
-            recipe.main(smoke(folder, *words))
+            main(smoke(folder, *words))
     assert snapshot(folder) == before
 
     process.kill()

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sslkit.data.samples import Batch
+
 
 class MaskGenerator(Protocol):
     """Draws masks; `sslkit.CyclicMaskGenerator` is one."""
@@ -21,17 +23,22 @@ class MaskGenerator(Protocol):
         """One mask, bool [H, W], with this number of masked patches."""
 
 
+class Ranks(Protocol):
+    """The processes that share a batch, such as `sslkit.training.parallel.Parallel`."""
+
+    @property
+    def rank(self) -> int:
+        """This process, from 0."""
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes."""
+
+
 def sharded_masks(
-    draw: MaskGenerator,
-    num_views: int,
-    batch_size: int,
-    *,
-    step: int,
-    seed: Callable[..., int],
-    rank: int = 0,
-    world_size: int = 1,
+    draw: MaskGenerator, batch: Batch, *, step: int, seed: Callable[..., int], ranks: Ranks
 ) -> Tensor:
-    """Masks of the images that this process has of a batch.
+    """Masks of the global crops that this process has of a batch.
 
     How many patches of each image are masked is drawn for the whole batch, in all processes alike.
     Each mask has a generator of its own, seeded by the position of its image in the stream. So the
@@ -39,22 +46,22 @@ def sharded_masks(
 
     Args:
         draw: the generator of masks.
-        num_views: views V of each image.
-        batch_size: images B of this process. Image b of rank r is number ``b * world_size + r`` of
-            the batch, as in :class:`sslkit.data.SampleStream`.
+        batch: image b of rank r is number ``b * world_size + r`` of the whole batch, as in
+            :class:`sslkit.data.SampleStream`.
         step: the optimizer step, counted from 0.
-        seed: a function of words, such as `sslkit.training.run.Run.seed`.
-        rank, world_size: this process, and the number of them.
+        seed: a function of words, such as `sslkit.training.Run.seed`.
+        ranks: the processes.
 
     Returns:
         Bool [V, B, H, W] on the CPU, True = masked.
     """
-    total = batch_size * world_size
+    V, B = batch.global_crops.shape[:2]
+    total = B * ranks.world_size
     whole_batch = torch.Generator().manual_seed(seed("counts", step))
-    counts = draw.counts(num_views * total, generator=whole_batch)
-    masks = torch.zeros(num_views, batch_size, *draw.grid_size, dtype=torch.bool)
-    for view in range(num_views):
-        for b, i in enumerate(range(rank, total, world_size)):
+    counts = draw.counts(V * total, generator=whole_batch)
+    masks = torch.zeros(V, B, *draw.grid_size, dtype=torch.bool)
+    for view in range(V):
+        for b, i in enumerate(range(ranks.rank, total, ranks.world_size)):
             if count := counts[view * total + i]:
                 own = torch.Generator().manual_seed(seed("mask", step * total + i, view))
                 masks[view, b] = draw.one(count, generator=own)

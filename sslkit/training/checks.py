@@ -61,8 +61,10 @@ def not_divisible(settings: RunSettings, batches: Iterable[str], world_size: int
 
 def check_run(settings: RunSettings, world_size: int) -> list[str]:
     """Problems of the settings that the engine reads, with ``world_size`` processes."""
-    positive = ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every")
-    positive += ("keep_last", "num_scenes", "scene_size")
+    positive = [
+        *("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_last"),
+        *("num_scenes", "scene_size"),
+    ]
     not_negative = ("workers", "keep_every", "seed")
     problems = [
         *too_small(settings, dict.fromkeys(positive, 1) | dict.fromkeys(not_negative, 0)),

@@ -41,7 +41,7 @@ class Stage:
 
     Attributes:
         run: what it does.
-        result: the file in the output folder that it leaves.
+        result: the file in the output folder that it leaves; ``<name>.safetensors`` by default.
         steps: for a training stage, its optimizer steps, from the settings. All processes take
             part in it. A stage without steps runs in the main process alone.
         section: the section of the settings that this stage alone reads. It may change until the
@@ -49,7 +49,7 @@ class Stage:
     """
 
     run: Callable[[Run[Any]], None]
-    result: str
+    result: str = ""
     steps: Callable[[Any], int] | None = None
     section: str = ""
 
@@ -77,21 +77,27 @@ class Recipe(Generic[S]):
     """A method that :func:`main` can run.
 
     Attributes:
-        presets: settings by name; the first is the default.
+        presets: settings by name.
         stages: in the order in which they run, by name.
         check: problems of the settings with a number of processes, each in words.
+        default: name of the preset that is taken when none is named.
         from_weights: for a recipe with ``--init-from``, what weights decide; None: no such setting.
     """
 
-    presets: Mapping[str, S]
+    presets: Mapping[Any, S]
     stages: Mapping[str, Stage]
     check: Callable[[S, int], list[str]]
+    default: str = "demo"
     from_weights: FromWeights[S] | None = None
 
     @property
     def training(self) -> list[str]:
         """Names of the training stages."""
         return [name for name, stage in self.stages.items() if stage.steps is not None]
+
+    def result(self, name: str) -> str:
+        """The file that a stage leaves."""
+        return self.stages[name].result or f"{name}.safetensors"
 
     def has_begun(self, output: Path) -> bool:
         """Whether the first training stage has left anything in a folder."""
@@ -129,8 +135,9 @@ def run(recipe: Recipe[S], settings: S) -> None:
     except ValueError as error:
         raise SettingsError(f"--device {settings.device}: {error}") from error
     again = parallel.any(restarted())
-    results = [stage.result for stage in recipe.stages.values()]
-    files = (*recipe.stages, *results, "init.safetensors", "settings.json", "data.json", "figures")
+    results = map(recipe.result, recipe.stages)
+    others = ("init.safetensors", "rasa_projector.safetensors", "figures")
+    files = (*recipe.stages, *results, *others, "settings.json", "data.json")
     try:  # what is left of the job before a restart may still be ending
         with own_folder(settings.output, files, parallel, patience=120.0 if again else 0.0):
             parallel = run_stages(recipe, settings, parallel, again=again)
@@ -146,12 +153,13 @@ def run_stages(
     """Check the settings, then run the stages. ``again``: see :func:`check`."""
     check(recipe, settings, parallel.world_size, again=again)
     parallel.wait()  # nobody writes before all have looked
-    now = Run(settings, parallel)
+    names = tuple(recipe.stages)
+    now = Run(settings, parallel, names)
     if settings.resume:
         now.say(what_is_left(recipe, settings))
     stored = read_settings(settings.output, settings)
     if parallel.is_main and not (settings.accept_changes and stored):
-        write_settings(settings)  # changed ones once they have proved to fit
+        write_settings(settings, names)  # changed ones once they have proved to fit
     left = unfinished(recipe, settings) if settings.resume else settings.stages
     for name, stage in recipe.stages.items():
         training = stage.steps is not None
@@ -159,7 +167,7 @@ def run_stages(
             parallel = stop(parallel)
         if name in settings.stages and (parallel.is_main or parallel.group is not None):
             if name in left or training:  # these look for themselves
-                stage.run(Run(settings, parallel))
+                stage.run(Run(settings, parallel, names))
             else:
                 now.say(f"{name}: finished already")
     return parallel
@@ -170,11 +178,11 @@ def run_stages(
 
 def is_finished(recipe: Recipe[S], name: str, output: Path) -> bool:
     """Whether a stage has its result, newer than those of the stages before it."""
-    result = output / recipe.stages[name].result
+    result = output / recipe.result(name)
     if name in recipe.training or not result.exists():
         return result.exists()
     names = list(recipe.stages)
-    before = (output / recipe.stages[each].result for each in names[: names.index(name)])
+    before = (output / recipe.result(each) for each in names[: names.index(name)])
     times = [path.stat().st_mtime_ns for path in before if path.exists()]
     return result.stat().st_mtime_ns >= max(times, default=0)
 
@@ -238,7 +246,7 @@ def check(recipe: Recipe[S], settings: S, world_size: int, *, again: bool = Fals
             "they were, choose another --output, or insist with --accept-changes"
         )
     asked = [name for name in recipe.training if name in settings.stages]
-    finished = [settings.output / recipe.stages[name].result for name in asked]
+    finished = [settings.output / recipe.result(name) for name in asked]
     if changed and all(path.exists() for path in finished):
         raise SettingsError(
             f"--accept-changes: {'; '.join(changed)}, but there is nothing left to train. Remove "
@@ -268,10 +276,10 @@ def parse(recipe: Recipe[S], arguments: Sequence[str]) -> S:
     """
     words = [word for word in arguments if word not in ("-h", "--help")]
     first, _ = tyro.cli(_First, args=words, return_unknown_args=True)
-    names = list(recipe.presets)
-    if first.preset is not None and first.preset not in names:
-        tyro.cli(type(recipe.presets[names[0]]), default=recipe.presets[names[0]], args=words)
-    default = recipe.presets[first.preset or names[0]]
+    default = recipe.presets[recipe.default]
+    if first.preset is not None and first.preset not in recipe.presets:
+        tyro.cli(type(default), default=default, args=words)  # says which there are, and exits
+    default = recipe.presets[first.preset or recipe.default]
     stored = read_settings(first.output or default.output, default)
     if stored and (first.preset is None or (first.resume and first.preset == stored.preset)):
         default = stored

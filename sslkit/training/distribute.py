@@ -54,7 +54,7 @@ class Replica:
             module.requires_grad_(not frozen)
             self._called = replicate(self.network, self.parallel)
 
-    def whole(self, network: nn.Module, part: str = "") -> nn.Module:
+    def whole(self, network: nn.Module, part: str = "") -> Any:
         """A copy on the CPU of a network of the same structure, or of a ``part`` of it.
 
         It is in eval mode, and no longer sharded. All processes have to call this.

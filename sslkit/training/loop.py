@@ -118,7 +118,7 @@ def train(
     elif export_before:
         method.export(run.export_path(export_before), _description(run, export_before, 0, method))
     if parallel.is_main:
-        write_settings(settings)
+        write_settings(run.settings, run.stage_names)
         write_file(run.output, "data.json", describe_sources(sources))
     num_images = _count_images(run, images)
     if num_images is not None and batch_size > num_images:
@@ -200,9 +200,7 @@ def _count_images(run: Run, images: Source | StreamSource) -> int | None:
     found = None if isinstance(images, StreamSource) else len(images)
     counts = run.parallel.gather(torch.tensor(found or 0)).tolist()
     if len(set(counts)) > 1:
-        raise SettingsError(
-            f"--data {run.settings.data} has {counts} images for ranks 0, 1, ..."
-        )
+        raise SettingsError(f"--data {run.settings.data} has {counts} images for ranks 0, 1, ...")
     return found
 
 

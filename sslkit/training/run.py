@@ -28,10 +28,12 @@ class Run(Generic[S]):
     Attributes:
         settings: of the recipe.
         parallel: the processes that take part. After the training stages there is one.
+        stage_names: all stages of the recipe, in order.
     """
 
     settings: S
     parallel: Parallel
+    stage_names: tuple[str, ...] = ()
 
     # ------------------------------------------------------------------------- random numbers
 

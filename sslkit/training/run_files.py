@@ -1,5 +1,6 @@
 """The small files that describe a run in its folder: settings.json and data.json."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -46,12 +47,18 @@ def read_settings(output: Path, default: S) -> S | None:
     return None if stored is None else replace(stored, output=output)  # it may have been moved
 
 
-def write_settings(settings: RunSettings) -> None:
-    """Write ``settings.json``, with all stages that the run was ever asked for."""
+def write_settings(settings: RunSettings, stage_names: Sequence[str]) -> None:
+    """Write ``settings.json``, with all stages that the run was ever asked for.
+
+    Args:
+        settings: of this call.
+        stage_names: all stages of the recipe, in order.
+    """
     stored = read_settings(settings.output, settings)
     if stored is not None:
         begun = any(has_begun(settings.output, name) for name in stored.stages)
         if begun or settings.resume:
-            stages = dict.fromkeys((*stored.stages, *settings.stages))
-            settings = replace(settings, stages=tuple(stages))
+            asked = {*stored.stages, *settings.stages}
+            stages = tuple(name for name in stage_names if name in asked)
+            settings = replace(settings, stages=stages)
     write_file(settings.output, "settings.json", as_json(settings))

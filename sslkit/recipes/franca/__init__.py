@@ -4,7 +4,7 @@ The method itself is `examples/franca_recipe.py`, which `sslkit.recipes.franca.r
 """
 
 from sslkit.recipes.franca.checks import check
-from sslkit.recipes.franca.evaluation import compare_stages, online_knn
+from sslkit.recipes.franca.evaluation import compare_stages, crop_features, online_knn
 from sslkit.recipes.franca.exports import last_trained, load_encoder, save_without_position
 from sslkit.recipes.franca.initial import FROM_WEIGHTS, fill_from_weights_
 from sslkit.recipes.franca.presets import PRESETS
@@ -19,6 +19,7 @@ __all__ = [
     "Settings",
     "check",
     "compare_stages",
+    "crop_features",
     "fill_from_weights_",
     "last_trained",
     "load_encoder",

@@ -80,8 +80,7 @@ def _refused_beginnings(settings: Settings) -> list[str]:
         )
     elif (init.heads == "auto") != (settings.init_from == ""):
         problems.append("--init.heads says whether the heads of --init-from are taken: give both")
-    frozen = init.heads == "fresh" and round(init.head_warmup * settings.steps) > 0
-    if frozen and losses.dino == losses.ibot == 0:
+    if settings.frozen_steps and losses.dino == losses.ibot == 0:
         problems.append("--init.head-warmup: --losses.koleo alone teaches a head nothing")
     return problems
 
@@ -90,9 +89,7 @@ def _refused_targets(settings: Settings, world_size: int) -> list[str]:
     problems = []
     queue, model = settings.targets.queue, settings.model
     if queue < 0 or queue % world_size:
-        problems.append(
-            f"--targets.queue {queue} does not divide into {world_size} processes"
-        )
+        problems.append(f"--targets.queue {queue} does not divide into {world_size} processes")
     if queue > 0 and settings.targets.kind != "sinkhorn":
         problems.append(f"--targets.queue is for sinkhorn, not {settings.targets.kind}")
     if settings.parallel == "fsdp" and model.factored and not model.normalize:
@@ -113,11 +110,7 @@ def _refused_by_parts(settings: Settings) -> list[str]:
             problems.append(f"{name}: {error}")
 
     def optimizer() -> None:
-        groups = parameter_groups(
-            encoder,
-            layer_decay=settings.optim.layer_decay,
-            patch_embed_lr_scale=settings.optim.patch_embed_lr_scale,
-        )
+        groups = parameter_groups(encoder, **settings.optim.group_arguments())
         torch.optim.AdamW(groups, lr=0.0, betas=settings.optim.betas)
 
     crops, model = settings.crops, settings.model
@@ -152,9 +145,12 @@ def _check_network(model: Model) -> bool:
 
 
 def _check_sizes(settings: Settings, patch_size: tuple[int, int]) -> None:
-    sizes = {"pretrain": settings.crops, "highres": settings.highres}
-    for stage in [name for name in sizes if name == "pretrain" or name in settings.stages]:
-        for size in (sizes[stage].global_size, sizes[stage].local_size):
+    crops, highres = settings.crops, settings.highres
+    sizes = {"pretrain": (crops.global_size, crops.local_size)}
+    if "highres" in settings.stages:
+        sizes["highres"] = (highres.global_size, highres.local_size)
+    for stage, both in sizes.items():
+        for size in both:
             if any(size % patch for patch in patch_size):
                 raise ValueError(
                     f"{stage}: crops of {size} pixels do not divide into patches of {patch_size}"

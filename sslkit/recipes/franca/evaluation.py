@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslkit.backbones import ViTEncoder
 from sslkit.data.annotated import Segmented
-from sslkit.evaluation.features import Features, Unsuitable
+from sslkit.data.crops import random_crop
+from sslkit.evaluation.features import Features, Unsuitable, evenly_spaced, extract
 from sslkit.evaluation.floor import Pixels
 from sslkit.evaluation.in_context import in_context_segmentation
 from sslkit.evaluation.knn import knn_predict
@@ -89,8 +91,7 @@ def compare_stages(run: Run[Settings]) -> None:
             train, test = (images.features(split, "cls") for split in Sources._fields)
             labelled = _have_labels(train, test)
         if labelled:
-            hits = partial(_knn_hits, train, test, k=options.knn)
-            measured["knn"][name] = hits(train.cls, test.cls)
+            measured["knn"][name] = _knn_hits(train, test, train.cls, test.cls, k=options.knn)
             results["chance"]["knn"] = 1 / sources.train.num_classes
             # What the curve of the online score has to be compared with.
             online = online_knn(encoder, run, sources, size) if name in floor else {}
@@ -101,7 +102,7 @@ def compare_stages(run: Run[Settings]) -> None:
             results["matryoshka"][name] = matryoshka_curve(
                 train.cls,
                 test.cls,
-                score=lambda a, b, hits=hits: hits(a, b).value,
+                score=partial(_knn_accuracy, train, test, k=options.knn),
                 sizes=settings.model.nesting_dims or None,
             )
         images = subject(encoder, run, sources, size, 2 * (options.num_dense,))
@@ -131,6 +132,31 @@ def compare_stages(run: Run[Settings]) -> None:
     }
     with atomic_write(run.output / "results.json") as file:
         file.write(json.dumps(results, indent=2).encode())
+
+
+def crop_features(run: Run[Settings], encoder: ViTEncoder, size: int) -> Tensor:
+    """Patch features of random crops of training images, for RASA to be fitted on.
+
+    Args:
+        run: its settings ``rasa`` say how many images, and how large a part of each.
+        encoder: is moved to the device of the run.
+        size: pixels a side of a crop.
+
+    Returns:
+        [B, H, W, D] in float16.
+    """
+    options, device = run.settings.rasa, run.parallel.device
+    images = open_sources(run.settings).train
+    return extract(
+        encoder.to(device),
+        images,
+        transform=random_crop(size, options.crop_scale, generator=run.generator("rasa")),
+        indices=evenly_spaced(len(images), options.num_images),
+        batch_size=run.settings.evaluation.batch_size,
+        want=("patches",),
+        device=device,
+        dtype=torch.float16,
+    ).patches
 
 
 # ---------------------------------------------------------------------------- parts of it
@@ -175,6 +201,12 @@ def _knn_hits(
     """Top-1 accuracy of weighted k-NN, whose value for each test image can be resampled."""
     labels, test_cls = with_labels(test.labels, test_cls, name="test_labels")
     return Score.mean(knn_predict(train_cls, train.labels, test_cls, ks=(k,))[k] == labels)
+
+
+def _knn_accuracy(
+    train: Features, test: Features, train_cls: Tensor, test_cls: Tensor, k: int
+) -> float:
+    return _knn_hits(train, test, train_cls, test_cls, k=k).value
 
 
 def _have_labels(*splits: Features) -> bool:

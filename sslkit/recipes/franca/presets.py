@@ -16,10 +16,11 @@ from sslkit.recipes.franca.settings import (
     Targets,
 )
 
-# The defaults of the sections are ViT-B on ImageNet-21K. Each value of model, crops, masks, targets,
-# losses and optim is in the released configuration (24f8c60: configs/train, and ssl_default_config.yaml
-# where these are silent) and, if the paper gives it, also in its section 4, unless a comment says
-# otherwise. The values of rasa and evaluation are ours: see docs/faithfulness.md.
+# The defaults of the sections are ViT-B on ImageNet-21K. Each value of model, crops, masks,
+# targets, losses and optim is in the released configuration (24f8c60: configs/train, and
+# ssl_default_config.yaml where these are silent) and, if the paper gives it, also in its section 4,
+# unless a comment says otherwise. The values of rasa and evaluation are ours: see
+# docs/faithfulness.md.
 #
 #                          paper                  released configuration               taken
 #   steps, ViT-B           625 K (500 epochs)     1 M (800 epochs of 1250)             paper
@@ -181,7 +182,9 @@ PRESETS["adapt"] = Settings(
     checkpoint_every=200,
     keep_every=0,
     # Two rows of batch and queue for each prototype, and heads that few images can teach.
-    model=Model(num_prototypes=512, hidden_dim=512, dino_bottleneck_dim=128, ibot_bottleneck_dim=128),
+    model=Model(
+        num_prototypes=512, hidden_dim=512, dino_bottleneck_dim=128, ibot_bottleneck_dim=128
+    ),
     targets=Targets(temperature=0.04, queue=1024),
     losses=Losses(ibot=0.5),
     init=Init(crops="file"),

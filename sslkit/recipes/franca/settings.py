@@ -126,6 +126,12 @@ class Targets:
     student_temp: float = 0.1
     """Student temperature, the same at every step."""
 
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `sslkit.Targets`."""
+        return {
+            name: getattr(self, name) for name in ("kind", "num_iterations", "queue", "momentum")
+        }
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -165,6 +171,13 @@ class Optim:
     """Teacher momentum at the first and last step, a cosine between; nearer to 1 it is slower."""
     momentum_batch: int = 0
     """Batch that `momentum` is stated at, momentum ** (batch / this) at others; 0: at any batch."""
+
+    def group_arguments(self) -> dict[str, Any]:
+        """Arguments of `sslkit.training.parameter_groups`."""
+        return {
+            "layer_decay": self.layer_decay,
+            "patch_embed_lr_scale": self.patch_embed_lr_scale,
+        }
 
 
 @dataclass(frozen=True)
@@ -269,6 +282,11 @@ class Settings(RunSettings):
     highres: HighRes = field(default_factory=HighRes)
     rasa: Rasa = field(default_factory=Rasa)
     evaluation: Evaluation = field(default_factory=Evaluation)
+
+    @property
+    def frozen_steps(self) -> int:
+        """Steps in which new heads learn on the frozen backbone of --init-from."""
+        return round(self.init.head_warmup * self.steps) if self.init.heads == "fresh" else 0
 
     def global_size(self, stage: str) -> int:
         """Pixels a side of the global crops of a training stage."""
