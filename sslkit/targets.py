@@ -34,38 +34,39 @@ class Targets(nn.Module):
     its `Assignments`. Each term is balanced over the rows of all micro-batches and of all ranks of
     ``group``, so gradient accumulation does not change the targets.
 
-    **The call moves the state on.** It assigns with the centres or queues of the earlier steps, as
-    DINO and SwAV do, and then updates them with this step's logits. Call it once a step. An error
-    in the arguments leaves the state as it was.
+    **The call updates the state.** It assigns with the centres or queues of the earlier steps, as
+    DINO and SwAV do, and then updates them with this step's logits. Call it once a step. If an
+    argument is wrong, the call raises and the state stays as it was.
 
     **Communication**: Sinkhorn needs ``num_iterations + 1`` all-reduces a step, one fewer where
-    ``bound`` helps; centering needs one. Their number does not depend on how many heads, levels and
-    micro-batches there are.
+    ``bound`` helps; centering needs one. This number does not depend on the number of heads, levels
+    or micro-batches.
 
     **Memory**: logits of several micro-batches are copied once, into one tensor for each term, and
     the results are views of it; a single micro-batch is not copied. Delete the teacher's output
     after the call, and its memory is free for the student.
 
-    **Checkpoints**: in a single process save ``state_dict()`` as usual. In several processes the
-    centres are the same in all of them (`shared_state`), and each has queues of its own
-    (`rank_state`). With `sslkit.training`, which can resume with another number of processes::
+    **Checkpoints**: in a single process save ``state_dict()`` as usual. In several processes all
+    have the same centres (`shared_state`), and each has its own queues (`rank_state`). With
+    `sslkit.training`, which can resume with another number of processes::
 
         state = targets.shared_state() | joined(targets.rank_state(), parallel)
 
     Args:
-        heads: the last layers of each head, by the name of the head. One ``nn.Linear`` is a head
-            with a single level, as in DINO and SwAV; its loss term has the head's name. An
-            iterable of them is a head with several levels, such as
-            ``MatryoshkaProjector.prototypes``; its terms are ``"dino/level_0"``,
-            ``"dino/level_1"``, ... A number of prototypes can stand for a layer. Only the sizes are
-            read; no reference to the layers is kept.
+        heads: last layer or layers of each head, by the name of the head. A single ``nn.Linear`` is
+            a head without levels, as in DINO and SwAV, and its loss term has the head's name. An
+            iterable of layers, such as ``MatryoshkaProjector.prototypes``, is a head with levels,
+            and its terms are ``"dino/level_0"``, ``"dino/level_1"``, ... An int, the number of
+            prototypes, can stand for a layer. Only the sizes are read; no reference to the layers
+            is kept.
         kind: ``"sinkhorn"`` balances as `SinkhornKnopp` does; ``"centering"`` subtracts a running
             mean, see `EMACentering`.
-        num_iterations: of Sinkhorn-Knopp, at least 1.
-        queue: number of past rows that every term is balanced with, over all processes of
-            ``group``, see `SinkhornQueue`; 0 for none. For Sinkhorn only.
-        momentum: of the running mean of centering, in [0, 1].
-        factored: whether the logits are `FactoredLogits`.
+        num_iterations: number of Sinkhorn-Knopp iterations, at least 1.
+        queue: number of past rows that each term is balanced with, counted over all processes of
+            ``group``, see `SinkhornQueue`; 0 for none. Only for Sinkhorn.
+        momentum: momentum of the running mean of centering, in [0, 1].
+        factored: whether the logits are `FactoredLogits`. All micro-batches of a step must come
+            from the same prototypes; those of the first micro-batch are used.
         bound: a promise that no |logit| exceeds it, see `sinkhorn_many`; 1 for L2-normalised
             features and prototypes.
         group: process group over whose ranks' rows the targets are balanced.
@@ -145,7 +146,7 @@ class Targets(nn.Module):
         logits: Sequence[Mapping[str, Logits | Sequence[Logits]]],
         temperature: float,
     ) -> list[dict[str, Assignments]]:
-        """Assign every row of a step's micro-batches; the centres or queues, if any, then move.
+        """Assign every row of a step's micro-batches, then update the centres or queues, if any.
 
         ``logits[i][name]`` are the logits of a head in micro-batch i: ``[rows, K]`` for a head with
         one layer, a sequence of L of these for a head with L levels. The number of rows may differ
