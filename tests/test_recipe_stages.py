@@ -95,11 +95,14 @@ def test_checkpoints_hold_the_heads(finished: Path, stage: str) -> None:
 def test_metrics_have_everything_that_is_watched(finished: Path) -> None:
     rows = read_metrics(finished / "pretrain" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    expected = {"step", "loss", "koleo", "lr", "last_layer_lr", "weight_decay", "momentum"}
+    expected = {"step", "loss", "loss/koleo", "lr", "last_layer_lr", "weight_decay", "momentum"}
     expected |= {"teacher_temperature", "student_temperature", "images_per_second", "feature_std"}
+    expected |= {"backbone_lr_scale"}
     expected |= {f"gradient_norm/{name}" for name in ("backbone", "dino_head", "ibot_head")}
     expected |= {
-        f"{kind}{name}" for name in LEVELS for kind in ("", "target_entropy/", "prototypes_used/")
+        f"{kind}{name}"
+        for name in LEVELS
+        for kind in ("loss/", "target_entropy/", "prototypes_used/")
     }
     weights = json.loads((finished / "settings.json").read_text())["losses"]
     for row in rows:
@@ -107,7 +110,7 @@ def test_metrics_have_everything_that_is_watched(finished: Path) -> None:
         timed = {"loader_images_per_second", "data_wait"} if row["step"] > 1 else set()
         assert set(row) == expected | knn | timed
         assert all(math.isfinite(value) for value in row.values())
-        terms = [weights[name.split("/")[0]] * row[name] for name in (*LEVELS, "koleo")]
+        terms = [weights[name.split("/")[0]] * row[f"loss/{name}"] for name in (*LEVELS, "koleo")]
         assert row["loss"] == pytest.approx(sum(terms), rel=1e-5)
     assert list((finished / "pretrain" / "tensorboard").glob("events.out.tfevents.*"))
 

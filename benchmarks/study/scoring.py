@@ -55,11 +55,11 @@ class Teacher(nn.Module):
             model["num_prototypes"],
             nesting_dims=model["nesting_dims"] or None,
             nesting=model["nesting"],
-            hidden_dim=model["head_hidden_dim"],
-            num_layers=model["head_layers"],
+            hidden_dim=model["hidden_dim"],
+            num_layers=model["num_layers"],
             normalize=model["normalize"],
         )
-        self.dino_head = head(bottleneck_dim=model["dino_bottleneck"])
+        self.dino_head = head(bottleneck_dim=model["dino_bottleneck_dim"])
         self.ibot_head = head(bottleneck_dim=model["ibot_bottleneck"])
         checkpoints = Checkpoints(output / "pretrain" / "checkpoints")
         latest = checkpoints.latest()
