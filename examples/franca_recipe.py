@@ -233,9 +233,11 @@ class Franca:
     def __init__(self, stage: str, settings: Settings, run: Run[Settings]) -> None:
         s = settings
         self.stage, self.settings, self.run, self.parallel = stage, settings, run, run.parallel
-        first_size = run.settings.crops.global_size  # of the pretraining
+        build = partial(FrancaNetwork, s.model, run.settings.crops.global_size)
+        if stage == "highres":
+            pretrained = run.last_checkpoint("pretrain", network=build)
         torch.manual_seed(s.seed)
-        self.student = FrancaNetwork(s.model, first_size)
+        self.student = build()
         if stage == "pretrain" and not run.has_begun("pretrain"):
             franca.fill_from_weights_(self.student, run)
         self.student.to(self.parallel.device)
@@ -245,8 +247,6 @@ class Franca:
         self.loss = FrancaLoss(run)
         networks = (self.student, self.teacher.module)
         if stage == "highres":
-            build = partial(FrancaNetwork, s.model, first_size)
-            pretrained = run.last_checkpoint("pretrain", network=build)
             run.load_(pretrained, self.weights())
             for network in networks:  # as the release's scripts/modify_ckpt_highres.py
                 network.backbone.set_img_size_(s.crops.global_size, pos_interpolation="antialias")
