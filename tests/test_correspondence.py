@@ -7,16 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sslkit.data.annotated.protocols import KeypointPair
-from sslkit.evaluation import correspondence
 from sslkit.evaluation.correspondence import (
-    Options,
     SquareView,
     class_pck,
     correct_keypoints,
-    evaluate,
     match_keypoints,
 )
 from sslkit.evaluation.encoders import as_encoder
+from sslkit.evaluation.protocols import correspondence
+from sslkit.evaluation.protocols.correspondence import Options, evaluate
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.tokens import Unsuitable
 from tests.noise import noise, seeded

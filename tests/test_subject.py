@@ -9,8 +9,9 @@ import torch
 from sslkit import RASAProjector, backbones
 from sslkit.data.image_array import ImageArray
 from sslkit.data.scenes import Scenes
-from sslkit.evaluation import knn
 from sslkit.evaluation.encoders import as_encoder
+from sslkit.evaluation.knn import knn_accuracy
+from sslkit.evaluation.protocols import knn
 from sslkit.evaluation.subject import Subject, labelled
 from sslkit.evaluation.tokens import Unsuitable
 
@@ -120,14 +121,14 @@ def test_knn_of_a_subject(subject):
     outcome = knn.evaluate(subject, knn.Options(ks=(1, 20, 100)))
     assert list(outcome.scores) == ["k=20", "k=1", "k=24"]
     train, test = (subject.features(name, "cls") for name in ("train", "test"))
-    expected = knn.knn_accuracy(train.cls, train.labels, test.cls, test.labels, ks=(1, 20, 24))
+    expected = knn_accuracy(train.cls, train.labels, test.cls, test.labels, ks=(1, 20, 24))
     assert {name: s.value for name, s in outcome.scores.items()} == {
         f"k={k}": pytest.approx(value) for k, value in expected.items()
     }
     by_patches = knn.evaluate(subject, knn.Options(token="mean_patch", ks=(1,)))
     train, test = (subject.features(name, "patches") for name in ("train", "test"))
     means = [x.patches.mean((1, 2)) for x in (train, test)]
-    expected = knn.knn_accuracy(means[0], train.labels, means[1], test.labels, ks=(1,))
+    expected = knn_accuracy(means[0], train.labels, means[1], test.labels, ks=(1,))
     assert by_patches.scores["k=1"].value == pytest.approx(expected[1])
     assert {score.num_items for score in outcome.scores.values()} == {9}
 
