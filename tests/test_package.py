@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -136,11 +137,64 @@ def test_arrows_point_one_way(path):
     assert imported_parts(path) <= allowed
 
 
-def test_no_cycle_between_parts():
+def test_no_circle_between_parts():
     graph: dict[str, set[str]] = {part: set() for part in PARTS}
     for path in SOURCES:
         graph[part_of(path)] |= imported_parts(path) - {part_of(path)}
-    TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def imported_files(path: Path) -> set[str]:
+    """Modules of sslkit that the file names in an import, those inside functions too.
+
+    ``from a import b`` is of the module ``a.b`` if there is one, and of ``a`` otherwise. That
+    Python also runs the ``__init__`` of every package above does not count.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
+        for module in imported_modules(path, iter([node])):
+            inside = {f"{module}.{name}" for name in names} & FILES.keys()
+            found |= inside | ({module} if len(inside) < len(names) or not names else set())
+    return found & FILES.keys()
+
+
+def test_no_circle_between_files():
+    graph = {module: imported_files(path) - {module} for module, path in FILES.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+EVALUATION = "sslkit.evaluation"
+ABOVE_PROTOCOLS = {f"{EVALUATION}.comparison", f"{EVALUATION}.__main__"}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        name
+        for name in FILES
+        if name.startswith(f"{EVALUATION}.")
+        and not name.startswith(f"{EVALUATION}.protocols")
+        and name not in ABOVE_PROTOCOLS
+    ],
+)
+def test_measures_are_below_figures_and_figures_below_protocols(module):
+    """A measure reaches neither, through whatever it imports: it needs no matplotlib."""
+    reached, new = set(), {module}
+    while new:
+        reached |= new
+        new = {found for name in new for found in imported_files(FILES[name])} - reached
+    above = [f"{EVALUATION}.protocols"]
+    above += [] if module.startswith(f"{EVALUATION}.figures") else [f"{EVALUATION}.figures"]
+    assert not {name for name in reached if name.startswith(tuple(above))}
 
 
 @pytest.mark.parametrize(
