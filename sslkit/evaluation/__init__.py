@@ -5,6 +5,6 @@ anybody's model and needs neither a model nor matplotlib. `figures` draws what m
 `protocols` holds the evaluations of the command ``python -m sslkit.evaluation``, each with its
 measure's name: its `evaluate` takes a `subject.Subject`, one model on one data set.
 
-`encoders` says what a model must give, `tokens` asks it for that, `features` and `feature_cache` do
-so for all images of a source, and nothing else runs a model.
+`encoders` says what a model must give, `tokens` asks it for that, `features` does so for all images
+of a source, `feature_store` and `feature_cache` keep the result, and nothing else runs a model.
 """

@@ -110,7 +110,7 @@ def _matched(subject: Subject, options: Options, view: SquareView) -> Iterator[_
     def features(image: Tensor, name: str) -> Tensor:
         found = maps.pop(name) if name in maps else None
         if found is None:
-            found = subject.encode(view(subject.to_model(image))[None], "patches")["patches"][0]
+            found = subject.image_features(image, name, view, "patches").patches[0]
         if name:
             maps[name] = found  # the last one used stands last
             if len(maps) > _IMAGES_KEPT:

@@ -44,8 +44,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
 
     Features are cut, not normalised: protocols that compare directions normalise them anyhow.
     """
-    image = subject.images("test", [0], "global")[0]
-    dim = subject.encode(image[None], "cls")["cls"].shape[1]
+    dim = subject.limited("test", 1).features("test", "cls").cls.shape[1]
     protocol = _PROTOCOLS[options.protocol]
     scores = {}
     for size in sorted(options.sizes or nesting_sizes(dim), reverse=True):
