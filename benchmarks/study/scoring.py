@@ -28,7 +28,7 @@ from sslkit.evaluation.knn import knn_accuracy
 from sslkit.evaluation.linear_probe import linear_probe
 from sslkit.evaluation.matryoshka import matryoshka_curve
 from sslkit.evaluation.position import position_probe
-from sslkit.evaluation.segmentation import masked_patches
+from sslkit.evaluation.protocols.segmentation import masked_patches
 from sslkit.evaluation.subject import Subject
 from sslkit.matryoshka import CosineLinear
 from sslkit.rasa.planes import remove
