@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sslkit.training.checkpoint import Checkpoints, step_of
+from sslkit.training.failures import explain
 from sslkit.training.metrics import read_metrics
 from sslkit.training.parallel import Parallel, choose, local_device, lost_contact, restarted, start
 from tests.recipe import RECIPE, last_step, recipe, saved_tensors, smoke, start_process
@@ -189,7 +190,9 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
         (worker,) = multiprocessing.active_children()
         os.kill(worker.pid, signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # sent to all of a job and passed on by torchrun
         assert multiprocessing.active_children()  # the first one only asks
+        time.sleep(1.1)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")
 
@@ -355,6 +358,11 @@ def test_what_says_that_a_process_is_gone() -> None:
     assert lost_contact(RuntimeError(closed))
     assert not lost_contact(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not lost_contact(ValueError("gloo"))
+    advice = ":1751. This is typically caused by a remote worker crashing. Check the logs. GLHF!"
+    assert explain(RuntimeError(closed + advice)) == (
+        "another process of this job is gone (Connection closed by peer [::1]:1751). Its own "
+        "message says why; start all again with --resume, as torchrun --max-restarts does"
+    )
 
 
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
