@@ -186,12 +186,16 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     ``run_command`` makes status 130 of it (tests/test_command_line.py).
     """
 
+    asked = 0
+
     def step(*_: object) -> None:
+        nonlocal asked
         (worker,) = multiprocessing.active_children()
         os.kill(worker.pid, signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # sent to all of a job and passed on by torchrun
         assert multiprocessing.active_children()  # the first one only asks
+        asked = 2
         time.sleep(1.1)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")
@@ -199,6 +203,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(recipe.Trainer, "step", step)
     with pytest.raises(KeyboardInterrupt):
         recipe.main(smoke(tmp_path / "run", *TRAINING.split(), "--workers", "1"))
+    assert asked == 2
     assert not multiprocessing.active_children()
     assert Checkpoints(tmp_path / "run" / "pretrain" / "checkpoints").latest() is None
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
