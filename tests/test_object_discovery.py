@@ -63,7 +63,7 @@ def test_of_several_objects_one_is_boxed(method):
 def test_half_precision_and_scale_change_nothing(method):
     (H, W), cells, expected = OBJECTS["inside"]
     keys = planted((H, W), [cells], 0.05)
-    for changed in (keys.half(), keys.double(), 7 * keys):
+    for changed in (keys.half(), keys.double(), 7 * keys, 1e30 * keys, 1e-30 * keys):
         box = FIND[method](changed, patch_size=16, image_size=(H * 16, W * 16))
         assert tuple(box.tolist()) == expected
 

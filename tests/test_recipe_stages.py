@@ -241,6 +241,28 @@ def test_an_array_file_with_labels(tmp_path: Path, capsys: pytest.CaptureFixture
     assert figures(output) == FIGURES - {"rasa", "cluster_entropy"}
 
 
+@pytest.mark.parametrize(
+    ("test_labels", "warning"),
+    [([0, -1, 1, 1], "1 of 4 items have no label"), ([-1] * 4, "no online k-NN: none of the sam")],
+    ids=["some", "none"],
+)
+def test_online_scores_of_images_of_which_some_have_labels(
+    test_labels: list[int], warning: str, tmp_path: Path
+) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (28, 32, 32, 3), dtype=np.uint8)
+    train = np.arange(24) % 2
+    train[::3] = -1
+    arrays = {"train_images": images[:24], "test_images": images[24:]}
+    labels = {"train_labels": train, "test_labels": np.array(test_labels)}
+    np.savez(tmp_path / "images.npz", **arrays, **labels)
+    output, data = tmp_path / "run", str(tmp_path / "images.npz")
+    words = "--stages pretrain --steps 1 --evaluation.online-every 1 --evaluation.knn 3"
+    with pytest.warns(UserWarning, match=warning):
+        run_all(output, "--data", data, *words.split())
+    (row,) = read_metrics(output / "pretrain" / "metrics.jsonl")
+    assert ("knn/3" in row) == (max(test_labels) >= 0)
+
+
 def test_broken_images_do_not_stop_the_scores_of_pixels(tmp_path: Path) -> None:
     for label in ("a", "b"):
         write_images(tmp_path / label, 12)

@@ -60,7 +60,7 @@ class Teacher(nn.Module):
             normalize=model["normalize"],
         )
         self.dino_head = head(bottleneck_dim=model["dino_bottleneck_dim"])
-        self.ibot_head = head(bottleneck_dim=model["ibot_bottleneck"])
+        self.ibot_head = head(bottleneck_dim=model["ibot_bottleneck_dim"])
         checkpoints = Checkpoints(output / "pretrain" / "checkpoints")
         latest = checkpoints.latest()
         if latest is None:
@@ -274,7 +274,7 @@ def exposure(masks: Mapping[str, Any], encoder: Any, scale: Scale, seed: int) ->
     """Share of masked images in which each patch is masked, [H][W]."""
     generate = CyclicMaskGenerator(
         encoder.grid_size,
-        mask_ratio=tuple(masks["ratio"]),
+        mask_ratio=tuple(masks["mask_ratio"]),
         mask_probability=1.0,
         kind=masks["kind"],
         shift=masks["shift"],

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from sslkit.backbones.files import read_header
 from sslkit.data import (
     Batch,
     MultiCrop,
@@ -102,6 +103,7 @@ def train(
     """
     settings, parallel = run.settings, run.parallel
     if run.is_exported(stage):
+        run.read_export(stage, read_header)  # raises an error if it is damaged
         run.say(f"{stage}: finished already, {run.export_path(stage)}")
         return
     checkpoints = run.checkpoints(stage)
