@@ -140,8 +140,8 @@ def check_beginnings(parallel: Parallel, folder: Path) -> None:
         # A single process reads the rows of all.
         alone = method(BEGINNING)
         Checkpoints(checkpoints.directory).load_(checkpoints.latest(), alone.state())
-        rows = parallel.gather((own.targets.queues[0].stamps > 0).sum()).sum()
-        assert (alone.targets.queues[0].stamps > 0).sum() == rows == 2 * IMAGES * len(found)
+        rows = parallel.gather((own.targets.queues["dino/level_0"].stamps > 0).sum()).sum()
+        assert (alone.targets.queues["dino/level_0"].stamps > 0).sum() == rows == 2 * IMAGES * len(found)
 
 
 def check_half_precision(parallel: Parallel) -> None:
