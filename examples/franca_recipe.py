@@ -139,7 +139,7 @@ from sslkit.training.parallel import (
     stop,
     whole,
 )
-from sslkit.training.progress import TrainingProgress
+from sslkit.progress import TrainingProgress
 from sslkit.training.run_folder import FolderError, own_folder
 from sslkit.training.settings import as_json, differences, from_json
 from sslkit.training.signals import stop_request

@@ -24,6 +24,7 @@ BASE = {
     "files",
     "kept_types",
     "ops",
+    "progress",
     "slices",
     "torch_files",
     "torch_pickles",
@@ -126,6 +127,7 @@ def test_arrows_point_one_way(path):
         below = {
             "files": set(),
             "kept_types": set(),
+            "progress": set(),
             "torch_files": {"torch_pickles"},
             "slices": set(),
             "unit_rows": set(),

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from sslkit.data.annotated.protocols import KeypointPair
 from sslkit.data.normalisation import normalisation
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import require_image
+from sslkit.progress import Mode, track
 from sslkit.unit_rows import unit_rows
 
 _IMAGES_KEPT = 256
@@ -280,8 +280,8 @@ def _matched(subject: Subject, options: Options, view: SquareView) -> Iterator[_
                 maps.popitem(last=False)
         return found
 
-    title = f"{subject.name}: pairs"
-    for index in tqdm(indices, desc=title, unit=" pairs", disable=not subject.progress):
+    mode: Mode = "auto" if subject.progress else "none"
+    for index in track(indices, f"{subject.name}: pairs", mode=mode):
         pair = pairs.pair(index)
         source_scale, target_scale = (
             view.scale((image.shape[1], image.shape[2]))

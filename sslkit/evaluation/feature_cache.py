@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sslkit.data.labels import as_labels
 from sslkit.data.sources import Source
@@ -37,6 +36,7 @@ from sslkit.evaluation.features import (
 )
 from sslkit.evaluation.tokens import IMAGE_TOKENS
 from sslkit.files import atomic_write, damage_explained, parse_json
+from sslkit.progress import Mode, WorkProgress
 
 _VERSION = 1
 
@@ -120,18 +120,14 @@ def cached_features(
                 dtype=torch.float16,
                 num_workers=num_workers,
             )
-            with tqdm(
-                total=len(indices),
-                initial=done,
-                desc=progress,
-                unit=" images",
-                disable=not progress,
-            ) as bar:
+            mode: Mode = "none" if progress is None else "auto"
+            with WorkProgress(progress or "", len(indices), start=done, mode=mode) as bar:
                 for encoded, unreadable in batches:
                     if meta is None and encoded:
                         meta = _write_meta(folder, described, encoded[0])
                     lines.append(_append(folder, encoded, unreadable))
-                    bar.update(lines[-1]["images"])
+                    done += lines[-1]["images"]
+                    bar.reach(done)
     unreadable = [error for line in lines for error in line["unreadable"]]
     report_unreadable(unreadable, len(indices), all_of_them=meta is None)
     assert meta is not None

@@ -1,6 +1,7 @@
 """What a training loop needs around the method: optimizer, checkpoints, metrics, progress."""
 
 from sslkit.files import atomic_write
+from sslkit.progress import TrainingProgress, track
 from sslkit.training.checkpoint import CheckpointError, Checkpoints
 from sslkit.training.finite import NonFiniteLoss, require_finite
 from sslkit.training.metrics import MetricsWriter, read_metrics
@@ -11,7 +12,6 @@ from sslkit.training.optim import (
     parameter_groups,
     set_hyperparameters,
 )
-from sslkit.training.progress import TrainingProgress, track
 
 __all__ = [
     "CheckpointError",
