@@ -137,7 +137,7 @@ def test_other_kinds_of_contents(tmp_path):
 def test_nothing_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        FileNotFoundError, match=r"no encoder file at facebook/dinov2.*hf:facebook/"
+        FileNotFoundError, match=r"no weights 'facebook/dinov2.*did you mean hf:facebook/"
     ):
         load("facebook/dinov2-base")
     (tmp_path / "folder").mkdir()
