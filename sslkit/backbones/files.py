@@ -276,10 +276,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _timm_weights(name: str) -> WeightsFile:
     architecture = name.removeprefix("timm:")
-    vit = create(architecture, pretrained=True).vit
-    told = {"num_heads": vit.blocks[0].attn.num_heads}
-    config = {"architecture": architecture, "model_args": told}
-    return WeightsFile(name, (), dict(vit.state_dict()), config=config)
+    encoder = create(architecture, pretrained=True)
+    config = {"architecture": architecture, "model_args": {"num_heads": encoder.num_heads}}
+    return WeightsFile(name, (), dict(encoder.vit.state_dict()), config=config)
 
 
 def _download(name: str) -> Path:

@@ -22,7 +22,6 @@ from sslkit.backbones.networks import Network, choose_network
 from sslkit.backbones.positions import PosInterpolation
 from sslkit.backbones.report import LoadReport
 
-
 _RANDOM = "random:"
 
 
@@ -118,22 +117,21 @@ def read(
         RuntimeError: a download failed.
     """
     if os.fspath(path_or_name).startswith(_RANDOM):
-        shape = {"img_size": img_size, "in_chans": in_chans}
-        more = {
+        of_network = {
+            "img_size": img_size,
+            "in_chans": in_chans,
             "drop_path_rate": drop_path_rate,
             "pos_interpolation": pos_interpolation,
             "activation_checkpointing": activation_checkpointing,
         }
-        given = {key: value for key, value in {**shape, **more}.items() if value is not None}
-        about = {
+        of_file = {
             "which": which,
             "ignore": ignore,
             "num_heads": num_heads,
             "architecture": architecture,
             "file_img_size": file_img_size,
         }
-        about = {key: value for key, value in about.items() if value}
-        return _fresh(os.fspath(path_or_name), given, about, seed)
+        return _fresh(os.fspath(path_or_name), of_network, of_file, seed)
     file = open_weights(path_or_name)
     stated = Stated(num_heads, architecture, as_pair("file_img_size", file_img_size))
     described = parse_header(file.name, file.header) if HEADER_KEY in file.header else None
@@ -187,12 +185,16 @@ def read(
     return Loaded(encoder, {name: head for name, (head, _) in heads.items()}, report)
 
 
-def _fresh(name: str, given: Mapping[str, Any], about: Mapping[str, Any], seed: int) -> Loaded:
+def _fresh(
+    name: str, of_network: Mapping[str, Any], of_file: Mapping[str, Any], seed: int
+) -> Loaded:
     """A network with fresh weights: by its name, or that of other weights.
 
-    ``given`` are arguments of ``create``, ``about`` those of `read` that tell what a file holds.
+    ``of_network`` are arguments of ``create``, ``of_file`` those of `read` that say what a file
+    holds; None or empty where they are not given.
     """
     what = name.removeprefix(_RANDOM)
+    about = {key: value for key, value in of_file.items() if value}
     if names_weights(what):
         settings = load(what, **about).settings
         assert settings is not None
@@ -200,6 +202,7 @@ def _fresh(name: str, given: Mapping[str, Any], about: Mapping[str, Any], seed: 
         raise ValueError(f"{name} is not a file, and {', '.join(about)} is for files: leave it out")
     else:
         settings = {"name": what}
+    given = {key: value for key, value in of_network.items() if value is not None}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = create(**{**settings, **given})

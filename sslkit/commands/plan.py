@@ -1,188 +1,104 @@
-"""The command: ``python -m sslkit.training.plan --preset vitg14_laion --gpus 128``."""
+"""`sslkit plan`: memory, work and time of a training step on a number of GPUs."""
 
-import argparse
+import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from itertools import product
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from sslkit.command_line import run_command
-from sslkit.training.parallel import choose_for_gpus
-from sslkit.training.plan.cost import duration, flops, traffic
-from sslkit.training.plan.hardware import BANDWIDTHS, GIB, HARDWARE, Hardware, Strategy, problems
-from sslkit.training.plan.memory import peak, phases
-from sslkit.training.plan.workload import PRESETS, Workload, parameters
+import tyro
+
+from sslkit.commands.main import refuse
 
 HIGH_RESOLUTION = 518  # pixels of the global crops in the recipe's second stage
 
 
-def report(work: Workload, strategy: Strategy, hardware: Hardware) -> str:
-    """The plan as text: memory, work, traffic, time, and what they assume."""
-    p, fullest = parameters(work), peak(work, strategy)
-    products, sent = flops(work), traffic(work, strategy)
-    seconds = duration(work, strategy, hardware)
-    shards = f" in {strategy.replicas} replicas" if strategy.replicas > 1 else ""
-    micro = work.batch_size // strategy.gpus // work.accumulation
-    limit = hardware.memory - hardware.reserve
-    lines = [
-        f"{p.total / 1e6:,.1f} M parameters: encoder {p.backbone / 1e6:,.1f} M, DINO head "
-        f"{p.dino_head / 1e6:,.1f} M, iBOT head {p.ibot_head / 1e6:,.1f} M",
-        f"{strategy.gpus} GPUs, {strategy.kind}{shards}; {work.batch_size} images a step: "
-        f"{work.accumulation} x {micro} on each",
-        "",
-        f"Memory of each GPU, GiB (fullest: {fullest.phase})",
-        *(_row(name, size / GIB) for name, size in fullest.parts.items()),
-        _row("total", fullest.total / GIB),
-        _row("of", limit / GIB, f"{hardware.memory / GIB:.0f} less a reserve for what is not here"),
-        "",
-        "Fullest moment of each phase, GiB",
-        *(_row(memory.phase, memory.total / GIB) for memory in phases(work, strategy)),
-        "",
-        "Products and attention, TFLOP a step (all GPUs)",
-        *(_row(f.name, getattr(products, f.name) / 1e12) for f in fields(products)),
-        _row("total", products.total / 1e12, f"{products.total / 1e12 / strategy.gpus:,.1f} a GPU"),
-        "",
-        "Sent by each GPU, MB a step",
-        *(_row(f.name, getattr(sent, f.name) / 1e6) for f in fields(sent)),
-        _row("total", sent.total / 1e6),
-        "",
-        "Time of a step, ms: max(compute, overlapped) + memory + exposed",
-        *(_row(f.name, getattr(seconds, f.name) * 1e3) for f in fields(seconds)),
-        _row("total", seconds.total * 1e3),
-        _row("images/s", work.batch_size / seconds.total, "expected, all GPUs"),
-        "",
-        "Assumed, not measured:",
-        f"  {hardware.utilisation:.0%} of {hardware.flops / 1e12:,.0f} TFLOP/s bfloat16; "
-        f"{hardware.float32_flops / 1e12:,.1f} TFLOP/s float32, for heads and prototypes",
-        f"  {hardware.bandwidth / 1e12:.2f} TB/s to a GPU's memory, "
-        f"{hardware.intra_bandwidth / 1e9:,.0f} GB/s to GPUs of its node, "
-        f"{hardware.inter_bandwidth / 1e9:,.0f} GB/s to others; "
-        f"{hardware.gpus_per_node} GPUs a node",
-        "  traffic of parameters and gradients hides behind products; latency, stragglers and the "
-        "loader cost nothing",
-        "  kernels of sslkit.ops run",
-    ]
-    if fullest.total > limit:
-        remedy = _what_would_help(work, strategy, hardware)
-        lack = f"{fullest.total / GIB:.1f} GiB of {limit / GIB:.1f} GiB"
-        lines += ["", f"does not fit: {lack}; {remedy}"]
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class Settings:
+    """Memory, work and time of a training step on a number of GPUs."""
+
+    preset: str = "vitg14_laion"
+    """Preset of the recipe."""
+    highres: bool = False
+    """Plan the stage at high resolution, 518 pixels."""
+    gpus: int = 8
+    """Number of GPUs."""
+    parallel: Literal["none", "ddp", "fsdp"] | None = None
+    """Kind of parallel training; default: none on one GPU, otherwise what the recipe chooses for
+    so much memory."""
+    hsdp_replicas: int = 1
+    """Groups of GPUs that hold a whole copy."""
+    batch_size: int | None = None
+    """Images of a step, over all GPUs; default: the preset's."""
+    accumulation: int | None = None
+    """Micro-batches of a step."""
+    activation_checkpointing: bool = False
+    """Compute the activations of a block again in the backward pass, if the preset does not."""
+    factored_scores: bool = False
+    """Never write the logits of the teacher as a matrix, if the preset does."""
+    precision: Literal["bfloat16", "float32"] | None = None
+    """Encoder precision."""
+    gpu: str = "h100"
+    """GPU whose figures are taken."""
+    memory: float | None = None
+    """GiB of a GPU."""
+    reserve: float | None = None
+    """GiB for what is not counted."""
+    flops: float | None = None
+    """TFLOP/s of dense bfloat16, at best."""
+    float32_flops: float | None = None
+    """TFLOP/s of float32, without tensor cores."""
+    utilisation: float | None = None
+    """Share of the TFLOP/s that a step reaches."""
+    bandwidth: float | None = None
+    """GB/s of a GPU's memory."""
+    intra_bandwidth: float | None = None
+    """GB/s of a GPU to others of its node."""
+    inter_bandwidth: float | None = None
+    """GB/s of a GPU to other nodes."""
+    gpus_per_node: int | None = None
+    """GPUs of a node."""
 
 
-def _row(name: str, value: float, remark: str = "") -> str:
-    return f"  {name:<28}{value:>14,.2f}  {remark}".rstrip()
-
-
-def _what_would_help(work: Workload, strategy: Strategy, hardware: Hardware) -> str:
-    """The fastest change of settings that fits, and the number of GPUs that need none."""
-
-    def fits(work: Workload, strategy: Strategy) -> bool:
-        return peak(work, strategy).total <= hardware.memory - hardware.reserve
-
-    def needed(option: str, value: bool) -> list[tuple[str, bool]]:
-        return [("", value)] if value else [("", False), (option, True)]
-
-    each = work.batch_size // strategy.gpus
-    counts = [n for n in range(work.accumulation, each + 1) if each % n == 0]
-    sharded = strategy.kind == "fsdp" or strategy.gpus == 1
-    found = []
-    for (a, checkpoints), (b, factored), (c, shard), count in product(
-        needed("--activation-checkpointing", work.activation_checkpointing),
-        needed("--factored-scores", work.factored_scores),
-        needed("--parallel fsdp", sharded),
-        counts,
-    ):
-        changed = replace(
-            work,
-            activation_checkpointing=checkpoints,
-            factored_scores=factored,
-            accumulation=count,
-        )
-        other = replace(strategy, kind="fsdp") if shard and c else strategy
-        if fits(changed, other):
-            accumulation = f"--accumulation {count}" if count > work.accumulation else ""
-            options = [x for x in (a, b, c, accumulation) if x]
-            seconds = duration(changed, other, hardware).total
-            found.append((seconds, len(options), count, " ".join(options)))
-    advice = ["no setting helps on so few GPUs"]
-    if found:
-        seconds, _, _, chosen = min(found)
-        advice = [f"it fits with {chosen} ({work.batch_size / seconds:,.0f} images/s)"]
-    kind = strategy.kind if strategy.gpus > 1 else "ddp"
-    micro = (n for n in range(each // work.accumulation, 0, -1) if each % n == 0)
-    for gpus in (each // n * strategy.gpus // work.accumulation for n in micro):
-        wider = replace(strategy, kind=kind, gpus=gpus)
-        if not problems(work, wider, hardware) and fits(work, wider):
-            return "; ".join([*advice, f"as it is, on --gpus {gpus}"])
-    return "; ".join(advice)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m sslkit.training.plan", description="Memory, work and time of a step."
-    )
-    add = parser.add_argument
-    add("--preset", choices=list(PRESETS), default="vitg14_laion", help="of the recipe")
-    add("--highres", action="store_true", help=f"the stage at {HIGH_RESOLUTION} pixels")
-    add("--gpus", type=int, default=8)
-    add(
-        "--parallel",
-        choices=("none", "ddp", "fsdp"),
-        help="default: none on one GPU, else what the recipe chooses for so much memory",
-    )
-    add("--hsdp-replicas", type=int, default=1, help="groups of GPUs that hold a whole copy")
-    add("--batch-size", type=int, help="images a step, over all GPUs; default: the preset's")
-    add("--accumulation", type=int, help="micro-batches a step")
-    flag = argparse.BooleanOptionalAction
-    add("--activation-checkpointing", action=flag, default=None)
-    add("--factored-scores", action=flag, default=None)
-    add("--precision", choices=("bfloat16", "float32"), help="of the encoder")
-    add("--gpu", choices=list(HARDWARE), default="h100", help="whose figures are taken")
-    add("--memory", type=float, metavar="GIB")
-    add("--reserve", type=float, metavar="GIB", help="for what is not counted")
-    add("--flops", type=float, metavar="TFLOPS", help="dense bfloat16, at best")
-    add("--float32-flops", type=float, metavar="TFLOPS", help="without tensor cores")
-    add("--utilisation", type=float, help="share of them that a step reaches")
-    add("--bandwidth", type=float, metavar="GB/S", help="of a GPU's memory")
-    add("--intra-bandwidth", type=float, metavar="GB/S", help="of a GPU to others of its node")
-    add("--inter-bandwidth", type=float, metavar="GB/S", help="of a GPU to other nodes")
-    add("--gpus-per-node", type=int)
-    return parser
-
-
-_UNITS = {
-    **dict.fromkeys(("memory", "reserve"), GIB),
-    **dict.fromkeys(("flops", "float32_flops"), 1e12),
-    **dict.fromkeys(BANDWIDTHS, 1e9),
-    **dict.fromkeys(("utilisation", "gpus_per_node"), 1),
-}
 _OVERRIDES = ("batch_size", "accumulation", "activation_checkpointing", "factored_scores")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Print a plan; exit with status 2 and the name of the option if one is impossible."""
-    parser = _parser()
-    given = vars(parser.parse_args(arguments))
-    work = PRESETS[given["preset"]]
-    if given["highres"]:
+    settings = tyro.cli(Settings, args=arguments, prog="sslkit plan")
+    from sslkit.training.parallel import choose_for_gpus
+    from sslkit.training.plan.hardware import BANDWIDTHS, GIB, HARDWARE, Strategy, problems
+    from sslkit.training.plan.report import report
+    from sslkit.training.plan.workload import PRESETS, parameters
+
+    if settings.preset not in PRESETS:
+        refuse("preset", settings.preset, list(PRESETS), "sslkit plan --help")
+    if settings.gpu not in HARDWARE:
+        refuse("GPU", settings.gpu, list(HARDWARE), "sslkit plan --help")
+    given = {name: value for name, value in vars(settings).items() if value not in (None, False)}
+    work = PRESETS[settings.preset]
+    if settings.highres:
         work = replace(work, global_size=HIGH_RESOLUTION)
-    overrides = {k: given[k] for k in (*_OVERRIDES, "precision") if given[k] is not None}
+    overrides = {name: given[name] for name in (*_OVERRIDES, "precision") if name in given}
     work = replace(work, **overrides)
-    figures = {k: given[k] * unit for k, unit in _UNITS.items() if given[k] is not None}
-    hardware = replace(HARDWARE[given["gpu"]], **figures)
-    kind = given["parallel"]
+    units = {
+        **dict.fromkeys(("memory", "reserve"), GIB),
+        **dict.fromkeys(("flops", "float32_flops"), 1e12),
+        **dict.fromkeys(BANDWIDTHS, 1e9),
+        **dict.fromkeys(("utilisation", "gpus_per_node"), 1),
+    }
+    figures = {name: given[name] * unit for name, unit in units.items() if name in given}
+    hardware = replace(HARDWARE[settings.gpu], **figures)
+    kind = settings.parallel
     if kind is None:
         kind = choose_for_gpus(parameters(work).total, hardware.memory)
-        if given["gpus"] == 1:
+        if settings.gpus == 1:
             kind = "none"
-        elif given["hsdp_replicas"] > 1:
+        elif settings.hsdp_replicas > 1:
             kind = "fsdp"
-    strategy = Strategy(kind, given["gpus"], given["hsdp_replicas"])
+    strategy = Strategy(kind, settings.gpus, settings.hsdp_replicas)
     if found := problems(work, strategy, hardware):
-        parser.error("; ".join(found))
-    stage = f", {HIGH_RESOLUTION} px" if given["highres"] else ""
-    print(f"{given['preset']}{stage} on {strategy.gpus} {given['gpu'].upper()}")
+        print(f"error: {'; '.join(found)}", file=sys.stderr)
+        sys.exit(2)
+    stage = f", {HIGH_RESOLUTION} px" if settings.highres else ""
+    print(f"{settings.preset}{stage} on {strategy.gpus} {settings.gpu.upper()}")
     print(report(work, strategy, hardware))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,50 +1,42 @@
-"""``python -m sslkit.data.shards FOLDER OUTPUT``: tar shards from a folder of images."""
+"""`sslkit shards FOLDER OUTPUT`: make tar shards from a folder of images."""
 
-import argparse
-import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated
 
-from sslkit.command_line import run_command
-from sslkit.data.shards.writer import make_shards
+import tyro
+
+from sslkit.progress import WorkProgress
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Make shards as the command line says; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m sslkit.data.shards", description=__doc__)
-    parser.add_argument("folder", help="images, with or without class folders")
-    parser.add_argument("output", help="the folder for the shards")
-    parser.add_argument("--images-per-shard", type=int, default=10_000, metavar="N")
-    parser.add_argument("--split", default="train", help="the start of the shards' names")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle")
-    parser.add_argument("--workers", type=int, default=4, help="threads that read images")
-    options = parser.parse_args(arguments)
-    try:
-        with _progress_bar() as progress:
-            report = make_shards(**vars(options), progress=progress)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{report.num_images} images in {len(report.shards)} shard(s) in {options.output}")
+@dataclass(frozen=True)
+class Settings:
+    """Make tar shards from a folder of images."""
+
+    folder: Annotated[str, tyro.conf.Positional]
+    """Folder of images, with or without class folders."""
+    output: Annotated[str, tyro.conf.Positional]
+    """Folder for the shards."""
+    images_per_shard: int = 10_000
+    """Number of images of a shard."""
+    split: str = "train"
+    """Start of the shards' names."""
+    seed: int = 0
+    """Seed of the shuffle."""
+    workers: int = 4
+    """Threads that read images."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Make shards, and name the images that are not in them."""
+    settings = tyro.cli(Settings, args=arguments, prog="sslkit shards")
+    from sslkit.data.shards.writer import make_shards
+
+    with WorkProgress("images") as progress:
+        report = make_shards(**asdict(settings), progress=progress.reach)
+    print(f"{report.num_images} images in {len(report.shards)} shard(s) in {settings.output}")
     for each in report.unreadable[:10]:
         print(f"left out: {each}", file=sys.stderr)
     if report.unreadable:
         print(f"{len(report.unreadable)} unreadable image(s) left out", file=sys.stderr)
-    return 0
-
-
-@contextlib.contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
-    try:
-        from rich.progress import Progress
-    except ImportError:
-        print("no progress bar: rich is not installed", file=sys.stderr)
-        yield None
-        return
-    with Progress() as bar:
-        task = bar.add_task("images", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-if __name__ == "__main__":
-    run_command(main)
