@@ -17,6 +17,7 @@ PACKAGE = Path(sslkit.__file__).parent
 ROOT = PACKAGE.parent
 
 # A part is a top-level module or subpackage of sslkit. What is not named here is a component.
+TOP = {"commands", "__main__"}
 HOUSE = {"training", "evaluation", "data", "backbones", "extract", "duplicates", "export"}
 BASE = {
     "assignments",
@@ -35,11 +36,11 @@ PARTS = {
     for path in PACKAGE.iterdir()
     if path.suffix == ".py" or (path / "__init__.py").is_file()
 } - {"__init__"}
-COMPONENTS = PARTS - HOUSE - BASE
+COMPONENTS = PARTS - TOP - HOUSE - BASE
 
-# A command, `python -m sslkit.PART`, stands above all parts: it brings a part, data and models
-# together, and nothing imports it.
-COMMANDS = sorted(PACKAGE.rglob("__main__.py"))
+# The `sslkit` command stands above all parts: it brings parts, data and models together, and
+# nothing imports it.
+COMMANDS = sorted([PACKAGE / "__main__.py", *PACKAGE.glob("commands/*.py")])
 SOURCES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py", *COMMANDS})
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 BENCHMARKS = sorted(ROOT.glob("benchmarks/**/*.py"))
@@ -158,7 +159,8 @@ def test_third_party_imports_of_components_and_ops(path):
 def test_nothing_imports_an_example_or_a_command(path):
     examples = {"examples", *(example.stem for example in EXAMPLES)}
     assert not {name.split(".")[0] for name in all_imports(path)} & examples
-    assert not any("__main__" in name.split(".") for name in all_imports(path))
+    commands = {name for name in all_imports(path) if name.startswith("sslkit.commands")}
+    assert not commands or path in COMMANDS
 
 
 @pytest.mark.parametrize("module", PUBLIC_NAMES)

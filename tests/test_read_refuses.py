@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sslkit import MatryoshkaProjector
-from sslkit.backbones import __main__ as command
 from sslkit.backbones import create, load, read, save
+from sslkit.commands.main import run as sslkit_command
 from tests import released
 from tests.released import with_prefix
 
@@ -678,14 +678,13 @@ def test_a_gated_size_that_cannot_be_built(tmp_path):
 
 def test_the_command_prints_the_report(tmp_path, capsys):
     path = str(written(tmp_path / "w.pth", STATE))
-    assert (
-        command.main([path, "--num-heads", "2", "--img-size", "56", "28", "--in-chans", "1"]) == 0
-    )
+    words = ["backbones", path, "--num-heads", "2", "--in-chans", "1", "--img-size", "56", "28"]
+    assert sslkit_command(words) == 0
     text = capsys.readouterr().out
     assert "DINOv2's names" in text
     assert "3 x 3 to 4 x 2 patches (dinov2)" in text
     assert "3 to 1, repeated in turn" in text
-    assert command.main([str(tmp_path / "no.pth")]) == 1
-    assert "error: no encoder file at" in capsys.readouterr().err
-    assert command.main([path, "--num-heads", "2", "--img-size", "56", "42", "28"]) == 1
-    assert "img_size must be one number or (height, width)" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"^error: no weights .*did you mean \S+/w\.pth\?"):
+        sslkit_command(["backbones", str(tmp_path / "ww.pth")])
+    with pytest.raises(SystemExit, match="img_size must be one number or"):
+        sslkit_command([*words, "42"])

@@ -11,7 +11,7 @@ import tyro
 class Settings:
     """Show what is in a file of weights, and how it is read."""
 
-    weights: Annotated[str, tyro.conf.Positional]
+    weights: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
     """A file, a folder, hf:ORG/NAME, timm:NAME or random:NAME."""
     img_size: tuple[int, ...] = ()
     """Resample the positions for images of this size: pixels a side, or height and width."""

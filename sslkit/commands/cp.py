@@ -20,9 +20,9 @@ class Settings:
     The copy is a program of its own: run it with Python.
     """
 
-    recipe: Annotated[str, tyro.conf.Positional]
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
     """Name of the recipe; `sslkit run` lists them."""
-    file: Annotated[Path, tyro.conf.Positional]
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.py")]
     """File to write, or a folder to write it into under the recipe's own name."""
     force: bool = False
     """Replace a file that is there already."""

@@ -18,7 +18,6 @@ from sslkit.command_line import run_command
 COMMANDS = (
     "run",
     "cp",
-    "doctor",
     "plan",
     "evaluate",
     "extract",

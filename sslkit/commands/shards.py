@@ -14,9 +14,9 @@ from sslkit.progress import WorkProgress
 class Settings:
     """Make tar shards from a folder of images."""
 
-    folder: Annotated[str, tyro.conf.Positional]
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder of images, with or without class folders."""
-    output: Annotated[str, tyro.conf.Positional]
+    output: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
     """Folder for the shards."""
     images_per_shard: int = 10_000
     """Number of images of a shard."""

@@ -11,7 +11,7 @@ import tyro
 class Settings:
     """Measure how many images a second the loader alone gives, on its own views of the data."""
 
-    data: Annotated[str, tyro.conf.Positional]
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """Images: a folder, shards, an array file, ... (sslkit.data.sources.open_source)."""
     batch_size: int = 64
     """Images of a batch."""
