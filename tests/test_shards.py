@@ -170,7 +170,7 @@ def test_unreadable_images_are_left_out_and_reported(tmp_path, capsys):
 
 def test_nothing_is_overwritten(tmp_path, shards):
     before = {path: path.read_bytes() for path in shards.iterdir()}
-    with pytest.raises(SystemExit, match="holds shards of the split 'train', such as train-0{6}"):
+    with pytest.raises(SystemExit, match=r"holds shards of the split 'train', such as train-0{6}"):
         main([str(tmp_path / "images"), str(shards)])
     assert {path: path.read_bytes() for path in shards.iterdir()} == before
 

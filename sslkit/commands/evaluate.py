@@ -197,7 +197,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run one protocol, or all, with the options of the command line."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE.format(protocols=table(SUMMARIES)))
-        sys.exit(0 if arguments else 2)
+        return
     chosen, *words = arguments
     if chosen not in SUMMARIES:
         refuse("protocol", chosen, list(SUMMARIES), "sslkit evaluate --help")

@@ -41,7 +41,7 @@ class Described(Export):
     datasets: tuple[str, ...] = ()
     """What the encoder was trained on, by names of the Hub."""
     results: Path | None = None
-    """Scores: results.json of the recipe or of sslkit.evaluation; default: the one beside
+    """Scores: results.json of the recipe or of sslkit evaluate; default: the one beside
     --weights, if there is one with scores of this model."""
     model: str | None = None
     """Its name in --results; default: the stage of the recipe, or else the name of --weights."""

@@ -74,7 +74,11 @@ def main(arguments: Sequence[str]) -> None:
         refuse("preset", settings.preset, list(PRESETS), "sslkit plan --help")
     if settings.gpu not in HARDWARE:
         refuse("GPU", settings.gpu, list(HARDWARE), "sslkit plan --help")
-    given = {name: value for name, value in vars(settings).items() if value not in (None, False)}
+    given = {
+        name: value
+        for name, value in vars(settings).items()
+        if value is not None and value is not False
+    }
     work = PRESETS[settings.preset]
     if settings.highres:
         work = replace(work, global_size=HIGH_RESOLUTION)

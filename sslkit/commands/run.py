@@ -1,6 +1,5 @@
 """`sslkit run RECIPE`: train a recipe of this package, from images to report."""
 
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.resources import files
@@ -22,7 +21,7 @@ def main(arguments: Sequence[str]) -> None:
     found = recipes()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE.format(recipes=table({name: summary(path) for name, path in found.items()})))
-        sys.exit(0 if arguments else 2)
+        return
     name, *rest = arguments
     if name not in found:
         refuse("recipe", name, list(found), "sslkit run --help")
