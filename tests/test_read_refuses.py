@@ -673,6 +673,34 @@ def test_a_gated_size_that_cannot_be_built(tmp_path):
         load(written(tmp_path / "w.pth", state), num_heads=2)
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("run/pretrain.safetensor", "run/pretrain.safetensors"),
+        ("runs/pretrain.safetensors", "run/pretrain.safetensors"),
+        ("random:run/pretrian.safetensors", "run/pretrain.safetensors"),
+        ("tim:vit_tiny_patch16_224", "timm:vit_tiny_patch16_224"),
+        ("radnom:sslkit_vit_micro", "random:sslkit_vit_micro"),
+        ("sslkit_vit_micro", "random:sslkit_vit_micro"),
+        ("vit_tiny_patch16_224", "timm:vit_tiny_patch16_224"),
+        ("facebook/dinov2-base", "hf:facebook/dinov2-base"),
+        ("nothing like it", None),
+    ],
+)
+def test_what_a_wrong_name_was_meant_for(given, meant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(create("sslkit_vit_micro"), tmp_path / "run" / "pretrain.safetensors")
+    with pytest.raises(FileNotFoundError) as caught:
+        load(given)
+    said = f"did you mean {meant}?" if meant else "give a file, a folder, hf:ORG/NAME, timm:NAME"
+    assert f"no weights {given.removeprefix('random:')!r}: {said}" in str(caught.value)
+
+
+def test_what_is_for_files_is_not_for_names():
+    with pytest.raises(ValueError, match="which, num_heads is for files: leave it out"):
+        load("random:sslkit_vit_micro", which="student", num_heads=3)
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 
