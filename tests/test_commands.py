@@ -10,6 +10,7 @@ import pytest
 
 from sslkit.commands import extract, throughput
 from sslkit.commands.main import COMMANDS, run, summary
+from sslkit.commands.run import module_of, recipes
 from sslkit.data import MultiCrop
 from sslkit.extract import Extraction
 
@@ -103,3 +104,57 @@ def test_a_failure_has_status_one_and_one_line(capsys, tmp_path):
 def test_version(capsys):
     assert run(["--version"]) == 0
     assert capsys.readouterr().out.startswith("sslkit ")
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+def test_recipes_are_found_by_their_files(capsys):
+    found = recipes()
+    assert found["franca"].resolve() == ROOT / "examples" / "franca_recipe.py"
+    assert module_of(found["franca"]) == "sslkit.recipes.franca.recipe"
+    assert run(["run"]) == 0
+    printed = capsys.readouterr().out
+    for name, path in found.items():
+        assert f"  {name}  {summary(path)}\n" in printed
+    status, said = refusal(capsys, "run", "frnca")
+    assert (status, "no recipe 'frnca': did you mean franca?" in said) == (2, True)
+
+
+def test_a_recipe_runs_by_its_name(tmp_path):
+    """As `python examples/franca_recipe.py` does; and it says how it is continued."""
+    output = tmp_path / "run"
+    words = ["run", "franca", "--preset", "smoke", "--output", str(output), "--steps", "0"]
+    command = [sys.executable, "-m", "sslkit", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --steps")
+    assert not output.exists()
+
+
+def test_help_of_a_recipe(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(["run", "franca", "--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "usage: sslkit run franca" in printed
+    assert "--model.num-prototypes" in printed
+
+
+def test_a_copy_of_a_recipe_is_a_program(tmp_path, capsys):
+    copy = tmp_path / "my recipe.py"
+    assert run(["cp", "franca", str(copy)]) == 0
+    assert f"python '{copy}' --preset demo" in capsys.readouterr().out
+    assert copy.read_text() == (ROOT / "examples" / "franca_recipe.py").read_text()
+    copy.write_text("# mine")
+    with pytest.raises(SystemExit, match="is there already: choose another name, or give --force"):
+        run(["cp", "franca", str(copy)])
+    assert copy.read_text() == "# mine"
+    assert run(["cp", "franca", str(copy), "--force"]) == 0
+    assert run(["cp", "franca", str(tmp_path)]) == 0
+    command = [sys.executable, str(tmp_path / "franca_recipe.py"), "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: franca_recipe.py" in done.stdout
+    status, said = refusal(capsys, "cp", "franka", str(copy))
+    assert (status, "did you mean franca?" in said) == (2, True)
