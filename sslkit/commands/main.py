@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from sslkit import __version__
 from sslkit.command_line import run_command
@@ -59,7 +60,7 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def refuse(what: str, name: str, names: Sequence[str], where: str) -> None:
+def refuse(what: str, name: str, names: Sequence[str], where: str) -> NoReturn:
     """Exit with status 2 and one line: which names there are, and which one may be meant."""
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)};"
