@@ -43,6 +43,9 @@ class Settings:
     """Images of a forward pass."""
     part_size: int = 1024
     """Images that a killed process loses at most."""
+    cache: Path | None = None
+    """Folder in which the tokens of the model stay, for other outputs of the same images: another
+    --rasa, --nesting, --dtype or format computes nothing again."""
     seed: int = 0
     """Seed of random: weights."""
     processes: int = 1
