@@ -65,9 +65,7 @@ class SSLMetaArch(nn.Module):
             # loss.sinkhorn_knopp_teacher(logits, teacher_temp, n_masked_patches_tensor)
             return self.sinkhorn(logits, teacher_temp)
         # loss.softmax_center_teacher(logits, teacher_temp); loss.update_center(logits)
-        targets = center(logits, teacher_temp)
-        center.update(logits)
-        return targets
+        return center.assign_(logits, teacher_temp)
 
     def losses(self, crops: Crops, masks: Tensor, teacher_temp: float) -> dict[str, Tensor]:
         """Terms of the loss for crops [V * B, 3, h, w], view after view, and masks [2B, H, W]."""

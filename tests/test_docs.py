@@ -27,8 +27,9 @@ from PIL import Image
 from docs.gallery import run as gallery
 from docs.site import docstrings, figures, flags, maths, source_pages
 from docs.site.docstrings import as_markdown
-from docs.site.settings_page import descriptions, load_recipe, markdown
+from docs.site.settings_page import descriptions, markdown
 from sslkit import backbones
+from sslkit.recipes.franca.presets import PRESETS
 from tests.pages import ROOT, Block, anchors, blocks, commands, name_of, pages, prose
 
 PAGES = pages()
@@ -205,14 +206,14 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 
 def test_settings_page_has_every_setting_with_the_value_of_each_preset() -> None:
-    page, recipe = markdown(), load_recipe()
+    page = markdown()
     for flag in ("--seed", "--model.num-prototypes", "--masks.shift", "--evaluation.online-every"):
         assert f"| `{flag}` |" in page
     row = next(line for line in page.splitlines() if line.startswith("| `--crops.global-size`"))
-    demo = recipe.PRESETS["demo"].crops.global_size
+    demo = PRESETS["demo"].crops.global_size
     assert "`224`" in row
     assert f"`{demo}` demo" in row
-    assert page.count("| `--") == count_leaves(recipe.PRESETS["vitb14_in21k"])
+    assert page.count("| `--") == count_leaves(PRESETS["vitb14_in21k"])
     # A setting has its description in the last column, of a line in --help.
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `--")]
     texts = {row[0]: row[-1].removesuffix("|").strip() for row in rows}

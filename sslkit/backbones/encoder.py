@@ -27,7 +27,7 @@ from sslkit.backbones.rope import rotations
 from sslkit.backbones.supported import require_supported
 from sslkit.backbones.swiglu import FusedSwiGLU
 from sslkit.backbones.tokens import Tokens
-from sslkit.ops.attention import Runs, equal_runs
+from sslkit.ops.packing import Runs, equal_runs
 
 _PACKED = (PackedBlock, PackedEvaBlock)
 
