@@ -93,7 +93,7 @@ class Examination:
         train, test: the two splits that training and evaluation would use.
         divided: whether the test split was taken from the training images, by their names, because
             the data have none of their own.
-        test_fraction: the share that was asked for then.
+        test_fraction, seed: the arguments of :func:`examine`, which decide on that division.
         annotations: which of masks, boxes and depth the images have.
         num_leaked: test images with the same pixels as a training image, among those read.
         copies: the first pairs of images with the same pixels, by name, pairs of a training and a
@@ -105,6 +105,7 @@ class Examination:
     test: ExaminedSplit
     divided: bool
     test_fraction: float
+    seed: int
     annotations: tuple[str, ...]
     num_leaked: int
     copies: tuple[tuple[str, str], ...]
@@ -186,6 +187,7 @@ def examine(
         test=test.result(),
         divided=getattr(held_out, "divisions", 0) > 0,
         test_fraction=test_fraction,
+        seed=seed,
         annotations=tuple(name for name in ANNOTATIONS if hasattr(whole, name)),
         num_leaked=num_leaked,
         copies=copies,
