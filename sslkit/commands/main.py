@@ -19,6 +19,7 @@ from sslkit.command_line import run_command
 COMMANDS = (
     "run",
     "cp",
+    "doctor",
     "plan",
     "evaluate",
     "extract",
