@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from sslkit import backbones
+from sslkit.commands.main import run as sslkit_command
 from sslkit.data import MultiCrop, MultiCropDataset
 from sslkit.data.annotated.protocols import KeypointPair
 from sslkit.data.channels import with_channels
@@ -16,7 +17,10 @@ from sslkit.evaluation.features import extract
 from sslkit.evaluation.protocols import attention, correspondence, in_context, lost, pca
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import EvalTransform
-from sslkit.extract.__main__ import main as extract_command
+
+
+def extract_command(words: list[str]) -> int:
+    return sslkit_command(["extract", *words])
 
 
 def test_luminance_is_pillows():

@@ -1,4 +1,4 @@
-"""``python -m sslkit.extract``: by hand, in any number of processes, killed and continued."""
+"""``sslkit extract``: by hand, in any number of processes, killed and continued."""
 
 import json
 import os
@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sslkit import backbones
+from sslkit.commands.main import run as sslkit_command
 from sslkit.data.decode import read_image
 from sslkit.evaluation.encoders import as_encoder
 from sslkit.evaluation.models import Model, open_model
@@ -33,9 +34,13 @@ from sslkit.extract import (
     read_features,
     read_names,
 )
-from sslkit.extract.__main__ import main
 from sslkit.rasa import RASAProjector, load_rasa
 from sslkit.training.parallel import Parallel
+
+
+def main(words: list[str]) -> int:
+    return sslkit_command(["extract", *words])
+
 
 ALONE = Parallel(0, 1, torch.device("cpu"), None)
 BROKEN = 4  # of 14 images, by name
@@ -211,7 +216,7 @@ def test_processes_of_torchrun(tmp_path, given):
     words += ["--batch-size", "3", "--device", "cpu", "--output", str(tmp_path / "two.npy")]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "sslkit.extract", *words],
+        [sys.executable, *torchrun, "-m", "sslkit", "extract", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -245,7 +250,7 @@ def test_a_killed_run_continues(tmp_path, weights):
     np.save(tmp_path / "images.npy", rng.integers(0, 256, (300, 16, 16, 3), dtype=np.uint8))
     output = tmp_path / "f.npy"
     words = ["--weights", weights, "--data", str(tmp_path / "images.npy"), "--part-size", "1"]
-    command = [sys.executable, "-m", "sslkit.extract", *words, "--output", str(output)]
+    command = [sys.executable, "-m", "sslkit", "extract", *words, "--output", str(output)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     folder = tmp_path / ".f.npy.parts"
     while len(list(folder.glob("*/journal.jsonl"))) < 5:

@@ -19,13 +19,14 @@ ROOT = PACKAGE.parent
 
 # A part is a top-level module or subpackage of sslkit. What is not named here is a component.
 HOUSE = {"training", "evaluation", "data", "backbones", "extract", "duplicates", "export"}
-TOP = {"recipes"}  # stand on all of these, and on the public names
+TOP = {"recipes", "commands", "__main__"}  # stand on all of these, and on the public names
 BASE = {
     "assignments",
     "factored_logits",
     "files",
     "kept_types",
     "ops",
+    "progress",
     "slices",
     "torch_files",
     "torch_pickles",
@@ -40,9 +41,9 @@ COMPONENTS = PARTS - HOUSE - BASE - TOP
 # Components do not import each other, but for the one that puts others together.
 COMPOSED = {"targets": {"centering", "sinkhorn", "sinkhorn_queue"}}
 
-# A command, `python -m sslkit.PART`, stands above all parts: it brings a part, data and models
-# together, and nothing imports it.
-COMMANDS = sorted(PACKAGE.rglob("__main__.py"))
+# The `sslkit` command stands above all parts: it brings parts, data and models together, and
+# nothing imports it.
+COMMANDS = sorted([PACKAGE / "__main__.py", *PACKAGE.glob("commands/*.py")])
 SOURCES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py", *COMMANDS})
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 BENCHMARKS = sorted(ROOT.glob("benchmarks/**/*.py"))
@@ -134,6 +135,7 @@ def test_arrows_point_one_way(path):
         below = {
             "files": set(),
             "kept_types": set(),
+            "progress": set(),
             "torch_files": {"torch_pickles"},
             "slices": set(),
             "unit_rows": set(),
@@ -221,7 +223,8 @@ def test_third_party_imports_of_components_and_ops(path):
 def test_nothing_imports_an_example_or_a_command(path):
     examples = {"examples", *(example.stem for example in EXAMPLES)}
     assert not {name.split(".")[0] for name in all_imports(path)} & examples
-    assert not any("__main__" in name.split(".") for name in all_imports(path))
+    commands = {name for name in all_imports(path) if name.startswith("sslkit.commands")}
+    assert not commands or path in COMMANDS
 
 
 @pytest.mark.parametrize("module", PUBLIC_NAMES)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sslkit import backbones
-from sslkit.evaluation.__main__ import main as evaluation
+from sslkit.commands.main import run as sslkit_command
 from sslkit.evaluation.floor import Pixels
 from sslkit.rasa import load_rasa
 from sslkit.recipes.franca import online_knn
@@ -21,6 +21,11 @@ from sslkit.training.checkpoint import Checkpoints
 from sslkit.training.data import open_sources
 from sslkit.training.metrics import read_metrics
 from tests.recipe import ALONE, main, parse, saved_tensors, smoke
+
+
+def evaluation(words: list[str]) -> int:
+    return sslkit_command(["evaluate", *words])
+
 
 SHORT = "--steps 4 --highres.steps 2 --evaluation.num-train 40 --evaluation.num-test 20"
 SHORT += " --evaluation.num-dense 20 --evaluation.online-train 40 --evaluation.online-test 20"

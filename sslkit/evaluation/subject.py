@@ -10,7 +10,6 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
 
 from sslkit.data.channels import with_channels
 from sslkit.data.fingerprint import names_digest
@@ -22,6 +21,7 @@ from sslkit.evaluation.features import Features, evenly_spaced, extract, model_c
 from sslkit.evaluation.labels import labelled_rows
 from sslkit.evaluation.tokens import Unsuitable
 from sslkit.evaluation.views import RESIZE_OVER_CROP, EvalTransform, PaddedView
+from sslkit.progress import WorkProgress
 from sslkit.rasa import RASAProjector
 
 View = Literal["global", "dense", "padded"]
@@ -145,12 +145,8 @@ class Subject:
     def bar(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
         """A progress bar, where bars are wanted: what it yields is told how much is done."""
         title = f"{self.name}: {description}"
-        with tqdm(total=total, desc=title, disable=not self.progress) as shown:
-
-            def reach(done: int) -> None:
-                shown.update(done - shown.n)
-
-            yield reach
+        with WorkProgress(title, total, mode="auto" if self.progress else "none") as shown:
+            yield shown.reach
 
     def view(self, view: View) -> EvalTransform | PaddedView:
         """The transform of a view, from uint8 images to the encoder's input."""

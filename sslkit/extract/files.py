@@ -119,7 +119,7 @@ def read_description(path: Path) -> dict[str, Any]:
         else:
             text = described.read_bytes()
         if text is None:
-            raise ValueError("it was not written by python -m sslkit.extract")
+            raise ValueError("it was not written by sslkit extract")
         description: dict[str, Any] = parse_json(text, "it")
         if not description["settings"].keys() or not description["shape"].keys():
             raise ValueError("it describes nothing")

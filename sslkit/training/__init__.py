@@ -1,6 +1,7 @@
 """The engine: what every method needs around its step. It knows no method."""
 
 from sslkit.files import atomic_write
+from sslkit.progress import TrainingProgress, track
 from sslkit.training.checkpoint import CheckpointError, Checkpoints
 from sslkit.training.distribute import Replica, distribute
 from sslkit.training.finite import NonFiniteLoss, require_finite
@@ -13,7 +14,6 @@ from sslkit.training.optim import (
     parameter_groups,
     set_hyperparameters,
 )
-from sslkit.training.progress import TrainingProgress, track
 from sslkit.training.run import Run
 from sslkit.training.settings import RunSettings, SettingsError
 from sslkit.training.step import StepReport, Watched, micro_batches

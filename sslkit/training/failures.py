@@ -42,7 +42,7 @@ def explain(error: BaseException) -> str | None:
     if _out_of_memory(error):
         said = str(error).strip().split(". ")[0] or "out of memory"
         return (
-            f"{said}. Raise --accumulation or lower --batch-size (python -m sslkit.training.plan "
+            f"{said}. Raise --accumulation or lower --batch-size (sslkit plan "
             "says what fits), then continue with --resume from the last checkpoint"
         )
     if lost_worker(error):

@@ -22,11 +22,11 @@ from sslkit.data import (
     make_loader,
 )
 from sslkit.data.throughput import DataWatch
+from sslkit.progress import TrainingProgress
 from sslkit.training.checkpoint import step_of
 from sslkit.training.data import Sources, describe_sources, open_training_images
 from sslkit.training.metrics import MetricsWriter
 from sslkit.training.monitor import CollapseMonitor, feature_std
-from sslkit.training.progress import TrainingProgress
 from sslkit.training.run import Run, require_fit
 from sslkit.training.run_files import write_file, write_settings
 from sslkit.training.settings import SettingsError, as_json

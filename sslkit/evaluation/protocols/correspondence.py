@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sslkit.data.annotated.protocols import KeypointPair
 from sslkit.evaluation import figures as draw
@@ -19,6 +18,7 @@ from sslkit.evaluation.correspondence import (
 )
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
+from sslkit.progress import Mode, track
 
 _IMAGES_KEPT = 256
 """Feature maps kept for the next pairs: pairs of a class share images, and stand together."""
@@ -117,8 +117,8 @@ def _matched(subject: Subject, options: Options, view: SquareView) -> Iterator[_
                 maps.popitem(last=False)
         return found
 
-    title = f"{subject.name}: pairs"
-    for index in tqdm(indices, desc=title, unit=" pairs", disable=not subject.progress):
+    mode: Mode = "auto" if subject.progress else "none"
+    for index in track(indices, f"{subject.name}: pairs", mode=mode):
         pair = pairs.pair(index)
         source_scale, target_scale = (
             view.scale((image.shape[1], image.shape[2]))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sslkit.training.settings import RunSettings
 
 PresetName = Literal[
-    "demo", "smoke", "cifar10", "adapt", "vitb14_in21k", "vitl14_in21k", "vitg14_laion"
+    "demo", "smoke", "cifar10", "photos", "adapt", "vitb14_in21k", "vitl14_in21k", "vitg14_laion"
 ]
 StageName = Literal["pretrain", "highres", "rasa", "evaluate", "report"]
 
