@@ -26,7 +26,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torchvision
-from einops import rearrange
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -327,7 +326,7 @@ def _finish(image: Image.Image, orientation: int, max_side: int) -> Tensor:
         pixels = np.empty((image.height, image.width, 3), np.uint8)
         for box in bands:
             pixels[box[1] : box[3]] = np.asarray(image.crop(box))
-    return rearrange(torch.from_numpy(pixels), "h w c -> c h w")
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # [h, w, 3] -> [3, h, w]
 
 
 def _open_any_size(content: bytes) -> Image.Image:

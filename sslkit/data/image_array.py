@@ -7,7 +7,6 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from sslkit.data.array_file import NpzFile, open_npy
@@ -115,7 +114,7 @@ class ImageArray:
         if image.ndim == 2:
             image = image[None]  # [h, w] -> [1, h, w]
         elif self._channels_last:
-            image = rearrange(image, "h w c -> c h w")
+            image = image.permute(2, 0, 1)  # [h, w, C] -> [C, h, w]
         return image, NO_LABEL if self.labels is None else int(self.labels[index])
 
     def name(self, index: int) -> str:
