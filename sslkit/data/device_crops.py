@@ -153,7 +153,7 @@ def resize_boxes(images: Tensor, boxes: Tensor, flips: Tensor, size: Size) -> Te
         flip = rearrange(flips[:, part], "v b -> b v 1 1")
         across = torch.where(flip, across.flip(-2), across)
         x = torch.bmm(source, rearrange(across, "b v target source -> b source (v target)"))
-        x = rearrange(x, "b (c h) (v w) -> b v h (c w)", c=channels, v=num_views)
+        x = rearrange(x, "b (c h) (v w) -> b v h (c w)", c=channels, w=width)
         x = torch.matmul(down, x.round_().clamp_(0, 255))  # h is now that of the view
         out[:, part] = rearrange(x, "b v h (c w) -> v b c h w", c=channels)
     return out.round_().clamp_(0, 255)
