@@ -64,6 +64,7 @@ PUBLIC_NAMES = {
         "Targets",
         "iBOTLoss",
         "sinkhorn_many",
+        "sum_over_levels",
     ],
     "sslkit.backbones": ["Tokens", "create", "load"],
     "sslkit.ops": ["packed_attention", "sinkhorn_bias", "soft_cross_entropy"],
@@ -214,7 +215,7 @@ def test_measures_are_below_figures_and_figures_below_protocols(module):
     "path", [path for path in SOURCES if part_of(path) not in HOUSE | TOP], ids=relative_name
 )
 def test_third_party_imports_of_components_and_ops(path):
-    allowed = {"sslkit", "torch", *sys.stdlib_module_names}
+    allowed = {"sslkit", "torch", "einops", *sys.stdlib_module_names}
     allowed |= {"triton"} if part_of(path) == "ops" else {"numpy"}
     assert {name.split(".")[0] for name in top_level_imports(path)} <= allowed
 
