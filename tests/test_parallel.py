@@ -141,7 +141,8 @@ def check_beginnings(parallel: Parallel, folder: Path) -> None:
         alone = method(BEGINNING)
         Checkpoints(checkpoints.directory).load_(checkpoints.latest(), alone.state())
         rows = parallel.gather((own.targets.queues["dino/level_0"].stamps > 0).sum()).sum()
-        assert (alone.targets.queues["dino/level_0"].stamps > 0).sum() == rows == 2 * IMAGES * len(found)
+        own_rows = (alone.targets.queues["dino/level_0"].stamps > 0).sum()
+        assert own_rows == rows == 2 * IMAGES * len(found)
 
 
 def check_half_precision(parallel: Parallel) -> None:

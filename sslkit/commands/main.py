@@ -51,9 +51,15 @@ def run(words: Sequence[str]) -> int:
     name, *arguments = words
     if name not in COMMANDS:
         refuse("command", name, COMMANDS, "sslkit --help")
-    command = import_module(f"sslkit.commands.{name}").main
     try:
-        command(arguments)
+        import_module(f"sslkit.commands.{name}").main(arguments)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("sslkit"):
+            raise
+        sys.exit(
+            f"error: sslkit {name} needs {error.name}, which is not installed: "
+            "pip install 'sslkit[recipe]'"
+        )
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if name == "run" or isinstance(error, BrokenPipeError):
             raise  # a recipe knows its users' mistakes: what is left is its programmer's
