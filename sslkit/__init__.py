@@ -21,6 +21,7 @@ _HOME = {
     "RASAProjector": "rasa",
     "SinkhornKnopp": "sinkhorn",
     "SinkhornQueue": "sinkhorn_queue",
+    "Targets": "targets",
     "iBOTLoss": "losses",
     "sinkhorn_many": "sinkhorn",
     "sum_over_levels": "losses",
@@ -38,6 +39,7 @@ __all__ = [
     "RASAProjector",
     "SinkhornKnopp",
     "SinkhornQueue",
+    "Targets",
     "iBOTLoss",
     "sinkhorn_many",
     "sum_over_levels",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from sslkit.rasa import RASAProjector
     from sslkit.sinkhorn import SinkhornKnopp, sinkhorn_many
     from sslkit.sinkhorn_queue import SinkhornQueue
+    from sslkit.targets import Targets
     from sslkit.teacher import EMATeacher
 
 

@@ -13,7 +13,7 @@ from sslkit.backbones import ViTEncoder, create
 from sslkit.backbones.blocks import drop_path
 from sslkit.backbones.embedding import embed
 from sslkit.backbones.positions import resample_positions
-from sslkit.ops.attention import equal_runs
+from sslkit.ops.packing import equal_runs
 from tests.networks import flat, micro, randomize
 from tests.oracles.vit import resample
 

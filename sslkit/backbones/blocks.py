@@ -20,7 +20,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from sslkit.backbones.rope import with_prefix
-from sslkit.ops.attention import Runs, packed_attention
+from sslkit.ops.attention import packed_attention
+from sslkit.ops.packing import Runs
 
 
 def drop_path(x: Tensor, runs: Runs, drop_prob: float, *, scale_by_keep: bool = True) -> Tensor:

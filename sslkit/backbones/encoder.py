@@ -22,7 +22,7 @@ from sslkit.backbones.rope import rotations
 from sslkit.backbones.supported import require_supported
 from sslkit.backbones.token_network import token_network
 from sslkit.backbones.tokens import Tokens
-from sslkit.ops.attention import Runs, equal_runs
+from sslkit.ops.packing import Runs, equal_runs
 
 _PACKED = (PackedBlock, PackedEvaBlock)
 Grids = list[tuple[int, int, int]]

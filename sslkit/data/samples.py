@@ -77,6 +77,11 @@ class Batch(NamedTuple):
     augment_seconds: float = 0.0
     render_seconds: float = 0.0
 
+    @property
+    def views(self) -> list[Tensor]:
+        """The global crops, then the local ones if there are any."""
+        return [crops for crops in (self.global_crops, self.local_crops) if len(crops)]
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The batch with all tensors on ``device``."""
         global_crops, local_crops, labels, epochs, indices = (
