@@ -21,8 +21,10 @@ _HOME = {
     "RASAProjector": "rasa",
     "SinkhornKnopp": "sinkhorn",
     "SinkhornQueue": "sinkhorn_queue",
+    "Targets": "targets",
     "iBOTLoss": "losses",
     "sinkhorn_many": "sinkhorn",
+    "sum_over_levels": "losses",
 }
 
 __all__ = [
@@ -37,20 +39,23 @@ __all__ = [
     "RASAProjector",
     "SinkhornKnopp",
     "SinkhornQueue",
+    "Targets",
     "iBOTLoss",
     "sinkhorn_many",
+    "sum_over_levels",
 ]
 
 if TYPE_CHECKING:
     from sslkit.assignments import Assignments
     from sslkit.centering import EMACentering
     from sslkit.factored_logits import FactoredLogits
-    from sslkit.losses import DINOLoss, KoLeoLoss, iBOTLoss
+    from sslkit.losses import DINOLoss, KoLeoLoss, iBOTLoss, sum_over_levels
     from sslkit.masking import CyclicMaskGenerator
     from sslkit.matryoshka import MatryoshkaProjector
     from sslkit.rasa import RASAProjector
     from sslkit.sinkhorn import SinkhornKnopp, sinkhorn_many
     from sslkit.sinkhorn_queue import SinkhornQueue
+    from sslkit.targets import Targets
     from sslkit.teacher import EMATeacher
 
 

@@ -10,7 +10,9 @@ logits are too many, `sslkit.factored_logits` stands for them.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -132,15 +134,27 @@ class Assignments:
                 f"cannot cut {len(self)} rows into {num_views} equal views; num_views must divide "
                 "the number of rows"
             )
-        rows_per_view = len(self) // num_views
-        return tuple(
-            Assignments(
-                self.logits[v * rows_per_view : (v + 1) * rows_per_view],
-                self.bias,
-                self.temperature,
+        return tuple(self.split([len(self) // num_views] * num_views))
+
+    def split(self, sizes: Sequence[int]) -> list["Assignments"]:
+        """Undo the concatenation of batches of these sizes, for example of micro-batches.
+
+        The parts are views of the logits and share the bias.
+
+        >>> a, b = Assignments(torch.zeros(6, 4), torch.zeros(4), 1.0).split([5, 1])
+        >>> len(a), len(b)
+        (5, 1)
+        """
+        if any(size < 0 for size in sizes) or sum(sizes) != len(self):
+            raise ValueError(
+                f"sizes must be the numbers of rows of the parts, {len(self)} in all, got "
+                f"{list(sizes)}, {sum(sizes)} in all"
             )
-            for v in range(num_views)
-        )
+        ends = list(accumulate(sizes))
+        return [
+            Assignments(self.logits[end - size : end], self.bias, self.temperature)
+            for size, end in zip(sizes, ends, strict=True)
+        ]
 
     def usage(self) -> Usage:
         """Statistics for collapse monitoring, see `Usage`; without writing ``probs``.
@@ -152,28 +166,61 @@ class Assignments:
         >>> round(usage.entropy.exp().item()), usage.fraction_used.item()
         (4, 1.0)
         """
-        B, K = self.logits.shape
-        device, dtype = self.logits.device, score_dtype(self.logits)
-        with torch.no_grad():  # as a decorator of this class's method it would break a graph
-            prob_sum = torch.zeros(K, device=device, dtype=dtype)
-            entropy_sum = torch.zeros((), device=device, dtype=dtype)
-            used = torch.zeros(K, dtype=torch.bool, device=device)
-            for rows in row_blocks(B, K, device):
-                probs = torch.softmax(self._scores(rows), dim=-1)
-                prob_sum += probs.sum(dim=0)
-                used[probs.argmax(dim=-1)] = True
-                entropy_sum += torch.special.entr(probs).sum()
-            return Usage(
-                entropy=torch.special.entr(prob_sum / B).sum(),
-                target_entropy=entropy_sum / B,
-                fraction_used=used.to(dtype).mean(),
-            )
+        return _usage([self])
 
     def _scores(self, rows: slice) -> Tensor:
         """``logits[rows] / temperature + bias``, what the softmax is taken of."""
         # Adding in the bias's type promotes 16-bit logits inside the kernel: no separate copy.
         bias = self.bias.to(score_dtype(self.logits))
         return torch.add(bias, written(self.logits[rows]), alpha=1.0 / self.temperature)
+
+
+def usage(targets: Sequence[Mapping[str, Assignments]]) -> dict[str, Usage]:
+    """Usage of the prototypes by loss term, over the rows of all micro-batches.
+
+    It equals, up to rounding, `Assignments.usage` of the rows of all micro-batches together.
+
+    Args:
+        targets: for each micro-batch the `Assignments` by loss term, as `Targets` returns them.
+
+    Raises:
+        ValueError: the micro-batches have other terms, or a term has other numbers of prototypes.
+
+    Example:
+        >>> halves = Assignments(100.0 * torch.eye(4), torch.zeros(4), 1.0).split([1, 3])
+        >>> usage([{"dino": half} for half in halves])["dino"].fraction_used
+        tensor(1.)
+    """
+    terms = list(targets[0]) if len(targets) else []
+    for i, own in enumerate(targets):
+        if set(own) != set(terms):
+            raise ValueError(f"targets[{i}] has the terms {list(own)}, but targets[0] has {terms}")
+    parts = {term: [own[term] for own in targets] for term in terms}
+    for term, own_parts in parts.items():
+        if len(counts := {part.num_prototypes for part in own_parts}) > 1:
+            raise ValueError(f"{term!r} has {sorted(counts)} prototypes; all parts need the same")
+    return {term: _usage(own_parts) for term, own_parts in parts.items()}
+
+
+def _usage(parts: Sequence[Assignments]) -> Usage:
+    """`Assignments.usage` of the rows of all parts, which have the same prototypes."""
+    K, device, dtype = parts[0].num_prototypes, parts[0].logits.device, score_dtype(parts[0].logits)
+    B = sum(len(part) for part in parts)
+    with torch.no_grad():  # as a decorator it would break the graph of a compiled caller
+        prob_sum = torch.zeros(K, device=device, dtype=dtype)
+        entropy_sum = torch.zeros((), device=device, dtype=dtype)
+        used = torch.zeros(K, dtype=torch.bool, device=device)
+        for part in parts:
+            for rows in row_blocks(len(part), K, device):
+                probs = torch.softmax(part._scores(rows), dim=-1)
+                prob_sum += probs.sum(dim=0)
+                used[probs.argmax(dim=-1)] = True
+                entropy_sum += torch.special.entr(probs).sum()
+        return Usage(
+            entropy=torch.special.entr(prob_sum / B).sum(),
+            target_entropy=entropy_sum / B,
+            fraction_used=used.to(dtype).mean(),
+        )
 
 
 def score_dtype(logits: Logits) -> torch.dtype:

@@ -1,5 +1,6 @@
 """EMA centering of teacher logits (DINO, Caron et al. 2021, section 3.1, equation 4)."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,12 +20,14 @@ class EMACentering(KeepsTypes):
     """Keep the teacher from favouring one prototype by subtracting a running mean of its logits.
 
     ``forward(logits, temperature)`` gives ``softmax((logits - center) / temperature)`` as
-    `Assignments` with ``bias = -center / temperature``. It changes nothing; ``update(logits)``
-    moves, from zeros and with the mean over the rows of all ranks of ``group``,
+    `Assignments` with ``bias = -center / temperature``. It changes nothing. ``update(logits)``
+    moves the centre, from zeros and with the mean over the rows of all ranks of ``group``,
 
         center ← momentum · center + (1 - momentum) · mean_b logits[b].
 
-    DINO assigns with the centre of the previous steps: call ``forward``, then ``update``.
+    DINO assigns with the centre of the previous steps. In a training loop call ``assign_(logits,
+    temperature)``, which does both in this order and has the signature of `SinkhornKnopp`. For
+    several heads or micro-batches use `Targets`.
 
     Args:
         num_prototypes: K.
@@ -43,8 +46,9 @@ class EMACentering(KeepsTypes):
     Example:
         >>> centering = EMACentering(num_prototypes=2, momentum=0.5)
         >>> teacher_logits = torch.tensor([[2.0, 0.0], [4.0, 0.0]])
-        >>> targets = centering(teacher_logits, temperature=0.04)
-        >>> centering.update(teacher_logits)
+        >>> targets = centering.assign_(teacher_logits, temperature=0.04)
+        >>> targets.bias  # of the centre before this step
+        tensor([-0., -0.])
         >>> centering.center
         tensor([1.5000, 0.0000])
     """
@@ -67,10 +71,29 @@ class EMACentering(KeepsTypes):
         self.group = group
         self.register_buffer("center", torch.zeros(num_prototypes, dtype=torch.float32))
 
-    def forward(self, logits: Logits, temperature: float) -> Assignments:
-        """Assignments of ``logits [B, K]`` around the present centre, without gradients."""
+    def forward(
+        self, logits: Logits, temperature: float, *, row_mask: Tensor | None = None
+    ) -> Assignments:
+        """Assignments of ``logits [B, K]`` around the present centre, without gradients.
+
+        Changes nothing. ``row_mask`` is checked, as for `SinkhornKnopp`, and has no influence: no
+        row depends on another.
+        """
         self._check(logits)
+        check_row_mask(row_mask, len(logits))
         return Assignments(logits.detach(), -self.center / temperature, temperature)
+
+    def assign_(
+        self, logits: Logits, temperature: float, *, row_mask: Tensor | None = None
+    ) -> Assignments:
+        """Assign ``logits [B, K]``, then update the centre with them: both halves of a step.
+
+        Rows where ``row_mask`` (bool ``[B]``) is True do not move the centre. The arguments and the
+        result are those of `SinkhornKnopp`, so either can stand in a training loop.
+        """
+        assignments = self(logits, temperature, row_mask=row_mask)
+        self.update(logits, row_mask)
+        return assignments
 
     @torch.no_grad()
     def update(self, logits: Logits, row_mask: Tensor | None = None) -> None:
@@ -79,6 +102,10 @@ class EMACentering(KeepsTypes):
         Rows where ``row_mask`` (bool ``[B]``) is True take no part, whatever they hold. A batch
         without rows on any rank leaves the centre where it is. The mean is taken in float32.
         """
+        update_centers_([self], [logits], [row_mask])
+
+    def _sum(self, logits: Logits, row_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Sum ``[K]`` and number of the rows of this process that take part."""
         self._check(logits)
         B, K = logits.shape
         check_row_mask(row_mask, B)
@@ -89,9 +116,7 @@ class EMACentering(KeepsTypes):
                 block = block.masked_fill(row_mask[rows, None], 0.0)
             total += block.sum(dim=0, dtype=total.dtype)
         count = total.new_tensor(B) if row_mask is None else (~row_mask).sum().to(total.dtype)
-        total, count = all_reduce_packed([total, count], "sum", self.group)
-        step = (1.0 - self.momentum) * (count > 0).to(total.dtype)
-        self.center.lerp_(total / count.clamp(min=1), step)
+        return total, count
 
     def _check(self, logits: Logits) -> None:
         check_logits(logits)
@@ -104,3 +129,44 @@ class EMACentering(KeepsTypes):
     def extra_repr(self) -> str:
         """Settings shown by ``repr``."""
         return f"num_prototypes={self.center.shape[0]}, momentum={self.momentum}"
+
+
+@torch.no_grad()
+def update_centers_(
+    centerings: Sequence[EMACentering],
+    logits: Sequence[Logits],
+    row_masks: Sequence[Tensor | None] | None = None,
+) -> None:
+    """Update several centres, each with its own logits, in one collective.
+
+    Entry i does what ``centerings[i].update(logits[i], row_masks[i])`` does. All belong to one
+    group and are on one device.
+
+    Raises:
+        ValueError: there are no centres, they belong to several groups, the sequences differ in
+            length, or logits do not fit. No centre has moved then.
+
+    Example:
+        >>> coarse, fine = EMACentering(2, momentum=0.0), EMACentering(3, momentum=0.0)
+        >>> update_centers_([coarse, fine], [torch.ones(4, 2), torch.ones(4, 3)])
+        >>> coarse.center, fine.center
+        (tensor([1., 1.]), tensor([1., 1., 1.]))
+    """
+    if row_masks is None:
+        row_masks = [None] * len(centerings)
+    if not len(centerings) == len(logits) == len(row_masks) > 0:
+        raise ValueError(
+            f"got {len(centerings)} centres, {len(logits)} logits and {len(row_masks)} row masks; "
+            "one of each is needed for every centre, and at least one centre"
+        )
+    group = centerings[0].group
+    if any(centering.group is not group for centering in centerings):
+        raise ValueError("the centres belong to several process groups; update those of one group")
+    sums = [
+        centering._sum(x, row_mask)
+        for centering, x, row_mask in zip(centerings, logits, row_masks, strict=True)
+    ]
+    reduced = all_reduce_packed([x for pair in sums for x in pair], "sum", group)
+    for centering, total, count in zip(centerings, reduced[::2], reduced[1::2], strict=True):
+        step = (1.0 - centering.momentum) * (count > 0).to(total.dtype)
+        centering.center.lerp_(total / count.clamp(min=1), step)

@@ -109,6 +109,10 @@ class SinkhornKnopp(nn.Module):
     returned as `Assignments`, whose rows sum to one exactly and whose columns approach ``B / K`` as
     the number of iterations grows.
 
+    To switch between balancing and DINO's centering, call this or ``EMACentering.assign_``: both
+    take the same arguments and return the same type. For several heads or micro-batches use
+    `Targets`.
+
     - Any floating-point input; computed in the log domain in float32 (float64 for float64). The
       result is finite where ``|logits| / temperature`` is at most 1e37 (1e307 for float64); ±1e4 at
       temperature 0.04 are far below that. Above it, the quotient or its sum with a bias may be

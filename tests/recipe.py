@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,13 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslkit import Assignments
 from sslkit.data import Batch
+from sslkit.data.batch_masks import sharded_masks
+from sslkit.recipes.franca.presets import PRESETS
+from sslkit.recipes.franca.recipe import RECIPE, Franca, schedule
+from sslkit.recipes.franca.settings import Crops, Model, Optim, Settings
+from sslkit.training import Run, command, micro_batches
 from sslkit.training.checkpoint import Checkpoints
 from sslkit.training.metrics import read_metrics
 from sslkit.training.parallel import Parallel
+from sslkit.training.run_files import read_settings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-RECIPE = EXAMPLES / "franca_recipe.py"
+SCRIPT = EXAMPLES / "franca_recipe.py"
 ALONE = Parallel(rank=0, world_size=1, device=torch.device("cpu"), group=None)
 
 
@@ -35,7 +43,26 @@ def load_example(name: str) -> ModuleType:
     return module
 
 
-recipe = load_example("franca_recipe")
+def main(arguments: list[str]) -> None:
+    """The recipe with these arguments."""
+    command.main(RECIPE, arguments)
+
+
+def parse(arguments: list[str]) -> Settings:
+    """The settings that the recipe makes of these arguments."""
+    return command.parse(RECIPE, arguments)
+
+
+def check(settings: Settings) -> None:
+    """Raise an error for what the recipe refuses, in one process."""
+    command.check(RECIPE, settings, world_size=1)
+
+
+def stored_settings(output: Path) -> Settings:
+    """The settings of a run."""
+    found = read_settings(output, PRESETS["smoke"])
+    assert found is not None
+    return found
 
 
 def smoke(output: Path | str, *arguments: str) -> list[str]:
@@ -45,23 +72,25 @@ def smoke(output: Path | str, *arguments: str) -> list[str]:
     return ["--preset", "smoke", "--output", str(output), *tiny.split(), *arguments]
 
 
-def tiny(**sections: dict[str, Any] | Any) -> Any:
-    """12 steps of 8 images, the rest as in the paper; ``optim={"clip": 1.0}`` changes a field."""
-    settings = recipe.Settings(
+def tiny(**sections: dict[str, Any] | Any) -> Settings:
+    """12 steps of 8 images, the rest as in the paper; ``optim={"max_norm": 1}`` changes a field."""
+    settings = Settings(
+        preset="smoke",
+        data="scenes",
         steps=12,
         batch_size=8,
         device="cpu",
         precision="float32",
-        model=recipe.Model(
+        model=Model(
             backbone="sslkit_vit_micro",
-            drop_path=0.0,
+            drop_path_rate=0.0,
             num_prototypes=64,
-            head_hidden_dim=128,
-            dino_bottleneck=32,
-            ibot_bottleneck=32,
+            hidden_dim=128,
+            dino_bottleneck_dim=32,
+            ibot_bottleneck_dim=32,
         ),
-        crops=recipe.Crops(global_size=32, local_size=16, num_local=2),
-        optim=recipe.Optim(base_lr=6e-3),
+        crops=Crops(global_size=32, local_size=16, num_local=2),
+        optim=Optim(base_lr=6e-3),
     )
     for name, value in sections.items():
         if isinstance(value, dict):
@@ -70,9 +99,31 @@ def tiny(**sections: dict[str, Any] | Any) -> Any:
     return settings
 
 
-def trainer(settings: Any) -> Any:
+def method(settings: Settings, parallel: Parallel = ALONE) -> Franca:
     """The pretraining of ``settings`` in this process, at its first step."""
-    return recipe.Trainer(recipe.pretraining(settings), settings, ALONE)
+    return Franca("pretrain", settings, Run(settings, parallel))
+
+
+def masks(own: Franca, step: int, images: Batch) -> Tensor:
+    """The masks that a step draws."""
+    seed = partial(own.run.seed, own.stage, "masks")
+    return sharded_masks(own.draw_masks, images, step=step, seed=seed, ranks=own.parallel)
+
+
+def micro_batch(own: Franca, step: int, images: Batch) -> tuple[list[Tensor], Tensor]:
+    """All images of a step as its only micro-batch: crops by resolution, and masks."""
+    views = (*images.views, masks(own, step, images))
+    [(*crops, own_masks)] = micro_batches(*views, count=1, device=own.parallel.device)
+    return crops, own_masks
+
+
+def targets(own: Franca, step: int, images: Batch) -> dict[str, Assignments]:
+    """The targets of a step by loss term; queues and centres move, nothing else."""
+    crops, own_masks = micro_batch(own, step, images)
+    teacher = own.teacher(crops[:1], own_masks, hide=False)
+    temperature = schedule(step, own.settings).teacher_temperature
+    [found] = own.targets([{"dino": teacher.dino, "ibot": teacher.ibot}], temperature)
+    return found
 
 
 def batches(size: int, *, global_size: int = 32, local_size: int = 16) -> Iterator[Batch]:
@@ -134,7 +185,7 @@ def start_process(
     With one thread, as the tests themselves have: sums over more are rounded differently.
     """
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(RECIPE), *arguments]
+    command = [sys.executable, *launcher, str(SCRIPT), *arguments]
     if not piped:
         return subprocess.Popen(command, env=one_thread)
     return subprocess.Popen(

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sslkit import Assignments
+from sslkit import Assignments, FactoredLogits
+from sslkit.assignments import usage
 from sslkit.slices import row_blocks
 from tests.oracles.losses import assignment_probs, entropy
 
@@ -102,6 +103,44 @@ def test_chunk_undoes_concatenation():
     assert chunks[1].logits.data_ptr() == assignments.logits[2:].data_ptr()  # a view, no copy
 
 
+@given(st.lists(st.integers(0, 4), max_size=4), st.integers(0, 1000), st.booleans())
+def test_split_undoes_concatenation_of_any_sizes(sizes, seed, factored):
+    whole = random_assignments(sum(sizes), 3, seed)
+    if factored:
+        logits = FactoredLogits(whole.logits, torch.eye(3)[:, [1, 2, 0]])
+        whole = Assignments(logits, whole.bias, whole.temperature)
+    parts = whole.split(sizes)
+    assert [len(part) for part in parts] == sizes
+    assert torch.equal(torch.cat([whole.probs()[:0], *(x.probs() for x in parts)]), whole.probs())
+    assert all(part.bias is whole.bias for part in parts)
+    storage = whole.logits.features if factored else whole.logits
+    for part in parts:  # views
+        own = part.logits.features if factored else part.logits
+        assert own.untyped_storage().data_ptr() == storage.untyped_storage().data_ptr()
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 1000))
+def test_usage_of_micro_batches_is_that_of_all_rows(sizes, K, seed):
+    whole = {"a": random_assignments(sum(sizes), K, seed), "b": random_assignments(sum(sizes), 2)}
+    split = {term: targets.split(sizes) for term, targets in whole.items()}
+    micro = [{term: parts[i] for term, parts in split.items()} for i in range(len(sizes))]
+    found = usage(micro)
+    assert list(found) == ["a", "b"]
+    for term, targets in whole.items():
+        torch.testing.assert_close(found[term], targets.usage(), equal_nan=True)
+    alone, expected = usage([whole])["a"], whole["a"].usage()
+    torch.testing.assert_close(alone, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_usage_refuses_micro_batches_of_different_terms():
+    a, b = random_assignments(4, 3), random_assignments(4, 2)
+    assert usage([]) == {}
+    with pytest.raises(ValueError, match=r"targets\[1\] has the terms \['y'\], .* has \['x'\]"):
+        usage([{"x": a}, {"y": a}])
+    with pytest.raises(ValueError, match=r"'x' has \[2, 3\] prototypes"):
+        usage([{"x": a}, {"x": b}])
+
+
 def test_is_frozen():
     with pytest.raises(AttributeError, match="cannot assign"):
         random_assignments(2, 2).temperature = 1.0  # type: ignore[misc]
@@ -121,6 +160,12 @@ def test_is_frozen():
         (lambda x, u: Assignments(x, u.long(), 1.0), TypeError, "bias must be floating point"),
         (lambda x, u: Assignments(x.int(), u, 1.0), TypeError, "logits must be floating point"),
         (lambda x, u: Assignments(x[0], u, 1.0), ValueError, r"\[rows, prototypes\].*\(3,\)"),
+        (
+            lambda x, u: Assignments(x, u, 1.0).split([3, 2]),
+            ValueError,
+            r"sizes .* 4 in all, got \[3, 2\], 5 in all",
+        ),
+        (lambda x, u: Assignments(x, u, 1.0).split([5, -1]), ValueError, r"got \[5, -1\], 4 in"),
         (lambda x, u: Assignments(x, u, 1.0).chunk(3), ValueError, "cut 4 rows into 3 equal"),
         (lambda x, u: Assignments(x, u, 1.0).chunk(0), ValueError, "into 0 equal"),
         (

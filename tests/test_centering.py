@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sslkit import EMACentering
+from sslkit import Assignments, EMACentering, SinkhornKnopp
+from sslkit.centering import update_centers_
 
 
 def test_follows_the_equation():
@@ -30,6 +31,55 @@ def test_forward_changes_nothing():
     targets = centering(torch.zeros(4, 3, requires_grad=True), 0.1)
     assert torch.equal(centering.center, before)
     assert not targets.logits.requires_grad
+
+
+def test_assign_is_forward_and_then_update():
+    generator = torch.Generator().manual_seed(2)
+    once, twice = EMACentering(3, momentum=0.5), EMACentering(3, momentum=0.5)
+    for _ in range(3):
+        logits = torch.randn(4, 3, generator=generator)
+        row_mask = torch.rand(4, generator=generator) > 0.5
+        found = once.assign_(logits, 0.1, row_mask=row_mask)
+        expected = twice(logits, 0.1)
+        twice.update(logits, row_mask)
+        assert torch.equal(found.bias, expected.bias)
+        assert torch.equal(once.center, twice.center)
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        once.assign_(logits, 0.0)
+    assert torch.equal(once.center, twice.center)
+
+
+@pytest.mark.parametrize(
+    "assign", [SinkhornKnopp(), EMACentering(3), EMACentering(3).assign_], ids=repr
+)
+def test_is_called_as_sinkhorn_is(assign):
+    row_mask = torch.tensor([True, False])
+    targets = assign(torch.zeros(2, 3), temperature=0.1, row_mask=row_mask)
+    assert isinstance(targets, Assignments)
+    assert targets.probs().shape == (2, 3)
+    with pytest.raises(ValueError, match=r"row_mask must have shape \[B\] = \(2,\), got \(3,\)"):
+        assign(torch.zeros(2, 3), 0.1, row_mask=torch.zeros(3, dtype=torch.bool))
+
+
+def test_several_centres_equal_one_by_one():
+    generator = torch.Generator().manual_seed(3)
+    single, many = ([EMACentering(k, momentum=k / 10) for k in (2, 5)] for _ in range(2))
+    logits = [torch.randn(4, 2, generator=generator), torch.randn(3, 5, generator=generator)]
+    row_masks = [None, torch.tensor([False, True, False])]
+    for _ in range(2):
+        update_centers_(many, logits, row_masks)
+        for centering, x, row_mask in zip(single, logits, row_masks, strict=True):
+            centering.update(x, row_mask)
+    for found, expected in zip(many, single, strict=True):
+        assert torch.equal(found.center, expected.center)
+    with pytest.raises(ValueError, match=r"3 prototypes.*made for 5"):
+        update_centers_(many, [torch.ones(1, 2), torch.ones(1, 3)])
+    with pytest.raises(ValueError, match="got 2 centres, 1 logits and 2 row masks"):
+        update_centers_(many, logits[:1])
+    assert torch.equal(many[0].center, single[0].center)
+    many[1].group = object()
+    with pytest.raises(ValueError, match="several process groups"):
+        update_centers_(many, logits)
 
 
 def test_targets_keep_their_centre_when_it_moves_on():

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sslkit import backbones
 from sslkit.files import file_digest
-from tests.recipe import recipe, smoke
+from sslkit.recipes.franca.evaluation import SCORES
+from tests.recipe import main, smoke
 
 SMALL = "--steps 4 --checkpoint-every 2 --highres.steps 2 --optim.lr-warmup 0 --rasa.num-images 8"
 SMALL += " --rasa.num-iterations 1 --evaluation.num-train 16 --evaluation.num-test 8"
@@ -24,7 +26,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of every stage but the high-resolution one."""
     output = tmp_path_factory.mktemp("finished") / "run"
     stages = ["--stages", "pretrain", "rasa", "evaluate", "report"]
-    recipe.main(smoke(output, *SMALL.split(), *stages))
+    main(smoke(output, *SMALL.split(), *stages))
     return output
 
 
@@ -128,7 +130,7 @@ def cases() -> list:
     folder = {"a folder": lines.pop("a folder")}
     add("pretrain/metrics.jsonl", lines, "--stages report", r"line \d of .*metrics\.jsonl.*delete")
     add("pretrain/metrics.jsonl", folder, "--stages report", r"metrics\.jsonl: Is a directory\. Mo")
-    wrong = {name: without(name) for name in recipe.SCORES}
+    wrong = {name: without(name) for name in SCORES}
     # Without labels there are no scores of k-NN at all; here those that belong to them are lost.
     wrong |= {
         f"{name} empty": emptied(name) for name in ("online_knn", "matryoshka", "position_r2")
@@ -177,7 +179,7 @@ def test_damaged(
         if (output / STEP_4).exists():
             shutil.rmtree(output / STEP_4)
     with pytest.raises(SystemExit, match=rf"^error: (?s:.)*{message}") as ended:
-        recipe.main(["--output", str(output), *arguments.split()])
+        main(["--output", str(output), *arguments.split()])
     assert "\n" not in str(ended.value).rstrip("\n")
 
 
@@ -187,8 +189,8 @@ def test_a_stray_file_beside_the_checkpoints(name: str, finished: Path, tmp_path
     shutil.copytree(finished, output)
     (output / "pretrain.safetensors").unlink()
     (output / "pretrain" / "checkpoints" / name).write_text("stray")
-    recipe.main(["--output", str(output), "--resume", "--stages", "pretrain"])
-    assert recipe.backbones.load(output / "pretrain.safetensors").embed_dim == 32
+    main(["--output", str(output), "--resume", "--stages", "pretrain"])
+    assert backbones.load(output / "pretrain.safetensors").embed_dim == 32
 
 
 def test_a_report_without_metrics_leaves_their_curves_out(
@@ -197,6 +199,6 @@ def test_a_report_without_metrics_leaves_their_curves_out(
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     (output / "pretrain" / "metrics.jsonl").write_bytes(b"")
-    recipe.main(["--output", str(output), "--stages", "report"])
+    main(["--output", str(output), "--stages", "report"])
     assert "metrics.jsonl has no losses" in capsys.readouterr().out
     assert "losses.png" not in (output / "report.md").read_text()

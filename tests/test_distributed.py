@@ -2,8 +2,11 @@
 
 import runpy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -15,6 +18,7 @@ from sslkit import (
     KoLeoLoss,
     SinkhornKnopp,
     SinkhornQueue,
+    Targets,
     sinkhorn_many,
 )
 from sslkit.ops import collectives
@@ -56,6 +60,18 @@ def check_sinkhorn(group: dist.ProcessGroup, members: list[int]) -> None:
         check_against(expected, logits, row_masks, group, members, bound, num_collectives)
 
 
+@contextmanager
+def counted_collectives() -> Iterator[list[object]]:
+    """A list that has one entry for each all-reduce inside the block."""
+    calls: list[object] = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: calls.append(args) or all_reduce(*args, **kwargs)
+    try:
+        yield calls
+    finally:
+        dist.all_reduce = all_reduce
+
+
 def check_against(
     expected: list[Assignments],
     logits: list[Tensor],
@@ -65,10 +81,7 @@ def check_against(
     bound: float | None,
     num_collectives: int,
 ) -> None:
-    calls = []
-    all_reduce = dist.all_reduce
-    dist.all_reduce = lambda *args, **kwargs: calls.append(args) or all_reduce(*args, **kwargs)
-    try:
+    with counted_collectives() as calls:
         actual = sinkhorn_many(
             [own_rows(x, members, split) for x, split in zip(logits, SPLITS, strict=True)],
             TEMPERATURES,
@@ -79,8 +92,6 @@ def check_against(
             group=group,
             bound=bound,
         )
-    finally:
-        dist.all_reduce = all_reduce
     assert len(calls) == num_collectives
     for single, split in zip(expected, actual, strict=True):
         torch.testing.assert_close(split.bias, single.bias, rtol=1e-5, atol=1e-5)
@@ -121,6 +132,56 @@ def check_queue(group: dist.ProcessGroup, members: list[int]) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         single.update(logits)
         shared.update(mine)
+
+
+def check_targets(group: dist.ProcessGroup, members: list[int]) -> None:
+    """Micro-batches of ranks, some without a row: one collective for all of them together."""
+    for settings, num_collectives in (({"kind": "centering"}, 1), ({"bound": 1.0}, 3), ({}, 4)):
+        single, shared = (
+            Targets({"dino": [4, 6], "ibot": 3}, group=g, **settings) for g in (None, group)
+        )
+        for step in range(2):
+            micro = [targets_of(10 * step, SPLITS[0], members), targets_of(5, SPLITS[1], members)]
+            expected = single(micro, 0.1)
+            own_micro = [
+                {
+                    "dino": [own_rows(x, members, split) for x in own["dino"]],
+                    "ibot": own_rows(own["ibot"], members, split),
+                }
+                for own, split in zip(micro, SPLITS[:2], strict=True)
+            ]
+            with counted_collectives() as calls:
+                found = shared(own_micro, 0.1)
+            assert len(calls) == num_collectives
+            for own, wanted in zip(found, expected, strict=True):
+                for term, targets in own.items():
+                    torch.testing.assert_close(
+                        targets.bias, wanted[term].bias, rtol=1e-5, atol=1e-5
+                    )
+        for name, center in shared.shared_state().items():
+            torch.testing.assert_close(center, single.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def check_targets_with_a_queue(group: dist.ProcessGroup, members: list[int]) -> None:
+    """Until the queue is full, as afterwards it is other rows that are the oldest."""
+    n = len(members)
+    single, shared = Targets({"a": 3}, queue=5 * n), Targets({"a": 3}, queue=5 * n, group=group)
+    assert len(shared.rank_state()["queues.a.rows"]) == 5
+    for step in range(3):
+        logits = normal(step, 2 * n, 3)
+        (expected,) = single([{"a": logits}], 0.1)
+        (found,) = shared([{"a": own_rows(logits, members, (2, 2, 2, 2))}], 0.1)
+        torch.testing.assert_close(found["a"].bias, expected["a"].bias, rtol=1e-5, atol=1e-5)
+    if n > 1:
+        with pytest.raises(ValueError, match=f"divides into {n} processes, got 1"):
+            Targets({"a": 3}, queue=1, group=group)
+
+
+def targets_of(seed: int, split: tuple[int, ...], members: list[int]) -> dict:
+    """Cosines of two heads, for all the rows of a split."""
+    B = sum(split[member] for member in members)
+    dino, ibot = [normal(seed + k, B, k).clamp(-1, 1) for k in (4, 6)], normal(seed, B, 3)
+    return {"dino": dino, "ibot": ibot.clamp(-1, 1)}
 
 
 def check_koleo(group: dist.ProcessGroup, members: list[int], split: tuple[int, ...]) -> None:
@@ -164,6 +225,8 @@ def run_checks(rank: int, rendezvous: str) -> None:
             check_sinkhorn(group, members)
             check_centering(group, members)
             check_queue(group, members)
+            check_targets(group, members)
+            check_targets_with_a_queue(group, members)
             for split in (*SPLITS, (1, 0, 0, 0)):
                 check_koleo(group, members, split)
     dist.barrier()  # leave together: no tensor is in a gloo thread when an interpreter exits

@@ -13,10 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from sslkit import backbones
+from sslkit.recipes.franca.recipe import Franca
+from sslkit.training import command
 from sslkit.training.checkpoint import Checkpoints, step_of
+from sslkit.training.failures import explain
 from sslkit.training.metrics import read_metrics
 from sslkit.training.parallel import Parallel, choose, local_device, lost_contact, restarted, start
-from tests.recipe import RECIPE, last_step, recipe, saved_tensors, smoke, start_process
+from sslkit.training.settings import SettingsError
+from tests.recipe import RECIPE, SCRIPT, last_step, main, parse, saved_tensors, smoke, start_process
 
 TRAINING = "--stages pretrain --steps 24 --checkpoint-every 4 --optim.lr-warmup 0"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -93,7 +98,7 @@ def assert_same_end(output: Path, expected: Path, *, steps: int = 24, atol: floa
     for run in (output, expected):
         rows = read_metrics(run / "pretrain" / "metrics.jsonl")
         assert [row["step"] for row in rows] == list(range(1, steps + 1))
-        assert recipe.backbones.load(run / "pretrain.safetensors").embed_dim == 32
+        assert backbones.load(run / "pretrain.safetensors").embed_dim == 32
 
 
 @pytest.fixture(scope="module")
@@ -185,17 +190,24 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     ``run_command`` makes status 130 of it (tests/test_command_line.py).
     """
 
-    def step(*_: object) -> None:
+    asked = 0
+
+    def step(*_: object, **__: object) -> None:
+        nonlocal asked
         (worker,) = multiprocessing.active_children()
         os.kill(worker.pid, signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # sent to all of a job and passed on by torchrun
         assert multiprocessing.active_children()  # the first one only asks
+        asked = 2
+        time.sleep(1.1)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")
 
-    monkeypatch.setattr(recipe.Trainer, "step", step)
+    monkeypatch.setattr(Franca, "step", step)
     with pytest.raises(KeyboardInterrupt):
-        recipe.main(smoke(tmp_path / "run", *TRAINING.split(), "--workers", "1"))
+        main(smoke(tmp_path / "run", *TRAINING.split(), "--workers", "1"))
+    assert asked == 2
     assert not multiprocessing.active_children()
     assert Checkpoints(tmp_path / "run" / "pretrain" / "checkpoints").latest() is None
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -206,7 +218,7 @@ def test_ctrl_c_while_the_script_imports(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("import os\nos.kill(os.getpid(), 2)\nos._exit(3)\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     ended = subprocess.run(
-        [sys.executable, str(RECIPE), "--preset", "smoke"],
+        [sys.executable, str(SCRIPT), "--preset", "smoke"],
         env=environment,
         capture_output=True,
         timeout=60,
@@ -302,7 +314,7 @@ def test_sigterm_saves_and_leaves(undisturbed: Path, tmp_path: Path, restarts: i
 
 def test_a_flipped_byte_is_refused_and_the_checkpoint_before_it_offered(tmp_path: Path) -> None:
     arguments = smoke(tmp_path / "run", *TRAINING.split(), "--workers", "1")
-    recipe.main(arguments)
+    main(arguments)
     (tmp_path / "run" / "pretrain.safetensors").unlink()
     checkpoints = Checkpoints(tmp_path / "run" / "pretrain" / "checkpoints")
     damaged, before = checkpoints.latest(), checkpoints.paths()[-2]
@@ -310,9 +322,9 @@ def test_a_flipped_byte_is_refused_and_the_checkpoint_before_it_offered(tmp_path
     content[len(content) // 2] ^= 1
     (damaged / "rank_0.safetensors").write_bytes(content)
     with pytest.raises(SystemExit, match=rf"error: .*{damaged.name} is damaged: .*{before.name}$"):
-        recipe.main([*arguments, "--resume"])
+        main([*arguments, "--resume"])
     damaged.rename(tmp_path / "set aside")
-    recipe.main([*arguments, "--resume"])
+    main([*arguments, "--resume"])
     assert checkpoints.latest() == damaged
 
 
@@ -335,14 +347,14 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.
 def test_whatever_ends_the_training_ends_its_workers(
     error: BaseException, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def step(*_: object) -> None:
+    def step(*_: object, **__: object) -> None:
         assert multiprocessing.active_children()
         raise error
 
-    monkeypatch.setattr(recipe.Trainer, "step", step)
+    monkeypatch.setattr(Franca, "step", step)
     known = not isinstance(error, ZeroDivisionError | KeyboardInterrupt)
     with pytest.raises(SystemExit if known else type(error), match=message):
-        recipe.main(smoke(tmp_path / "run", *TRAINING.split(), "--workers", "2"))
+        main(smoke(tmp_path / "run", *TRAINING.split(), "--workers", "2"))
     assert not multiprocessing.active_children()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -355,6 +367,11 @@ def test_what_says_that_a_process_is_gone() -> None:
     assert lost_contact(RuntimeError(closed))
     assert not lost_contact(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not lost_contact(ValueError("gloo"))
+    advice = ":1751. This is typically caused by a remote worker crashing. Check the logs. GLHF!"
+    assert explain(RuntimeError(closed + advice)) == (
+        "another process of this job is gone (Connection closed by peer [::1]:1751). Its own "
+        "message says why; start all again with --resume, as torchrun --max-restarts does"
+    )
 
 
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
@@ -364,11 +381,11 @@ def test_restarted(variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for count in ("0", "1"):
         monkeypatch.setenv(variable, count)
         assert restarted() == (count == "1")
-    recipe.main(words)
-    recipe.main(words)
+    main(words)
+    main(words)
     monkeypatch.setenv(variable, "0")
     with pytest.raises(SystemExit, match="holds a run already"):
-        recipe.main(words)
+        main(words)
 
 
 def test_each_process_has_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,13 +431,13 @@ def test_small_networks_are_replicated_and_large_ones_sharded(
         ("--parallel none", 2, r"--parallel none: there are 2 process\(es\)"),
         ("--hsdp-replicas 3", 2, r"--hsdp-replicas 3 does not divide the 2 process\(es\)"),
         (
-            "--parallel fsdp --model.factored-scores --model.no-normalize",
+            "--parallel fsdp --model.factored --model.no-normalize",
             2,
-            "--model.factored-scores needs --model.normalize",
+            "--model.factored needs --model.normalize",
         ),
     ],
 )
 def test_refused_parallelism(arguments: str, world_size: int, message: str, tmp_path: Path) -> None:
-    settings = recipe.parse(smoke(tmp_path / "run", *arguments.split()))
-    with pytest.raises(recipe.SettingsError, match=message):
-        recipe.check(settings, world_size=world_size)
+    settings = parse(smoke(tmp_path / "run", *arguments.split()))
+    with pytest.raises(SettingsError, match=message):
+        command.check(RECIPE, settings, world_size)

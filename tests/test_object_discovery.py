@@ -9,9 +9,10 @@ from scipy.linalg import eigh
 
 from sslkit import backbones
 from sslkit.data.scenes import Scenes
-from sslkit.evaluation import lost, tokencut
+from sslkit.evaluation import tokencut as tokencut_module
 from sslkit.evaluation.encoders import as_encoder
 from sslkit.evaluation.lost import lost_box, lost_mask
+from sslkit.evaluation.protocols import lost, tokencut
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.tokencut import cut_vector, tokencut_box, tokencut_mask
 from sslkit.evaluation.tokens import Unsuitable
@@ -62,7 +63,7 @@ def test_of_several_objects_one_is_boxed(method):
 def test_half_precision_and_scale_change_nothing(method):
     (H, W), cells, expected = OBJECTS["inside"]
     keys = planted((H, W), [cells], 0.05)
-    for changed in (keys.half(), keys.double(), 7 * keys):
+    for changed in (keys.half(), keys.double(), 7 * keys, 1e30 * keys, 1e-30 * keys):
         box = FIND[method](changed, patch_size=16, image_size=(H * 16, W * 16))
         assert tuple(box.tolist()) == expected
 
@@ -123,7 +124,7 @@ def test_the_cut_solves_the_generalised_problem(grid, threshold, eps, seed):
 def test_both_solvers_agree(monkeypatch):
     keys = planted((24, 30), [(slice(3, 15), slice(8, 20))], 0.5)
     dense = cut_vector(keys)
-    monkeypatch.setattr(tokencut, "_DENSE", 100)
+    monkeypatch.setattr(tokencut_module, "_DENSE", 100)
     torch.testing.assert_close(cut_vector(keys), dense, atol=1e-9, rtol=0)
 
 
@@ -244,7 +245,7 @@ def test_few_different_keys_are_cut_in_the_same_way_each_time(kinds):
 def test_iterations_find_the_dense_solvers_vector(monkeypatch):
     keys = noise(33, 35, 8) + 0.5
     by_iterations = cut_vector(keys)
-    monkeypatch.setattr(tokencut, "_DENSE", 2000)
+    monkeypatch.setattr(tokencut_module, "_DENSE", 2000)
     torch.testing.assert_close(by_iterations, cut_vector(keys), rtol=0, atol=1e-10)
 
 

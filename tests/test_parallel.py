@@ -14,28 +14,30 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sslkit.data import Batch
+from sslkit.recipes.franca.recipe import Franca
+from sslkit.training import Run
 from sslkit.training.checkpoint import CheckpointError, Checkpoints, checkpoint_group, step_of
 from sslkit.training.finite import NonFiniteLoss
 from sslkit.training.parallel import Parallel
-from tests.recipe import ALONE, batch, recipe, saved_tensors, tiny
+from tests.recipe import ALONE, batch, saved_tensors, tiny
 
 IMAGES = 24  # 2, 3 and 4 processes of 2 micro-batches
 WORLDS = (2, 3, 4)
 STEP = 3
 # What a step depends on: the settings, and how the processes share it.
 PROBLEMS: dict[str, Any] = {
-    "sinkhorn": tiny(optim={"clip": 1e9}),
-    "centering": tiny(optim={"clip": 1e9}, targets={"kind": "centering"}),
-    "accumulated": tiny(optim={"clip": 1e9}, losses={"koleo": 0.0}, accumulation=2),
-    "factored": tiny(optim={"clip": 1e9}, model={"factored_scores": True}),
-    "checkpointed": tiny(optim={"clip": 1e9}, model={"activation_checkpointing": True}),
-    "clipped": tiny(optim={"clip": 0.01}),
+    "sinkhorn": tiny(optim={"max_norm": 1e9}),
+    "centering": tiny(optim={"max_norm": 1e9}, targets={"kind": "centering"}),
+    "accumulated": tiny(optim={"max_norm": 1e9}, losses={"koleo": 0.0}, accumulation=2),
+    "factored": tiny(optim={"max_norm": 1e9}, model={"factored": True}),
+    "checkpointed": tiny(optim={"max_norm": 1e9}, model={"activation_checkpointing": True}),
+    "clipped": tiny(optim={"max_norm": 0.01}),
 }
 PROBLEMS = {name: replace(settings, batch_size=IMAGES) for name, settings in PROBLEMS.items()}
 # Heads alone for steps 0 to 2, the backbone's rate 0 in step 3, and a queue that does not overflow.
 BEGINNING = replace(
     tiny(
-        optim={"clip": 1e9, "lr_warmup": 0.25},
+        optim={"max_norm": 1e9, "lr_warmup": 0.25},
         init={"heads": "fresh", "head_warmup": 0.25},
         targets={"queue": 4800},
     ),
@@ -44,8 +46,8 @@ BEGINNING = replace(
 BEGINNING_STEPS = range(1, 6)
 
 
-def trainer(settings: Any, parallel: Parallel = ALONE) -> Any:
-    return recipe.Trainer(recipe.pretraining(settings), settings, parallel)
+def method(settings: Any, parallel: Parallel = ALONE) -> Any:
+    return Franca("pretrain", settings, Run(settings, parallel))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ def whole(tensor: Tensor) -> Tensor:
 def outcome(own: Any, images: Batch) -> dict[str, Tensor]:
     """What a step computes and leaves: losses, gradients, weights, moments, centers."""
     seen = own.step(STEP, images)
-    found = {f"loss {name}": term for name, term in seen.terms.items()}
+    found = {f"loss {name}": term for name, term in seen.losses.items()}
     found |= {f"norm {name}": norm for name, norm in seen.gradient_norms.items()}
     for name, parameter in own.student.named_parameters():
         found[f"gradient {name}"] = whole(parameter.grad)
@@ -99,7 +101,7 @@ def check_steps(parallel: Parallel, folder: Path) -> None:
         expected = torch.load(folder / f"{name}.pt")
         kinds = [("ddp", 1), ("fsdp", 1)] + [("fsdp", 2)] * (parallel.world_size == 4)
         for kind, replicas in kinds:
-            own = trainer(replace(settings, parallel=kind, hsdp_replicas=replicas), parallel)
+            own = method(replace(settings, parallel=kind, hsdp_replicas=replicas), parallel)
             sharded = [isinstance(p, DTensor) for p in own.student.parameters()]
             assert all(sharded) if kind == "fsdp" else not any(sharded)
             assert_same(outcome(own, images), expected)
@@ -111,7 +113,7 @@ def beginning(own: Any, rank: int = 0, world: int = 1) -> list[dict[str, float]]
     frozen = {n: whole(x).clone() for n, x in own.student.backbone.state_dict().items()}
     for step in BEGINNING_STEPS:
         seen = own.step(step, share(batch(IMAGES), rank, world))
-        found.append({name: term.item() for name, term in seen.terms.items()})
+        found.append({name: term.item() for name, term in seen.losses.items()})
         for network in (own.student, own.teacher.module):
             now = network.backbone.state_dict()
             rests = all(torch.equal(whole(x), frozen[name]) for name, x in now.items())
@@ -124,30 +126,31 @@ def check_beginnings(parallel: Parallel, folder: Path) -> None:
     expected = json.loads((folder / "beginning.json").read_text())
     group = checkpoint_group(parallel.group)
     for kind in ("ddp", "fsdp"):
-        own = trainer(replace(BEGINNING, parallel=kind), parallel)
+        own = method(replace(BEGINNING, parallel=kind), parallel)
         found = beginning(own, parallel.rank, parallel.world_size)
         for a, b in zip(found, expected, strict=True):
             assert a == pytest.approx(b, rel=1e-4)
         checkpoints = Checkpoints(folder / f"beginning_{kind}_{parallel.world_size}_", group=group)
         checkpoints.save(1, own.state())
         checkpoints.wait()
-        fresh = trainer(replace(BEGINNING, parallel=kind), parallel)
+        fresh = method(replace(BEGINNING, parallel=kind), parallel)
         checkpoints.load_(checkpoints.latest(), fresh.state())
         for name, x in own.targets.state_dict().items():
             assert torch.equal(x, fresh.targets.state_dict()[name]), name
         # A single process reads the rows of all.
-        alone = trainer(BEGINNING)
+        alone = method(BEGINNING)
         Checkpoints(checkpoints.directory).load_(checkpoints.latest(), alone.state())
-        rows = parallel.gather((own.targets.queues[0].stamps > 0).sum()).sum()
-        assert (alone.targets.queues[0].stamps > 0).sum() == rows == 2 * IMAGES * len(found)
+        rows = parallel.gather((own.targets.queues["dino/level_0"].stamps > 0).sum()).sum()
+        own_rows = (alone.targets.queues["dino/level_0"].stamps > 0).sum()
+        assert own_rows == rows == 2 * IMAGES * len(found)
 
 
 def check_half_precision(parallel: Parallel) -> None:
     """Blocks gathered in bfloat16 compute what autocast computes; heads and scores are float32."""
     images = share(batch(IMAGES), parallel.rank, parallel.world_size)
     settings = replace(PROBLEMS["sinkhorn"], precision="bfloat16")
-    ddp = trainer(replace(settings, parallel="ddp"), parallel).step(STEP, images)
-    own = trainer(replace(settings, parallel="fsdp"), parallel)
+    ddp = method(replace(settings, parallel="ddp"), parallel).step(STEP, images)
+    own = method(replace(settings, parallel="fsdp"), parallel)
     used: dict[str, set[torch.dtype]] = {"block": set(), "head": set()}
     for network in (own.student, own.teacher.module):
         mlp, head = network.backbone.vit.blocks[0].mlp, network.dino_head.heads[0]
@@ -157,14 +160,14 @@ def check_half_precision(parallel: Parallel) -> None:
             )
     fsdp = own.step(STEP, images)
     assert used == {"block": {torch.bfloat16}, "head": {torch.float32}}
-    for name, term in fsdp.terms.items():
+    for name, term in fsdp.losses.items():
         assert term.dtype == torch.float32
-        assert term.item() == pytest.approx(ddp.terms[name].item(), rel=0.02), name
+        assert term.item() == pytest.approx(ddp.losses[name].item(), rel=0.02), name
 
 
 def check_collectives(parallel: Parallel) -> None:
     """Sinkhorn of all ten levels: three packed all-reduces a step."""
-    own = trainer(PROBLEMS["sinkhorn"], parallel)
+    own = method(PROBLEMS["sinkhorn"], parallel)
     images = share(batch(IMAGES), parallel.rank, parallel.world_size)
     calls: list[str] = []
     all_reduce, targets = dist.all_reduce, own.targets.forward
@@ -187,7 +190,7 @@ def check_nan(parallel: Parallel) -> None:
     if parallel.rank == 1:
         images.global_crops[1, 0, 0, 3, 3] = torch.nan
     for kind in ("ddp", "fsdp"):
-        own = trainer(replace(PROBLEMS["sinkhorn"], parallel=kind), parallel)
+        own = method(replace(PROBLEMS["sinkhorn"], parallel=kind), parallel)
         before = {name: whole(p).clone() for name, p in own.student.named_parameters()}
         with pytest.raises(NonFiniteLoss) as error:
             own.step(STEP, images)
@@ -202,13 +205,13 @@ def check_checkpoints(parallel: Parallel, folder: Path) -> None:
     group = checkpoint_group(parallel.group)
     for kind in ("ddp", "fsdp"):
         settings = replace(PROBLEMS["sinkhorn"], parallel=kind)
-        own = trainer(settings, parallel)
+        own = method(settings, parallel)
         own.step(STEP, share(batch(IMAGES), parallel.rank, parallel.world_size))
         checkpoints = Checkpoints(folder / f"{kind}{parallel.world_size}", group=group)
         checkpoints.save(STEP + 1, own.state())
         checkpoints.wait()
         for origin in folder.glob("*[1-4]"):
-            fresh = trainer(settings, parallel)
+            fresh = method(settings, parallel)
             checkpoints = Checkpoints(origin, group=group)
             assert step_of(checkpoints.latest()) == STEP + 1
             checkpoints.load_(checkpoints.latest(), fresh.state())
@@ -258,9 +261,9 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The steps of one process, and its checkpoint."""
     folder = tmp_path_factory.mktemp("steps")
-    (folder / "beginning.json").write_text(json.dumps(beginning(trainer(BEGINNING))))
+    (folder / "beginning.json").write_text(json.dumps(beginning(method(BEGINNING))))
     for name, settings in PROBLEMS.items():
-        own = trainer(settings)
+        own = method(settings)
         torch.save(outcome(own, batch(IMAGES)), folder / f"{name}.pt")
         if name == "sinkhorn":
             checkpoints = Checkpoints(folder / "alone1")

@@ -28,6 +28,7 @@ SMALL = {
     "rasa_projector": {"num_images": 30, "size": 32},
     "sinkhorn_knopp": {"B": 8, "K": 4},
     "sinkhorn_queue": {"N": 64, "clusters": 2, "per_cluster": 2, "batch_sizes": (2, 8)},
+    "targets": {"N": 16, "clusters": 2, "per_cluster": 2, "counts": (1, 4)},
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sslkit.commands.main import run as sslkit_command
 from sslkit.training.plan import (
     HARDWARE,
     PRESETS,
@@ -24,8 +25,12 @@ from sslkit.training.plan import (
     state_bytes,
     traffic,
 )
-from sslkit.training.plan.__main__ import main
 from tests.recipe import batches, recipe, tiny, trainer
+
+
+def main(words: list[str]) -> int:
+    return sslkit_command(["plan", *words])
+
 
 ALONE = Strategy("none")
 # 15 % are promised and 3 % are measured; between them, so that a term left out is noticed.
@@ -326,9 +331,9 @@ def test_duration():
 
 def test_command():
     """As it is typed, and without the packages of the recipe's extra."""
-    forbidden = "import sys; sys.modules['tyro'] = sys.modules['matplotlib'] = None; "
-    run = "import runpy; runpy.run_module('sslkit.training.plan', run_name='__main__')"
-    arguments = ["--preset", "vitg14_laion", "--gpus", "128"]
+    forbidden = "import sys; sys.modules['sklearn'] = sys.modules['matplotlib'] = None; "
+    run = "import runpy; runpy.run_module('sslkit', run_name='__main__')"
+    arguments = ["plan", "--preset", "vitg14_laion", "--gpus", "128"]
     done = subprocess.run(
         [sys.executable, "-c", forbidden + run, *arguments],
         capture_output=True,
@@ -366,7 +371,7 @@ def test_command_says_what_would_fit(capsys):
         ("--utilisation 1.5", "--utilisation"),
         ("--flops 0", "--flops must be above 0"),
         ("--memory 2", "--reserve must be at least 0 and below --memory"),
-        ("--preset vitz", "--preset"),
+        ("--preset vitb14", "did you mean vitb14_in21k?"),
     ],
 )
 def test_command_refuses_what_is_impossible(arguments, problem, capsys):

@@ -317,3 +317,20 @@ def test_options_for_training_go_into_the_settings(tmp_path):
     assert own.vit.blocks[0].drop_path1.drop_prob == 0.0
     assert create(**own.settings).settings == own.settings
     assert load_file(tmp_path / "own.safetensors").keys() == own.state_dict().keys()
+
+
+def test_fresh_weights_of_a_network_and_of_a_file(tmp_path):
+    torch.manual_seed(5)
+    save(create("sslkit_vit_micro", img_size=16, depth=1), tmp_path / "a.safetensors")
+    of_file = f"random:{tmp_path / 'a.safetensors'}"
+    before = torch.get_rng_state()
+    first, again, other = (load(of_file, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (first.depth, first.img_size) == (1, (16, 16))
+    weight = "vit.blocks.0.attn.qkv.weight"
+    states = [one.state_dict()[weight] for one in (first, again, other, load(of_file[7:]))]
+    assert torch.equal(states[0], states[1])
+    assert not any(torch.equal(states[0], one) for one in states[2:])
+    loaded = read("random:sslkit_vit_micro", img_size=24, in_chans=1, seed=3)
+    assert (loaded.encoder.img_size, loaded.encoder.in_chans) == ((24, 24), 1)
+    assert "fresh weights, seed 3" in str(loaded.report)

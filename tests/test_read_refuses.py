@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sslkit import MatryoshkaProjector
-from sslkit.backbones import __main__ as command
 from sslkit.backbones import create, load, read, save
+from sslkit.commands.main import run as sslkit_command
 from tests import released
 from tests.released import with_prefix
 
@@ -137,7 +137,7 @@ def test_other_kinds_of_contents(tmp_path):
 def test_nothing_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        FileNotFoundError, match=r"no encoder file at facebook/dinov2.*hf:facebook/"
+        FileNotFoundError, match=r"no weights 'facebook/dinov2.*did you mean hf:facebook/"
     ):
         load("facebook/dinov2-base")
     (tmp_path / "folder").mkdir()
@@ -673,19 +673,46 @@ def test_a_gated_size_that_cannot_be_built(tmp_path):
         load(written(tmp_path / "w.pth", state), num_heads=2)
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("run/pretrain.safetensor", "run/pretrain.safetensors"),
+        ("runs/pretrain.safetensors", "run/pretrain.safetensors"),
+        ("random:run/pretrian.safetensors", "run/pretrain.safetensors"),
+        ("tim:vit_tiny_patch16_224", "timm:vit_tiny_patch16_224"),
+        ("radnom:sslkit_vit_micro", "random:sslkit_vit_micro"),
+        ("sslkit_vit_micro", "random:sslkit_vit_micro"),
+        ("vit_tiny_patch16_224", "timm:vit_tiny_patch16_224"),
+        ("facebook/dinov2-base", "hf:facebook/dinov2-base"),
+        ("nothing like it", None),
+    ],
+)
+def test_what_a_wrong_name_was_meant_for(given, meant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(create("sslkit_vit_micro"), tmp_path / "run" / "pretrain.safetensors")
+    with pytest.raises(FileNotFoundError) as caught:
+        load(given)
+    said = f"did you mean {meant}?" if meant else "give a file, a folder, hf:ORG/NAME, timm:NAME"
+    assert f"no weights {given.removeprefix('random:')!r}: {said}" in str(caught.value)
+
+
+def test_what_is_for_files_is_not_for_names():
+    with pytest.raises(ValueError, match="which, num_heads is for files: leave it out"):
+        load("random:sslkit_vit_micro", which="student", num_heads=3)
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 
 def test_the_command_prints_the_report(tmp_path, capsys):
     path = str(written(tmp_path / "w.pth", STATE))
-    assert (
-        command.main([path, "--num-heads", "2", "--img-size", "56", "28", "--in-chans", "1"]) == 0
-    )
+    words = ["backbones", path, "--num-heads", "2", "--in-chans", "1", "--img-size", "56", "28"]
+    assert sslkit_command(words) == 0
     text = capsys.readouterr().out
     assert "DINOv2's names" in text
     assert "3 x 3 to 4 x 2 patches (dinov2)" in text
     assert "3 to 1, repeated in turn" in text
-    assert command.main([str(tmp_path / "no.pth")]) == 1
-    assert "error: no encoder file at" in capsys.readouterr().err
-    assert command.main([path, "--num-heads", "2", "--img-size", "56", "42", "28"]) == 1
-    assert "img_size must be one number or (height, width)" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"^error: no weights .*did you mean \S+/w\.pth\?"):
+        sslkit_command(["backbones", str(tmp_path / "ww.pth")])
+    with pytest.raises(SystemExit, match="img_size must be one number or"):
+        sslkit_command([*words, "42"])

@@ -12,9 +12,22 @@ from torch import Tensor
 
 from sslkit import backbones
 from sslkit.files import file_digest
+from sslkit.recipes.franca.initial import _defaults
+from sslkit.recipes.franca.presets import PRESETS
 from sslkit.training.checkpoint import Checkpoints
 from sslkit.training.metrics import read_metrics
-from tests.recipe import ALONE, batches, recipe, saved_tensors, smoke, tiny, trainer
+from sslkit.training.run_files import write_settings
+from tests.recipe import (
+    RECIPE,
+    batches,
+    main,
+    method,
+    parse,
+    saved_tensors,
+    smoke,
+    stored_settings,
+    tiny,
+)
 
 FRESH = {"heads": "fresh", "head_warmup": 0.25}  # 3 of 12 steps
 TRAINING = "--stages pretrain --checkpoint-every 1 --keep-last 9 --steps 4 --optim.lr-warmup 0.25"
@@ -35,7 +48,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor], part: str) -> list[bool]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a pretraining of two steps, from scratch."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    recipe.main(smoke(output, "--stages", "pretrain", "--steps", "2"))
+    main(smoke(output, "--stages", "pretrain", "--steps", "2"))
     return output
 
 
@@ -46,7 +59,7 @@ def file(finished: Path, tmp_path: Path) -> Path:
 
 def begin(output: Path, file: Path | str, *arguments: str) -> dict[str, Tensor]:
     """Train from weights to the end; what is exported as ``init``, heads included."""
-    recipe.main(smoke(output, *TRAINING.split(), "--init-from", str(file), *arguments))
+    main(smoke(output, *TRAINING.split(), "--init-from", str(file), *arguments))
     return exported(output / "init.safetensors")
 
 
@@ -76,9 +89,9 @@ def test_own_export_continues_with_its_heads(finished: Path, file: Path, tmp_pat
     last = checkpoint(finished, 2)["teacher"]
     assert initial.keys() == last.keys()
     assert all(torch.equal(x, last[name]) for name, x in initial.items())
-    settings = recipe.read_settings(output)
+    settings = stored_settings(output)
     assert (settings.init.heads, settings.init.sha256) == ("file", file_digest(file))
-    assert recipe.pretraining(settings).frozen_steps == 0
+    assert settings.frozen_steps == 0
     first = checkpoint(output, 2)["student"]  # the very first step has a learning rate of 0
     for part in ("backbone", *HEADS):
         assert not all(same(first, initial, part)), part
@@ -107,7 +120,7 @@ def test_a_timm_vit_has_no_heads(tmp_path: Path) -> None:
     path = tmp_path / "vit.safetensors"
     save_file(vit.state_dict(), path)
     initial = begin(tmp_path / "run", path, "--crops.local-size", "16")
-    settings = recipe.read_settings(tmp_path / "run")
+    settings = stored_settings(tmp_path / "run")
     assert settings.init.heads == "fresh"
     assert settings.model.backbone.startswith("vit_tiny_patch16_224")
     assert torch.equal(
@@ -118,10 +131,10 @@ def test_a_timm_vit_has_no_heads(tmp_path: Path) -> None:
 
 
 def test_student_and_teacher_begin_equal_and_drop_path_is_the_settings(file: Path) -> None:
-    model = replace(tiny().model, drop_path=0.3)
+    model = replace(tiny().model, drop_path_rate=0.3)
     settings = replace(tiny(init=FRESH, init_from=str(file)), model=model)
-    loaded = recipe.read_weights(settings)
-    own = recipe.Trainer(recipe.pretraining(settings), settings, ALONE, loaded)
+    loaded = backbones.read(file)
+    own = method(settings)
     student, teacher = weights(own.student), weights(own.teacher.module)
     assert all(torch.equal(x, teacher[name]) for name, x in student.items())
     assert all(
@@ -139,12 +152,12 @@ def test_student_and_teacher_begin_equal_and_drop_path_is_the_settings(file: Pat
 
 def test_the_backbone_rests_without_gradients_and_decay() -> None:
     settings = tiny(init=FRESH, optim={"lr_warmup": 0.25})
-    own, stream = trainer(settings), batches(8)
+    own, stream = method(settings), batches(8)
     before = weights(own.student)
     scales = []
     for step in range(6):
         seen = own.step(step, next(stream))
-        scales.append(recipe.backbone_lr_scale(step, own.plan))
+        scales.append(seen.hyperparameters["backbone_lr_scale"])
         gradients = {p.grad is not None for p in own.student.backbone.parameters()}
         assert gradients == {step >= 3}
         assert (seen.gradient_norms["backbone"] > 0) == (step >= 3)
@@ -154,22 +167,21 @@ def test_the_backbone_rests_without_gradients_and_decay() -> None:
 
 
 def test_the_queue_balances_with_past_rows() -> None:
-    alone, queued = (trainer(tiny(targets={"queue": rows})) for rows in (0, 64))
+    alone, queued = (method(tiny(targets={"queue": rows})) for rows in (0, 64))
     assert {name.split(".")[0] for name in queued.state()["targets"]} == {"queues"}
     first, second = batches(8), batches(8)
     for step, differs in ((3, False), (4, True)):
         a, b = alone.step(step, next(first)), queued.step(step, next(second))
         assert torch.equal(a.loss, b.loss) != differs
-        assert len(b.targets["dino/level_4"]) == 16
-    stamps = queued.targets.queues[0].stamps
+    stamps = queued.targets.queues["dino/level_0"].stamps
     assert stamps.max() == 32  # two steps of 16
 
 
-def test_the_queue_of_factored_scores_keeps_features() -> None:
-    settings = tiny(targets={"queue": 64}, losses={"koleo": 0.0}, model={"factored_scores": True})
-    plain = trainer(replace(settings, model=replace(settings.model, factored_scores=False)))
-    factored = trainer(settings)
-    assert [queue.rows.shape[1] for queue in factored.targets.queues] == [32] * 10
+def test_the_queue_of_factored_keeps_features() -> None:
+    settings = tiny(targets={"queue": 64}, losses={"koleo": 0.0}, model={"factored": True})
+    plain = method(replace(settings, model=replace(settings.model, factored=False)))
+    factored = method(settings)
+    assert [queue.rows.shape[1] for queue in factored.targets.queues.values()] == [32] * 10
     first, second = batches(8), batches(8)
     for step in (3, 4):
         a, b = plain.step(step, next(first)), factored.step(step, next(second))
@@ -181,7 +193,7 @@ def test_the_queue_of_factored_scores_keeps_features() -> None:
 
 
 RESTING = ["--init.heads", "fresh", "--init.head-warmup", "0.5", "--targets.queue", "64"]
-RESTING += ["--model.drop-path", "0.3"]
+RESTING += ["--model.drop-path-rate", "0.3"]
 
 
 @pytest.fixture(scope="module")
@@ -205,13 +217,13 @@ def test_resuming_is_bit_identical_and_needs_no_file(
     gone = str(uninterrupted.parent / "gone.safetensors")
     same_command = smoke(halves, *TRAINING.split(), "--init-from", gone, *RESTING, "--resume")
     short_command = ["--output", str(halves), "--resume", "--stages", "pretrain"]
-    recipe.main(same_command if stop == 2 else short_command)
+    main(same_command if stop == 2 else short_command)
     runs = (halves, uninterrupted)
     own, other = (
         saved_tensors(Checkpoints(run / "pretrain" / "checkpoints").latest()) for run in runs
     )
     assert own.keys() == other.keys()
-    assert any(name.startswith("targets.queues.9.rows") for name in own)
+    assert any(name.startswith("targets.queues.ibot/level_4.rows") for name in own)
     assert all(torch.equal(x, other[name]) for name, x in own.items())
 
 
@@ -227,10 +239,10 @@ def test_a_file_that_changes_before_the_first_checkpoint_is_refused(
     file: Path, tmp_path: Path
 ) -> None:
     words = smoke(tmp_path / "run", *TRAINING.split(), "--init-from", str(file))
-    recipe.write_settings(recipe.parse(words))
+    write_settings(parse(words), tuple(RECIPE.stages))
     backbones.save(backbones.create("sslkit_vit_micro"), file)
     with pytest.raises(SystemExit, match=r"init.sha256 was [0-9a-f]{64}, is [0-9a-f]{64}. Bring"):
-        recipe.main(["--output", str(tmp_path / "run"), "--resume"])
+        main(["--output", str(tmp_path / "run"), "--resume"])
 
 
 # --------------------------------------------------------------------------------------- preset
@@ -244,9 +256,9 @@ def test_the_preset_runs_from_end_to_end_on_a_tiny_folder(file: Path, tmp_path: 
         Image.fromarray(pixels.numpy()).save(tmp_path / "images" / "ab"[i % 2] / f"{i}.png")
     words = f"--preset adapt --init-from {file} --data {tmp_path}/images --output {tmp_path}/run"
     words += " --steps 4 --batch-size 8 --workers 0 --targets.queue 64 --rasa.num-iterations 2"
-    words += " --crops.num-local 2 --model.head-hidden-dim 32 --test-fraction 0.3 --log-every 1"
-    recipe.main([*words.split(), "--evaluation.knn", "3", "--checkpoint-every", "2"])
-    settings = recipe.read_settings(tmp_path / "run")
+    words += " --crops.num-local 2 --model.hidden-dim 32 --test-fraction 0.3 --log-every 1"
+    main([*words.split(), "--evaluation.knn", "3", "--checkpoint-every", "2"])
+    settings = stored_settings(tmp_path / "run")
     assert (settings.crops.global_size, settings.crops.local_size) == (32, 16)  # as of the file
     assert settings.init.heads == "fresh"
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -267,10 +279,10 @@ def test_the_presets_sizes_are_those_of_the_file(patch: int, size: int, local: i
             patch_size=patch,
             img_size=518 // patch * patch if large else size,
         )
-    settings = recipe.following(recipe.PRESETS["adapt"], "no file", encoder)
+    settings = _defaults(PRESETS["adapt"], "no file", encoder)
     assert (settings.crops.global_size, settings.crops.local_size) == (size, local)
-    other = recipe.following(recipe.PRESETS["demo"], "no file", encoder)
-    assert other.crops == recipe.PRESETS["demo"].crops
+    other = _defaults(PRESETS["demo"], "no file", encoder)
+    assert other.crops == PRESETS["demo"].crops
 
 
 # --------------------------------------------------------------------------------------- errors
@@ -309,5 +321,5 @@ def test_what_cannot_work(arguments: str, message: str, file: Path, tmp_path: Pa
         backbones.save(encoder, tmp_path / "folded.safetensors")
     words = arguments.replace("FILE", str(file)).replace("FOLDED", f"{tmp_path}/folded.safetensors")
     with pytest.raises(SystemExit, match=message):
-        recipe.main(smoke(tmp_path / "run", *words.split()))
+        main(smoke(tmp_path / "run", *words.split()))
     assert not (tmp_path / "run" / "pretrain").exists()

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,29 @@ import pytest
 import torch
 from PIL import Image
 
+from sslkit import backbones
+from sslkit.recipes.franca.recipe import STAGES, Franca
 from sslkit.training.checkpoint import Checkpoints, step_of
 from sslkit.training.metrics import read_metrics
-from tests.recipe import last_step, recipe, saved_tensors, smoke, start_process
+from tests.recipe import (
+    RECIPE,
+    last_step,
+    main,
+    saved_tensors,
+    smoke,
+    start_process,
+    stored_settings,
+)
 
 # Stochastic depth makes the weights depend on the random state; EMACentering adds a state.
-TRAINING = "--stages pretrain highres --model.drop-path 0.3 --targets.kind centering"
+TRAINING = "--stages pretrain highres --model.drop-path-rate 0.3 --targets.kind centering"
 TRAINING += " --checkpoint-every 3 --highres.steps 5 --evaluation.num-train 20"
 TRAINING += " --evaluation.online-train 20 --evaluation.online-test 10 --evaluation.knn 5"
 ENDS = {"pretrain": 12, "highres": 5}
 
 
 def train(output: Path, *arguments: str) -> Path:
-    recipe.main(smoke(output, *TRAINING.split(), *arguments))
+    main(smoke(output, *TRAINING.split(), *arguments))
     return output
 
 
@@ -52,7 +63,7 @@ def assert_same_run(output: Path, expected: Path, *, stages: dict[str, int] = EN
         }
 
         name = f"{stage}.safetensors"
-        own, other = (recipe.backbones.load(run / name).state_dict() for run in (output, expected))
+        own, other = (backbones.load(run / name).state_dict() for run in (output, expected))
         assert own.keys() == other.keys()
         assert all(torch.equal(own[key], other[key]) for key in own)
 
@@ -98,9 +109,7 @@ def test_a_run_killed_four_times_ends_like_an_uninterrupted_one(
 
 def test_online_knn_does_not_disturb_the_training(uninterrupted: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    recipe.main(
-        smoke(output, *TRAINING.split(), "--stages", "pretrain", "--evaluation.online-every", "3")
-    )
+    main(smoke(output, *TRAINING.split(), "--stages", "pretrain", "--evaluation.online-every", "3"))
     path = output / "pretrain" / "metrics.jsonl"
     rows = read_metrics(path)
     assert [row["step"] for row in rows if "knn/5" in row] == [3, 6, 9, 12]
@@ -122,22 +131,22 @@ def test_finished_stages_are_left_alone(
 def test_a_resumed_run_needs_no_settings_but_the_output(
     uninterrupted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe.main(["--output", str(uninterrupted), "--resume"])
+    main(["--output", str(uninterrupted), "--resume"])
     assert capsys.readouterr().out.count("finished already") == 2
 
 
 def test_a_poisoned_weight_stops_the_run_by_name_and_spares_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step_as_it_is = recipe.Trainer.step
+    step_as_it_is = Franca.step
 
-    def poisoned(self: Any, step: int, batch: Any) -> Any:
+    def poisoned(self: Any, step: int, batch: Any, *, watch: bool) -> Any:
         if step == 4:
             with torch.no_grad():
                 self.student.dino_head.prototypes[2].weight[0, 0] = torch.nan
-        return step_as_it_is(self, step, batch)
+        return step_as_it_is(self, step, batch, watch=watch)
 
-    monkeypatch.setattr(recipe.Trainer, "step", poisoned)
+    monkeypatch.setattr(Franca, "step", poisoned)
     with pytest.raises(SystemExit, match=r"error: step 4: not finite: dino/level_2,") as exit_:
         train(tmp_path / "run")
     assert "dino/level_1" not in str(exit_.value)
@@ -155,11 +164,11 @@ def test_a_collapsing_run_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixtu
     # A teacher that gives every image the uniform target.
     hot = "--stages pretrain --targets.start-temperature 100 --targets.temperature 100"
     few = ("--num-scenes", "6")  # and a batch of 8
-    recipe.main(smoke(tmp_path / "run", *hot.split(), "--optim.lr-warmup", "0", *few))
+    main(smoke(tmp_path / "run", *hot.split(), "--optim.lr-warmup", "0", *few))
     printed = capsys.readouterr().out.splitlines()
     warnings = [line for line in printed if line.startswith("warning: ")]
-    assert [line for line in warnings if "--batch-size" in line] == [
-        "warning: --batch-size 8 is larger than the data set: each step sees some of its 6 images "
+    assert [line for line in warnings if "larger" in line] == [
+        "warning: the batch of 8 is larger than the data set: each step sees some of its 6 images "
         "more than once. Give at most 6, or more images"
     ]
     assert [line[:34] for line in warnings[1:]] == ["warning: step 3: uniform targets: "]
@@ -167,7 +176,7 @@ def test_a_collapsing_run_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_healthy_run_warns_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe.main(smoke(tmp_path / "run", "--stages", "pretrain", "--optim.lr-warmup", "0"))
+    main(smoke(tmp_path / "run", "--stages", "pretrain", "--optim.lr-warmup", "0"))
     assert "warning: " not in capsys.readouterr().out
 
 
@@ -175,21 +184,20 @@ def test_resume_does_what_the_run_was_asked_for_with_its_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran: list[tuple[str, int]] = []
-    for name in recipe.STAGES:
-        stage = recipe.STAGES[name]
+    for name, stage in STAGES.items():
 
-        def recorded(settings: Any, parallel: Any, name: str = name, stage: Any = stage) -> None:
-            ran.append((name, settings.steps))
+        def recorded(run: Any, name: str = name, stage: Any = stage) -> None:
+            ran.append((name, run.settings.steps))
             if name in ("pretrain", "highres"):
-                stage(settings, parallel)
+                stage.run(run)
             else:
-                Path(settings.output, recipe.RESULTS[name]).write_text("{}")
+                Path(run.output, RECIPE.result(name)).write_text("{}")
 
-        monkeypatch.setitem(recipe.STAGES, name, recorded)
+        monkeypatch.setitem(STAGES, name, replace(stage, run=recorded))
 
     output = tmp_path / "run"
     words = "--steps 4 --checkpoint-every 2 --highres.steps 2 --stages pretrain highres evaluate"
-    recipe.main(smoke(output, *words.split()))
+    main(smoke(output, *words.split()))
     assert [name for name, _ in ran] == ["pretrain", "highres", "evaluate"]
     ran.clear()
     capsys.readouterr()
@@ -198,7 +206,7 @@ def test_resume_does_what_the_run_was_asked_for_with_its_settings(
     (output / "highres.safetensors").unlink()
     shutil.rmtree(output / "highres" / "checkpoints" / "step_00000002")
     for preset in ([], ["--preset", "smoke"]):
-        recipe.main(["--output", str(output), "--resume", *preset])
+        main(["--output", str(output), "--resume", *preset])
         said = capsys.readouterr().out
         if not preset:
             expected = f"resuming {output}: highres (at step 0 of 2), evaluate. Data: scenes. Set"
@@ -212,12 +220,12 @@ def test_resume_does_what_the_run_was_asked_for_with_its_settings(
         ran.clear()
 
     # A later stage is one more that the run was asked for; one alone does not forget the others.
-    recipe.main(["--output", str(output), "--stages", "rasa"])
-    recipe.main(["--output", str(output), "--resume", "--stages", "pretrain"])
-    stored = recipe.read_settings(output).stages
+    main(["--output", str(output), "--stages", "rasa"])
+    main(["--output", str(output), "--resume", "--stages", "pretrain"])
+    stored = stored_settings(output).stages
     assert stored == ("pretrain", "highres", "rasa", "evaluate")
     ran.clear()
-    recipe.main(["--output", str(output), "--resume"])  # the scores are older than RASA
+    main(["--output", str(output), "--resume"])  # the scores are older than RASA
     assert [name for name, _ in ran] == ["pretrain", "highres", "evaluate"]
 
 
@@ -227,7 +235,7 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
         (images / f"class {i % 2}").mkdir(parents=True, exist_ok=True)
         Image.effect_noise((32, 32), 50).convert("RGB").save(images / f"class {i % 2}" / f"{i}.png")
     words = ["--data", str(images), "--test-fraction", "0.4", "--steps", "2"]
-    recipe.main(smoke(output, *words, "--checkpoint-every", "1", "--stages", "pretrain"))
+    main(smoke(output, *words, "--checkpoint-every", "1", "--stages", "pretrain"))
     record = json.loads((output / "data.json").read_text())
     assert record["train"]["images"] + record["test"]["images"] == 60
     assert record["test"]["class_names"] == ["class 0", "class 1"]
@@ -235,20 +243,20 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     images.rename(moved)
     moved.rename(images)
-    recipe.main(["--output", str(output), "--resume"])  # the same
+    main(["--output", str(output), "--resume"])  # the same
 
     (images / "class 0" / "0.png").unlink()
     (output / "pretrain.safetensors").rename(tmp_path / "export")
     shutil.rmtree(output / "pretrain" / "checkpoints" / "step_00000002")
     with pytest.raises(SystemExit, match=r"error: --data .*(train|test): \d+ images, now \d+"):
-        recipe.main(["--output", str(output), "--resume"])
+        main(["--output", str(output), "--resume"])
     (tmp_path / "export").rename(output / "pretrain.safetensors")
     with pytest.raises(SystemExit, match=r"is not what the run in .* began with"):
-        recipe.main(["--output", str(output), "--stages", "evaluate"])
+        main(["--output", str(output), "--stages", "evaluate"])
     (output / "pretrain.safetensors").unlink()
-    recipe.main(["--output", str(output), "--resume", "--accept-changes"])
+    main(["--output", str(output), "--resume", "--accept-changes"])
     assert json.loads((output / "data.json").read_text()) != record
     (output / "pretrain.safetensors").unlink()
     (output / "data.json").write_text("[")
     with pytest.raises(SystemExit, match=r"data\.json is not JSON: .*; restore it, or remove it"):
-        recipe.main(["--output", str(output), "--resume"])
+        main(["--output", str(output), "--resume"])

@@ -12,12 +12,20 @@ import torch
 from PIL import Image
 
 from sslkit import backbones
-from sslkit.evaluation.__main__ import main as evaluation
+from sslkit.commands.main import run as sslkit_command
 from sslkit.evaluation.floor import Pixels
 from sslkit.rasa import load_rasa
+from sslkit.recipes.franca import online_knn
+from sslkit.training import Run
 from sslkit.training.checkpoint import Checkpoints
+from sslkit.training.data import open_sources
 from sslkit.training.metrics import read_metrics
-from tests.recipe import recipe, saved_tensors, smoke
+from tests.recipe import ALONE, main, parse, saved_tensors, smoke
+
+
+def evaluation(words: list[str]) -> int:
+    return sslkit_command(["evaluate", *words])
+
 
 SHORT = "--steps 4 --highres.steps 2 --evaluation.num-train 40 --evaluation.num-test 20"
 SHORT += " --evaluation.num-dense 20 --evaluation.online-train 40 --evaluation.online-test 20"
@@ -30,7 +38,7 @@ LEVELS = [f"{kind}/level_{level}" for kind in ("dino", "ibot") for level in rang
 
 
 def run_all(output: Path, *arguments: str) -> None:
-    recipe.main(smoke(output, *SHORT.split(), *arguments))
+    main(smoke(output, *SHORT.split(), *arguments))
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +100,14 @@ def test_checkpoints_hold_the_heads(finished: Path, stage: str) -> None:
 def test_metrics_have_everything_that_is_watched(finished: Path) -> None:
     rows = read_metrics(finished / "pretrain" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    expected = {"step", "loss", "koleo", "lr", "last_layer_lr", "weight_decay", "momentum"}
+    expected = {"step", "loss", "loss/koleo", "lr", "last_layer_lr", "weight_decay", "momentum"}
     expected |= {"teacher_temperature", "student_temperature", "images_per_second", "feature_std"}
+    expected |= {"backbone_lr_scale"}
     expected |= {f"gradient_norm/{name}" for name in ("backbone", "dino_head", "ibot_head")}
     expected |= {
-        f"{kind}{name}" for name in LEVELS for kind in ("", "target_entropy/", "prototypes_used/")
+        f"{kind}{name}"
+        for name in LEVELS
+        for kind in ("loss/", "target_entropy/", "prototypes_used/")
     }
     weights = json.loads((finished / "settings.json").read_text())["losses"]
     for row in rows:
@@ -104,7 +115,7 @@ def test_metrics_have_everything_that_is_watched(finished: Path) -> None:
         timed = {"loader_images_per_second", "data_wait"} if row["step"] > 1 else set()
         assert set(row) == expected | knn | timed
         assert all(math.isfinite(value) for value in row.values())
-        terms = [weights[name.split("/")[0]] * row[name] for name in (*LEVELS, "koleo")]
+        terms = [weights[name.split("/")[0]] * row[f"loss/{name}"] for name in (*LEVELS, "koleo")]
         assert row["loss"] == pytest.approx(sum(terms), rel=1e-5)
     assert list((finished / "pretrain" / "tensorboard").glob("events.out.tfevents.*"))
 
@@ -147,9 +158,9 @@ def test_report_and_evaluate_can_be_run_alone(
     (finished / "report.md").unlink()
     results = (finished / "results.json").read_text()
     (finished / "results.json").unlink()
-    recipe.main(["--output", str(finished), "--stages", "evaluate"])
+    main(["--output", str(finished), "--stages", "evaluate"])
     assert (finished / "results.json").read_text() == results  # it is a function of the weights
-    recipe.main(["--output", str(finished), "--stages", "report"])
+    main(["--output", str(finished), "--stages", "report"])
     assert figures(finished) == FIGURES
     printed = capsys.readouterr().out
     for row in (
@@ -171,7 +182,7 @@ def test_a_report_of_older_scores_is_refused(finished: Path) -> None:
             del (results["position_r2"] if lost else results)[lost or "intervals"]
             path.write_text(json.dumps(results))
             with pytest.raises(SystemExit, match=f"is older than {words}; run --stages evaluate"):
-                recipe.main(["--output", str(finished), "--stages", "report"])
+                main(["--output", str(finished), "--stages", "report"])
     finally:
         path.write_text(before)
 
@@ -184,7 +195,7 @@ def test_a_rasa_of_an_older_encoder_is_refused(finished: Path, tmp_path: Path) -
     backbones.save(backbones.load(path), path, described)
     for stage in ("evaluate", "report"):
         with pytest.raises(SystemExit, match="was fitted on pretrain, and highres has been"):
-            recipe.main(["--output", str(output), "--stages", stage])
+            main(["--output", str(output), "--stages", stage])
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -235,12 +246,35 @@ def test_an_array_file_with_labels(tmp_path: Path, capsys: pytest.CaptureFixture
     assert figures(output) == FIGURES - {"rasa", "cluster_entropy"}
 
 
+@pytest.mark.parametrize(
+    ("test_labels", "warning"),
+    [([0, -1, 1, 1], "1 of 4 items have no label"), ([-1] * 4, "no online k-NN: none of the sam")],
+    ids=["some", "none"],
+)
+def test_online_scores_of_images_of_which_some_have_labels(
+    test_labels: list[int], warning: str, tmp_path: Path
+) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (28, 32, 32, 3), dtype=np.uint8)
+    train = np.arange(24) % 2
+    train[::3] = -1
+    arrays = {"train_images": images[:24], "test_images": images[24:]}
+    labels = {"train_labels": train, "test_labels": np.array(test_labels)}
+    np.savez(tmp_path / "images.npz", **arrays, **labels)
+    output, data = tmp_path / "run", str(tmp_path / "images.npz")
+    words = "--stages pretrain --steps 1 --evaluation.online-every 1 --evaluation.knn 3"
+    with pytest.warns(UserWarning, match=warning):
+        run_all(output, "--data", data, *words.split())
+    (row,) = read_metrics(output / "pretrain" / "metrics.jsonl")
+    assert ("knn/3" in row) == (max(test_labels) >= 0)
+
+
 def test_broken_images_do_not_stop_the_scores_of_pixels(tmp_path: Path) -> None:
     for label in ("a", "b"):
         write_images(tmp_path / label, 12)
     words = ("--data", str(tmp_path), "--test-fraction", "0.4", "--evaluation.knn", "3")
-    settings = recipe.parse(smoke(tmp_path, *words))
-    plan, sources = recipe.pretraining(settings), recipe.open_data(settings)
+    settings = parse(smoke(tmp_path, *words))
+    sources = open_sources(settings)
     for pixels in (Pixels(), Pixels(standardised=False)):
         with pytest.warns(UserWarning, match="could not be read"):
-            assert 0 <= recipe.online_knn(pixels, plan, settings, sources) <= 1
+            [score] = online_knn(pixels, Run(settings, ALONE), sources, 32).values()
+        assert 0 <= score <= 1

@@ -110,13 +110,25 @@ def test_the_command_is_told_without_paths_of_the_machine(
     assert typed_command() == expected
 
 
-def test_python_m_and_paths_in_settings(tmp_path, monkeypatch):
-    spec = SimpleNamespace(name="sslkit.evaluation.__main__")
+@pytest.mark.parametrize("module", [None, "sslkit.__main__"])
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_the_sslkit_command_is_told_as_it_is_typed(module, torchrun, monkeypatch):
+    spec = module and SimpleNamespace(name=module)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
-    monkeypatch.setattr("sys.argv", ["/srv/venv/sslkit/evaluation/__main__.py", "knn"])
+    monkeypatch.setattr("sys.argv", ["/srv/venv/bin/sslkit", "evaluate", "knn"])
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    launcher = "torchrun --nnodes=1 --nproc-per-node=1 -m " if torchrun else ""
+    assert typed_command() == f"{launcher}sslkit evaluate knn"
+
+
+def test_python_m_and_paths_in_settings(tmp_path, monkeypatch):
+    spec = SimpleNamespace(name="mine.evaluation.__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr("sys.argv", ["/srv/venv/mine/evaluation/__main__.py", "knn"])
     settings = {"output": Path("/srv/me/run"), "rasa": (Path("/srv/r.pt"),), "data": "/srv/images"}
     page = write(tmp_path, title="Franca on /srv/images", settings=settings).read_text()
-    assert re.search("^command +python -m sslkit.evaluation knn$", page, re.MULTILINE)
+    assert re.search("^command +python -m mine.evaluation knn$", page, re.MULTILINE)
     assert "# Franca on .../images\n" in page
     assert "/srv" not in page
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from sslkit.training.metrics import read_metrics
-from tests.recipe import last_step, recipe, smoke, start_process
+from tests.recipe import last_step, main, smoke, start_process
 from tests.test_faults import TORCHRUN, assert_same_end, process_of
 
 pytestmark = pytest.mark.slow
 
 KILLS, STEPS = 20, 100
 # Stochastic depth depends on the random numbers of a step, EMA centering is a state of its own.
-TRAINING = f"--stages pretrain --steps {STEPS} --checkpoint-every 2 --model.drop-path 0.3"
+TRAINING = f"--stages pretrain --steps {STEPS} --checkpoint-every 2 --model.drop-path-rate 0.3"
 TRAINING += " --targets.kind centering --workers 1"
 
 
@@ -32,7 +32,7 @@ def wait_for_steps(output: Path, steps: int, process: subprocess.Popen, delay: f
 
 
 def test_one_process_ends_bit_identical(tmp_path: Path) -> None:
-    recipe.main(smoke(tmp_path / "whole", *TRAINING.split()))
+    main(smoke(tmp_path / "whole", *TRAINING.split()))
     output, moments = tmp_path / "killed", random.Random(0)
     words = smoke(output, *TRAINING.split())
     for kill in range(KILLS):
@@ -42,7 +42,7 @@ def test_one_process_ends_bit_identical(tmp_path: Path) -> None:
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
-    recipe.main([*words, "--resume"])
+    main([*words, "--resume"])
     assert_same_end(output, tmp_path / "whole", steps=STEPS, atol=0)
 
 

@@ -14,8 +14,11 @@ from PIL import Image
 from benchmarks.study import page, runs, scoring, training
 from benchmarks.study.settings import ARMS, GROUPS, SCALES, WHOLE, groups_of
 from benchmarks.study.training import Data, RunFailed
+from sslkit.recipes.franca.recipe import FrancaNetwork
+from sslkit.training.checkpoint import Checkpoints
+from sslkit.training.settings import differences
 from tests.oracles.sinkhorn import sinkhorn_in_log_domain
-from tests.recipe import recipe, smoke
+from tests.recipe import check, main, parse, smoke, stored_settings
 from tests.study import LAPTOP, Stubs, all_rows, made_up
 
 # ---------------------------------------------------------------------------------------- runs
@@ -153,9 +156,9 @@ def test_several_processes_share_the_work(tmp_path):
 def test_the_recipe_takes_every_arm_and_differs_in_nothing_else(scale, tmp_path):
     def settings(name):
         words = training.command(ARMS[name], scale, 1, "scenes", tmp_path)
-        parsed = recipe.parse(words[2:])
+        parsed = parse(words[2:])
         if scale is LAPTOP:
-            recipe.check(parsed, world_size=1)
+            check(parsed)
         return parsed
 
     whole = settings(WHOLE)
@@ -163,7 +166,7 @@ def test_the_recipe_takes_every_arm_and_differs_in_nothing_else(scale, tmp_path)
     for name in names - {WHOLE}:
         if ARMS[name].trained:
             arm = settings(name)
-            changed = {key: new for key, _, new in recipe.differences(whole, arm)}
+            changed = {key: new for key, _, new in differences(whole, arm)}
             assert changed == runs.differing(ARMS[name], scale)
             assert (arm.seed, arm.data, arm.stages) == (1, "scenes", ("pretrain",))
             assert arm.evaluation.online_every == 0
@@ -212,7 +215,7 @@ def test_validation_images_are_no_training_images_and_no_test_images(tmp_path):
 def trained(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("study") / "run"
     words = ["--steps", "2", "--stages", "pretrain", "--model.no-normalize"]
-    recipe.main(smoke(output, *words))
+    main(smoke(output, *words))
     return output
 
 
@@ -261,9 +264,9 @@ def test_scores_of_a_run_of_the_recipe(trained):
 def test_heads_are_the_teachers(trained):
     teacher = scoring.Teacher(trained)
     features = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    other = recipe.FrancaNetwork(recipe.read_settings(trained).model, 32)
-    checkpoints, path = recipe.last_checkpoint("pretrain", recipe.read_settings(trained))
-    checkpoints.load_(path, {"teacher": other.state_dict()}, partial=True)
+    other = FrancaNetwork(stored_settings(trained).model, 32)
+    checkpoints = Checkpoints(trained / "pretrain" / "checkpoints")
+    checkpoints.load_(checkpoints.latest(), {"teacher": other.state_dict()}, partial=True)
     for mine, theirs in zip(teacher.ibot_head(features), other.ibot_head(features), strict=True):
         assert torch.equal(mine, theirs)
 
@@ -280,7 +283,7 @@ def test_pixels_are_scored_without_a_run(tmp_path):
     ("kind", "shift", "least"), [("random", False, 0.02), ("block", True, 0.02)]
 )
 def test_exposure_is_even_where_it_should_be(kind, shift, least):
-    masks = {"ratio": [0.1, 0.65], "kind": kind, "shift": shift}
+    masks = {"mask_ratio": [0.1, 0.65], "kind": kind, "shift": shift}
     encoder = type("Encoder", (), {"grid_size": (6, 6)})
     share = np.array(scoring.exposure(masks, encoder, replace(LAPTOP, num_masks=4000), 0))
     assert np.ptp(share) < 0.06

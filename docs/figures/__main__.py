@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from docs.figures.features import koleo_loss, matryoshka_projector, rasa_projector
 from docs.figures.losses import dino_loss, factored_logits, ibot_loss
 from docs.figures.masks_and_teacher import cyclic_mask_generator, ema_teacher
-from docs.figures.targets import ema_centering, sinkhorn_knopp, sinkhorn_queue
+from docs.figures.targets import ema_centering, sinkhorn_knopp, sinkhorn_queue, targets
 
 FIGURES: dict[str, Callable[..., Figure]] = {
     figure.__name__: figure
@@ -33,6 +33,7 @@ FIGURES: dict[str, Callable[..., Figure]] = {
         rasa_projector,
         sinkhorn_knopp,
         sinkhorn_queue,
+        targets,
     )
 }
 FOLDER = Path(__file__).parents[1] / "parts"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -19,6 +20,7 @@ from sslkit import (
     RASAProjector,
     backbones,
     sinkhorn_many,
+    sum_over_levels,
 )
 from sslkit.data import Scenes
 from sslkit.evaluation.features import extract
@@ -77,10 +79,8 @@ def train_on_points(steps: int, B: int = 256) -> Network:
         points = points_in_groups(B, generator).repeat(2, 1)  # two views
         views = points + 0.05 * torch.randn(points.shape, generator=generator)
         targets = sinkhorn_many(teacher(views), temperatures=0.05, bound=1.0)
-        loss = sum(
-            dino(scores.unflatten(0, (2, B)), target)
-            for scores, target in zip(student(views), targets, strict=True)
-        )
+        student_levels = [rearrange(logits, "(v b) k -> v b k", v=2) for logits in student(views)]
+        loss = sum_over_levels(dino, student_levels, targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

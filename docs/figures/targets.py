@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks import textbook
 from docs.figures.page import phone_figure
-from sslkit import Assignments, EMACentering, SinkhornKnopp, SinkhornQueue
+from sslkit import Assignments, EMACentering, SinkhornKnopp, SinkhornQueue, Targets
 from sslkit.evaluation.figures.style import (
     BASELINE,
     HEAT,
@@ -216,4 +216,45 @@ def sinkhorn_queue(
     axes.set_xticks(batch_sizes, [str(B) for B in batch_sizes])
     axes.xaxis.set_ticks([], minor=True)
     axes.legend(loc="lower left", bbox_to_anchor=(0.02, 0.02))
+    return figure
+
+
+@styled
+def targets(
+    N: int = 1024,
+    clusters: int = 32,
+    per_cluster: int = 8,
+    counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64),
+) -> Figure:
+    """Agreement with the balance of the whole batch, by the number of micro-batches."""
+    K, temperature = clusters * per_cluster, 0.07
+    figure = phone_figure(
+        "Gradient accumulation does not change the targets",
+        f"A batch of {N} samples and {K} prototypes, cut into micro-batches: how many samples get "
+        "the prototype that they get in the whole batch.",
+        height=3.7,
+    )
+    axes = figure.subplots()
+    logits = planted_scores(N, clusters, per_cluster)
+    sinkhorn, together = SinkhornKnopp(), Targets({"head": K})
+    whole = sinkhorn(logits, temperature).argmax()
+    same: dict[str, list[float]] = {"Targets": [], "each micro-batch by itself": []}
+    for count in counts:
+        parts = logits.chunk(count)
+        for name, assigned in (
+            (
+                "Targets",
+                [own["head"] for own in together([{"head": x} for x in parts], temperature)],
+            ),
+            ("each micro-batch by itself", [sinkhorn(x, temperature) for x in parts]),
+        ):
+            winners = torch.cat([own.argmax() for own in assigned])
+            same[name].append(100 * (winners == whole).float().mean().item())
+    axes.plot(counts, same["Targets"], "o-", color=TRAINED, label="Targets")
+    name = "each micro-batch by itself"
+    axes.plot(counts, same[name], "s--", color=REFERENCE, label=name)
+    axes.set(xscale="log", xlabel="micro-batches", ylabel="same prototype, %", ylim=(0, 105))
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.xaxis.set_ticks([], minor=True)
+    axes.legend(loc="lower left")
     return figure

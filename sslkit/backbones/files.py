@@ -3,6 +3,7 @@
 Nothing but tensors and plain data is ever unpickled (``torch.load(weights_only=True)``).
 """
 
+import difflib
 import os
 import re
 import shlex
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import timm
 from torch import Tensor
 
+from sslkit.backbones.factory import create
+from sslkit.backbones.franca import VIT_SIZES
 from sslkit.files import parse_json
 from sslkit.torch_files import plain_tensor, read_torch_file, require_proportion
 
@@ -81,10 +85,53 @@ def open_weights(path_or_name: str | os.PathLike[str]) -> WeightsFile:
     if path.is_file() and (path.suffix == ".distcp" or path.name == ".metadata"):
         raise ValueError(_is_distributed(path.parent))
     if not path.is_file():
-        hint = f"; is it hf:{name} ?" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
-        raise FileNotFoundError(f"no encoder file at {path}{hint}")
+        raise FileNotFoundError(_not_found(name))
     config = _read_config(path.parent) if path.name in WHOLE_FILES else {}
     return _open_files(name, [path], config)
+
+
+def names_weights(text: str) -> bool:
+    """Whether a text names weights: a file, a folder or a name of a hub; not a network alone."""
+    path = Path(text)
+    looks_like_path = path.exists() or path.suffix in _SUFFIXES or len(path.parts) > 1
+    return text.startswith(("hf:", "timm:")) or looks_like_path
+
+
+def _not_found(name: str) -> str:
+    """The message for a name that names no weights, with what it may have been meant for.
+
+    >>> _not_found("vit_small_patch16_224")[:72]
+    "no weights 'vit_small_patch16_224': did you mean timm:vit_small_patch16_"
+    """
+    kind, colon, rest = name.partition(":")
+    meant = ""
+    if colon and (
+        prefixes := difflib.get_close_matches(kind, ("hf", "timm", "random"), cutoff=0.5)
+    ):
+        meant = f"{prefixes[0]}:{rest}"
+    elif name in VIT_SIZES:
+        meant = f"random:{name}"
+    elif timm.is_model(name):
+        meant = f"timm:{name}"
+    elif similar := _similar_path(Path(name)):
+        meant = str(similar)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        meant = f"hf:{name}"
+    kinds = "a file, a folder, hf:ORG/NAME, timm:NAME, or random:NAME for fresh ones"
+    advice = f"did you mean {meant}? Weights are {kinds}" if meant else f"give {kinds}"
+    return f"no weights {name!r}: {advice}"
+
+
+def _similar_path(path: Path) -> Path | None:
+    """A file or folder that exists and whose path differs by a slip or two."""
+    parent = path.parent if path.parent.is_dir() else _similar_path(path.parent)
+    if parent is None or not path.name:
+        return None
+    if (parent / path.name).exists():
+        return parent / path.name
+    names = [entry.name for entry in parent.iterdir()]
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return parent / close[0] if close else None
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -228,11 +275,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _timm_weights(name: str) -> WeightsFile:
-    from sslkit.backbones.factory import create
-
     architecture = name.removeprefix("timm:")
-    vit = create(architecture, pretrained=True).vit
-    return WeightsFile(name, (), dict(vit.state_dict()), config={"architecture": architecture})
+    encoder = create(architecture, pretrained=True)
+    config = {"architecture": architecture, "model_args": {"num_heads": encoder.num_heads}}
+    return WeightsFile(name, (), dict(encoder.vit.state_dict()), config=config)
 
 
 def _download(name: str) -> Path:

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sslkit.backbones.checkpoint import HEADER_KEY, parse_header
 from sslkit.backbones.encoder import ViTEncoder
-from sslkit.backbones.factory import Size, as_pair
-from sslkit.backbones.files import WeightsFile, open_weights
+from sslkit.backbones.factory import Size, as_pair, create
+from sslkit.backbones.files import WeightsFile, names_weights, open_weights
 from sslkit.backbones.fit import build_encoder
 from sslkit.backbones.heads import Head, build_head, describe_projector, read_head
 from sslkit.backbones.layouts import dinov2, dinov3, own, plain_vit, transformers_dinov2
@@ -20,6 +21,8 @@ from sslkit.backbones.layouts.layout import Layout, Stated, in_any_block
 from sslkit.backbones.networks import Network, choose_network
 from sslkit.backbones.positions import PosInterpolation
 from sslkit.backbones.report import LoadReport
+
+_RANDOM = "random:"
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def read(
     pos_interpolation: PosInterpolation | None = None,
     drop_path_rate: float | None = None,
     activation_checkpointing: bool | None = None,
+    seed: int = 0,
 ) -> Loaded:
     """Read weights of any of the released layouts, every tensor accounted for.
 
@@ -77,7 +81,9 @@ def read(
 
     Args:
         path_or_name: a file, a folder, ``hf:ORG/NAME`` or ``timm:NAME``; see
-            :func:`sslkit.backbones.files.open_weights`.
+            :func:`sslkit.backbones.files.open_weights`. Or fresh weights: ``random:NAME``, a
+            network of :func:`sslkit.backbones.create`, or ``random:`` before any of the others,
+            the network of these weights.
         img_size: resample the position embedding to the grid of this ``(height, width)`` or side,
             by the rule ``pos_interpolation``; by default the grid stays that of the file. This is
             not needed to encode images of another size: they are resampled on the fly by the same
@@ -99,6 +105,7 @@ def read(
             it is: see :func:`sslkit.backbones.positions.resample_positions`.
         drop_path_rate: of the encoder; by default that of the file's settings, or none.
         activation_checkpointing: of the encoder; by default that of the file's settings, or not.
+        seed: seed of fresh weights.
 
     Returns:
         :class:`Loaded`. No random numbers are taken from the caller.
@@ -109,6 +116,22 @@ def read(
             are missing, unexpected or of another shape, which are all listed.
         RuntimeError: a download failed.
     """
+    if os.fspath(path_or_name).startswith(_RANDOM):
+        of_network = {
+            "img_size": img_size,
+            "in_chans": in_chans,
+            "drop_path_rate": drop_path_rate,
+            "pos_interpolation": pos_interpolation,
+            "activation_checkpointing": activation_checkpointing,
+        }
+        of_file = {
+            "which": which,
+            "ignore": ignore,
+            "num_heads": num_heads,
+            "architecture": architecture,
+            "file_img_size": file_img_size,
+        }
+        return _fresh(os.fspath(path_or_name), of_network, of_file, seed)
     file = open_weights(path_or_name)
     stated = Stated(num_heads, architecture, as_pair("file_img_size", file_img_size))
     described = parse_header(file.name, file.header) if HEADER_KEY in file.header else None
@@ -160,6 +183,31 @@ def read(
         heads={name: what for name, (_, what) in heads.items()},
     )
     return Loaded(encoder, {name: head for name, (head, _) in heads.items()}, report)
+
+
+def _fresh(
+    name: str, of_network: Mapping[str, Any], of_file: Mapping[str, Any], seed: int
+) -> Loaded:
+    """A network with fresh weights: by its name, or that of other weights.
+
+    ``of_network`` are arguments of ``create``, ``of_file`` those of `read` that say what a file
+    holds; None or empty where they are not given.
+    """
+    what = name.removeprefix(_RANDOM)
+    about = {key: value for key, value in of_file.items() if value}
+    if names_weights(what):
+        settings = load(what, **about).settings
+        assert settings is not None
+    elif about:
+        raise ValueError(f"{name} is not a file, and {', '.join(about)} is for files: leave it out")
+    else:
+        settings = {"name": what}
+    given = {key: value for key, value in of_network.items() if value is not None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = create(**{**settings, **given})
+    network = encoder.settings or {}
+    return Loaded(encoder, {}, LoadReport(name, (), f"fresh weights, seed {seed}", network, ()))
 
 
 def _recognise(file: WeightsFile, network: Network, stated: Stated) -> Layout:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -75,6 +76,11 @@ class Batch(NamedTuple):
     read_seconds: float = 0.0
     augment_seconds: float = 0.0
     render_seconds: float = 0.0
+
+    @property
+    def views(self) -> list[Tensor]:
+        """The global crops, then the local ones if there are any."""
+        return [crops for crops in (self.global_crops, self.local_crops) if len(crops)]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The batch with all tensors on ``device``."""
@@ -187,7 +193,7 @@ def _stack_views(crops: list[Tensor]) -> Tensor:
     # In a worker, default_collate stacks into shared memory, where torch.stack's result would be
     # copied to.
     views: Tensor = default_collate([crop[v] for v in range(num_views) for crop in crops])
-    return views.unflatten(0, (num_views, -1))
+    return rearrange(views, "(v b) c h w -> v b c h w", v=num_views)
 
 
 def _stack_rest(samples: Sequence[Sample | DrawnSample], start: float) -> dict[str, Any]:

@@ -1,26 +1,36 @@
 """Seeds for everything that is a function of (seed, epoch, index)."""
 
+import hashlib
+
 _MASK = (1 << 64) - 1
 
 
-def sample_seed(seed: int, *words: int) -> int:
-    """A 63-bit seed from ``seed`` and any number of integers, such as (epoch, index).
+def sample_seed(seed: int, *words: int | str) -> int:
+    """A 63-bit seed from ``seed`` and any number of words, such as (epoch, index).
 
     The words are absorbed one after the other, ``state = mix(state XOR word)`` from
     ``state = mix(seed)``, where ``mix`` is one step of SplitMix64 (Steele, Lea and Flood 2014,
     "Fast splittable pseudorandom number generators"): add 0x9e3779b97f4a7c15, then two rounds of
     xor-shift and multiply, all modulo 2**64. Every bit of every word changes about half of the
-    bits of the result. Integers are taken modulo 2**64.
+    bits of the result. Integers are taken modulo 2**64. A text counts as the integer in the first
+    8 bytes of the SHA-256 of its UTF-8 form, the lowest byte first.
 
     >>> sample_seed(0, 1, 2) == sample_seed(0, 1, 2)
     True
+    >>> sample_seed(0, "masks", 7) == sample_seed(0, "drop path", 7)
+    False
     >>> len({sample_seed(0, epoch, index) for epoch in range(10) for index in range(1000)})
     10000
     """
     state = _mix(seed & _MASK)
     for word in words:
-        state = _mix(state ^ (word & _MASK))
+        number = word if isinstance(word, int) else _number(word)
+        state = _mix(state ^ (number & _MASK))
     return state >> 1
+
+
+def _number(word: str) -> int:
+    return int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
 
 
 def _mix(value: int) -> int:

@@ -20,7 +20,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +28,6 @@ from torch import Tensor
 
 from sslkit.data.array_file import open_npy
 from sslkit.evaluation.pca import principal_axes
-from sslkit.evaluation.scores import Outcome, Score
-from sslkit.evaluation.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -234,27 +231,3 @@ def _check(predicted: Tensor, truth: Tensor, masks: Tensor) -> None:
             "predicted and truth must be [B, C, h, w] and masks bool [B, h, w], got "
             f"{list(predicted.shape)}, {list(truth.shape)}, {masks.dtype} {list(masks.shape)}"
         )
-
-
-@dataclass(frozen=True)
-class Options:
-    """Feat2GS: write the features of the test images, the views of one scene, for its training."""
-
-    features: Path
-    """Folder to write to."""
-    dim: int = 256
-    """Principal components kept; all of them where a model has fewer features, or a scene fewer
-    patches."""
-
-
-def evaluate(subject: Subject, options: Options) -> Outcome:
-    """Write the files; the score is the share of the variance that the components keep."""
-    views = subject.features("test", "patches", view="dense")
-    most = min(views.patches.shape[3], views.patches.shape[:3].numel())
-    scene = pca_features(views.patches, dim=min(options.dim, most))
-    source: Any = subject.test
-    names = [Path(source.name(i)).stem for i in views.indices.tolist()]
-    write_pca_features(options.features, scene, names)
-    total = views.patches.flatten(0, 2).double().var(0, correction=0).sum().item()
-    kept = scene.variances.double().sum().item() / total
-    return Outcome({"variance kept": Score(kept)}, {}, {"views": names})

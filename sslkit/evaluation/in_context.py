@@ -6,25 +6,20 @@ Constants as in the public reimplementation that the paper used (Pariza et al. 2
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from sslkit.evaluation.confusion import confusion_matrices, iou, mean_iou
 from sslkit.evaluation.knn import cosine_neighbours
-from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.segmentation import (
     Segmentation,
     classes_of_clusters,
-    draw_segmentation,
     known_pixels,
-    masked_patches,
     merge_clusters,
     predicted_masks,
     require_classes_of_both,
 )
-from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.tokens import Unsuitable
 from sslkit.unit_rows import unit_rows
 
@@ -276,56 +271,3 @@ def in_context_segmentation(
     confusion = confusions.sum(0)
     score = mean_iou(confusion, absent_as_zero=reference_quirks)
     return InContextResult(score, iou(confusion), confusions, predictions, len(memory))
-
-
-@dataclass(frozen=True)
-class Options:
-    """In-context segmentation: masks read off a memory of labelled training patches."""
-
-    patches_per_image: int | None = None
-    """Patches that each training image puts into the memory, rare classes first; default: all."""
-    num_neighbours: int = 30
-    """Memory patches that vote for each test patch."""
-    temperature: float = 0.02
-    """Divides the similarities."""
-    half: bool = True
-    """Keep the memory in float16."""
-    reference_quirks: bool = False
-    """Score as the published code does: matched classes, absent ones as 0, ignored as class 0."""
-
-
-def evaluate(subject: Subject, options: Options) -> Outcome:
-    """Mean IoU over the test images."""
-    train, train_masks, names = masked_patches(subject, "train")
-    test, test_masks, _ = masked_patches(subject, "test")
-    result = in_context_segmentation(
-        train.patches,
-        train_masks,
-        test.patches,
-        test_masks,
-        len(names),
-        patches_per_image=options.patches_per_image,
-        num_neighbours=options.num_neighbours,
-        temperature=options.temperature,
-        dtype=torch.float16 if options.half else None,
-        generator=subject.generator(),
-        reference_quirks=options.reference_quirks,
-        class_names=names,
-    )
-    statistic = partial(mean_iou, absent_as_zero=options.reference_quirks)
-    figure = draw_segmentation(
-        subject,
-        test,
-        test_masks,
-        result.predictions,
-        title="In-context segmentation: read off a memory of labelled patches, without training",
-        class_names=names,
-    )
-    return Outcome(
-        {"mIoU": Score.of_confusion(result.confusions, statistic, items=test.indices)},
-        {"in_context": figure},
-        {
-            "memory patches": result.memory_size,
-            "IoU": dict(zip(names, result.iou.tolist(), strict=True)),
-        },
-    )

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from sslkit.evaluation.features import Features
-from sslkit.evaluation.subject import Subject
 
 ITEMS_AT_ONCE = 4096
 """How many items a head sees at once when it predicts."""
@@ -79,13 +78,6 @@ class LinearHead:
             x = self.inputs(layer_cls[rows], None if mean_patch is None else mean_patch[rows])
             logits[rows] = x.to(self.bias) @ self.weight.T + self.bias
         return logits
-
-
-def head_features(subject: Subject, source: str, num_blocks: int) -> Features:
-    """What heads of up to ``num_blocks`` blocks read of a source's images."""
-    if num_blocks > 1:
-        return subject.features(source, "layer_cls", "mean_patch", num_layers=num_blocks)
-    return subject.features(source, "cls", "mean_patch")
 
 
 def head_logits(head: LinearHead, features: Features) -> Tensor:

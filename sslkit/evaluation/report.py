@@ -131,18 +131,22 @@ def _provenance() -> list[tuple[str, str]]:
 def typed_command() -> str:
     """Return the command that started this process, without the paths of this machine.
 
-    ``python -m`` and ``torchrun``, which Python replaces by paths, appear as they were typed. Other
-    paths are shortened by `without_machine_paths`.
+    ``python -m``, ``torchrun`` and ``sslkit``, which Python replaces by paths, appear as they were
+    typed. Other paths are shortened by `without_machine_paths`.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None:  # python -m
         program = ["-m", spec.name.removesuffix(".__main__")]
+    elif Path(sys.argv[0]).name == "sslkit":  # the console script
+        program = ["-m", "sslkit"]
     else:
         program = [without_machine_paths(sys.argv[0])]
     launcher = ["python"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         nodes, processes = (os.environ.get(f"{of}_WORLD_SIZE", "1") for of in ("GROUP", "LOCAL"))
         launcher = ["torchrun", f"--nnodes={nodes}", f"--nproc-per-node={processes}"]
+    elif program == ["-m", "sslkit"]:
+        launcher, program = [], ["sslkit"]
     arguments = map(without_machine_paths, sys.argv[1:])
     return shlex.join([*launcher, *program, *arguments])
 

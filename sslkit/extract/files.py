@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sslkit import __version__
 from sslkit.data.array_file import open_npy
+from sslkit.evaluation.feature_store import require_same
 from sslkit.files import atomic_write, damage_explained, parse_json
 
 _METADATA_KEY = b"sslkit.extract"
@@ -118,7 +119,7 @@ def read_description(path: Path) -> dict[str, Any]:
         else:
             text = described.read_bytes()
         if text is None:
-            raise ValueError("it was not written by python -m sslkit.extract")
+            raise ValueError("it was not written by sslkit extract")
         description: dict[str, Any] = parse_json(text, "it")
         if not description["settings"].keys() or not description["shape"].keys():
             raise ValueError("it describes nothing")
@@ -173,7 +174,7 @@ def output_is_complete(output: Path, settings: Mapping[str, Any]) -> bool:
             raise ValueError(f"{output} is there, but nothing says what it is of: remove it")
         return False
     description = read_description(output)
-    require_same(description["settings"], settings, str(output))
+    require_same(description["settings"], settings, str(output), "output")
     require_whole(output, description)
     return True
 
@@ -205,20 +206,6 @@ def require_whole(output: Path, description: Mapping[str, Any]) -> None:
                 f"{path} has {count} rows, but {description_path(output)} says {num_rows}: remove "
                 "both, and extract the features again"
             )
-
-
-def require_same(there: Mapping[str, Any], asked: Mapping[str, Any], what: str) -> None:
-    """A ValueError that names the differences."""
-    different = [
-        f"{name}: {there.get(name)!r} there, {asked.get(name)!r} asked for"
-        for name in sorted(there.keys() | asked.keys())
-        if there.get(name) != asked.get(name)
-    ]
-    if different:
-        raise ValueError(
-            f"{what} is of something else: {'; '.join(different)}. Remove it, or choose another "
-            "output"
-        )
 
 
 def require_format(path: Path) -> None:

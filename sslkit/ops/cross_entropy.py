@@ -40,14 +40,14 @@ from torch import Tensor
 from sslkit.assignments import Assignments, check_logits, check_temperature, score_dtype
 from sslkit.factored_logits import FactoredLogits, Logits
 from sslkit.ops import cross_entropy_torch
-from sslkit.ops.cross_entropy_passes import (
+from sslkit.ops.cross_entropy_columns import (
     Columns,
     RowStatistics,
     check_target_rows,
-    choose_passes,
     new_partials,
     new_results,
 )
+from sslkit.ops.cross_entropy_passes import choose_passes
 from sslkit.ops.linear_cross_entropy import linear_soft_cross_entropy
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sslkit.assignments import score_dtype
-from sslkit.ops.cross_entropy_passes import Columns, RowStatistics
+from sslkit.ops.cross_entropy_columns import Columns, RowStatistics
 from sslkit.ops.exponentials import exp_, is_harmless, is_low
 from sslkit.slices import block_elements, row_blocks
 

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkit.ops.cross_entropy_passes import Columns, RowStatistics
+from sslkit.ops.cross_entropy_columns import Columns, RowStatistics
 
 CHUNK = 4096
 """Columns of a program: 32 a thread of four warps, as four 16-byte loads of 16-bit scores."""

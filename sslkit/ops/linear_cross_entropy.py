@@ -20,14 +20,14 @@ from torch import Tensor
 
 from sslkit.assignments import score_dtype
 from sslkit.factored_logits import FactoredLogits, Logits
-from sslkit.ops.cross_entropy_passes import (
+from sslkit.ops.cross_entropy_columns import (
     Columns,
     RowStatistics,
     check_target_rows,
-    choose_passes,
     new_partials,
     new_results,
 )
+from sslkit.ops.cross_entropy_passes import choose_passes
 from sslkit.slices import chunks
 
 

@@ -6,7 +6,7 @@ gradients are averaged, so that N processes with equal shares of a batch take th
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -201,8 +201,8 @@ def shard_(
     networks: Iterable[nn.Module],
     parallel: Parallel,
     *,
-    blocks: str,
-    heads: Iterable[str],
+    blocks: Sequence[str],
+    heads: Sequence[str],
     replicas: int = 1,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -216,7 +216,8 @@ def shard_(
     Args:
         networks: such as a student and its teacher (``requires_grad`` tells them apart).
         parallel: all processes.
-        blocks: name of the ``nn.ModuleList`` of the encoder's blocks in a network.
+        blocks: names of the modules, such as the ``nn.ModuleList`` of an encoder's blocks, whose
+            children are units.
         heads: names of the modules that compute in float32 whatever ``dtype`` is.
         replicas: of the sharded networks (HSDP): processes are a ``[replicas, shards]`` mesh, the
             second axis consecutive ranks, such as the GPUs of a node. 1: over all processes.
@@ -241,8 +242,9 @@ def shard_(
     own_precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for network in networks:
         trained = any(parameter.requires_grad for parameter in network.parameters())
-        for block in network.get_submodule(blocks).children():
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        for name in blocks:
+            for block in network.get_submodule(name).children():
+                fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         for name in heads:
             # Nothing but a backward pass frees what is kept, and a teacher has none.
             head = network.get_submodule(name)

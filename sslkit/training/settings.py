@@ -1,4 +1,4 @@
-"""Settings of a run as text: frozen dataclasses of plain values, and of one another."""
+"""Settings of a run: what the engine reads of them, and settings as text."""
 
 import dataclasses
 import json
@@ -10,6 +10,75 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_h
 from sslkit.files import describe_value, parse_json
 
 T = TypeVar("T")
+
+
+class SettingsError(ValueError):
+    """Settings that contradict one another, or what is on the disk."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What the engine reads. The settings of a recipe extend it, and add sections of their own."""
+
+    preset: str
+    """Where the defaults come from; every other setting overrides it."""
+    data: str
+    """A folder, tar shards, hf:NAME, hf-stream:NAME, a torchvision data set, .npz or `scenes`."""
+    output: Path = Path("runs/run")
+    """Folder of the run. Every stage reads and writes here."""
+    stages: tuple[str, ...] = ()
+    """Stages to run. Each needs the results of those before it."""
+    resume: bool = False
+    """Continue the run in --output from its last checkpoint, with its settings and stages."""
+    accept_changes: bool = False
+    """Continue with other settings or other data than the run was made with."""
+    seed: int = 0
+    """Seed of all random numbers: initial weights, order of the images, crops, masks."""
+    steps: int
+    """Optimizer steps of the pretraining."""
+    batch_size: int
+    """Images per optimizer step, over all processes and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches per step. Targets are balanced over all of them; only KoLeo differs."""
+    workers: int = 8
+    """Processes that load images, for each training process."""
+    augment_on: Literal["workers", "device"] = "workers"
+    """Where views are rendered; `device` for a GPU that waits for its workers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where networks compute; auto: a GPU where there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Encoder precision; auto: bfloat16 autocast on a GPU, float32 on a CPU."""
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """How processes share the work; auto: ddp, or fsdp where a GPU would be too small for it."""
+    hsdp_replicas: int = 1
+    """Copies of the sharded networks with fsdp, for example one per node."""
+    compile_blocks: bool = False
+    """Apply torch.compile to every block of the encoder."""
+    scene_size: int = 256
+    """Pixels a side of an image of `--data scenes`."""
+    num_scenes: int = 100_000
+    """Images of each split of `--data scenes`."""
+    test_fraction: float = 0.1
+    """Share of the images held out for evaluation where --data has no test split of its own."""
+    max_unreadable: float = 0.05
+    """Share of unreadable images above which the run stops."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 1250
+    """Steps between two checkpoints, from which --resume continues."""
+    keep_last: int = 2
+    """Number of recent checkpoints to keep; 2 survive a damaged one."""
+    keep_every: int = 62_500
+    """Steps between two checkpoints that are kept for good; 0: none."""
+
+
+def flag(name: str) -> str:
+    """Return a setting's name on the command line.
+
+    >>> flag("model.num_prototypes")
+    '--model.num-prototypes'
+    """
+    return f"--{name.replace('_', '-')}"
 
 
 def as_json(settings: Any) -> str:

@@ -27,58 +27,63 @@ from sslkit.evaluation.figures.style import (
     whole_numbers,
 )
 
-_NAMES = {"dino": "DINO (class token)", "ibot": "iBOT (masked patches)"}
+_NAMES = {"dino": "DINO (class token)", "ibot": "iBOT (masked patches)", "koleo": "KoLeo"}
 _MAX_LOCALS = 4
-_SINGLE_LOSSES = {"loss": "Total loss", "koleo": "KoLeo"}
+_PREFIX = "loss/"
 
 
 @styled
 def loss_curves(
     records: Sequence[Mapping[str, Any]],
     *,
-    num_prototypes: Mapping[str, Sequence[int]] | None = None,
+    num_prototypes: Mapping[str, int] | None = None,
 ) -> Figure:
-    """Loss against step: one panel a loss, one line a nesting level, coarse to fine.
+    """Loss against step: one panel a term, one line a nesting level, coarse to fine.
+
+    Every metric called ``loss/<term>`` or ``loss/<term>/level_<i>`` is drawn, and ``loss``, their
+    weighted sum.
 
     Args:
-        records: of ``metrics.jsonl``: ``step``, ``<loss>/level_<i>``, and ``loss``, ``koleo``.
-        num_prototypes: K of each level by loss (``{"dino": (64, 128)}``): draws ln K.
+        records: of ``metrics.jsonl``.
+        num_prototypes: K by term and level, such as ``{"dino/level_0": 64}``: draws ln K.
+
+    Raises:
+        ValueError: the records hold no loss.
     """
+    num_prototypes = num_prototypes or {}
     groups: dict[str, list[str]] = {}
     for key in sorted({key for record in records for key in record}, key=_natural):
-        name, separator, level = key.partition("/level_")
-        if separator and level.isdigit() and "/" not in name:  # not target_entropy/dino/level_0
-            groups.setdefault(name, []).append(key)
-    singles = [key for key in _SINGLE_LOSSES if any(key in record for record in records)]
-    count = len(groups) + len(singles)
-    if not count:
-        raise ValueError(
-            "records hold neither '<loss>/level_<i>' nor 'loss' nor 'koleo': there is no curve"
-        )
-    columns = min(count, 2)
-    rows = -(-count // columns)
+        if key.startswith(_PREFIX):
+            groups.setdefault(key.removeprefix(_PREFIX).split("/")[0], []).append(key)
+    if any("loss" in record for record in records):
+        groups["loss"] = ["loss"]
+    if not groups:
+        raise ValueError("records hold neither 'loss/<term>' nor 'loss': there is no curve")
+    columns = min(len(groups), 2)
+    rows = -(-len(groups) // columns)
     look = "Each level should fall, and the curves should level off without jumps."
     if num_prototypes:
         look += " Dotted: ln K, the loss of a student that spreads evenly over all prototypes."
     figure = new_figure("Losses by nesting level", look, height=2.4 * rows)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, (name, keys) in zip(panels, groups.items(), strict=False):
+        count = len(keys)
         for place, key in enumerate(keys):
-            colour = _level_colour(place, len(keys))
-            _smoothed(axes, *_series(records, key), colour, _level_name(place, len(keys)))
-            if num_prototypes and name in num_prototypes:
-                axes.axhline(float(np.log(num_prototypes[name][place])), color=colour, ls=":", lw=1)
-        axes.set(title=_NAMES.get(name, name), ylabel="cross-entropy (nats)")
-    for axes, key in zip(panels[len(groups) :], singles, strict=False):
-        _smoothed(axes, *_series(records, key), INK, None)
-        axes.set(title=_SINGLE_LOSSES[key], ylabel="loss")
-    for axes in panels[:count]:
+            colour = _level_colour(place, count) if count > 1 else INK
+            label = _level_name(place, count) if count > 1 else None
+            _smoothed(axes, *_series(records, key), colour, label)
+            if (K := num_prototypes.get(key.removeprefix(_PREFIX))) is not None:
+                axes.axhline(float(np.log(K)), color=colour, ls=":", lw=1)
+        title = "Total loss" if name == "loss" else _NAMES.get(name, name)
+        axes.set(title=title, ylabel="cross-entropy (nats)" if count > 1 else "loss")
         axes.set_xlabel("training step")
         whole_numbers(axes.xaxis)
-    for axes in panels[count:]:
+    for axes in panels[len(groups) :]:
         axes.set_axis_off()
-    if groups:
-        handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = max(
+        (axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[0])
+    )
+    if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=6)
     return figure
 

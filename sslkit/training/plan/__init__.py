@@ -1,6 +1,6 @@
 """What a step of the Franca recipe needs on GPUs that are not here: memory, work, traffic, time.
 
-    python -m sslkit.training.plan --preset vitg14_laion --gpus 128
+    sslkit plan --preset vitg14_laion --gpus 128
 
 Bytes and FLOPs are derived from the shapes; the figures of the hardware are given (data sheets, or
 options of the command) and not measured, and images a second follow from them.

@@ -1,50 +1,39 @@
-"""python -m sslkit.duplicates: near-duplicate images of a folder or of shards.
-
-Groups images by the similarity of their features, and reports of each group which image to keep.
-Nothing is ever deleted; --write-list writes the names of the images to keep and to remove.
-"""
+"""`sslkit duplicates`: find near-duplicate images of a folder or of shards."""
 
 import contextlib
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import tyro
-from torch import Tensor
-from tqdm import tqdm
 
-from sslkit.command_line import run_command
-from sslkit.data.local import is_local
-from sslkit.data.sources import Source, UnreadableImage, open_source
-from sslkit.duplicates import figures
-from sslkit.duplicates.search import (
-    find_duplicates,
-    keep_one,
-    kept_rows,
-    similarity_to_rows,
-)
-from sslkit.evaluation.report import format_table, write_report
-from sslkit.extract import Extraction, read_description, read_features, read_names
-from sslkit.extract.files import description_path, require_whole
-from sslkit.extract.processes import extract_with_processes
-from sslkit.files import atomic_write
+from sslkit.progress import WorkProgress, track
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from sslkit.data.sources import Source
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Which images, how alike, and where the report goes."""
+    """Find near-duplicate images of a folder or of shards.
+
+    Groups images by the similarity of their features, and reports which image of each group to
+    keep. Nothing is deleted; --write-list writes the names of the images to keep and to remove.
+    """
 
     output: Path
     """Folder of report.md, figures/ and duplicates.json; features.npy where --weights is given."""
     features: Path | None = None
-    """A file of sslkit.extract; or an .npy whose row i is image i of --data."""
+    """A file of sslkit extract; or an .npy whose row i is image i of --data."""
     weights: str | None = None
-    """Instead of --features: the model that extracts them from --data, as in sslkit.evaluation."""
+    """Model that extracts features from --data, instead of --features: a file, a folder,
+    hf:ORG/NAME, timm:NAME or random:NAME."""
     data: str | None = None
     """The images (sslkit.data.sources.open_source); default: what --features are of."""
     threshold: float = 0.9
@@ -67,37 +56,41 @@ class Settings:
     """Neighbours looked up at first; rows with more duplicates are searched again for all."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    settings = tyro.cli(
-        Settings,
-        args=list(sys.argv[1:] if arguments is None else arguments),
-        prog="python -m sslkit.duplicates",
-        description=__doc__,
-    )
-    try:
-        run(settings)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+def main(arguments: Sequence[str]) -> None:
+    """Search the images of the command line."""
+    run(tyro.cli(Settings, args=arguments, prog="sslkit duplicates"))
 
 
 def run(settings: Settings) -> None:
     """Search, report, and write the lists that are asked for."""
+    import numpy as np
+
+    from sslkit.data.sources import UnreadableImage
+    from sslkit.duplicates import figures
+    from sslkit.duplicates.search import (
+        find_duplicates,
+        keep_one,
+        kept_rows,
+        similarity_to_rows,
+    )
+    from sslkit.evaluation.report import format_table, write_report
+    from sslkit.files import atomic_write
+
     features, names, source = _open(settings)
     if settings.write_list and any("\n" in name for _, name in names):
         raise ValueError("a name has a line break in it: the lists would not say which is which")
-    with tqdm(total=len(features), desc="similar images", unit=" images") as bar:
+    with WorkProgress("similar images", len(features)) as bar:
         found = find_duplicates(
             features,
             settings.threshold,
             num_neighbours=settings.num_neighbours,
-            progress=lambda done: bar.update(done - bar.n),
+            progress=bar.reach,
         )
     sizes = np.bincount(found.groups)
     pixels = np.zeros(len(features), np.int64)
     if settings.keep == "largest":
         in_group = np.flatnonzero(sizes[found.groups] > 1)
-        for row in tqdm(in_group, desc="image sizes", unit=" images"):
+        for row in track(in_group, "image sizes"):
             pixels[row] = _num_pixels(source, names[row][0])
     keep = keep_one(found.groups, pixels)
     kept = kept_rows(found.groups, keep)
@@ -160,8 +153,14 @@ def run(settings: Settings) -> None:
     print(f"lists: {settings.output / 'keep.txt'}, {settings.output / 'remove.txt'}")
 
 
-def _open(settings: Settings) -> tuple[np.ndarray, list[tuple[int, str]], Source]:
+def _open(settings: Settings) -> "tuple[np.ndarray, list[tuple[int, str]], Source]":
     """Features [N, D], (index, name) of each row, and the images."""
+    from sslkit.data.local import is_local
+    from sslkit.data.sources import open_source
+    from sslkit.extract import Extraction, read_description, read_features, read_names
+    from sslkit.extract.files import description_path, require_whole
+    from sslkit.extract.processes import extract_with_processes
+
     if (settings.features is None) == (settings.weights is None):
         raise ValueError("give either --features, or --weights and --data")
     path = settings.features or settings.output / "features.npy"
@@ -207,13 +206,11 @@ def _open(settings: Settings) -> tuple[np.ndarray, list[tuple[int, str]], Source
     return features, names, source
 
 
-def _num_pixels(source: Source, index: int) -> int:
-    """0 for an image that cannot be read any more."""
+def _num_pixels(source: "Source", index: int) -> int:
+    """Number of pixels of an image; 0 if it cannot be read any more."""
+    from sslkit.data.sources import UnreadableImage
+
     try:
-        return int(np.prod(source[index][0].shape[1:]))
+        return source[index][0][0].numel()
     except UnreadableImage:
         return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

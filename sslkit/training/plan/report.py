@@ -1,18 +1,12 @@
-"""The command: ``python -m sslkit.training.plan --preset vitg14_laion --gpus 128``."""
+"""The plan as text: memory, work, traffic and time of a step, and what would help it to fit."""
 
-import argparse
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from itertools import product
 
-from sslkit.command_line import run_command
-from sslkit.training.parallel import choose_for_gpus
 from sslkit.training.plan.cost import duration, flops, traffic
-from sslkit.training.plan.hardware import BANDWIDTHS, GIB, HARDWARE, Hardware, Strategy, problems
+from sslkit.training.plan.hardware import GIB, Hardware, Strategy, problems
 from sslkit.training.plan.memory import peak, phases
-from sslkit.training.plan.workload import PRESETS, Workload, parameters
-
-HIGH_RESOLUTION = 518  # pixels of the global crops in the recipe's second stage
+from sslkit.training.plan.workload import Workload, parameters
 
 
 def report(work: Workload, strategy: Strategy, hardware: Hardware) -> str:
@@ -114,75 +108,3 @@ def _what_would_help(work: Workload, strategy: Strategy, hardware: Hardware) -> 
         if not problems(work, wider, hardware) and fits(work, wider):
             return "; ".join([*advice, f"as it is, on --gpus {gpus}"])
     return "; ".join(advice)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m sslkit.training.plan", description="Memory, work and time of a step."
-    )
-    add = parser.add_argument
-    add("--preset", choices=list(PRESETS), default="vitg14_laion", help="of the recipe")
-    add("--highres", action="store_true", help=f"the stage at {HIGH_RESOLUTION} pixels")
-    add("--gpus", type=int, default=8)
-    add(
-        "--parallel",
-        choices=("none", "ddp", "fsdp"),
-        help="default: none on one GPU, else what the recipe chooses for so much memory",
-    )
-    add("--hsdp-replicas", type=int, default=1, help="groups of GPUs that hold a whole copy")
-    add("--batch-size", type=int, help="images a step, over all GPUs; default: the preset's")
-    add("--accumulation", type=int, help="micro-batches a step")
-    flag = argparse.BooleanOptionalAction
-    add("--activation-checkpointing", action=flag, default=None)
-    add("--factored-scores", action=flag, default=None)
-    add("--precision", choices=("bfloat16", "float32"), help="of the encoder")
-    add("--gpu", choices=list(HARDWARE), default="h100", help="whose figures are taken")
-    add("--memory", type=float, metavar="GIB")
-    add("--reserve", type=float, metavar="GIB", help="for what is not counted")
-    add("--flops", type=float, metavar="TFLOPS", help="dense bfloat16, at best")
-    add("--float32-flops", type=float, metavar="TFLOPS", help="without tensor cores")
-    add("--utilisation", type=float, help="share of them that a step reaches")
-    add("--bandwidth", type=float, metavar="GB/S", help="of a GPU's memory")
-    add("--intra-bandwidth", type=float, metavar="GB/S", help="of a GPU to others of its node")
-    add("--inter-bandwidth", type=float, metavar="GB/S", help="of a GPU to other nodes")
-    add("--gpus-per-node", type=int)
-    return parser
-
-
-_UNITS = {
-    **dict.fromkeys(("memory", "reserve"), GIB),
-    **dict.fromkeys(("flops", "float32_flops"), 1e12),
-    **dict.fromkeys(BANDWIDTHS, 1e9),
-    **dict.fromkeys(("utilisation", "gpus_per_node"), 1),
-}
-_OVERRIDES = ("batch_size", "accumulation", "activation_checkpointing", "factored_scores")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a plan; exit with status 2 and the name of the option if one is impossible."""
-    parser = _parser()
-    given = vars(parser.parse_args(arguments))
-    work = PRESETS[given["preset"]]
-    if given["highres"]:
-        work = replace(work, global_size=HIGH_RESOLUTION)
-    overrides = {k: given[k] for k in (*_OVERRIDES, "precision") if given[k] is not None}
-    work = replace(work, **overrides)
-    figures = {k: given[k] * unit for k, unit in _UNITS.items() if given[k] is not None}
-    hardware = replace(HARDWARE[given["gpu"]], **figures)
-    kind = given["parallel"]
-    if kind is None:
-        kind = choose_for_gpus(parameters(work).total, hardware.memory)
-        if given["gpus"] == 1:
-            kind = "none"
-        elif given["hsdp_replicas"] > 1:
-            kind = "fsdp"
-    strategy = Strategy(kind, given["gpus"], given["hsdp_replicas"])
-    if found := problems(work, strategy, hardware):
-        parser.error("; ".join(found))
-    stage = f", {HIGH_RESOLUTION} px" if given["highres"] else ""
-    print(f"{given['preset']}{stage} on {strategy.gpus} {given['gpu'].upper()}")
-    print(report(work, strategy, hardware))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,43 +1,29 @@
-"""python -m sslkit.rasa fit|fold: remove position from the patch tokens of any ViT."""
+"""`sslkit rasa fit|fold`: remove position from the patch tokens of any ViT."""
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-import torch
 import tyro
-from matplotlib.figure import Figure
-from torch import Tensor
-from tqdm import tqdm
 
-from sslkit import backbones
-from sslkit.command_line import run_command
-from sslkit.data.crops import random_crop
-from sslkit.data.sources import Source, Split, open_source
-from sslkit.evaluation import figures
-from sslkit.evaluation.features import (
-    Features,
-    encoded_batches,
-    evenly_spaced,
-    joined,
-    report_unreadable,
-)
-from sslkit.evaluation.figures.style import styled
-from sslkit.evaluation.models import Model, open_model
-from sslkit.evaluation.pca import pca_maps
-from sslkit.evaluation.position import position_probe
-from sslkit.evaluation.report import format_table, write_report
-from sslkit.evaluation.views import EvalTransform
-from sslkit.rasa import RASAProjector, load_rasa, patch_positions, save_rasa
-from sslkit.training.parallel import local_device
+from sslkit.progress import WorkProgress
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+    from torch import Tensor, nn
+
+    from sslkit.data.sources import Source
+    from sslkit.evaluation.features import Features
+    from sslkit.evaluation.models import Model
+    from sslkit.rasa import RASAProjector
 
 _FIT_BATCH = 128  # images whose patches the solver takes at once
 _NUM_PICTURES = 4
-_SPLITS: tuple[Split, Split] = ("train", "test")
 
 
 @dataclass(frozen=True)
@@ -45,11 +31,11 @@ class Fit:
     """Find what encodes position in a model's patch tokens, measure it, and write the projector."""
 
     weights: str
-    """The model, as of sslkit.evaluation: a file, timm:NAME, random:NAME, ..."""
+    """Model: a file, a folder, hf:ORG/NAME, timm:NAME or random:NAME."""
     data: str
     """Images: a folder, shards, an array file, ... (sslkit.data.sources.open_source)."""
     output: Path
-    """The projector's file, *.safetensors: for --rasa of sslkit.evaluation and sslkit.extract."""
+    """The projector's file, *.safetensors: for --rasa of sslkit evaluate and sslkit extract."""
     num_iterations: int = 9
     """Planes at most; fewer where position cannot be predicted any more."""
     num_images: int = 1000
@@ -73,7 +59,9 @@ class Fit:
     test_fraction: float = 0.2
     """Share of images held out, of data without a test split of its own."""
     seed: int = 0
+    """Seed of fresh weights, of the crops, and of the solver."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the model."""
     batch_size: int = 64
     """Images that the model sees at once."""
 
@@ -83,7 +71,7 @@ class Fold:
     """Write a model with a projector folded in: an encoder file like any other."""
 
     weights: str
-    """A file of sslkit.backbones.save, or another model of sslkit.evaluation that is a ViT."""
+    """Model: a file, a folder, hf:ORG/NAME, timm:NAME or random:NAME."""
     rasa: Path
     """The projector: of `fit`, of the recipe, or a released RASA head (.pth)."""
     output: Path
@@ -92,43 +80,53 @@ class Fold:
     """Seed of the weights of random:NAME."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+def main(arguments: Sequence[str]) -> None:
+    """Fit a projector, or fold one into a model."""
     chosen: Fit | Fold = tyro.cli(
-        cast(Any, Fit | Fold), args=words, prog="python -m sslkit.rasa", description=__doc__
+        cast(Any, Annotated[Fit | Fold, tyro.conf.arg(name="")]),
+        args=arguments,
+        prog="sslkit rasa",
+        description="Remove position from the patch tokens of any ViT.",
     )
-    try:
-        if isinstance(chosen, Fit):
-            fit(chosen)
-        else:
-            fold(chosen)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    if isinstance(chosen, Fit):
+        fit(chosen)
+    else:
+        fold(chosen)
 
 
 def fit(run: Fit) -> None:
     """Fit, measure and write, as the command line says."""
+    import torch
+
+    from sslkit.data.crops import random_crop
+    from sslkit.data.sources import open_source
+    from sslkit.evaluation import figures
+    from sslkit.evaluation.models import open_model
+    from sslkit.evaluation.position import position_probe
+    from sslkit.evaluation.report import format_table, write_report
+    from sslkit.evaluation.views import EvalTransform
+    from sslkit.rasa import RASAProjector, patch_positions, save_rasa
+    from sslkit.training.parallel import local_device
+
     model = open_model(run.weights, seed=run.seed)
     size = _size(run, model)
     if run.fold is not None:
         _require_foldable(model)
-    train, test = (
-        open_source(run.data, split=split, seed=run.seed, test_fraction=run.test_fraction)
-        for split in _SPLITS
-    )
+    opened = partial(open_source, run.data, seed=run.seed, test_fraction=run.test_fraction)
+    train, test = opened(split="train"), opened(split="test")
     view = EvalTransform(size)
     generator = torch.Generator().manual_seed(run.seed)
     crop = random_crop(size, run.crop_scale, generator=generator)
-    encode = _Encode(model, run)
+    device = local_device(run.device)
+    encode = partial(_encode, model.encoder.to(device), device, run.batch_size)
     fitted = encode(train, crop, run.num_images, "crops to fit on").patches
     rasa = RASAProjector(fitted.shape[-1], num_iterations=run.num_iterations)
     chance = patch_positions(*fitted.shape[1:3]).flatten(0, 1).var(0, correction=0).mean().item()
-    with tqdm(total=run.num_iterations, desc="iterations", unit="") as bar:
+    with WorkProgress("iterations", run.num_iterations) as bar:
 
         def told(iteration: int, error: float) -> None:
-            tqdm.write(f"iteration {iteration}: position error {error:.5f} (chance {chance:.5f})")
-            bar.update()
+            bar.message(f"iteration {iteration}: position error {error:.5f} (chance {chance:.5f})")
+            bar.reach(iteration)
 
         errors = rasa.fit(
             fitted.split(_FIT_BATCH),
@@ -179,44 +177,56 @@ def fit(run: Fit) -> None:
 
 def fold(run: Fold) -> None:
     """Fold and write, as the command line says."""
+    from sslkit.evaluation.models import open_model
+    from sslkit.rasa import load_rasa
+
     model = open_model(run.weights, seed=run.seed)
     _require_foldable(model)
     _write_folded(model, load_rasa(run.rasa), run.output)
     print(f"{run.output}: {model.name} with {run.rasa} folded in")
 
 
-class _Encode:
+def _encode(
+    encoder: "nn.Module",
+    device: "torch.device",
+    batch_size: int,
+    source: "Source",
+    transform: "Callable[[Tensor], Tensor]",
+    count: int,
+    title: str,
+) -> "Features":
     """Patch tokens of views of a source, in memory, in float16."""
+    import torch
 
-    def __init__(self, model: Model, run: Fit) -> None:
-        self.device = local_device(run.device)
-        self.encoder = model.encoder.to(self.device)
-        self.batch_size = run.batch_size
+    from sslkit.evaluation.features import (
+        encoded_batches,
+        evenly_spaced,
+        joined,
+        report_unreadable,
+    )
 
-    def __call__(
-        self, source: Source, transform: Callable[[Tensor], Tensor], count: int, title: str
-    ) -> Features:
-        indices = evenly_spaced(len(source), count)
-        batches, unreadable = [], []
-        with tqdm(total=len(indices), desc=title, unit=" images") as bar:
-            for encoded, errors in encoded_batches(
-                self.encoder,
-                source,
-                transform=transform,
-                indices=indices,
-                want=("patches",),
-                batch_size=self.batch_size,
-                device=self.device,
-                dtype=torch.float16,
-            ):
-                batches += encoded
-                unreadable += errors
-                bar.update(len(errors) + sum(len(batch.labels) for batch in encoded))
-        report_unreadable(unreadable, len(indices), all_of_them=not batches)
-        return joined(batches)
+    indices = evenly_spaced(len(source), count)
+    batches, unreadable, done = [], [], 0
+    with WorkProgress(title, len(indices)) as bar:
+        for encoded, errors in encoded_batches(
+            encoder,
+            source,
+            transform=transform,
+            indices=indices,
+            want=("patches",),
+            batch_size=batch_size,
+            device=device,
+            dtype=torch.float16,
+        ):
+            batches += encoded
+            unreadable += errors
+            done += len(errors) + sum(len(batch.labels) for batch in encoded)
+            bar.reach(done)
+    report_unreadable(unreadable, len(indices), all_of_them=not batches)
+    return joined(batches)
 
 
-def _size(run: Fit, model: Model) -> tuple[int, int]:
+def _size(run: Fit, model: "Model") -> tuple[int, int]:
     """Height and width of the views; numbers of the command line checked before images are read."""
     for name in ("num_images", "num_test", "batch_size"):
         if getattr(run, name) < 1:
@@ -236,38 +246,50 @@ def _size(run: Fit, model: Model) -> tuple[int, int]:
     return height, width
 
 
-def _removed(rasa: RASAProjector, patches: Tensor) -> Tensor:
+def _removed(rasa: "RASAProjector", patches: "Tensor") -> "Tensor":
+    """The patch tokens [B, H, W, D] without position."""
+    import torch
+
     return torch.cat([rasa(x.float()).to(x.dtype) for x in patches.split(_FIT_BATCH)])
 
 
-@styled
-def _pca_before_and_after(images: Tensor, patches: Mapping[str, Tensor]) -> Figure:
+def _pca_before_and_after(images: "Tensor", patches: "Mapping[str, Tensor]") -> "Figure":
     """Each image twice: beside its patches' colours before RASA, and after."""
-    maps = [pca_maps(x[: len(images)].float(), threshold=None).rgb for x in patches.values()]
-    figure = figures.pca_maps(
-        images.repeat_interleave(2, 0), torch.stack(maps, dim=1).flatten(0, 1), pairs_per_row=2
-    )
-    for axes, stage in zip(figure.axes[1:4:2], patches, strict=True):
-        axes.set_title(f"PCA {stage} RASA")
-    return figure
+    import torch
+
+    from sslkit.evaluation import figures
+    from sslkit.evaluation.figures.style import styled
+    from sslkit.evaluation.pca import pca_maps
+
+    @styled
+    def draw() -> "Figure":
+        maps = [pca_maps(x[: len(images)].float(), threshold=None).rgb for x in patches.values()]
+        beside = torch.stack(maps, dim=1).flatten(0, 1)
+        figure = figures.pca_maps(images.repeat_interleave(2, 0), beside, pairs_per_row=2)
+        for axes, stage in zip(figure.axes[1:4:2], patches, strict=True):
+            axes.set_title(f"PCA {stage} RASA")
+        return figure
+
+    return draw()
 
 
-def _require_foldable(model: Model) -> None:
+def _require_foldable(model: "Model") -> None:
+    """Raise a ValueError if the model has no final norm that can carry the projection."""
+    from sslkit import backbones
+
     encoder = model.encoder
     if not isinstance(encoder, backbones.ViTEncoder) or encoder.settings is None:
         raise ValueError(
             f"RASA cannot be folded into {model.name}, a {type(encoder).__name__}: an encoder file "
             "needs a network of sslkit.backbones.create. Leave out --fold and give the projector "
-            "to sslkit.evaluation or sslkit.extract as --rasa, or apply it to the patch tokens"
+            "to sslkit evaluate or sslkit extract as --rasa, or apply it to the patch tokens"
         )
 
 
-def _write_folded(model: Model, rasa: RASAProjector, path: Path) -> None:
+def _write_folded(model: "Model", rasa: "RASAProjector", path: Path) -> None:
+    from sslkit import backbones
+
     encoder = model.encoder.cpu()
     assert isinstance(encoder, backbones.ViTEncoder)
     encoder.vit = rasa.fold_into_vit(encoder.vit)
     backbones.save(encoder, path, {"rasa_folded_into": model.identity})
-
-
-if __name__ == "__main__":
-    run_command(main)

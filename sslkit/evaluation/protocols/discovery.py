@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sslkit.evaluation import figures as draw
 from sslkit.evaluation.boxes import localised
 from sslkit.evaluation.features import evenly_spaced
 from sslkit.evaluation.scores import Outcome, Score
@@ -47,8 +48,6 @@ def discovery_outcome(
     hits = localised(torch.stack(predicted), truth)
     figures = {}
     if num_shown:
-        from sslkit.evaluation import figures as draw
-
         shown = evenly_spaced(len(kept), num_shown)
         figures["boxes"] = draw.discovery_boxes(
             [boxed[kept[i]][0] for i in shown],

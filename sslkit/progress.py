@@ -6,11 +6,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
-from typing import Any, Literal, Protocol, TextIO, TypeVar, get_args
+from typing import Any, Literal, Protocol, SupportsFloat, TextIO, TypeVar, get_args
 
-from torch import Tensor
-
-Mode = Literal["auto", "bar", "lines"]
+Mode = Literal["auto", "bar", "lines", "none"]
 T = TypeVar("T")
 _WINDOW = 30.0
 """Seconds over which speeds are averaged."""
@@ -30,7 +28,8 @@ class TrainingProgress:
         total_steps: of the whole run.
         start_step: steps done before, in a resumed run.
         description: what the work is called.
-        mode: ``"auto"``: a bar if ``file`` is a terminal, which needs ``rich``, else lines.
+        mode: ``"bar"``, ``"lines"``, ``"none"`` to show nothing, or ``"auto"``: a bar if ``file``
+            is a terminal, otherwise lines.
         file: standard output by default.
         clock: seconds, for tests.
 
@@ -70,7 +69,7 @@ class TrainingProgress:
         """Over the last 30 seconds, up to the latest update; NaN before the first one."""
         return self._speed.images_per_second
 
-    def update(self, step: int, loss: float | Tensor, images: int) -> None:
+    def update(self, step: int, loss: SupportsFloat, images: int) -> None:
         """Tell that ``step`` steps are done.
 
         Args:
@@ -85,7 +84,8 @@ class TrainingProgress:
             self._shown_at = now
             speed = f"{self._speed.images_per_second:.0f} images/s"
             left = self._speed.left(self.total_steps)
-            self._display.show(self._task, step, f"loss {float(loss):.3f}  {speed}  {left}")
+            text = f"loss {float(loss):.3f}  {speed}  {left}"
+            self._display.show(self._task, step, self.total_steps, text)
 
     def message(self, text: str) -> None:
         """Print a line above the bar."""
@@ -95,7 +95,7 @@ class TrainingProgress:
         self, iterable: Iterable[T], description: str, total: int | None = None
     ) -> Iterator[T]:
         """Like :func:`track`, as a second bar while this one is open."""
-        return _track(self._display, iterable, description, total, self._clock)
+        return _track(self._display, iterable, description, total, self._clock, remove=True)
 
     def __enter__(self) -> "TrainingProgress":
         self._display.start()
@@ -110,6 +110,64 @@ class TrainingProgress:
         self._display.stop()
 
 
+class WorkProgress:
+    """Shows how far work is that says itself how much of it is done.
+
+    Args:
+        description: what the work is called.
+        total: the number of items; None while it is unknown.
+        start: items that are done already, in work that is continued.
+        mode: as in :class:`TrainingProgress`. Lines come every 5 seconds and at the end.
+        file: standard error by default, so that it does not mix with results.
+        clock: seconds, for tests.
+
+    >>> with WorkProgress("fits", 3, file=sys.stdout, clock=iter([0, 6, 7, 8]).__next__) as work:
+    ...     work.reach(1)
+    ...     work.reach(3)
+    fits 1/3
+    fits 3/3  in 0:00:08
+    """
+
+    def __init__(
+        self,
+        description: str,
+        total: int | None = None,
+        *,
+        start: int = 0,
+        mode: Mode = "auto",
+        file: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._display = _open_display(mode, file or sys.stderr)
+        self._work = (description, total, start, clock)
+        self._counted: _Counted | None = None
+
+    def reach(self, done: int, total: int | None = None) -> None:
+        """Tell that ``done`` items are done, of ``total`` if their number has become known."""
+        if self._counted is None:
+            raise RuntimeError("a WorkProgress is told how far it is inside its with block")
+        self._counted.reach(done, total)
+
+    def message(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._display.message(text)
+
+    def __enter__(self) -> "WorkProgress":
+        self._display.start()
+        self._counted = _Counted(self._display, *self._work)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._counted is not None and error is None:
+            self._counted.finish()
+        self._display.stop()
+
+
 def track(
     iterable: Iterable[T],
     description: str,
@@ -119,7 +177,7 @@ def track(
     file: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[T]:
-    """Go through ``iterable`` and show how far the work is, as :class:`TrainingProgress` does.
+    """Go through ``iterable`` and show how far the work is, as :class:`WorkProgress` does.
 
     Inside a :class:`TrainingProgress` use its method of the same name: a terminal shows one display
     at a time.
@@ -128,21 +186,22 @@ def track(
         iterable: what to go through.
         description: what the work is called.
         total: number of items; ``len(iterable)`` by default, unknown if it has no length.
-        mode: as in :class:`TrainingProgress`. Lines come every 5 seconds and at the end.
-        file: likewise.
-        clock: likewise.
+        mode: as in :class:`TrainingProgress`.
+        file: as in :class:`WorkProgress`.
+        clock: seconds, for tests.
 
-    >>> for item in track("ab", "features", mode="lines", clock=iter([0, 6, 7, 8]).__next__):
+    >>> clock = iter([0, 6, 7, 8]).__next__
+    >>> for item in track("ab", "features", mode="lines", file=sys.stdout, clock=clock):
     ...     print(item)
     a
     features 1/2
     b
     features 2/2  in 0:00:08
     """
-    display = _open_display(mode, file or sys.stdout)
+    display = _open_display(mode, file or sys.stderr)
     display.start()
     try:
-        yield from _track(display, iterable, description, total, clock)
+        yield from _track(display, iterable, description, total, clock, remove=False)
     finally:
         display.stop()
 
@@ -153,23 +212,53 @@ def _track(
     description: str,
     total: int | None,
     clock: Callable[[], float],
+    remove: bool,
 ) -> Iterator[T]:
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
-    task = display.add(description, total, 0)
-    shown_at = clock()
-    speed = _Speed(shown_at, 0)
-    start, done = shown_at, 0
+    counted = _Counted(display, description, total, 0, clock)
     for done, item in enumerate(iterable, start=1):
         yield item
-        now = clock()
-        speed.add(now, done, 0)
-        if now - shown_at >= display.interval and done != total:
-            shown_at = now
-            left = "" if total is None else speed.left(total)
-            display.show(task, done, left)
-    display.show(task, done, f"in {_duration(clock() - start)}")
-    display.remove(task)
+        counted.reach(done)
+    counted.finish()
+    if remove:
+        counted.remove()
+
+
+class _Counted:
+    """Items that are done of a piece of work, on a display."""
+
+    def __init__(
+        self,
+        display: "_Display",
+        description: str,
+        total: int | None,
+        start: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._display, self._clock = display, clock
+        self._done, self._total = start, total
+        self._started = self._shown_at = clock()
+        self._speed = _Speed(self._started, start)
+        self._task = display.add(description, total, start)
+        if start:
+            display.show(self._task, start, total, "")
+
+    def reach(self, done: int, total: int | None = None) -> None:
+        self._done, self._total = done, self._total if total is None else total
+        now = self._clock()
+        self._speed.add(now, done, 0)
+        if now - self._shown_at >= self._display.interval and done != self._total:
+            self._shown_at = now
+            left = "" if self._total is None else self._speed.left(self._total)
+            self._display.show(self._task, done, self._total, left)
+
+    def finish(self) -> None:
+        took = f"in {_duration(self._clock() - self._started)}"
+        self._display.show(self._task, self._done, self._total, took)
+
+    def remove(self) -> None:
+        self._display.remove(self._task)
 
 
 class _Speed:
@@ -212,9 +301,31 @@ class _Display(Protocol):
     def start(self) -> None: ...
     def stop(self) -> None: ...
     def add(self, description: str, total: int | None, done: int) -> Any: ...
-    def show(self, task: Any, done: int, text: str) -> None: ...
+    def show(self, task: Any, done: int, total: int | None, text: str) -> None: ...
     def remove(self, task: Any) -> None: ...
     def message(self, text: str) -> None: ...
+
+
+class _Nothing:
+    interval = math.inf
+
+    def start(self) -> None:
+        """Nothing is shown."""
+
+    def stop(self) -> None:
+        """Nothing is shown."""
+
+    def add(self, description: str, total: int | None, done: int) -> Any:
+        return None
+
+    def show(self, task: Any, done: int, total: int | None, text: str) -> None:
+        """Nothing is shown."""
+
+    def remove(self, task: Any) -> None:
+        """Nothing is shown."""
+
+    def message(self, text: str) -> None:
+        """Nothing is shown."""
 
 
 class _Lines:
@@ -222,7 +333,6 @@ class _Lines:
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
-        self._tasks: list[tuple[str, str]] = []
 
     def start(self) -> None:
         """Lines need no preparation."""
@@ -231,12 +341,11 @@ class _Lines:
         """Every line is already written."""
 
     def add(self, description: str, total: int | None, done: int) -> Any:
-        self._tasks.append((description, "" if total is None else f"/{total}"))
-        return len(self._tasks) - 1
+        return description
 
-    def show(self, task: Any, done: int, text: str) -> None:
-        description, of_total = self._tasks[task]
-        self.message(f"{description} {done}{of_total}  {text}".rstrip())
+    def show(self, task: Any, done: int, total: int | None, text: str) -> None:
+        of_total = "" if total is None else f"/{total}"
+        self.message(f"{task} {done}{of_total}  {text}".rstrip())
 
     def remove(self, task: Any) -> None:
         """The lines stay."""
@@ -268,8 +377,8 @@ class _Bar:
     def add(self, description: str, total: int | None, done: int) -> Any:
         return self._progress.add_task(description, total=total, completed=done, text="")
 
-    def show(self, task: Any, done: int, text: str) -> None:
-        self._progress.update(task, completed=done, text=text)
+    def show(self, task: Any, done: int, total: int | None, text: str) -> None:
+        self._progress.update(task, completed=done, total=total, text=text)
 
     def remove(self, task: Any) -> None:
         self._progress.remove_task(task)
@@ -281,14 +390,12 @@ class _Bar:
 def _open_display(mode: Mode, file: TextIO) -> _Display:
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}")
+    if mode == "none":
+        return _Nothing()
     if mode == "lines" or (mode == "auto" and not file.isatty()):
         return _Lines(file)
-    try:
-        from rich.console import Console
-    except ImportError as error:
-        raise ImportError(
-            "a progress bar needs rich: pip install 'sslkit[recipe]', or pass mode='lines'"
-        ) from error
+    from rich.console import Console  # 50 ms, which a log file does not need
+
     console = Console(file=file, force_terminal=True)
     if mode == "auto" and console.is_dumb_terminal:
         return _Lines(file)

@@ -1,27 +1,19 @@
-"""python -m sslkit.export timm|hf|onnx|torch --weights FILE --output DIR: encoders for others."""
+"""`sslkit export FORM`: encoders for timm, the Hugging Face Hub, ONNX and torch.export."""
 
 import dataclasses
-import json
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
-from sslkit import backbones
-from sslkit.backbones import Loaded
-from sslkit.backbones.checkpoint import HEADER_KEY
-from sslkit.backbones.files import read_header
-from sslkit.command_line import run_command
-from sslkit.export import HubEncoder, save_for_timm, save_onnx, save_program
-from sslkit.export.card import Card, read_scores, write_card
-from sslkit.export.hub import projectors
-from sslkit.export.timm_weights import FORMAT as TIMM_FORMAT
-from sslkit.files import atomic_write, file_digest, parse_json, read_json_object
-from sslkit.rasa import load_rasa
+if TYPE_CHECKING:
+    from sslkit.backbones import Loaded
+    from sslkit.export.card import Card
 
 
 @dataclass(frozen=True)
@@ -29,8 +21,7 @@ class Export:
     """Which encoder goes where."""
 
     weights: str
-    """A file or folder of weights, hf:ORG/NAME or timm:NAME: all that sslkit.backbones.load reads,
-    the recipe's exports among them."""
+    """Model: a file, a folder, hf:ORG/NAME, timm:NAME or random:NAME."""
     output: Path
     """The folder to write, made if missing; earlier files of the same names are replaced."""
     rasa: Path | None = None
@@ -50,7 +41,7 @@ class Described(Export):
     datasets: tuple[str, ...] = ()
     """What the encoder was trained on, by names of the Hub."""
     results: Path | None = None
-    """Scores: results.json of the recipe or of sslkit.evaluation; default: the one beside
+    """Scores: results.json of the recipe or of sslkit evaluate; default: the one beside
     --weights, if there is one with scores of this model."""
     model: str | None = None
     """Its name in --results; default: the stage of the recipe, or else the name of --weights."""
@@ -58,17 +49,17 @@ class Described(Export):
 
 @dataclass(frozen=True)
 class Timm(Described):
-    """A folder for timm: timm.create_model("local-dir:DIR", pretrained=True)."""
+    """Write a folder for timm: timm.create_model("local-dir:DIR", pretrained=True)."""
 
     mean: tuple[float, ...] | None = None
-    """What images in 0..1 are normalised with, one value a channel; default: ImageNet's."""
+    """Mean that images in 0..1 are normalised with, one value a channel; default: ImageNet's."""
     std: tuple[float, ...] | None = None
-    """Likewise."""
+    """Standard deviation that images are normalised with; default: ImageNet's."""
 
 
 @dataclass(frozen=True)
 class HuggingFace(Described):
-    """A folder for the Hub: sslkit.export.HubEncoder.from_pretrained("DIR"), heads included."""
+    """Write a folder for the Hub, with heads: sslkit.export.HubEncoder.from_pretrained("DIR")."""
 
     push: bool = False
     """Also upload it to --name, with the token of `hf auth login`."""
@@ -78,28 +69,34 @@ class HuggingFace(Described):
 
 @dataclass(frozen=True)
 class Onnx(Export):
-    """encoder.onnx, of any batch, height and width."""
+    """Write encoder.onnx, for any batch, height and width."""
 
 
 @dataclass(frozen=True)
 class Torch(Export):
-    """encoder.pt2 for torch.export.load, of any batch, height and width."""
+    """Write encoder.pt2 for torch.export.load, for any batch, height and width."""
 
 
-_COMMANDS: dict[str, Any] = {"timm": Timm, "hf": HuggingFace, "onnx": Onnx, "torch": Torch}
+_form = partial(tyro.conf.subcommand, prefix_name=False)
+FORMS = Annotated[
+    Annotated[Timm, _form("timm")]
+    | Annotated[HuggingFace, _form("hf")]
+    | Annotated[Onnx, _form("onnx")]
+    | Annotated[Torch, _form("torch")],
+    tyro.conf.arg(name=""),
+]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    chosen: Export = tyro.extras.subcommand_cli_from_dict(
-        _COMMANDS, args=words, prog="python -m sslkit.export", description=__doc__
+def main(arguments: Sequence[str]) -> None:
+    """Read the weights and write them in the form of the command line."""
+    export: Export = tyro.cli(
+        cast(Any, FORMS),
+        args=arguments,
+        prog="sslkit export",
+        description="Write an encoder for timm, the Hugging Face Hub, ONNX or torch.export.",
     )
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            run(chosen)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    with warnings.catch_warnings(record=True) as caught:
+        run(export)
     for warning in caught:
         if warning.category is UserWarning and "sslkit" in warning.filename:
             print(f"warning: {warning.message}", file=sys.stderr)
@@ -107,6 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(export: Export) -> None:
     """Read, fold and write, as the command line says."""
+    from sslkit import backbones
+    from sslkit.export import save_for_timm, save_onnx, save_program
+    from sslkit.export.beside import read_run
+    from sslkit.export.card import write_card
+    from sslkit.export.timm_weights import FORMAT
+    from sslkit.files import atomic_write, file_digest
+    from sslkit.rasa import load_rasa
+
     loaded = backbones.read(export.weights, img_size=export.img_size)
     encoder = loaded.encoder.eval()
     metadata = read_run(export.weights)
@@ -127,7 +132,7 @@ def run(export: Export) -> None:
             text = write_card(
                 card,
                 encoder,
-                form=TIMM_FORMAT,
+                form=FORMAT,
                 metadata=metadata,
                 digest=file_digest(output / "model.safetensors"),
             )
@@ -140,8 +145,11 @@ def run(export: Export) -> None:
             raise TypeError(f"no export for {type(export).__name__}")
 
 
-def write_for_hub(export: HuggingFace, loaded: Loaded, metadata: dict[str, str]) -> None:
+def write_for_hub(export: HuggingFace, loaded: "Loaded", metadata: dict[str, str]) -> None:
     """The folder of `HubEncoder`, and perhaps its upload."""
+    from sslkit.export import HubEncoder
+    from sslkit.export.hub import projectors
+
     if export.push and export.name is None:
         raise ValueError("--push needs --name ORG/NAME, the repository to upload to")
     encoder = HubEncoder(
@@ -159,31 +167,11 @@ def write_for_hub(export: HuggingFace, loaded: Loaded, metadata: dict[str, str])
         print(encoder.push_to_hub(export.name, private=export.private))
 
 
-def read_run(weights: str) -> dict[str, str]:
-    """What the run that wrote the weights said beside them.
-
-    The text in the file's header, and the recipe's ``settings.json`` in the same folder where the
-    header has no settings (an encoder with RASA).
-    """
-    path = Path(weights)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if path.suffix != ".safetensors" or not path.is_file():
-        return {}
-    header = read_header(path)
-    if HEADER_KEY not in header:
-        return {}
-    metadata = {key: value for key, value in header.items() if key != HEADER_KEY}
-    settings = path.parent / "settings.json"
-    if "stage" in metadata and "settings" not in metadata and settings.is_file():
-        if settings.is_symlink():  # what it leads to would be published with the weights
-            raise ValueError(f"{settings} is a link; replace it by the file")
-        metadata["settings"] = json.dumps(read_json_object(settings, "restore or remove it"))
-    return metadata
-
-
-def describe(export: Described, metadata: dict[str, str]) -> Card:
+def describe(export: Described, metadata: dict[str, str]) -> "Card":
     """What the command line and the files beside the weights say for a model card."""
+    from sslkit.export.card import Card, read_scores
+    from sslkit.files import file_digest, parse_json
+
     weights = Path(export.weights)
     model = export.model or metadata.get("stage") or weights.stem
     card = Card(
@@ -206,7 +194,3 @@ def describe(export: Described, metadata: dict[str, str]) -> Card:
         settings = parse_json(metadata.get("settings", "{}"), "the settings beside the weights")
         scored_on = settings.get("data") if isinstance(settings, dict) else None
     return dataclasses.replace(card, scores=scores, scored_on=scored_on)
-
-
-if __name__ == "__main__":
-    run_command(main)

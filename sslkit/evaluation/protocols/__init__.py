@@ -5,7 +5,7 @@ Each is a module with ``Options``, a frozen dataclass, and ``evaluate(subject, o
 
 from typing import Any, Protocol
 
-from sslkit.evaluation import (
+from sslkit.evaluation.protocols import (
     attention,
     cluster_entropy,
     correspondence,

@@ -1,31 +1,56 @@
-"""python -m sslkit.evaluation PROTOCOL --weights W ... --data D --output O
-
-PROTOCOL is one of those of `sslkit.evaluation.protocols`, or `all`: those that the data and the
-models have what it takes for.
-"""
+"""`sslkit evaluate PROTOCOL`: score models on data, side by side, as a table and a report."""
 
 import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from sslkit.command_line import run_command
-from sslkit.data.annotated.open import open_annotated
-from sslkit.data.decode import UnreadableImage
-from sslkit.evaluation.comparison import compare, table, write
-from sslkit.evaluation.models import Model, open_model
-from sslkit.evaluation.protocols import PROTOCOLS
-from sslkit.evaluation.report import format_table
-from sslkit.evaluation.subject import Subject
-from sslkit.evaluation.tokens import Unsuitable
-from sslkit.evaluation.views import RESIZE_OVER_CROP
-from sslkit.rasa import load_rasa
-from sslkit.training.parallel import local_device
+from sslkit.commands.main import refuse, table
 
+if TYPE_CHECKING:
+    from sslkit.evaluation.models import Model
+    from sslkit.evaluation.subject import Subject
+
+USAGE = """usage: sslkit evaluate PROTOCOL --weights W ... --data D --output O ...
+
+Score models on data, side by side, as a table and a report.
+
+{protocols}
+
+sslkit evaluate PROTOCOL --help says more."""
+
+# The first lines of the protocols' options, which cannot be imported without PyTorch.
+SUMMARIES = {
+    "all": "Every protocol that the data and the models are fit for.",
+    "knn": "k-NN accuracy of the class token, or of the mean patch token.",
+    "linear": "Linear classification: the best of a grid of heads on class and mean patch tokens.",
+    "logistic": "Logistic regression on the class token, its penalty chosen on held-out training "
+    "images.",
+    "robustness": "Accuracy of ImageNet's (--data) linear head on its variants, each a folder of "
+    "classes.",
+    "ood": "Out-of-distribution detection: AUROC of six scores, over near and far sets.",
+    "in-context": "In-context segmentation: masks read off a memory of labelled training patches.",
+    "linear-segmentation": "Linear segmentation: one linear layer from patch tokens to classes.",
+    "overclustering": "Overclustering: k-means clusters of the test patches against their classes.",
+    "lost": "Object discovery with LOST: CorLoc of one box an image, from the keys of a block.",
+    "tokencut": "Object discovery with TokenCut: CorLoc of one box an image, from the keys of a "
+    "block.",
+    "correspondence": "Key points found again on another object of the class (SPair-71k): PCK, "
+    "mean over classes.",
+    "depth": "Depth: a linear probe on the patch and class tokens of the last blocks.",
+    "feat2gs": "Feat2GS: write the features of the test images, the views of one scene, for its "
+    "training.",
+    "pca": "Principal components of patch features as colours: a picture, without a score.",
+    "attention": "Where the class token looks: a picture of attention maps, without a score.",
+    "cluster-entropy": "Do clusters of patch features stand for content (1) or for a place in the "
+    "image (0)?",
+    "position": "How well patch tokens tell where in the image they are.",
+    "matryoshka": "Another protocol's first score by the number of features kept.",
+}
 _NEED_MORE = ("robustness", "ood", "matryoshka", "feat2gs")  # than the data alone: not in `all`
 _GLOBAL_SIZE, _DENSE_OVER_GLOBAL = 224, 2
 
@@ -35,8 +60,8 @@ class Run:
     """Which models on which images, and where the results go."""
 
     weights: tuple[str, ...]
-    """Models, each as NAME=SPEC or SPEC: a file of the recipe, random:FILE, random:NAME, timm:NAME
-    or floor. The first is the one that the others are compared with."""
+    """Models, each as W or NAME=W: a file, a folder, hf:ORG/NAME, timm:NAME, random:NAME, or floor
+    (colours and positions without a network). The others are compared with the first."""
     data: str
     """Class folders, a folder of images and masks, voc:PATH, ade20k:PATH, coco-stuff:PATH,
     spair:PATH, nyu:PATH, scenes, ... (sslkit.data.annotated.open)."""
@@ -50,7 +75,7 @@ class Run:
     """Pixels a side of the centre crop for class tokens; default: the first encoder's size."""
     dense_size: int | None = None
     """Pixels a side of the crop for patch tokens; default: twice that."""
-    resize_over_crop: float = RESIZE_OVER_CROP
+    resize_over_crop: float = 256 / 224
     """Images are resized to this multiple of --global-size before the crop."""
     num_train: int | None = None
     """Largest number of training images; they are evenly spaced."""
@@ -77,8 +102,13 @@ class Run:
     """Resamples of the test images that an interval is taken from."""
 
 
-def subjects(run: Run) -> list[Subject]:
+def subjects(run: Run) -> "list[Subject]":
     """One for each model, and for each of its nesting sizes."""
+    from sslkit.evaluation.models import open_model
+    from sslkit.evaluation.subject import Subject
+    from sslkit.rasa import load_rasa
+    from sslkit.training.parallel import local_device
+
     sources = {split: _open(run, split) for split in ("train", "test")}
     models = [
         open_model(spec, seed=run.seed, floor_patch_size=run.floor_patch_size)
@@ -121,7 +151,7 @@ def subjects(run: Run) -> list[Subject]:
     return found
 
 
-def _problems(run: Run, models: Sequence[Model], sizes: dict[str, int]) -> list[str]:
+def _problems(run: Run, models: "Sequence[Model]", sizes: dict[str, int]) -> list[str]:
     """What is wrong with numbers of the command line, said before any image is read."""
     problems = [
         f"--{name.replace('_', '-')} must be at least 1, got {getattr(run, name)}"
@@ -146,6 +176,8 @@ def _problems(run: Run, models: Sequence[Model], sizes: dict[str, int]) -> list[
 
 
 def _open(run: Run, split: Literal["train", "test"]) -> Any:
+    from sslkit.data.annotated.open import open_annotated
+
     return open_annotated(
         run.data,
         split=split,
@@ -161,17 +193,18 @@ def _identity(run: Run) -> str:
     return f"{name}, scenes {run.num_scenes} of {run.scene_size}, seed {run.seed}"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    names = {"all": "every protocol that the data and the models are fit for"}
-    names |= {name: (module.Options.__doc__ or "") for name, module in PROTOCOLS.items()}
-    if not words or words[0] not in names:
-        asked = f"no protocol {words[0]!r}" if words and words[0] not in ("-h", "--help") else ""
-        listed = format_table([(name, text.splitlines()[0]) for name, text in names.items()])
-        print(f"{__doc__}\n{listed}\n\npython -m sslkit.evaluation PROTOCOL --help says more.")
-        sys.exit(f"error: {asked}" if asked else 0)
-    chosen = words[0]
+def main(arguments: Sequence[str]) -> None:
+    """Run one protocol, or all, with the options of the command line."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE.format(protocols=table(SUMMARIES)))
+        return
+    chosen, *words = arguments
+    if chosen not in SUMMARIES:
+        refuse("protocol", chosen, list(SUMMARIES), "sslkit evaluate --help")
+    # The options of a protocol stand beside its mathematics.
+    from sslkit.data.decode import UnreadableImage
+    from sslkit.evaluation.protocols import PROTOCOLS
+
     flat = tyro.conf.arg(name="")
     fields: list[tuple[str, Any]] = [("run", Annotated[Run, flat])]
     if chosen == "all":  # --linear.num-steps 1000
@@ -182,14 +215,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fields.append((_field(chosen), Annotated[PROTOCOLS[chosen].Options, flat]))
     settings: Any = tyro.cli(
         dataclasses.make_dataclass("Settings", fields, frozen=True),
-        args=words[1:],
-        prog=f"python -m sslkit.evaluation {chosen}",
-        description=names[chosen],
+        args=words,
+        prog=f"sslkit evaluate {chosen}",
+        description=SUMMARIES[chosen],
     )
     options = {name: getattr(settings, _field(name)) for name in protocols}
     try:
         evaluate(settings.run, options, skip_unsuitable=chosen == "all")
-    except (ValueError, OSError, ImportError, RuntimeError, UnreadableImage) as error:
+    except UnreadableImage as error:
         sys.exit(f"error: {error}")
 
 
@@ -200,6 +233,10 @@ def _field(protocol: str) -> str:
 
 def evaluate(run: Run, options: dict[str, Any], *, skip_unsuitable: bool = False) -> None:
     """Run protocols, by name with their options, and write the results."""
+    from sslkit.evaluation.comparison import compare, table, write
+    from sslkit.evaluation.report import format_table
+    from sslkit.evaluation.tokens import Unsuitable
+
     comparison = compare(
         subjects(run),
         options,
@@ -217,7 +254,3 @@ def evaluate(run: Run, options: dict[str, Any], *, skip_unsuitable: bool = False
     page = write(comparison, run.output, title=title, settings=settings)
     print(format_table([("", *comparison.models), *table(comparison)]))
     print(f"report: {page}")
-
-
-if __name__ == "__main__":
-    run_command(main)

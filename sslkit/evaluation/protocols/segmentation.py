@@ -1,0 +1,38 @@
+"""What the segmentation protocols share: patches with the masks under them, and a picture."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslkit.evaluation import figures
+from sslkit.evaluation.features import Features, evenly_spaced
+from sslkit.evaluation.subject import Subject
+
+
+def masked_patches(subject: Subject, source: str) -> tuple[Features, Tensor, tuple[str, ...]]:
+    """Patches of a source's dense views, the masks [B, h, w] under them, and the classes' names."""
+    class_names = subject.annotated(source, "mask").mask_class_names  # before the extraction
+    features = subject.features(source, "patches", view="dense")
+    return features, subject.masks(source, features), tuple(class_names)
+
+
+def draw_segmentation(
+    subject: Subject,
+    features: Features,
+    truth: Tensor,
+    predictions: Tensor,
+    *,
+    title: str,
+    class_names: tuple[str, ...],
+    count: int = 5,
+) -> Any:
+    """The figure of a few test images, evenly spaced; masks are those of all of ``features``."""
+    chosen = evenly_spaced(len(features), count)
+    return figures.segmentation(
+        torch.stack(subject.images("test", features.indices[chosen].tolist())),
+        truth[chosen],
+        predictions[chosen],
+        title=title,
+        class_names=class_names,
+    )

@@ -1,0 +1,1 @@
+"""Complete methods, assembled from the parts on the engine of `sslkit.training`."""

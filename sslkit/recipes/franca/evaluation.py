@@ -1,0 +1,222 @@
+"""Scores of a run's encoders: k-NN during training, and the comparison of all stages at the end."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslkit.backbones import ViTEncoder
+from sslkit.data.annotated import Segmented
+from sslkit.data.crops import random_crop
+from sslkit.evaluation.features import Features, Unsuitable, evenly_spaced, extract
+from sslkit.evaluation.floor import Pixels
+from sslkit.evaluation.in_context import in_context_segmentation
+from sslkit.evaluation.knn import knn_predict
+from sslkit.evaluation.labels import with_labels
+from sslkit.evaluation.matryoshka import matryoshka_curve
+from sslkit.evaluation.position import position_probe
+from sslkit.evaluation.scores import Score, bootstrap
+from sslkit.evaluation.subject import Subject
+from sslkit.files import atomic_write
+from sslkit.recipes.franca.exports import (
+    finished_stages,
+    last_trained,
+    load_encoder,
+    make_encoder,
+)
+from sslkit.recipes.franca.settings import Settings
+from sslkit.training.data import Sources, open_sources
+from sslkit.training.run import Run
+from sslkit.training.settings import SettingsError
+
+SCORES = ("knn", "online_knn", "matryoshka", "in_context", "position_r2")
+
+
+def online_knn(
+    encoder: nn.Module, run: Run[Settings], sources: Sources, size: int
+) -> dict[str, float]:
+    """k-NN accuracy of an encoder on a sample of the images, as ``{"knn/20": 0.9}``.
+
+    Args:
+        encoder: any token encoder.
+        run: the run, whose settings say how many images are sampled.
+        sources: the data; without classes or labels there is no score.
+        size: pixels a side of an image.
+    """
+    options = run.settings.evaluation
+    if not sources.labelled:
+        return {}
+    images = subject(encoder, run, sources, size, (options.online_train, options.online_test))
+    train, test = (images.features(split, "cls") for split in Sources._fields)
+    if not _have_labels(train, test):
+        warnings.warn("no online k-NN: none of the sampled images has a label", stacklevel=2)
+        return {}
+    return {f"knn/{options.knn}": _knn_hits(train, test, train.cls, test.cls, options.knn).value}
+
+
+def compare_stages(run: Run[Settings]) -> None:
+    """Score the untrained encoder and those of all stages, in ``results.json``."""
+    settings, options = run.settings, run.settings.evaluation
+    sources = open_sources(settings)
+    last = last_trained(run)
+    _require_export_of(run, last)
+    torch.manual_seed(settings.seed)
+    untrained = make_encoder(settings.model, settings.crops.global_size)  # as before training
+    first_size, last_size = (settings.global_size(stage) for stage in ("pretrain", last))
+    # Pixels are what features have to beat.
+    contestants: dict[str, tuple[nn.Module, int]] = {
+        "raw pixels": (Pixels(standardised=False), first_size),
+        "standardised pixels": (Pixels(), first_size),
+        "random init": (untrained, first_size),
+    }
+    if settings.init_from:
+        contestants["init"] = (load_encoder(run, "init"), first_size)
+    floor = list(contestants)
+    for stage in finished_stages(run):
+        size = first_size if stage == "pretrain" else last_size
+        contestants[stage] = (load_encoder(run, stage), size)
+
+    results: dict[str, Any] = {name: {} for name in (*SCORES, "chance")}
+    measured: dict[str, dict[str, Score]] = {"knn": {}, "in_context": {}, "position_r2": {}}
+    for name, (encoder, size) in contestants.items():
+        print(f"evaluate: {name}")
+        encoder = encoder.to(run.parallel.device)
+        images = subject(encoder, run, sources, size, (options.num_train, options.num_test))
+        labelled = sources.labelled
+        if labelled:
+            train, test = (images.features(split, "cls") for split in Sources._fields)
+            labelled = _have_labels(train, test)
+        if labelled:
+            measured["knn"][name] = _knn_hits(train, test, train.cls, test.cls, k=options.knn)
+            results["chance"]["knn"] = 1 / sources.train.num_classes
+            # What the curve of the online score has to be compared with.
+            online = online_knn(encoder, run, sources, size) if name in floor else {}
+            results["online_knn"] |= dict.fromkeys([name], *online.values()) if online else {}
+        if isinstance(encoder, Pixels):
+            continue
+        if labelled:
+            results["matryoshka"][name] = matryoshka_curve(
+                train.cls,
+                test.cls,
+                score=partial(_knn_accuracy, train, test, k=options.knn),
+                sizes=settings.model.nesting_dims or None,
+            )
+        images = subject(encoder, run, sources, size, 2 * (options.num_dense,))
+        train, test = (images.features(split, "patches", view="dense") for split in Sources._fields)
+        probe = position_probe(train.patches, test.patches)
+        measured["position_r2"][name] = Score.mean(probe.r2_by_image(), percent=False)
+        if isinstance(sources.train, Segmented):
+            num_classes = len(sources.train.mask_class_names)
+            try:
+                segmented = in_context_segmentation(
+                    train.patches,
+                    images.masks("train", train),
+                    test.patches,
+                    images.masks("test", test),
+                    num_classes,
+                )
+            except Unsuitable as error:
+                print(f"evaluate: no in-context segmentation: {error}")
+            else:
+                measured["in_context"][name] = Score.of_confusion(segmented.confusions)
+    results |= {kind: {m: s.value for m, s in by.items()} for kind, by in measured.items()}
+    results["intervals"] = {
+        kind: {m: _interval(s, run) for m, s in by.items()} for kind, by in measured.items()
+    }
+    results["test_images"] = {
+        kind: score.num_items for kind, by in measured.items() for score in by.values()
+    }
+    with atomic_write(run.output / "results.json") as file:
+        file.write(json.dumps(results, indent=2).encode())
+
+
+def crop_features(run: Run[Settings], encoder: ViTEncoder, size: int) -> Tensor:
+    """Patch features of random crops of training images, for RASA to be fitted on.
+
+    Args:
+        run: its settings ``rasa`` say how many images, and how large a part of each.
+        encoder: is moved to the device of the run.
+        size: pixels a side of a crop.
+
+    Returns:
+        [B, H, W, D] in float16.
+    """
+    options, device = run.settings.rasa, run.parallel.device
+    images = open_sources(run.settings).train
+    return extract(
+        encoder.to(device),
+        images,
+        transform=random_crop(size, options.crop_scale, generator=run.generator("rasa")),
+        indices=evenly_spaced(len(images), options.num_images),
+        batch_size=run.settings.evaluation.batch_size,
+        want=("patches",),
+        device=device,
+        dtype=torch.float16,
+    ).patches
+
+
+# ---------------------------------------------------------------------------- parts of it
+
+
+def subject(
+    encoder: nn.Module, run: Run[Settings], sources: Sources, size: int, counts: Sequence[int]
+) -> Subject:
+    """An encoder and ``counts`` images of each split, in the views that evaluations use."""
+    settings = run.settings
+    parameters = list(encoder.parameters())
+    return Subject(
+        type(encoder).__name__,
+        encoder,
+        sources._asdict(),
+        identity={},
+        global_size=size,
+        dense_size=size,
+        resize_over_crop=settings.evaluation.resize_over_crop,
+        limits=dict(zip(Sources._fields, counts, strict=True)),
+        batch_size=settings.evaluation.batch_size,
+        device=str(parameters[0].device) if parameters else "cpu",
+        seed=settings.seed,
+    )
+
+
+def _require_export_of(run: Run[Settings], stage: str) -> None:
+    """Refuse settings that make another encoder than the exported one, before building it."""
+    settings = run.settings
+    with torch.device("meta"):
+        asked = make_encoder(settings.model, settings.global_size(stage)).state_dict()
+    found = load_encoder(run, stage).state_dict()
+    if {k: x.shape for k, x in asked.items()} != {k: x.shape for k, x in found.items()}:
+        raise SettingsError(
+            f"--model: {run.export_path(stage)} has another encoder than these settings make"
+        )
+
+
+def _knn_hits(
+    train: Features, test: Features, train_cls: Tensor, test_cls: Tensor, k: int
+) -> Score:
+    """Top-1 accuracy of weighted k-NN, whose value for each test image can be resampled."""
+    labels, test_cls = with_labels(test.labels, test_cls, name="test_labels")
+    return Score.mean(knn_predict(train_cls, train.labels, test_cls, ks=(k,))[k] == labels)
+
+
+def _knn_accuracy(
+    train: Features, test: Features, train_cls: Tensor, test_cls: Tensor, k: int
+) -> float:
+    return _knn_hits(train, test, train_cls, test_cls, k=k).value
+
+
+def _have_labels(*splits: Features) -> bool:
+    """Whether each split has an image with a label."""
+    return all(bool((features.labels >= 0).any()) for features in splits)
+
+
+def _interval(score: Score, run: Run[Settings]) -> list[float]:
+    """95 % interval, [low, high], of a score. All models share the resamples of test images."""
+    generator = torch.Generator().manual_seed(run.settings.seed)
+    found = bootstrap(score, generator=generator)
+    assert found is not None
+    return [found.low, found.high]
