@@ -14,7 +14,7 @@ from sslkit.data.annotated.pascal_voc import VOCBoxes, VOCSegmentation
 from sslkit.data.annotated.protocols import Paired
 from sslkit.data.annotated.spair import SPair
 from sslkit.data.decode import MAX_SIDE
-from sslkit.data.protocols import Source
+from sslkit.data.image_source import Source
 from sslkit.data.sources import open_source
 from sslkit.data.splits import Split, train_test_split
 
