@@ -73,7 +73,7 @@ def run(settings: Settings) -> None:
         kept_rows,
         similarity_to_rows,
     )
-    from sslkit.evaluation.report import format_table, write_report
+    from sslkit.evaluation.markdown_report import format_table, write_report
     from sslkit.files import atomic_write
 
     features, names, source = _open(settings)

@@ -15,7 +15,7 @@ from sslkit import CyclicMaskGenerator, MatryoshkaProjector, backbones
 from sslkit.data import MultiCrop, Source, UnreadableImage
 from sslkit.data.channels import with_channels
 from sslkit.evaluation import figures as draw
-from sslkit.evaluation import report
+from sslkit.evaluation import markdown_report
 from sslkit.evaluation.attention import cls_attention
 from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
 from sslkit.evaluation.features import evenly_spaced, extract
@@ -53,7 +53,7 @@ def write_report(run: Run[Settings]) -> None:
         **feature_pictures(run, results, last, sources.test),
     }
     columns = ("Score", "Value [95 % interval over test images]")
-    page = report.write_report(
+    page = markdown_report.write_report(
         run.output,
         title=f"Franca on {settings.data}",
         settings=dataclasses.asdict(settings),
@@ -61,7 +61,7 @@ def write_report(run: Run[Settings]) -> None:
         columns=columns,
         figures=figures,
     )
-    print(report.format_table([columns, *rows]))
+    print(markdown_report.format_table([columns, *rows]))
     print(f"report: {page}")
 
 
