@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from sslkit.backbones import fit
-from sslkit.backbones.files import WeightsFile
+from sslkit.backbones.weight_files import WeightsFile
 from tests import released
 
 read_module = importlib.import_module("sslkit.backbones.read")

@@ -18,9 +18,9 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from sslkit.backbones.encoder import ViTEncoder
-from sslkit.backbones.files import read_header
 from sslkit.backbones.heads import describe_head
 from sslkit.backbones.settings import FOLDED_NORM, HEAD, NETWORK, check_settings
+from sslkit.backbones.weight_files import read_header
 from sslkit.files import atomic_path, parse_json
 
 HEADER_KEY = "sslkit.encoder"

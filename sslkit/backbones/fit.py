@@ -13,11 +13,11 @@ from torch import Tensor
 from sslkit.backbones.checkpoint import build_folded_norm
 from sslkit.backbones.encoder import ViTEncoder
 from sslkit.backbones.factory import create
-from sslkit.backbones.files import WeightsFile
 from sslkit.backbones.layouts.layout import Layout
 from sslkit.backbones.networks import Network
 from sslkit.backbones.report import LoadReport
 from sslkit.backbones.settings import NETWORK, check_settings
+from sslkit.backbones.weight_files import WeightsFile
 
 _PATCH_WEIGHT = "vit.patch_embed.proj.weight"
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -13,7 +13,6 @@ from torch import Tensor
 from sslkit.backbones.checkpoint import HEADER_KEY, parse_header
 from sslkit.backbones.encoder import ViTEncoder
 from sslkit.backbones.factory import Size, as_pair, create
-from sslkit.backbones.files import WeightsFile, names_weights, open_weights
 from sslkit.backbones.fit import build_encoder
 from sslkit.backbones.heads import Head, build_head, describe_projector, read_head
 from sslkit.backbones.layouts import dinov2, dinov3, own, plain_vit, transformers_dinov2
@@ -21,6 +20,7 @@ from sslkit.backbones.layouts.layout import Layout, Stated, in_any_block
 from sslkit.backbones.networks import Network, choose_network
 from sslkit.backbones.positions import PosInterpolation
 from sslkit.backbones.report import LoadReport
+from sslkit.backbones.weight_files import WeightsFile, names_weights, open_weights
 
 _RANDOM = "random:"
 
@@ -81,7 +81,7 @@ def read(
 
     Args:
         path_or_name: a file, a folder, ``hf:ORG/NAME`` or ``timm:NAME``; see
-            :func:`sslkit.backbones.files.open_weights`. Or fresh weights: ``random:NAME``, a
+            :func:`sslkit.backbones.weight_files.open_weights`. Or fresh weights: ``random:NAME``, a
             network of :func:`sslkit.backbones.create`, or ``random:`` before any of the others,
             the network of these weights.
         img_size: resample the position embedding to the grid of this ``(height, width)`` or side,
