@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sslkit.backbones import create, load, read, read_metadata, save
-from sslkit.backbones.checkpoint import HEADER_KEY
+from sslkit.backbones.encoder_file import HEADER_KEY
 from sslkit.backbones.heads import misfit, read_head
 from sslkit.matryoshka import MatryoshkaProjector
 from tests import released

@@ -4,8 +4,8 @@ A token encoder is any module with ``forward(images, masks=None) -> Tokens`` and
 ``forward_many(images, masks=None) -> list[Tokens]``.
 """
 
-from sslkit.backbones.checkpoint import read_metadata, save
 from sslkit.backbones.encoder import ViTEncoder
+from sslkit.backbones.encoder_file import read_metadata, save
 from sslkit.backbones.factory import create
 from sslkit.backbones.read import Loaded, load, read
 from sslkit.backbones.report import LoadReport

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkit.backbones.checkpoint import build_folded_norm
 from sslkit.backbones.encoder import ViTEncoder
+from sslkit.backbones.encoder_file import build_folded_norm
 from sslkit.backbones.factory import create
 from sslkit.backbones.layouts.layout import Layout
 from sslkit.backbones.networks import Network

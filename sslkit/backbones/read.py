@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkit.backbones.checkpoint import HEADER_KEY, parse_header
 from sslkit.backbones.encoder import ViTEncoder
+from sslkit.backbones.encoder_file import HEADER_KEY, parse_header
 from sslkit.backbones.factory import Size, as_pair, create
 from sslkit.backbones.fit import build_encoder
 from sslkit.backbones.heads import Head, build_head, describe_projector, read_head

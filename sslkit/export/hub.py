@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants, hf_hub_d
 
 from sslkit import backbones
 from sslkit.backbones import ViTEncoder
-from sslkit.backbones.checkpoint import require_settings
+from sslkit.backbones.encoder_file import require_settings
 from sslkit.backbones.heads import Head
 from sslkit.export.card import Card, Format, write_card
 from sslkit.files import file_digest
