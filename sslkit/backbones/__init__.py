@@ -7,8 +7,8 @@ A token encoder is any module with ``forward(images, masks=None) -> Tokens`` and
 from sslkit.backbones.encoder import ViTEncoder
 from sslkit.backbones.encoder_file import read_metadata, save
 from sslkit.backbones.factory import create
+from sslkit.backbones.load_report import LoadReport
 from sslkit.backbones.read import Loaded, load, read
-from sslkit.backbones.report import LoadReport
 from sslkit.backbones.tokens import Tokens
 
 __all__ = [

@@ -14,8 +14,8 @@ from sslkit.backbones.encoder import ViTEncoder
 from sslkit.backbones.encoder_file import build_folded_norm
 from sslkit.backbones.factory import create
 from sslkit.backbones.layouts.layout import Layout
+from sslkit.backbones.load_report import LoadReport
 from sslkit.backbones.networks import Network
-from sslkit.backbones.report import LoadReport
 from sslkit.backbones.settings import NETWORK, check_settings
 from sslkit.backbones.weight_files import WeightsFile
 

@@ -17,9 +17,9 @@ from sslkit.backbones.fit import build_encoder
 from sslkit.backbones.heads import Head, build_head, describe_projector, read_head
 from sslkit.backbones.layouts import dinov2, dinov3, own, plain_vit, transformers_dinov2
 from sslkit.backbones.layouts.layout import Layout, Stated, in_any_block
+from sslkit.backbones.load_report import LoadReport
 from sslkit.backbones.networks import Network, choose_network
 from sslkit.backbones.positions import PosInterpolation
-from sslkit.backbones.report import LoadReport
 from sslkit.backbones.weight_files import WeightsFile, names_weights, open_weights
 
 _RANDOM = "random:"
