@@ -8,17 +8,21 @@ from sslkit.backbones.encoder import ViTEncoder
 from sslkit.backbones.encoder_file import read_metadata, save
 from sslkit.backbones.factory import create
 from sslkit.backbones.load_report import LoadReport
-from sslkit.backbones.read import Loaded, load, read
+from sslkit.backbones.pretrained import Pretrained, load, load_pretrained
 from sslkit.backbones.tokens import Tokens
 
 __all__ = [
     "LoadReport",
-    "Loaded",
+    "Pretrained",
     "Tokens",
     "ViTEncoder",
     "create",
     "load",
-    "read",
+    "load_pretrained",
     "read_metadata",
     "save",
 ]
+
+# Former names.
+read = load_pretrained
+Loaded = Pretrained

@@ -256,7 +256,8 @@ def cluster_entropy_picture(run: Run[Settings], last: str, test: Source) -> Figu
     At the finest level that has, on average, a patch for each cluster and position.
     """
     options = run.settings.evaluation
-    head = cast(MatryoshkaProjector, run.read_export(last, backbones.read).heads["ibot_head"])
+    pretrained = run.read_export(last, backbones.load_pretrained)
+    head = cast(MatryoshkaProjector, pretrained.heads["ibot_head"])
     counts = head.num_prototypes_per_level
     images = evenly_spaced(len(test), options.num_dense)
     level = max((level for level, k in enumerate(counts) if k <= len(images)), default=0)
