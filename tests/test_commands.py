@@ -1,6 +1,7 @@
 """The `sslkit` command: what it lists, what --help costs, recipes by name, and how mistakes end."""
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -13,6 +14,8 @@ from sslkit.commands.main import COMMANDS, run, summary
 from sslkit.commands.run import module_of, recipes
 from sslkit.data import MultiCrop
 from sslkit.extract import Extraction
+from sslkit.training import command as recipe_command
+from sslkit.training.loop import Stopped
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "sslkit" / "commands"
@@ -158,3 +161,19 @@ def test_a_copy_of_a_recipe_is_a_program(tmp_path, capsys):
     assert "franca_recipe.py [-h]" in done.stdout
     status, said = refusal(capsys, "cp", "franka", str(copy))
     assert (status, "did you mean franca?" in said) == (2, True)
+
+
+@pytest.mark.parametrize(("processes", "launcher"), [("1", ""), ("2", "torchrun ... -m ")])
+def test_a_stopped_recipe_says_how_it_is_continued(
+    processes, launcher, tmp_path, monkeypatch, capsys
+):
+    def stopped(*_):
+        raise Stopped("pretrain", 3, signal.SIGTERM)
+
+    monkeypatch.setattr(recipe_command, "run", stopped)
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    output = tmp_path / "my run"
+    assert run(["run", "franca", "--preset", "smoke", "--output", str(output)]) == 0
+    said = capsys.readouterr().out
+    assert "saved at step 3" in said
+    assert said.endswith(f": {launcher}sslkit run franca --output '{output}' --resume\n")

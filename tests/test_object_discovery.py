@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.linalg import eigh
 
@@ -98,9 +98,15 @@ def test_a_key_of_zeros_is_no_seed():
     eps=st.sampled_from([1e-5, 1e-2]),
     seed=st.integers(0, 999),
 )
+@example(grid=(2, 2), threshold=0.0, eps=1e-5, seed=258)  # all edges are of weight 1
 def test_the_cut_solves_the_generalised_problem(grid, threshold, eps, seed):
     keys = noise(*grid, 3, seed=seed)
     weights = np.array(oracle.cut_weights(keys.double().flatten(0, 1).tolist(), threshold, eps))
+    edges = weights[~np.eye(len(weights), dtype=bool)]
+    if (edges == edges[0]).all():
+        with pytest.raises(ValueError, match="no cut is better than another"):
+            cut_vector(keys, threshold=threshold, eps=eps)
+        return
     degrees = np.diag(weights.sum(1))
     values = eigh(degrees - weights, degrees, eigvals_only=True)
     v = cut_vector(keys, threshold=threshold, eps=eps).flatten().numpy()

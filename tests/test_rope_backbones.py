@@ -243,15 +243,17 @@ def test_equals_transformers(gated):
     )
     model = DINOv3ViTModel(config).eval()
     names = dict(HUGGING_FACE)
+    # transformers 5.0 has layer.0. ..., later versions model.layer.0. ...
+    start = "model." if any(name.startswith("model.") for name in model.state_dict()) else ""
     for i in range(2):
-        theirs = f"model.layer.{i}"
+        theirs = f"{start}layer.{i}"
         names |= {f"vit.blocks.{i}.{a}": f"{theirs}.{b}" for a, b in HUGGING_FACE_BLOCK.items()}
     weights = {}
     for ours, tensor in encoder.state_dict().items():
         if ours.endswith("attn.qkv.weight"):
             i = ours.split(".")[2]
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                weights[f"model.layer.{i}.attention.{letter}_proj.weight"] = part
+                weights[f"{start}layer.{i}.attention.{letter}_proj.weight"] = part
             continue
         stem, _, leaf = ours.rpartition(".")
         theirs = names[ours] if ours in names else f"{names[stem]}.{leaf}"
@@ -337,9 +339,12 @@ def test_half_precision_is_timms(name):
     torch.testing.assert_close(flat(tokens), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_compiles_without_a_graph_break(training):
+@pytest.mark.parametrize(
+    ("training", "sides"), [(False, "separate"), (True, "separate"), (True, "max"), (True, "min")]
+)
+def test_compiles_without_a_graph_break(training, sides):
     encoder = dinov3(**AUGMENTED).train(training)
+    encoder.vit.rope.normalize_coords = sides
     images = [torch.randn(2, 3, 32, 48), torch.randn(1, 3, 16, 16)]
     compiled = torch.compile(encoder.forward_many, backend="eager", fullgraph=True)
     torch.manual_seed(1)

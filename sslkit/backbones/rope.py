@@ -58,11 +58,13 @@ def patch_rotations(rope: Rope, H: int, W: int) -> Tensor:
     if not isinstance(rope, RotaryEmbeddingDinoV3):
         return rope.get_embed([H, W])
     periods: Any = rope.periods
-    sides = {
-        "separate": (H, W),
-        "max": (torch.sym_max(H, W),) * 2,
-        "min": (torch.sym_min(H, W),) * 2,
-    }[rope.normalize_coords]
+    if isinstance(H, int) and isinstance(W, int):
+        largest, smallest = max(H, W), min(H, W)
+    else:  # symbols of torch.export, which Python's max would compare
+        largest, smallest = torch.sym_max(H, W), torch.sym_min(H, W)
+    sides = {"separate": (H, W), "max": (largest,) * 2, "min": (smallest,) * 2}[
+        rope.normalize_coords
+    ]
     axes: list[Any] = [
         (torch.arange(n, dtype=torch.float32, device=periods.device) + 0.5 + rope.grid_offset)
         / side

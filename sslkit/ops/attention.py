@@ -84,9 +84,9 @@ def packed_attention(
         )
     if not qkv.is_floating_point():
         raise TypeError(f"packed_attention: qkv must be floating point, got {qkv.dtype}")
-    if min(lengths, default=1) < 1:
+    if any(length < 1 for length in lengths):
         raise ValueError(f"packed_attention: every length must be at least 1, got {min(lengths)}")
-    if counts is not None and (len(counts) != len(lengths) or min(counts, default=0) < 0):
+    if counts is not None and (len(counts) != len(lengths) or any(n < 0 for n in counts)):
         raise ValueError(
             f"packed_attention: counts must be {len(lengths)} numbers of crops, one for each "
             f"length and none below 0, got {list(counts)}"

@@ -138,7 +138,8 @@ class Run(Generic[S]):
             remedy = f"Delete it and make it again with {again}"
             if stage == "init":
                 remedy = "Restore it, or start again in another --output"
-            raise DamagedFile(f"{path} is damaged: {error}. {remedy}") from error
+            problem = str(error).rstrip(".?")
+            raise DamagedFile(f"{path} is damaged: {problem}. {remedy}") from error
 
 
 def has_begun(output: Path, stage: str) -> bool:
