@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks import textbook
 from benchmarks.harness import Contestant, Operation, Size
-from benchmarks.scores import STUDENT_TEMP, TEACHER_TEMP
+from benchmarks.logits import STUDENT_TEMP, TEACHER_TEMP
 from sslkit import (
     CyclicMaskGenerator,
     DINOLoss,
