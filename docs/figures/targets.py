@@ -79,12 +79,12 @@ def sinkhorn_knopp(B: int = 48, K: int = 12, temperature: float = 0.1) -> Figure
     unit = logits / logits.abs().max()
     errors: dict[str, list[float]] = {"textbook": [], "SinkhornKnopp": []}
     for size in largest.tolist():
-        logits = (size * unit).double()
-        logits[0, 0] = size  # the largest logit is positive
-        exact = SinkhornKnopp()(logits, 0.04).probs()
+        stretched = (size * unit).double()
+        stretched[0, 0] = size  # the largest logit is positive
+        exact = SinkhornKnopp()(stretched, 0.04).probs()
         for name, found in (
-            ("textbook", textbook.sinkhorn(logits.float(), 0.04)),
-            ("SinkhornKnopp", SinkhornKnopp()(logits.float(), 0.04).probs()),
+            ("textbook", textbook.sinkhorn(stretched.float(), 0.04)),
+            ("SinkhornKnopp", SinkhornKnopp()(stretched.float(), 0.04).probs()),
         ):
             errors[name].append((found - exact).abs().max().item())
     overflow = panels["overflow"]
@@ -187,9 +187,9 @@ def sinkhorn_queue(
         height=3.7,
     )
     axes = figure.subplots()
-    logits = planted_logits(N, clusters, per_cluster)
+    all_logits = planted_logits(N, clusters, per_cluster)
     sinkhorn = SinkhornKnopp()
-    whole = sinkhorn(logits, temperature).argmax()
+    whole = sinkhorn(all_logits, temperature).argmax()
     for num_past, colour, line in (
         (4 * K, TRAINED, "o-"),
         (K, "#009E73", "^-."),
@@ -198,7 +198,7 @@ def sinkhorn_queue(
         agreement = []
         for B in batch_sizes:
             queue = SinkhornQueue(max(num_past, 1), K)
-            batches = list(zip(logits.split(B), whole.split(B), strict=True))
+            batches = list(zip(all_logits.split(B), whole.split(B), strict=True))
             warm = -(-num_past // B)  # batches that fill the queue, which are not counted
             same = []
             for i, (logits, expected) in enumerate(batches[: warm + max(1, num_counted // B)]):
