@@ -55,7 +55,8 @@ def test_every_file_is_a_command_and_is_listed():
 
 @pytest.mark.parametrize(
     "words",
-    [(name,) for name in COMMANDS] + [("rasa", "fit"), ("rasa", "fold"), ("export", "timm")],
+    [(name,) for name in COMMANDS]
+    + [("run", "franca"), ("rasa", "fit"), ("rasa", "fold"), ("export", "timm")],
     ids=" ".join,
 )
 def test_help_loads_nothing_heavy(words):

@@ -15,7 +15,7 @@ from sslkit import backbones
 from sslkit.commands.main import run as sslkit_command
 from sslkit.evaluation.floor import Pixels
 from sslkit.rasa import load_rasa
-from sslkit.recipes.franca import online_knn
+from sslkit.recipes.franca.evaluation import online_knn
 from sslkit.training import Run
 from sslkit.training.checkpoint import Checkpoints
 from sslkit.training.data import open_sources

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
+
+import tyro
 
 from sslkit.commands.main import refuse, summary, table
 
@@ -25,10 +28,25 @@ def main(arguments: Sequence[str]) -> None:
     name, *rest = arguments
     if name not in found:
         refuse("recipe", name, list(found), "sslkit run --help")
-    # The recipe is PyTorch code, and its settings are part of it.
+    if "--help" in rest or "-h" in rest:
+        show_settings(name, rest)
     from sslkit.training.command import main as run_recipe
 
     run_recipe(import_module(module_of(found[name])).RECIPE, rest, program=f"sslkit run {name}")
+
+
+def show_settings(name: str, arguments: Sequence[str]) -> None:
+    """Print the settings of a recipe and exit, if they stand in a module of their own.
+
+    They are then read without PyTorch. Other recipes have to be imported as a whole.
+    """
+    module = f"sslkit.recipes.{name}.presets"
+    if not (_folder() / name / "presets.py").exists():
+        return
+    presets = import_module(module).PRESETS
+    asked = [after for word, after in pairwise(arguments) if word == "--preset"]
+    default = presets.get(asked[0] if asked else "demo", presets["demo"])
+    tyro.cli(type(default), default=default, args=arguments, prog=f"sslkit run {name}")
 
 
 def recipes() -> dict[str, Path]:

@@ -171,8 +171,8 @@ def train(
                 encoder = method.encoder()
                 if parallel.is_main:
                     record |= online(encoder.to(parallel.device))
-                    scores = ", ".join(f"{name} {100 * x:.1f} %" for name, x in record.items())
-                    progress.message(f"step {done}: {scores}")
+                    for name, score in record.items():
+                        progress.message(f"step {done}: {name} {100 * score:.1f} %")
             if parallel.is_main:
                 progress.update(done, loss=report.loss, images=batch_size)
                 if logged:
