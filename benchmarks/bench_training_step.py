@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import textbook
 from benchmarks.harness import Contestant, Operation, Size
-from benchmarks.scores import STUDENT_TEMP, TEACHER_TEMP
+from benchmarks.logits import STUDENT_TEMP, TEACHER_TEMP
 from sslkit import CyclicMaskGenerator, EMATeacher, backbones
 from sslkit.backbones import Tokens, ViTEncoder
 from sslkit.backbones.franca import build_franca_vit

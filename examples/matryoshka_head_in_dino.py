@@ -2,8 +2,8 @@
 
     python examples/matryoshka_head_in_dino.py
 
-What changes against DINO: the head returns one score tensor for each nested prefix of the features,
-and the loss is the sum over them. Sinkhorn-Knopp stands in for the centring.
+What changes against DINO: the head returns one tensor of logits for each nested prefix of the
+features, and the loss is the sum over them. Sinkhorn-Knopp stands in for the centring.
 """
 
 import math

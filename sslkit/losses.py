@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sslkit.assignments import Assignments, check_temperature, score_dtype
+from sslkit.assignments import Assignments, check_temperature, compute_dtype
 from sslkit.factored_logits import Logits
 from sslkit.ops import soft_cross_entropy
 from sslkit.unit_rows import unit_rows
@@ -215,7 +215,7 @@ class iBOTLoss(nn.Module):
                 f"student_logits {tuple(student_logits.shape)} must have one row for each of the "
                 f"{int(num_masked.sum())} True entries of masks {tuple(masks.shape)}"
             )
-        image_weights = 1.0 / (num_masked.clamp(min=1) * B).to(score_dtype(student_logits))
+        image_weights = 1.0 / (num_masked.clamp(min=1) * B).to(compute_dtype(student_logits))
         row_weights = image_weights.repeat_interleave(num_masked, output_size=M)  # [M]
         losses = soft_cross_entropy(
             student_logits,

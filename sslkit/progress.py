@@ -5,7 +5,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
-from types import TracebackType
 from typing import Any, Literal, Protocol, SupportsFloat, TextIO, TypeVar, get_args
 
 Mode = Literal["auto", "bar", "lines", "none"]
@@ -101,12 +100,7 @@ class TrainingProgress:
         self._display.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._display.stop()
 
 
@@ -157,12 +151,7 @@ class WorkProgress:
         self._counted = _Counted(self._display, *self._work)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if self._counted is not None and error is None:
             self._counted.finish()
         self._display.stop()

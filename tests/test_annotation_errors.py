@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from sslkit.data.annotated import COCOThings, VOCBoxes
+from sslkit.data.annotated.annotated_files import read_class_map
 from sslkit.data.annotated.boxes import check_boxes
 from sslkit.data.annotated.coco_regions import decompress_counts, region_mask
-from sslkit.data.annotated.files import read_class_map
 from sslkit.data.annotated.image_masks import read_mask_values
 from sslkit.data.decode import UnreadableImage
 from tests import on_disk

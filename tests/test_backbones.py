@@ -14,7 +14,7 @@ from sslkit.backbones.blocks import drop_path
 from sslkit.backbones.embedding import embed
 from sslkit.backbones.positions import resample_positions
 from sslkit.ops.packing import equal_runs
-from tests.networks import flat, micro, randomize
+from tests.networks import assert_one_pass_equals_separate_passes, flat, micro, randomize
 from tests.oracles.vit import resample
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0, "dynamic_img_size": True}
@@ -89,15 +89,7 @@ def test_equals_plain_timm_on_a_non_square_image(case):
 @pytest.mark.parametrize("case", TIMM_NETWORKS)
 def test_one_pass_over_many_resolutions_equals_separate_passes(case):
     _, encoder, _ = timm_pair(case)
-    ph, pw = encoder.patch_size
-    grids = [(4, 4), (2, 8), (2, 3), (4, 4)]  # the first two have equally many tokens
-    images = [torch.randn(i + 1, 3, H * ph, W * pw) for i, (H, W) in enumerate(grids)]
-    masks = [torch.rand(1, 4, 4) < 0.5, None, torch.rand(3, 2, 3) < 0.5, None]
-    together = encoder.forward_many(images, masks)
-    for tokens, batch, mask in zip(together, images, masks, strict=True):
-        separate = encoder(batch, mask)
-        for one, other in zip(tokens, separate, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert_one_pass_equals_separate_passes(encoder, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_in_training_is_timms():

@@ -8,7 +8,7 @@ from PIL import Image
 from sslkit import backbones
 from sslkit.commands.main import run as sslkit_command
 from sslkit.data import MultiCrop, MultiCropDataset
-from sslkit.data.annotated.protocols import KeypointPair
+from sslkit.data.annotated.annotated_source import KeypointPair
 from sslkit.data.channels import with_channels
 from sslkit.data.image_array import ImageArray
 from sslkit.data.scenes import Scenes

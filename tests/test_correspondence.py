@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sslkit.data.annotated.protocols import KeypointPair
+from sslkit.data.annotated.annotated_source import KeypointPair
 from sslkit.evaluation.correspondence import (
     SquareView,
     class_pck,

@@ -318,7 +318,7 @@ def test_sinkhorn_is_lightlys(num_iterations: int) -> None:
     torch.testing.assert_close(targets.probs(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_large_scores() -> None:
+def test_large_logits() -> None:
     scores = torch.tensor([[4.5, 0.0], [0.0, 4.5], [4.4, 4.5]])
     assert lightly_sinkhorn(scores - 0.2, epsilon=0.05).isfinite().all()
     assert lightly_sinkhorn(scores, epsilon=0.05).isnan().any()

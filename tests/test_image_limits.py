@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import EpsImagePlugin, Image, features
 
-from sslkit.data.annotated.files import image_sizes, read_class_map
+from sslkit.data.annotated.annotated_files import image_sizes, read_class_map
 from sslkit.data.decode import MAX_BYTES, UnreadableImage, decode_image, read_image
 from sslkit.data.image_formats import IMAGE_EXTENSIONS, split_metadata
 

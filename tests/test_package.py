@@ -193,7 +193,7 @@ def reached_from(module: str) -> set[str]:
 
 EVALUATION = "sslkit.evaluation"
 # Neither measures, figures nor protocols: what compares models and writes pages.
-COMPARES = {f"{EVALUATION}.{name}" for name in ("comparison", "report", "__main__")}
+COMPARES = {f"{EVALUATION}.{name}" for name in ("comparison", "markdown_report")}
 FIGURES = {name for name in FILES if name.startswith(f"{EVALUATION}.figures")}
 PROTOCOLS = {name for name in FILES if name.startswith(f"{EVALUATION}.protocols")}
 # Measures, and what hands them features.

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from sslkit.backbones import ViTEncoder, create, load, save
 from sslkit.backbones.blocks import CropDropPath
 from sslkit.backbones.rope import rotations
-from tests.networks import flat, randomize
+from tests.networks import assert_one_pass_equals_separate_passes, flat, randomize
 from tests.oracles.vit import angles, rotate
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -119,13 +119,7 @@ def test_gradients_are_timms_and_parameters_keep_their_names(name):
 @pytest.mark.parametrize("name", [NAME, *(name for name, _ in list(OTHERS.values())[:5])])
 def test_one_pass_over_many_resolutions_equals_separate_passes(name):
     _, encoder = timm_pair(name)
-    ph, pw = encoder.patch_size
-    grids = [(4, 4), (2, 8), (2, 3), (4, 4)]  # the first two have equally many tokens
-    images = [torch.randn(i + 1, 3, H * ph, W * pw) for i, (H, W) in enumerate(grids)]
-    masks = [torch.rand(1, 4, 4) < 0.5, None, torch.rand(3, 2, 3) < 0.5, None]
-    together = encoder.forward_many(images, masks)
-    for tokens, batch, mask in zip(together, images, masks, strict=True):
-        torch.testing.assert_close(flat(tokens), flat(encoder(batch, mask)))
+    assert_one_pass_equals_separate_passes(encoder)
 
 
 def test_masked_patches_are_replaced_before_timms_blocks():

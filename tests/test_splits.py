@@ -17,7 +17,7 @@ from PIL import Image
 
 from sslkit.data import open_source
 from sslkit.data.image_array import ImageArray
-from sslkit.data.protocols import item_key
+from sslkit.data.image_source import item_key
 from sslkit.data.splits import Subset, choose_test, name_hash, train_test_split
 from sslkit.data.torchvision_images import TorchvisionImages
 

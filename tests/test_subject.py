@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sslkit import RASAProjector, backbones
-from sslkit.data.annotated.protocols import KeypointPair
+from sslkit.data.annotated.annotated_source import KeypointPair
 from sslkit.data.image_array import ImageArray
 from sslkit.data.scenes import Scenes
 from sslkit.evaluation.encoders import as_encoder

@@ -62,7 +62,7 @@ class Network(nn.Module):
         )
 
     def forward(self, points: Tensor) -> tuple[Tensor, ...]:
-        """Points [B, 2] to scores of each level."""
+        """Points [B, 2] to logits of each level."""
         return self.head(self.encoder(points))
 
 
@@ -104,8 +104,8 @@ def matryoshka_projector(steps: int = 800, pixels: int = 240) -> Figure:
     features = network.encoder(points).detach().requires_grad_()
     reads = torch.stack(
         [
-            torch.autograd.grad(scores.square().sum(), features)[0].abs().sum(0) > 0
-            for scores in head(features)
+            torch.autograd.grad(logits.square().sum(), features)[0].abs().sum(0) > 0
+            for logits in head(features)
         ]
     )
     panels = figure.subplots(2, 2).ravel()
@@ -117,7 +117,7 @@ def matryoshka_projector(steps: int = 800, pixels: int = 240) -> Figure:
     side = torch.linspace(-3.5, 3.5, pixels)
     plane = torch.cartesian_prod(side, side).flip(1)  # row: y, column: x
     with torch.no_grad():
-        maps = [scores.argmax(1).view(pixels, pixels) for scores in network(plane)]
+        maps = [logits.argmax(1).view(pixels, pixels) for logits in network(plane)]
     for level, (axes, clusters) in enumerate(zip(panels[1:], maps, strict=True)):
         m, K = head.nesting_dims[level], head.num_prototypes_per_level[level]
         order = torch.randperm(K, generator=generator)

@@ -45,7 +45,7 @@ loader = iter(make_loader(MultiCropDataset(scenes, crops, seed=0), batch_size=48
 
 # %%
 class Network(torch.nn.Module):
-    """Class tokens of crops of two sizes, to scores of five levels."""
+    """Class tokens of crops of two sizes, to logits of five levels."""
 
     def __init__(self) -> None:
         super().__init__()

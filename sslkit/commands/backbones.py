@@ -30,8 +30,8 @@ class Settings:
 def main(arguments: Sequence[str]) -> None:
     """Read the weights and print the report."""
     options = asdict(tyro.cli(Settings, args=arguments, prog="sslkit backbones"))
-    from sslkit.backbones import read
+    from sslkit.backbones import load_pretrained
 
     size = options.pop("img_size")
     img_size = size[0] if len(size) == 1 else size or None
-    print(read(options.pop("weights"), img_size=img_size, **options).report)
+    print(load_pretrained(options.pop("weights"), img_size=img_size, **options).report)

@@ -86,7 +86,7 @@ def run(settings: Settings) -> None:
 
 def describe(found: "Examination") -> Iterator[str]:
     """The lines that say what was found."""
-    from sslkit.evaluation.report import format_table
+    from sslkit.evaluation.markdown_report import format_table
 
     splits = (found.train, found.test)
     rows = [
@@ -141,7 +141,7 @@ def describe(found: "Examination") -> Iterator[str]:
 
 def advise(proposal: "Proposal", machine: "Machine") -> Iterator[str]:
     """The lines that propose a command."""
-    from sslkit.evaluation.report import format_table
+    from sslkit.evaluation.markdown_report import format_table
 
     yield f"Proposed for this machine ({machine}):"
     yield ""

@@ -73,7 +73,7 @@ def run(settings: Settings) -> None:
         kept_rows,
         similarity_to_rows,
     )
-    from sslkit.evaluation.report import format_table, write_report
+    from sslkit.evaluation.markdown_report import format_table, write_report
     from sslkit.files import atomic_write
 
     features, names, source = _open(settings)
@@ -158,7 +158,7 @@ def _open(settings: Settings) -> "tuple[np.ndarray, list[tuple[int, str]], Sourc
     from sslkit.data.local import is_local
     from sslkit.data.sources import open_source
     from sslkit.extract import Extraction, read_description, read_features, read_names
-    from sslkit.extract.files import description_path, require_whole
+    from sslkit.extract.feature_files import description_path, require_whole
     from sslkit.extract.processes import extract_with_processes
 
     if (settings.features is None) == (settings.weights is None):

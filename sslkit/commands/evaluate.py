@@ -234,7 +234,7 @@ def _field(protocol: str) -> str:
 def evaluate(run: Run, options: dict[str, Any], *, skip_unsuitable: bool = False) -> None:
     """Run protocols, by name with their options, and write the results."""
     from sslkit.evaluation.comparison import compare, table, write
-    from sslkit.evaluation.report import format_table
+    from sslkit.evaluation.markdown_report import format_table
     from sslkit.evaluation.tokens import Unsuitable
 
     comparison = compare(

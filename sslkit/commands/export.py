@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import tyro
 
 if TYPE_CHECKING:
-    from sslkit.backbones import Loaded
+    from sslkit.backbones import Pretrained
     from sslkit.export.card import Card
 
 
@@ -112,7 +112,7 @@ def run(export: Export) -> None:
     from sslkit.files import atomic_write, file_digest
     from sslkit.rasa import load_rasa
 
-    loaded = backbones.read(export.weights, img_size=export.img_size)
+    loaded = backbones.load_pretrained(export.weights, img_size=export.img_size)
     encoder = loaded.encoder.eval()
     metadata = read_run(export.weights)
     if export.rasa is not None:
@@ -145,7 +145,7 @@ def run(export: Export) -> None:
             raise TypeError(f"no export for {type(export).__name__}")
 
 
-def write_for_hub(export: HuggingFace, loaded: "Loaded", metadata: dict[str, str]) -> None:
+def write_for_hub(export: HuggingFace, loaded: "Pretrained", metadata: dict[str, str]) -> None:
     """The folder of `HubEncoder`, and perhaps its upload."""
     from sslkit.export import HubEncoder
     from sslkit.export.hub import projectors

@@ -101,9 +101,9 @@ def fit(run: Fit) -> None:
     from sslkit.data.crops import random_crop
     from sslkit.data.sources import open_source
     from sslkit.evaluation import figures
+    from sslkit.evaluation.markdown_report import format_table, write_report
     from sslkit.evaluation.models import open_model
     from sslkit.evaluation.position import position_probe
-    from sslkit.evaluation.report import format_table, write_report
     from sslkit.evaluation.views import EvalTransform
     from sslkit.rasa import RASAProjector, patch_positions, save_rasa
     from sslkit.training.parallel import local_device

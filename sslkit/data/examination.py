@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 
 from sslkit.data.decode import UnreadableImage
 from sslkit.data.hugging_face import HuggingFaceStream, open_stream
+from sslkit.data.image_source import Source, known_labels
 from sslkit.data.labels import NO_LABEL
-from sslkit.data.protocols import Source, known_labels
 from sslkit.data.sample_stream import SampleStream
 from sslkit.data.sources import open_source
 from sslkit.data.splits import Split

@@ -22,7 +22,6 @@ from multiprocessing import connection, resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, default_convert
@@ -126,12 +125,7 @@ class WorkerBatches(Iterator[T], Generic[T]):
     def __enter__(self) -> "WorkerBatches[T]":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -23,8 +23,9 @@ def open_model(spec: str, *, seed: int = 0, floor_patch_size: int = 8) -> Model:
     """The model that ``spec`` names, perhaps as ``NAME=spec``.
 
     Args:
-        spec: what `sslkit.backbones.read` reads (a file, a folder, ``hf:ORG/NAME``, ``timm:NAME``,
-            ``random:NAME``), or ``floor``: `sslkit.evaluation.floor.ColourAndPosition`.
+        spec: what `sslkit.backbones.load_pretrained` reads (a file, a folder, ``hf:ORG/NAME``,
+            ``timm:NAME``, ``random:NAME``), or ``floor``:
+            `sslkit.evaluation.floor.ColourAndPosition`.
         seed: seed of fresh weights.
         floor_patch_size: patch size of the floor, in pixels.
 
@@ -41,7 +42,7 @@ def open_model(spec: str, *, seed: int = 0, floor_patch_size: int = 8) -> Model:
     if rest == "floor":
         floor = ColourAndPosition(floor_patch_size)
         return Model(name or "floor", floor, f"floor of {floor_patch_size} pixels")
-    loaded = backbones.read(rest, seed=seed)
+    loaded = backbones.load_pretrained(rest, seed=seed)
     kind, _, what = rest.partition(":")
     if kind == "random":
         identity = f"{rest}, seed {seed}, {loaded.encoder.settings}"

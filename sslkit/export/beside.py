@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from sslkit.backbones.checkpoint import HEADER_KEY
-from sslkit.backbones.files import read_header
+from sslkit.backbones.encoder_file import HEADER_KEY
+from sslkit.backbones.weight_files import read_header
 from sslkit.files import read_json_object
 
 

@@ -29,7 +29,7 @@ from sslkit.evaluation.feature_store import FeatureStore, require_same
 from sslkit.evaluation.models import Model, open_model
 from sslkit.evaluation.tokens import Unsuitable
 from sslkit.evaluation.views import EvalTransform, PaddedView
-from sslkit.extract.files import (
+from sslkit.extract.feature_files import (
     Part,
     output_is_complete,
     read_description,
@@ -131,7 +131,7 @@ def extract_to_file(
 
     Args:
         extraction: what to extract.
-        output: a ``.npy`` or ``.parquet`` file; see `sslkit.extract.files.write_features`.
+        output: a ``.npy`` or ``.parquet`` file; see `sslkit.extract.feature_files.write_features`.
         parallel: this process among the others, which all call this with the same arguments.
         num_workers: processes of this process that read images.
         progress: see `Progress`.

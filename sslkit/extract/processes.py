@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
-from sslkit.extract.files import read_description
+from sslkit.extract.feature_files import read_description
 from sslkit.extract.parts import Extraction, extract_to_file
 from sslkit.progress import WorkProgress
 from sslkit.training.parallel import start

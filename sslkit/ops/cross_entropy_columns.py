@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sslkit.assignments import score_dtype
+from sslkit.assignments import compute_dtype
 
 
 class Columns(NamedTuple):
@@ -28,7 +28,7 @@ class Columns(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """What the backward needs of each row, in `score_dtype` of the student's logits."""
+    """What the backward needs of each row, in `compute_dtype` of the student's logits."""
 
     student: Tensor
     """``[M, 2]``: ẑ and S."""
@@ -49,7 +49,7 @@ def check_target_rows(columns: Columns) -> None:
 def new_partials(columns: Columns, count: int) -> tuple[Tensor, Tensor]:
     """Room for the partials of ``count`` parts of the columns: ``[count, M, 2 | (T, 3)]``."""
     M, T = columns.student.shape[0], columns.num_targets
-    dtype = score_dtype(columns.student)
+    dtype = compute_dtype(columns.student)
     return (
         columns.student.new_empty(count, M, 2, dtype=dtype),  # ẑ, S
         columns.student.new_empty(count, M, T, 3, dtype=dtype),  # t̂_r, W_r, C_r
@@ -59,7 +59,7 @@ def new_partials(columns: Columns, count: int) -> tuple[Tensor, Tensor]:
 def new_results(columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the losses ``[M]`` and both `RowStatistics`."""
     M, T = columns.student.shape[0], columns.num_targets
-    dtype = score_dtype(columns.student)
+    dtype = compute_dtype(columns.student)
     return (
         columns.student.new_empty(M, dtype=dtype),
         columns.student.new_empty(M, 2, dtype=dtype),

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from sslkit.backbones.files import read_header
+from sslkit.backbones.weight_files import read_header
 from sslkit.data import (
     Batch,
     MultiCrop,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sslkit.data.annotated.protocols import KeypointPair
+from sslkit.data.annotated.annotated_source import KeypointPair
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.correspondence import (
     SquareView,

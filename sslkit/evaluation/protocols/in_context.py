@@ -1,14 +1,12 @@
 """In-context segmentation with a model, by `sslkit.evaluation.in_context`."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from sslkit.evaluation.confusion import mean_iou
 from sslkit.evaluation.in_context import in_context_segmentation
-from sslkit.evaluation.protocols.segmentation import draw_segmentation, masked_patches
-from sslkit.evaluation.scores import Outcome, Score
+from sslkit.evaluation.protocols.segmentation import masked_patches, segmentation_outcome
+from sslkit.evaluation.scores import Outcome
 from sslkit.evaluation.subject import Subject
 
 
@@ -46,20 +44,14 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
         reference_quirks=options.reference_quirks,
         class_names=names,
     )
-    statistic = partial(mean_iou, absent_as_zero=options.reference_quirks)
-    figure = draw_segmentation(
+    return segmentation_outcome(
         subject,
         test,
         test_masks,
-        result.predictions,
+        result,
+        figure="in_context",
         title="In-context segmentation: read off a memory of labelled patches, without training",
         class_names=names,
-    )
-    return Outcome(
-        {"mIoU": Score.of_confusion(result.confusions, statistic, items=test.indices)},
-        {"in_context": figure},
-        {
-            "memory patches": result.memory_size,
-            "IoU": dict(zip(names, result.iou.tolist(), strict=True)),
-        },
+        details={"memory patches": result.memory_size},
+        absent_as_zero=options.reference_quirks,
     )

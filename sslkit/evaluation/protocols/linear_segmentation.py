@@ -1,12 +1,10 @@
 """Linear segmentation with a model, by `sslkit.evaluation.linear_segmentation`."""
 
 from dataclasses import dataclass
-from functools import partial
 
-from sslkit.evaluation.confusion import mean_iou
 from sslkit.evaluation.linear_segmentation import linear_segmentation
-from sslkit.evaluation.protocols.segmentation import draw_segmentation, masked_patches
-from sslkit.evaluation.scores import Outcome, Score
+from sslkit.evaluation.protocols.segmentation import masked_patches, segmentation_outcome
+from sslkit.evaluation.scores import Outcome
 from sslkit.evaluation.subject import Subject
 
 
@@ -51,22 +49,17 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
         for lr in options.learning_rates
     }
     best = max(results, key=lambda lr: results[lr].mean_iou)
-    result = results[best]
-    statistic = partial(mean_iou, absent_as_zero=options.reference_quirks)
-    figure = draw_segmentation(
+    return segmentation_outcome(
         subject,
         test,
         test_masks,
-        result.predictions,
+        results[best],
+        figure="linear_segmentation",
         title="Linear segmentation: one linear layer on patch features",
         class_names=names,
-    )
-    return Outcome(
-        {"mIoU": Score.of_confusion(result.confusions, statistic, items=test.indices)},
-        {"linear_segmentation": figure},
-        {
+        details={
             "learning rate": best,
             "mIoU by learning rate": {f"{lr:g}": one.mean_iou for lr, one in results.items()},
-            "IoU": dict(zip(names, result.iou.tolist(), strict=True)),
         },
+        absent_as_zero=options.reference_quirks,
     )

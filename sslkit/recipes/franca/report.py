@@ -15,7 +15,7 @@ from sslkit import CyclicMaskGenerator, MatryoshkaProjector, backbones
 from sslkit.data import MultiCrop, Source, UnreadableImage
 from sslkit.data.channels import with_channels
 from sslkit.evaluation import figures as draw
-from sslkit.evaluation import report
+from sslkit.evaluation import markdown_report
 from sslkit.evaluation.attention import cls_attention
 from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
 from sslkit.evaluation.features import evenly_spaced, extract
@@ -53,7 +53,7 @@ def write_report(run: Run[Settings]) -> None:
         **feature_pictures(run, results, last, sources.test),
     }
     columns = ("Score", "Value [95 % interval over test images]")
-    page = report.write_report(
+    page = markdown_report.write_report(
         run.output,
         title=f"Franca on {settings.data}",
         settings=dataclasses.asdict(settings),
@@ -61,7 +61,7 @@ def write_report(run: Run[Settings]) -> None:
         columns=columns,
         figures=figures,
     )
-    print(report.format_table([columns, *rows]))
+    print(markdown_report.format_table([columns, *rows]))
     print(f"report: {page}")
 
 
@@ -256,7 +256,8 @@ def cluster_entropy_picture(run: Run[Settings], last: str, test: Source) -> Figu
     At the finest level that has, on average, a patch for each cluster and position.
     """
     options = run.settings.evaluation
-    head = cast(MatryoshkaProjector, run.read_export(last, backbones.read).heads["ibot_head"])
+    pretrained = run.read_export(last, backbones.load_pretrained)
+    head = cast(MatryoshkaProjector, pretrained.heads["ibot_head"])
     counts = head.num_prototypes_per_level
     images = evenly_spaced(len(test), options.num_dense)
     level = max((level for level, k in enumerate(counts) if k <= len(images)), default=0)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 import sslkit
 from sslkit import __version__
 from sslkit.evaluation import figures
-from sslkit.evaluation.report import format_table, typed_command, write_report
+from sslkit.evaluation.markdown_report import format_table, typed_command, write_report
 
 RESULTS = [("k-NN accuracy", "20.0 % -> 31.0 %"), ("position R2", "0.62 -> 0.01")]
 

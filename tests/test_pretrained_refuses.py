@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sslkit import MatryoshkaProjector
-from sslkit.backbones import create, load, read, save
+from sslkit.backbones import create, load, load_pretrained, save
 from sslkit.commands.main import run as sslkit_command
 from tests import released
 from tests.released import with_prefix
@@ -218,7 +218,11 @@ def opened():
         ("settings", None, "settings must be values by name, got None"),
         ("heads", {"dino_head": {"num_layers": 10**7}}, "num_layers must be"),
         ("heads", {"dino_head": {"nesting_dims": [1] * 10**5}}, "nesting_dims must be 1 to 64"),
-        ("heads", {"dino_head": {"in_dim": 32}}, "head's tensors do not fit its arguments"),
+        (
+            "heads",
+            {"dino_head": {"in_dim": 32, "num_prototypes": 64}},
+            "head's tensors do not fit its arguments",
+        ),
         ("heads", {str(i): {} for i in range(65)}, "at most 64 heads"),
         ("folded_norm", {"eps": 1e-5, "dim": 10**9}, "'dim' is not a setting"),
         ("version", [2], r"has version \[2\] of the encoder format"),
@@ -232,7 +236,7 @@ def test_a_header_states_plain_settings_alone(own_file, opened, tmp_path, part, 
     save_file(tensors, tmp_path / "w.safetensors", header)
     opened.clear()
     with pytest.raises(ValueError, match=message) as caught:
-        read(tmp_path / "w.safetensors")
+        load_pretrained(tmp_path / "w.safetensors")
     assert len(str(caught.value)) < 3000
     assert not {"stolen", "made"} & {os.path.basename(str(name)) for name in opened}
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
@@ -242,7 +246,7 @@ def test_a_header_states_plain_settings_alone(own_file, opened, tmp_path, part, 
 def test_a_header_that_is_none(own_file, tmp_path, text):
     save_file(own_file[0], tmp_path / "w.safetensors", {"sslkit.encoder": text})
     with pytest.raises(ValueError, match=r"w\.safetensors.*(is not JSON|has version None)"):
-        read(tmp_path / "w.safetensors")
+        load_pretrained(tmp_path / "w.safetensors")
 
 
 def test_save_refuses_settings_that_no_file_may_state(tmp_path):
@@ -268,7 +272,7 @@ def test_a_config_states_plain_settings_alone(tmp_path, config, message):
     named = {"architecture": "vit_tiny_patch16_224", **config}
     (tmp_path / "config.json").write_text(json.dumps(named))
     with pytest.raises(ValueError, match=message):
-        read(tmp_path)
+        load_pretrained(tmp_path)
 
 
 def test_numbers_of_a_transformers_config(tmp_path):
@@ -285,7 +289,7 @@ def test_numbers_of_a_transformers_config(tmp_path):
     ):
         (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2, **config}))
         with pytest.raises(ValueError, match=message):
-            read(tmp_path)
+            load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +364,7 @@ def test_memory_follows_the_size_of_a_file(tmp_path):
     script = f"""
 import json, resource, warnings
 from pathlib import Path
-from sslkit.backbones import read
+from sslkit.backbones import load_pretrained
 from sslkit.rasa import load_rasa
 warnings.simplefilter("ignore")
 pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -369,7 +373,7 @@ resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 said = {{}}
 for path in sorted(Path({str(tmp_path)!r}).glob("*.pth")):
     try:
-        (load_rasa(path) if path.stem == "planes" else read(path, num_heads=2))
+        (load_rasa(path) if path.stem == "planes" else load_pretrained(path, num_heads=2))
         said[path.stem] = "read"
     except ValueError as error:
         said[path.stem] = str(error)
@@ -547,7 +551,7 @@ def test_which_network(tmp_path):
     both = {"student": with_prefix(other, "backbone."), "teacher": with_prefix(STATE, "backbone.")}
     path = written(tmp_path / "w.pth", both)
     for which, state in ((None, STATE), ("teacher", STATE), ("student", other)):
-        loaded = read(path, num_heads=2, which=which)
+        loaded = load_pretrained(path, num_heads=2, which=which)
         assert torch.equal(loaded.encoder.vit.norm.bias, state["norm.bias"])
         assert len(loaded.report.unused) == len(STATE)
         assert loaded.report.unused == {
@@ -573,7 +577,7 @@ def test_what_stands_beside_a_network_must_be_known(tmp_path):
     wrapped = with_prefix(STATE, "backbone.") | {"decoder.weight": torch.zeros(3)}
     path = written(tmp_path / "w.pth", {"teacher": wrapped, "mystery": torch.zeros(2)})
     assert problems(path) == ["unexpected: teacher.decoder.weight", "unexpected: mystery"]
-    loaded = read(path, num_heads=2, ignore=["*decoder*", "mystery"])
+    loaded = load_pretrained(path, num_heads=2, ignore=["*decoder*", "mystery"])
     assert loaded.report.unused == {
         "teacher.decoder.weight": "left out, by ignore",
         "mystery": "left out, by ignore",
@@ -606,7 +610,9 @@ def test_ignore_opts_out_by_name(tmp_path):
         "missing: blocks.1.mlp.fc1.bias (of vit.blocks.1.mlp.fc1.bias)",
         "mismatched: norm.weight is [3], the network has [64]",
     ]
-    loaded = read(path, num_heads=2, ignore=["*.norm3.*", "blocks.1.mlp.fc1.bias", "vit.norm.*"])
+    loaded = load_pretrained(
+        path, num_heads=2, ignore=["*.norm3.*", "blocks.1.mlp.fc1.bias", "vit.norm.*"]
+    )
     assert loaded.report.missing == {
         "vit.blocks.1.mlp.fc1.bias": "fresh weights, by ignore",
         "vit.norm.weight": "fresh weights, by ignore (the file's is [3])",
@@ -618,7 +624,7 @@ def test_ignore_opts_out_by_name(tmp_path):
 
 def test_a_classifier_is_reported_and_left_out(tmp_path):
     path = written(tmp_path / "w.pth", STATE, **{"head.weight": torch.zeros(10, 64)})
-    assert read(path, num_heads=2).report.unused == {"head.weight": "a classifier"}
+    assert load_pretrained(path, num_heads=2).report.unused == {"head.weight": "a classifier"}
 
 
 @given(st.data())
@@ -635,7 +641,7 @@ def test_any_lost_or_misspelt_name_is_found(tmp_path_factory, data):
         state[misspelt] = tensor
     path = written(tmp_path_factory.mktemp("w") / "w.pth", state)
     if name == "mask_token" == misspelt:  # timm's file of the same network
-        report = read(path, num_heads=2).report
+        report = load_pretrained(path, num_heads=2).report
         assert report.missing == {"mask_token": "zeros: such files have none"}
         assert "DINOv2 without its mask token" in report.notes[0]
         return

@@ -1,4 +1,4 @@
-"""Random scores of nested heads, leaves and gradients, shared by several races."""
+"""Random logits of nested heads, leaves and gradients, shared by several races."""
 
 from collections.abc import Sequence
 
@@ -11,15 +11,15 @@ PATCHES = 256
 LEVELS = 5
 
 
-def score_dtype(device: torch.device) -> torch.dtype:
-    """What heads put out: float32 on a CPU, bfloat16 under a GPU's autocast."""
+def logit_dtype(device: torch.device) -> torch.dtype:
+    """Type of what heads return: float32 on a CPU, bfloat16 under a GPU's autocast."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def cosines(rows: int, prototypes: int, device: torch.device) -> Tensor:
     """[rows, prototypes] like those of unit vectors: deviation 0.15, within [-1, 1]."""
     x = torch.randn(rows, prototypes, device=device).mul_(0.15).clamp_(-1.0, 1.0)
-    return x.to(score_dtype(device))
+    return x.to(logit_dtype(device))
 
 
 def nested(prototypes: int) -> list[int]:

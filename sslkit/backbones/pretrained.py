@@ -1,4 +1,4 @@
-"""load and read: any released Vision Transformer as a token encoder, strictly."""
+"""load and load_pretrained: any released Vision Transformer as a token encoder, strictly."""
 
 import dataclasses
 import os
@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkit.backbones.checkpoint import HEADER_KEY, parse_header
 from sslkit.backbones.encoder import ViTEncoder
+from sslkit.backbones.encoder_file import HEADER_KEY, parse_header
 from sslkit.backbones.factory import Size, as_pair, create
-from sslkit.backbones.files import WeightsFile, names_weights, open_weights
 from sslkit.backbones.fit import build_encoder
 from sslkit.backbones.heads import Head, build_head, describe_projector, read_head
 from sslkit.backbones.layouts import dinov2, dinov3, own, plain_vit, transformers_dinov2
 from sslkit.backbones.layouts.layout import Layout, Stated, in_any_block
+from sslkit.backbones.load_report import LoadReport
 from sslkit.backbones.networks import Network, choose_network
 from sslkit.backbones.positions import PosInterpolation
-from sslkit.backbones.report import LoadReport
+from sslkit.backbones.weight_files import WeightsFile, names_weights, open_weights
 
 _RANDOM = "random:"
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What :func:`read` gives.
+class Pretrained:
+    """An encoder with the heads of its file and a report, from :func:`load_pretrained`.
 
     Attributes:
         encoder: on the CPU, in training mode, in the widest float type of its tensors in the file.
@@ -43,7 +43,9 @@ class Loaded:
 
 
 def load(path_or_name: str | os.PathLike[str], **options: Any) -> ViTEncoder:
-    """The encoder that :func:`read` gives, with the same options.
+    """Read an encoder, ready to use: :func:`load_pretrained` without heads and report.
+
+    The options are those of :func:`load_pretrained`.
 
     >>> import tempfile
     >>> from sslkit.backbones import create, save
@@ -52,10 +54,10 @@ def load(path_or_name: str | os.PathLike[str], **options: Any) -> ViTEncoder:
     >>> load(path, img_size=(16, 48)).grid_size
     (4, 12)
     """
-    return read(path_or_name, **options).encoder
+    return load_pretrained(path_or_name, **options).encoder
 
 
-def read(
+def load_pretrained(
     path_or_name: str | os.PathLike[str],
     *,
     img_size: Size | None = None,
@@ -69,8 +71,10 @@ def read(
     drop_path_rate: float | None = None,
     activation_checkpointing: bool | None = None,
     seed: int = 0,
-) -> Loaded:
-    """Read weights of any of the released layouts, every tensor accounted for.
+) -> Pretrained:
+    """Read an encoder, its projection heads and a report on every tensor of the file.
+
+    :func:`load` gives the encoder alone.
 
     The layout is recognised from the names of the tensors: sslkit's own; DINOv2's (DINOv2, Franca,
     blocks flat or in chunks); DINOv3's; timm's, which DINO and iBOT share; those of transformers
@@ -81,7 +85,7 @@ def read(
 
     Args:
         path_or_name: a file, a folder, ``hf:ORG/NAME`` or ``timm:NAME``; see
-            :func:`sslkit.backbones.files.open_weights`. Or fresh weights: ``random:NAME``, a
+            :func:`sslkit.backbones.weight_files.open_weights`. Or fresh weights: ``random:NAME``, a
             network of :func:`sslkit.backbones.create`, or ``random:`` before any of the others,
             the network of these weights.
         img_size: resample the position embedding to the grid of this ``(height, width)`` or side,
@@ -108,7 +112,7 @@ def read(
         seed: seed of fresh weights.
 
     Returns:
-        :class:`Loaded`. No random numbers are taken from the caller.
+        :class:`Pretrained`. No random numbers are taken from the caller.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -182,16 +186,16 @@ def read(
         resampled=resampled,
         heads={name: what for name, (_, what) in heads.items()},
     )
-    return Loaded(encoder, {name: head for name, (head, _) in heads.items()}, report)
+    return Pretrained(encoder, {name: head for name, (head, _) in heads.items()}, report)
 
 
 def _fresh(
     name: str, of_network: Mapping[str, Any], of_file: Mapping[str, Any], seed: int
-) -> Loaded:
+) -> Pretrained:
     """A network with fresh weights: by its name, or that of other weights.
 
-    ``of_network`` are arguments of ``create``, ``of_file`` those of `read` that say what a file
-    holds; None or empty where they are not given.
+    ``of_network`` are arguments of ``create``, ``of_file`` those of `load_pretrained` that say what
+    a file holds; None or empty where they are not given.
     """
     what = name.removeprefix(_RANDOM)
     about = {key: value for key, value in of_file.items() if value}
@@ -207,7 +211,7 @@ def _fresh(
         torch.manual_seed(seed)
         encoder = create(**{**settings, **given})
     network = encoder.settings or {}
-    return Loaded(encoder, {}, LoadReport(name, (), f"fresh weights, seed {seed}", network, ()))
+    return Pretrained(encoder, {}, LoadReport(name, (), f"fresh weights, seed {seed}", network, ()))
 
 
 def _recognise(file: WeightsFile, network: Network, stated: Stated) -> Layout:

@@ -4,8 +4,8 @@ The file holds the tensors of ``ViTEncoder.state_dict()``, those of projection h
 ``<head>.<name>``, and, in its header under ``sslkit.encoder``, the JSON text
 ``{"version": 2, "settings": {...}, "folded_norm": null, "heads": {<head>: {...}}}``.
 ``folded_norm`` is ``{"eps": ...}`` when ``RASAProjector.fold_into_vit`` replaced the final norm; a
-head has the arguments of `MatryoshkaProjector`. Version 1 had no heads. :func:`~sslkit.backbones.
-read` reads both, and unpickles nothing.
+head has the arguments of `MatryoshkaProjector`. Version 1 had no heads.
+:func:`sslkit.backbones.load_pretrained` reads both, and unpickles nothing.
 """
 
 import json
@@ -18,9 +18,9 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from sslkit.backbones.encoder import ViTEncoder
-from sslkit.backbones.files import read_header
 from sslkit.backbones.heads import describe_head
 from sslkit.backbones.settings import FOLDED_NORM, HEAD, NETWORK, check_settings
+from sslkit.backbones.weight_files import read_header
 from sslkit.files import atomic_path, parse_json
 
 HEADER_KEY = "sslkit.encoder"
@@ -45,7 +45,7 @@ def save(
         path: conventionally ``*.safetensors``; its folder is made if missing.
         metadata: more text for the header; :func:`read_metadata` gives it back.
         heads: `MatryoshkaProjector` by name, ``"dino_head"``, ``"ibot_head"``, ...;
-            :func:`~sslkit.backbones.read` gives them back.
+            :func:`~sslkit.backbones.load_pretrained` gives them back.
 
     Raises:
         ValueError: the encoder has no settings, its final norm was replaced by something else,

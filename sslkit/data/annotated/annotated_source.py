@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from sslkit.data.protocols import Source
+from sslkit.data.image_source import Source
 
 
 @runtime_checkable

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sslkit.backbones import create, load, read, save
+from sslkit import backbones
+from sslkit.backbones import create, load, load_pretrained, save
 from sslkit.backbones.fit import adapt_channels
 from tests import released
 from tests.networks import flat
@@ -103,7 +104,7 @@ def test_a_grid_of_518_pixels_at_224_and_518(tmp_path):
 def test_positions_are_resampled_on_load_as_they_would_be_on_the_fly(tmp_path, img_size):
     state = released.values(SMALL)
     torch.save(state, tmp_path / "w.pth")
-    loaded = read(tmp_path / "w.pth", num_heads=2, img_size=img_size)
+    loaded = load_pretrained(tmp_path / "w.pth", num_heads=2, img_size=img_size)
     grid = loaded.encoder.grid_size
     assert grid == ((4, 4) if img_size == 56 else (2, 9))
     assert loaded.encoder.vit.pos_embed.shape == (1, 1 + grid[0] * grid[1], 64)
@@ -131,7 +132,7 @@ def test_dinov3(tmp_path, gated, bias):
     shapes = released.dinov3_shapes(64, 3, 176, heads=2, gated=gated, bias=bias)
     state = released.values(shapes)
     torch.save(state | {"local_cls_norm.weight": torch.ones(64)}, tmp_path / "w.pth")
-    loaded = read(tmp_path / "w.pth")
+    loaded = load_pretrained(tmp_path / "w.pth")
     assert loaded.encoder.num_heads == 2  # from the periods
     assert_tokens(loaded.encoder, state, heads=2, rule="", eps=1e-5)
     assert set(loaded.report.unused) == {
@@ -201,11 +202,11 @@ def test_dino_and_ibot(tmp_path, gammas):
         },
         tmp_path / "w.pth",
     )
-    loaded = read(tmp_path / "w.pth")
+    loaded = load_pretrained(tmp_path / "w.pth")
     assert_tokens(loaded.encoder, reference, heads=3, rule="dinov2")
     assert loaded.report.missing == {"mask_token": "zeros: such files have none"}
     reference["mask_token"] = student["masked_embed"]
-    loaded = read(tmp_path / "w.pth", which="student")
+    loaded = load_pretrained(tmp_path / "w.pth", which="student")
     assert_tokens(loaded.encoder, reference, heads=3, rule="dinov2", grids=GRIDS[:1])
     assert loaded.report.missing == {}
 
@@ -217,7 +218,7 @@ def test_dino_and_ibot(tmp_path, gammas):
 def test_an_image_whose_channels_repeat_in_turn_keeps_its_tokens(tmp_path, in_chans):
     state = released.values(SMALL)
     torch.save(state, tmp_path / "w.pth")
-    loaded = read(tmp_path / "w.pth", num_heads=2, in_chans=in_chans)
+    loaded = load_pretrained(tmp_path / "w.pth", num_heads=2, in_chans=in_chans)
     encoder = loaded.encoder.eval()
     assert encoder.in_chans == encoder.settings["in_chans"] == in_chans
     common = torch.randn(1, min(3, in_chans), 70, 70)
@@ -245,12 +246,12 @@ def test_channels_by_value():
 def test_the_float_type_is_the_widest_of_the_file(tmp_path, dtype):
     state = {name: tensor.to(dtype) for name, tensor in released.values(SMALL).items()}
     torch.save(state, tmp_path / "w.pth")
-    loaded = read(tmp_path / "w.pth", num_heads=2)
+    loaded = load_pretrained(tmp_path / "w.pth", num_heads=2)
     assert {p.dtype for p in loaded.encoder.parameters()} == {dtype}
     assert loaded.report.notes == ()
     state["norm.weight"] = state["norm.weight"].float()
     torch.save(state, tmp_path / "w.pth")
-    loaded = read(tmp_path / "w.pth", num_heads=2)
+    loaded = load_pretrained(tmp_path / "w.pth", num_heads=2)
     assert {p.dtype for p in loaded.encoder.parameters()} == {torch.float32}
     assert loaded.report.notes == ("the file mixes float types; all tensors are now torch.float32",)
 
@@ -278,7 +279,7 @@ def test_every_tensor_is_in_the_report(tmp_path):
         },
         tmp_path / "w.pth",
     )
-    loaded = read(tmp_path / "w.pth", num_heads=2)
+    loaded = load_pretrained(tmp_path / "w.pth", num_heads=2)
     report = loaded.report
     accounted = [*report.used, *report.unused, *(f"teacher.dino_head.{n}" for n in head)]
     everything = [
@@ -331,6 +332,10 @@ def test_fresh_weights_of_a_network_and_of_a_file(tmp_path):
     states = [one.state_dict()[weight] for one in (first, again, other, load(of_file[7:]))]
     assert torch.equal(states[0], states[1])
     assert not any(torch.equal(states[0], one) for one in states[2:])
-    loaded = read("random:sslkit_vit_micro", img_size=24, in_chans=1, seed=3)
+    loaded = load_pretrained("random:sslkit_vit_micro", img_size=24, in_chans=1, seed=3)
     assert (loaded.encoder.img_size, loaded.encoder.in_chans) == ((24, 24), 1)
     assert "fresh weights, seed 3" in str(loaded.report)
+
+
+def test_former_names():
+    assert (backbones.read, backbones.Loaded) == (load_pretrained, backbones.Pretrained)

@@ -1,7 +1,5 @@
 """Every released size: all names and shapes line up, without memory for the weights."""
 
-import importlib
-
 import pytest
 import timm
 import torch
@@ -14,11 +12,9 @@ from transformers import (
     DINOv3ViTModel,
 )
 
-from sslkit.backbones import fit
-from sslkit.backbones.files import WeightsFile
+from sslkit.backbones import fit, pretrained
+from sslkit.backbones.weight_files import WeightsFile
 from tests import released
-
-read_module = importlib.import_module("sslkit.backbones.read")
 
 DINOV2 = {
     "S": {"D": 384, "depth": 12, "hidden": 1536},
@@ -43,20 +39,20 @@ DINOV3 = {
 
 
 @pytest.fixture
-def read_shapes(monkeypatch):
-    """``read`` of tensors that have no memory; biases, masks and periods have."""
+def load_shapes(monkeypatch):
+    """``load_pretrained`` of tensors that have no memory; biases, masks and periods have."""
 
-    def read(shapes, **config):
+    def load_made_up(shapes, **config):
         real = ("bias", "bias_mask", "periods")
         small = released.values({n: s for n, s in shapes.items() if n.endswith(real)})
         zeros = {n: torch.zeros_like(t) for n, t in small.items() if n.endswith("bias")}
         tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         file = WeightsFile("shapes", (), tensors | small | zeros, config=config)
-        monkeypatch.setattr(read_module, "open_weights", lambda _: file)
+        monkeypatch.setattr(pretrained, "open_weights", lambda _: file)
         monkeypatch.setattr(fit, "_replace_rope_", lambda *_: None)
-        return read_module.read("shapes")
+        return pretrained.load_pretrained("shapes")
 
-    return read
+    return load_made_up
 
 
 def shapes_of(model):
@@ -75,9 +71,9 @@ def assert_network(loaded, width, depth, heads, patch, registers=0):
 
 @pytest.mark.parametrize("registers", [0, 4])
 @pytest.mark.parametrize("size", DINOV2)
-def test_dinov2(read_shapes, size, registers):
+def test_dinov2(load_shapes, size, registers):
     kwargs = DINOV2[size]
-    loaded = read_shapes(released.dinov2_shapes(**kwargs, registers=registers))
+    loaded = load_shapes(released.dinov2_shapes(**kwargs, registers=registers))
     D = kwargs["D"]
     assert_network(loaded, D, kwargs["depth"], D // 64, 14, registers)
     assert loaded.encoder.grid_size == (37, 37)
@@ -88,26 +84,26 @@ def test_dinov2(read_shapes, size, registers):
 
 @pytest.mark.parametrize("grid", [16, 37])
 @pytest.mark.parametrize("size", FRANCA)
-def test_franca(read_shapes, size, grid):
+def test_franca(load_shapes, size, grid):
     kwargs = FRANCA[size]
-    loaded = read_shapes(released.dinov2_shapes(**kwargs, gated=True, grid=grid, chunks=4))
+    loaded = load_shapes(released.dinov2_shapes(**kwargs, gated=True, grid=grid, chunks=4))
     assert_network(loaded, kwargs["D"], kwargs["depth"], kwargs["D"] // 64, 14)
     assert loaded.encoder.settings["name"] == f"franca_vit{size.lower()}14"
     assert loaded.encoder.img_size == (grid * 14, grid * 14)
 
 
 @pytest.mark.parametrize("size", DINOV3)
-def test_dinov3(read_shapes, size):
+def test_dinov3(load_shapes, size):
     kwargs = DINOV3[size]
-    loaded = read_shapes(released.dinov3_shapes(**kwargs))
+    loaded = load_shapes(released.dinov3_shapes(**kwargs))
     assert_network(loaded, kwargs["D"], kwargs["depth"], kwargs["heads"], 16, 4)
     assert loaded.encoder.settings["rope_periods"] == "bfloat16"
 
 
 @pytest.mark.parametrize(("D", "depth"), [(192, 12), (384, 12), (768, 12), (1024, 24)])
 @pytest.mark.parametrize("patch", [8, 16])
-def test_dino_and_ibot(read_shapes, D, depth, patch):
-    loaded = read_shapes(released.ibot_shapes(D, depth, patch=patch, grid=224 // patch))
+def test_dino_and_ibot(load_shapes, D, depth, patch):
+    loaded = load_shapes(released.ibot_shapes(D, depth, patch=patch, grid=224 // patch))
     assert_network(loaded, D, depth, D // 64, patch)
 
 
@@ -119,18 +115,18 @@ TIMM = [
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_timm_with_and_without_a_config(read_shapes, name):
+def test_timm_with_and_without_a_config(load_shapes, name):
     with torch.device("meta"):
         network = timm.create_model(name, num_classes=0)
     heads = network.blocks[0].attn.num_heads
     patch = network.patch_embed.patch_size[0]
     for config in ({}, {"architecture": name}):
-        loaded = read_shapes(shapes_of(network), **config)
+        loaded = load_shapes(shapes_of(network), **config)
         registers = network.num_prefix_tokens - 1
         assert_network(loaded, network.embed_dim, len(network.blocks), heads, patch, registers)
 
 
-def test_transformers(read_shapes):
+def test_transformers(load_shapes):
     giant = {
         "hidden_size": 1536,
         "num_hidden_layers": 40,
@@ -149,4 +145,4 @@ def test_transformers(read_shapes):
         }
     for network, model in models.items():
         for config in ({}, model.config.to_dict()):
-            assert_network(read_shapes(shapes_of(model), **config), *network)
+            assert_network(load_shapes(shapes_of(model), **config), *network)

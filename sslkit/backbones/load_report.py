@@ -7,7 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What :func:`sslkit.backbones.read` did with a file; ``print`` it.
+    """What :func:`sslkit.backbones.load_pretrained` did with a file; ``print`` it.
 
     Names of the file are those after wrappers and nested dicts were taken apart
     (``teacher.backbone.norm.weight``), names of the encoder those of its ``state_dict``.
