@@ -273,3 +273,11 @@ def test_import_is_cheap():
     assert min(costs) <= 150
     assert cost["parts"] == []  # ``import sslkit`` alone reads no module of it
     assert cost["heavy"] == []  # nor do all components together need these
+
+
+@pytest.mark.parametrize("package", ["sslkit", "sslkit.training"])
+def test_no_module_hides_a_public_name(package):
+    """Importing a module puts it into its package under its own name, before any lazy one."""
+    found = importlib.import_module(package)
+    folder = Path(found.__file__).parent
+    assert not [name for name in found.__all__ if (folder / f"{name}.py").exists()]
