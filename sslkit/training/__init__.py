@@ -14,7 +14,7 @@ _HOME = {
     "Method": "sslkit.training.loop",
     "MetricsWriter": "sslkit.training.metrics",
     "NonFiniteLoss": "sslkit.training.finite",
-    "Replica": "sslkit.training.distribute",
+    "Replica": "sslkit.training.distribution",
     "Run": "sslkit.training.run",
     "RunSettings": "sslkit.training.settings",
     "SettingsError": "sslkit.training.settings",
@@ -23,7 +23,7 @@ _HOME = {
     "Watched": "sslkit.training.step",
     "atomic_write": "sslkit.files",
     "clip_gradients": "sslkit.training.optim",
-    "distribute": "sslkit.training.distribute",
+    "distribute": "sslkit.training.distribution",
     "feature_std": "sslkit.training.monitor",
     "micro_batches": "sslkit.training.step",
     "moments": "sslkit.training.optim",
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from sslkit.progress import TrainingProgress, track
     from sslkit.training.batch_norm import standardise
     from sslkit.training.checkpoint import CheckpointError, Checkpoints
-    from sslkit.training.distribute import Replica, distribute
+    from sslkit.training.distribution import Replica, distribute
     from sslkit.training.finite import NonFiniteLoss, require_finite
     from sslkit.training.loop import Method, train
     from sslkit.training.metrics import MetricsWriter, read_metrics
