@@ -388,7 +388,13 @@ STAGES = {
     "evaluate": Stage(franca.compare_stages, result="results.json", section="evaluation"),
     "report": Stage(franca.write_report, result="report.md"),
 }
-RECIPE = Recipe(franca.PRESETS, STAGES, franca.check, from_weights=franca.FROM_WEIGHTS)
+RECIPE = Recipe(
+    franca.PRESETS,
+    STAGES,
+    franca.check,
+    from_weights=franca.FROM_WEIGHTS,
+    method=lambda run: Franca("pretrain", run.settings, run),
+)
 
 if __name__ == "__main__":
     run_command(partial(main, RECIPE))
