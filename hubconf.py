@@ -6,7 +6,7 @@
 
 from typing import Any as _Any  # torch.hub takes public callables for entry points
 
-dependencies = ["torch", "timm", "numpy", "safetensors"]
+dependencies = ["torch", "timm", "einops", "numpy", "safetensors"]
 
 
 def encoder(weights: str, **options: _Any) -> _Any:

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import textbook
 from benchmarks.harness import Contestant, Operation, Size, Unavailable, Work, needs_cuda, peer
-from benchmarks.scores import leaf, score_dtype
+from benchmarks.logits import leaf, logit_dtype
 from sslkit.ops import packed_attention
 
 HEAD_DIM = 64
@@ -28,7 +28,7 @@ def set_up(size: Size, device: torch.device) -> SimpleNamespace:
     runs = ((size["n"], size["crops"]), (size["n_local"], size["crops_local"]))
     T = sum(n * count for n, count in runs)
     shape = (T, 3, size["heads"], HEAD_DIM)
-    dtype = score_dtype(device)
+    dtype = logit_dtype(device)
     return SimpleNamespace(
         runs=runs,
         lengths=[n for n, count in runs for _ in range(count)],
@@ -45,7 +45,7 @@ def work(size: Size, device: torch.device) -> Work:
     pairs = sum(n * n * count for n, count in runs)
     heads = size["heads"]
     return Work(
-        bytes=12 * tokens * heads * HEAD_DIM * score_dtype(device).itemsize,
+        bytes=12 * tokens * heads * HEAD_DIM * logit_dtype(device).itemsize,
         flops=14 * pairs * heads * HEAD_DIM,
         exps=2 * pairs * heads,
     )

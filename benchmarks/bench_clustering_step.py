@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from benchmarks import textbook
 from benchmarks.harness import Contestant, Operation, Size, Unavailable, Work, compiled, peer
-from benchmarks.scores import (
+from benchmarks.logits import (
     LEVELS,
     STUDENT_TEMP,
     TEACHER_TEMP,
     gradients,
     leaf,
+    logit_dtype,
     masks_with,
     nested,
-    score_dtype,
 )
 from sslkit import FactoredLogits, MatryoshkaProjector, SinkhornKnopp, iBOTLoss, sinkhorn_many
 from sslkit.ops import soft_cross_entropy
@@ -38,7 +38,7 @@ from sslkit.ops import soft_cross_entropy
 
 
 def unit_rows(rows: int, columns: int, device: torch.device) -> Tensor:
-    return F.normalize(torch.randn(rows, columns, device=device), dim=-1).to(score_dtype(device))
+    return F.normalize(torch.randn(rows, columns, device=device), dim=-1).to(logit_dtype(device))
 
 
 def set_up_head(size: Size, device: torch.device) -> SimpleNamespace:
@@ -57,7 +57,7 @@ def work_head(size: Size, device: torch.device) -> Work:
     B, K, D = size["B"], size["K"], size["D"]
     matrices = 12 * B * K + 6 * K * D + 8 * B * D
     return Work(
-        bytes=matrices * score_dtype(device).itemsize, flops=4 * 2 * B * K * D, exps=7 * B * K
+        bytes=matrices * logit_dtype(device).itemsize, flops=4 * 2 * B * K * D, exps=7 * B * K
     )
 
 
@@ -187,7 +187,7 @@ def work_step(size: Size, device: torch.device) -> Work:
     M, K, D, h, b = (size[name] for name in ("M", "K", "D", "hidden", "bottleneck"))
     scores = M * sum(nested(K))
     weights = sum(m * m + m * h + h * h + h * b for m in nested(D)) + b * sum(nested(K))
-    s = score_dtype(device).itemsize
+    s = logit_dtype(device).itemsize
     return Work(bytes=12 * scores * s + 4 * 4 * weights, flops=4 * 2 * M * weights, exps=7 * scores)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import textbook
 from benchmarks.harness import Contestant, Operation, Size, Work, compiled, peer
-from benchmarks.scores import gradients, leaf
+from benchmarks.logits import gradients, leaf
 from sslkit import KoLeoLoss
 
 

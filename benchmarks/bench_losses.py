@@ -17,16 +17,16 @@ from torch import Tensor
 
 from benchmarks import textbook
 from benchmarks.harness import Contestant, Operation, Size, Work, compiled, peer
-from benchmarks.scores import (
+from benchmarks.logits import (
     LEVELS,
     STUDENT_TEMP,
     TEACHER_TEMP,
     cosines,
     gradients,
     leaf,
+    logit_dtype,
     masks_with,
     nested,
-    score_dtype,
 )
 from sslkit import Assignments, DINOLoss, EMACentering, iBOTLoss, sinkhorn_many
 
@@ -82,7 +82,7 @@ IBOT_LEVELS = Operation(
 
 def passes(count: int, elements: int, device: torch.device) -> Work:
     """Of reading or writing every score; Sinkhorn and loss take 3 + 2 + 2 exponentials of one."""
-    return Work(bytes=count * elements * score_dtype(device).itemsize, exps=(count - 1) * elements)
+    return Work(bytes=count * elements * logit_dtype(device).itemsize, exps=(count - 1) * elements)
 
 
 @IBOT_LEVELS.contestant("sslkit")
@@ -272,7 +272,7 @@ def work_dino(size: Size, device: torch.device) -> Work:
     B, K = size["B"], size["K"]
     elements = (3 * GLOBAL_VIEWS + 3 * ALL_VIEWS) * B * K
     exps = (2 * GLOBAL_VIEWS + 2 * ALL_VIEWS) * B * K
-    return Work(bytes=elements * score_dtype(device).itemsize, exps=exps)
+    return Work(bytes=elements * logit_dtype(device).itemsize, exps=exps)
 
 
 DINO_CENTRED = Operation(

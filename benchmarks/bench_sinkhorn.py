@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import textbook
 from benchmarks.harness import Contestant, Operation, Size, Work, compiled, peer
-from benchmarks.scores import TEACHER_TEMP, cosines, score_dtype
+from benchmarks.logits import TEACHER_TEMP, cosines, logit_dtype
 from sslkit import Assignments, SinkhornKnopp
 
 ITERATIONS = 3
@@ -24,7 +24,7 @@ def set_up(size: Size, device: torch.device) -> SimpleNamespace:
 
 def work(size: Size, device: torch.device) -> Work:
     elements = ITERATIONS * size["B"] * size["K"]
-    return Work(bytes=elements * score_dtype(device).itemsize, exps=elements)
+    return Work(bytes=elements * logit_dtype(device).itemsize, exps=elements)
 
 
 def values(output: Assignments | Tensor) -> list[Tensor]:

@@ -2,8 +2,8 @@
 
 Two global crops (half of them masked) and eight local ones of each image through the student, the
 global ones through the teacher, DINO and iBOT at five nested levels with Sinkhorn targets, KoLeo,
-backward, gradient clipping, AdamW, EMA. All contestants have the same networks and weights; heads
-and optimizer run the same code, under bfloat16 autocast on a GPU. They differ in
+backward, gradient clipping, AdamW, EMA. Networks, targets and losses are those of the recipe. All
+contestants have the same weights; encoders run under bfloat16 autocast on a GPU. They differ in
 
 - attention: crops of both resolutions packed through each block, or one pass for each resolution
   of timm's own blocks, with SDPA or (`eager attention`) its matrices written out;
@@ -11,136 +11,121 @@ and optimizer run the same code, under bfloat16 autocast on a GPU. They differ i
 """
 
 import copy
-from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import textbook
 from benchmarks.harness import Contestant, Operation, Size
-from benchmarks.scores import STUDENT_TEMP, TEACHER_TEMP
-from sslkit import (
-    CyclicMaskGenerator,
-    DINOLoss,
-    EMATeacher,
-    KoLeoLoss,
-    MatryoshkaProjector,
-    backbones,
-    iBOTLoss,
-    sinkhorn_many,
-)
+from benchmarks.logits import STUDENT_TEMP, TEACHER_TEMP
+from sslkit import CyclicMaskGenerator, EMATeacher, backbones
+from sslkit.backbones import Tokens, ViTEncoder
 from sslkit.backbones.franca import build_franca_vit
+from sslkit.recipes.franca.recipe import (
+    NUM_GLOBAL,
+    FrancaLoss,
+    FrancaNetwork,
+    Outputs,
+    make_targets,
+    weighted_sum,
+)
+from sslkit.recipes.franca.settings import Model, Settings, Targets
 from sslkit.training.optim import clip_gradients
+from sslkit.training.parallel import Parallel
+from sslkit.training.run import Run
 
 NETWORKS = {768: "franca_vitb14", 128: "sslkit_vit_tiny", 32: "sslkit_vit_micro"}  # by width
-GLOBAL_VIEWS, LOCAL_VIEWS = 2, 8
+LOCAL_VIEWS = 8
 MOMENTUM = 0.994
-KOLEO_WEIGHT = 0.1
 
 
-class Scores(NamedTuple):
-    cls: Tensor  # [2 B, D], of the global crops
-    dino: tuple[Tensor, ...]  # L x [views · B, K_l]
-    ibot: tuple[Tensor, ...]  # L x [M, K_l]
+def as_released(network: FrancaNetwork, name: str, *, fused: bool) -> FrancaNetwork:
+    """A copy with timm's own blocks around the same weights, one resolution a pass."""
+    network = copy.deepcopy(network)
+    blocks = build_franca_vit(name).blocks.to(next(network.parameters()).device)
+    blocks.load_state_dict(network.backbone.vit.blocks.state_dict())
+    for block in blocks:
+        block.attn.fused_attn = fused
+    network.backbone.vit.blocks = blocks
+    network.backbone.forward_many = partial(one_by_one, network.backbone)
+    return network
 
 
-class Network(nn.Module):
-    """Encoder and heads; `packed` sends crops of all resolutions through each block together."""
-
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.name = NETWORKS[size["D"]]
-        self.encoder = backbones.create(self.name)
-        head = partial(MatryoshkaProjector, size["D"], size["K"], hidden_dim=size["hidden"])
-        self.heads = nn.ModuleList([head(bottleneck_dim=384), head(bottleneck_dim=256)])
-        self.packed = True
-
-    def forward(self, crops: Sequence[Tensor], masks: Tensor, *, hide: bool) -> Scores:
-        hidden = [masks if hide else None, *(None for _ in crops[1:])]
-        if self.packed:
-            tokens = self.encoder.forward_many(crops, hidden)
-        else:
-            tokens = [self.encoder(x, mask) for x, mask in zip(crops, hidden, strict=True)]
-        dino = self.heads[0](torch.cat([t.cls for t in tokens]))
-        return Scores(tokens[0].cls, dino, self.heads[1](tokens[0].patches[masks]))
-
-    def as_released(self, *, fused: bool) -> "Network":
-        """A copy with timm's own blocks around the same weights, one resolution a pass."""
-        network = copy.deepcopy(self)
-        network.packed = False
-        blocks = build_franca_vit(self.name).blocks.to(next(self.parameters()).device)
-        blocks.load_state_dict(self.encoder.vit.blocks.state_dict())
-        for block in blocks:
-            block.attn.fused_attn = fused
-        network.encoder.vit.blocks = blocks
-        return network
+def one_by_one(
+    encoder: ViTEncoder, crops: list[Tensor], masks: list[Tensor | None]
+) -> list[Tokens]:
+    """Encode the crops of each resolution in a pass of their own."""
+    alone = partial(ViTEncoder.forward_many, encoder)
+    return [alone([x], [mask])[0] for x, mask in zip(crops, masks, strict=True)]
 
 
 def set_up(size: Size, device: torch.device) -> SimpleNamespace:
-    network = Network(size).to(device)
-    h, w = network.encoder.img_size
-    patch = network.encoder.patch_size[0]
+    name, B = NETWORKS[size["D"]], size["B"]
+    model = Model(
+        backbone=name, drop_path_rate=0.0, num_prototypes=size["K"], hidden_dim=size["hidden"]
+    )
+    with torch.device("meta"):
+        h, w = backbones.create(name).img_size
+    settings = Settings(
+        preset="smoke",
+        data="scenes",
+        steps=1,
+        batch_size=B,
+        model=model,
+        targets=Targets(student_temp=STUDENT_TEMP),
+    )
+    network = FrancaNetwork(model, h).to(device)
+    patch = network.backbone.patch_size[0]
     local = max(patch, round(h * 98 / 224) // patch * patch)  # 98 of 224 pixels
-    B = size["B"]
-    masks = CyclicMaskGenerator(network.encoder.grid_size)(GLOBAL_VIEWS * B)
     return SimpleNamespace(
-        size=size,
+        name=name,
         network=network,
+        run=Run(settings, Parallel(0, 1, device, None)),
         crops=[
-            torch.randn(GLOBAL_VIEWS * B, 3, h, w, device=device),
+            torch.randn(NUM_GLOBAL * B, 3, h, w, device=device),
             torch.randn(LOCAL_VIEWS * B, 3, local, local, device=device),
         ],
-        masks=masks,
-        device_masks=masks.to(device),
+        masks=CyclicMaskGenerator(network.backbone.grid_size)(NUM_GLOBAL * B).to(device),
         autocast=partial(torch.autocast, device.type, torch.bfloat16, device.type == "cuda"),
     )
 
 
-def loss_sslkit(student: Scores, teacher: Scores, case: SimpleNamespace) -> Tensor:
-    B = case.size["B"]
-    targets = sinkhorn_many(teacher.dino + teacher.ibot, TEACHER_TEMP, bound=1.0)
-    L = len(teacher.dino)
-    dino = DINOLoss(student_temp=STUDENT_TEMP, overwrite_logits=True)
-    ibot = iBOTLoss(student_temp=STUDENT_TEMP, overwrite_logits=True)
-    terms = [
-        dino(scores.unflatten(0, (-1, B)), target)
-        for scores, target in zip(student.dino, targets[:L], strict=True)
-    ]
-    terms += [
-        ibot(scores, target, case.masks)
-        for scores, target in zip(student.ibot, targets[L:], strict=True)
-    ]
-    return sum(terms) + KOLEO_WEIGHT * sum(KoLeoLoss()(x) for x in student.cls.chunk(GLOBAL_VIEWS))
+def loss_sslkit(student: Outputs, teacher: Outputs, case: SimpleNamespace) -> Tensor:
+    balance = make_targets(case.network, case.run)
+    [targets] = balance([{"dino": teacher.dino, "ibot": teacher.ibot}], TEACHER_TEMP)
+    terms = FrancaLoss(case.run)(student, targets, case.masks)
+    return weighted_sum(terms, case.run.settings.losses)
 
 
-def loss_textbook(student: Scores, teacher: Scores, case: SimpleNamespace) -> Tensor:
-    B = case.size["B"]
-    masks = case.device_masks.flatten(1)
+def loss_textbook(student: Outputs, teacher: Outputs, case: SimpleNamespace) -> Tensor:
+    B = len(case.masks) // NUM_GLOBAL
+    masks = case.masks.flatten(1)
     terms = [
         textbook.dino_loss(
-            scores.unflatten(0, (-1, B)),
-            textbook.sinkhorn(logits, TEACHER_TEMP).unflatten(0, (-1, B)),
+            logits.unflatten(0, (-1, B)),
+            textbook.sinkhorn(teacher_logits, TEACHER_TEMP).unflatten(0, (-1, B)),
             STUDENT_TEMP,
         )
-        for scores, logits in zip(student.dino, teacher.dino, strict=True)
+        for logits, teacher_logits in zip(student.dino, teacher.dino, strict=True)
     ]
     terms += [
-        textbook.ibot_loss(scores, textbook.sinkhorn(logits, TEACHER_TEMP), masks, STUDENT_TEMP)
-        for scores, logits in zip(student.ibot, teacher.ibot, strict=True)
+        textbook.ibot_loss(
+            logits, textbook.sinkhorn(teacher_logits, TEACHER_TEMP), masks, STUDENT_TEMP
+        )
+        for logits, teacher_logits in zip(student.ibot, teacher.ibot, strict=True)
     ]
-    koleo = sum(textbook.koleo_loss(x.float()) for x in student.cls.chunk(GLOBAL_VIEWS))
-    return sum(terms) + KOLEO_WEIGHT * koleo
+    koleo = sum(textbook.koleo_loss(x.float()) for x in student.cls.chunk(NUM_GLOBAL))
+    return sum(terms) + case.run.settings.losses.koleo * koleo
 
 
 def reference(case: SimpleNamespace) -> list[Tensor]:
     """The loss of the first step, in float32: float64 activations of a ViT-B are too many."""
-    network = case.network.as_released(fused=False)
+    network = as_released(case.network, case.name, fused=False)
     with torch.no_grad():
-        student = network(case.crops, case.device_masks, hide=True)
-        teacher = network(case.crops[:1], case.device_masks, hide=False)
+        student = network(case.crops, case.masks, hide=True)
+        teacher = network(case.crops[:1], case.masks, hide=False)
         return [loss_textbook(student, teacher, case)]
 
 
@@ -160,7 +145,7 @@ STEP = Operation(
 )
 
 
-def contestant(case: SimpleNamespace, student: Network, loss) -> Contestant:
+def contestant(case: SimpleNamespace, student: FrancaNetwork, loss) -> Contestant:
     """Training of a copy: the first call's loss is checked, later ones go on from there."""
     student.train()
     teacher = EMATeacher(student, momentum=MOMENTUM)
@@ -168,8 +153,8 @@ def contestant(case: SimpleNamespace, student: Network, loss) -> Contestant:
 
     def call() -> Tensor:
         with case.autocast():
-            theirs = teacher(case.crops[:1], case.device_masks, hide=False)
-            mine = student(case.crops, case.device_masks, hide=True)
+            theirs = teacher(case.crops[:1], case.masks, hide=False)
+            mine = student(case.crops, case.masks, hide=True)
         value = loss(mine, theirs, case)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
@@ -191,12 +176,12 @@ def _(case):
 
 @STEP.contestant("textbook, SDPA")
 def _(case):
-    return contestant(case, case.network.as_released(fused=True), loss_textbook)
+    return contestant(case, as_released(case.network, case.name, fused=True), loss_textbook)
 
 
 @STEP.contestant("textbook, eager attention")
 def _(case):
-    return contestant(case, case.network.as_released(fused=False), loss_textbook)
+    return contestant(case, as_released(case.network, case.name, fused=False), loss_textbook)
 
 
 test_training_step = STEP.as_test()

@@ -2,8 +2,8 @@
 
     python examples/cyclic_mask_in_hugging_face.py [--images FOLDER]
 
-``ViTForMaskedImageModeling`` wants ``bool_masked_pos`` bool [B, N], patches in row-major order:
-``CyclicMaskGenerator(...)(B).flatten(1)``. It supports square images only, the masks any grid.
+``ViTForMaskedImageModeling`` takes ``bool_masked_pos`` bool [B, N], patches in row-major order. It
+supports square images only; the masks fit any grid.
 """
 
 import argparse
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torchvision.transforms import functional as vision
 from transformers import ViTConfig, ViTForMaskedImageModeling
@@ -59,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
     losses = []
     for step in range(STEPS):
         indices = torch.randint(len(source), (BATCH,), generator=generator).tolist()
-        masks = masking(BATCH, generator=generator)  # [B, H, W]
-        output = vit(pixel_values(source, indices), bool_masked_pos=masks.flatten(1))
+        masks = rearrange(masking(BATCH, generator=generator), "b h w -> b (h w)")
+        output = vit(pixel_values(source, indices), bool_masked_pos=masks)
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()

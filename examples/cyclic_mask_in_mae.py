@@ -9,6 +9,7 @@ contiguous block, up to wrap-around, and every patch is masked equally often.
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from sslkit import CyclicMaskGenerator
@@ -49,9 +50,9 @@ class TinyMAE(nn.Module):
         """Patches [B, N, P] and masks bool [B, N], M a row, to predictions [B * M, P]."""
         B, N, _ = patches.shape
         tokens = self.embed(patches) + self.positions
-        visible = self.encoder(tokens[~masks].view(B, -1, DIM))  # [B, N - M, D]
+        visible = self.encoder(rearrange(tokens[~masks], "(b n) d -> b n d", b=B))  # n = N - M
         everything = self.mask_token.expand(B, N, DIM).clone()
-        everything[~masks] = visible.flatten(0, 1)
+        everything[~masks] = rearrange(visible, "b n d -> (b n) d")
         return self.head(self.decoder(everything + self.positions)[masks])
 
 
@@ -64,9 +65,10 @@ def main() -> tuple[float, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
     for step in range(STEPS):
-        patches = F.unfold(waves(generator), PATCH, stride=PATCH).transpose(1, 2)  # [B, N, p p]
-        masked = torch.stack([masks.one(NUM_MASKED, generator=generator) for _ in range(BATCH)])
-        masked = masked.flatten(1)  # [B, H, W] -> [B, N], as the patches
+        images = waves(generator)
+        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=PATCH, q=PATCH)
+        drawn = [masks.one(NUM_MASKED, generator=generator) for _ in range(BATCH)]
+        masked = rearrange(drawn, "b h w -> b (h w)")
         loss = F.mse_loss(model(patches, masked), patches[masked])
         optimizer.zero_grad()
         loss.backward()

@@ -43,8 +43,8 @@ from sslkit.command_line import run_command
 from sslkit.data import Batch, MultiCrop
 from sslkit.data.batch_masks import MaskGenerator, sharded_masks
 from sslkit.factored_logits import Logits
-from sslkit.recipes import franca
-from sslkit.recipes.franca import Losses, Model, Settings
+from sslkit.recipes.franca import checks, evaluation, exports, initial, presets, report
+from sslkit.recipes.franca.settings import Losses, Model, Settings
 from sslkit.training import Run, StepReport, Watched, distribute, micro_batches, train
 from sslkit.training.command import Recipe, Stage, main
 from sslkit.training.data import open_sources
@@ -233,11 +233,13 @@ class Franca:
     def __init__(self, stage: str, settings: Settings, run: Run[Settings]) -> None:
         s = settings
         self.stage, self.settings, self.run, self.parallel = stage, settings, run, run.parallel
-        first_size = run.settings.crops.global_size  # of the pretraining
+        build = partial(FrancaNetwork, s.model, run.settings.crops.global_size)
+        if stage == "highres":
+            pretrained = run.last_checkpoint("pretrain", network=build)
         torch.manual_seed(s.seed)
-        self.student = FrancaNetwork(s.model, first_size)
+        self.student = build()
         if stage == "pretrain" and not run.has_begun("pretrain"):
-            franca.fill_from_weights_(self.student, run)
+            initial.fill_from_weights_(self.student, run)
         self.student.to(self.parallel.device)
         self.teacher = EMATeacher(self.student)
         self.targets = make_targets(self.student, run).to(self.parallel.device)
@@ -245,8 +247,6 @@ class Franca:
         self.loss = FrancaLoss(run)
         networks = (self.student, self.teacher.module)
         if stage == "highres":
-            build = partial(FrancaNetwork, s.model, first_size)
-            pretrained = run.last_checkpoint("pretrain", network=build)
             run.load_(pretrained, self.weights())
             for network in networks:  # as the release's scripts/modify_ckpt_highres.py
                 network.backbone.set_img_size_(s.crops.global_size, pos_interpolation="antialias")
@@ -361,7 +361,7 @@ def train_stage(
         crops=MultiCrop(**vars(s.crops), num_global=NUM_GLOBAL, channels=s.model.in_chans),
         # Somewhat past the warm-up: an untrained network shows the signs of a collapsed one.
         grace_steps=s.frozen_steps + round(1.25 * s.optim.lr_warmup * s.steps),
-        online=partial(franca.online_knn, run=run, sources=sources, size=size),
+        online=partial(evaluation.online_knn, run=run, sources=sources, size=size),
         online_every=s.evaluation.online_every,
         export_before="init" if s.init_from and stage == "pretrain" else "",
     )
@@ -369,12 +369,12 @@ def train_stage(
 
 def rasa(run: Run[Settings]) -> None:
     """Section 3.3: find the planes of position, and fold their removal into the encoder."""
-    s, last = run.settings, franca.last_trained(run)
-    encoder = franca.load_encoder(run, last)
-    patches = franca.crop_features(run, encoder, s.global_size(last))  # [B, H, W, D]
+    s, last = run.settings, exports.last_trained(run)
+    encoder = exports.load_encoder(run, last)
+    patches = evaluation.crop_features(run, encoder, s.global_size(last))  # [B, H, W, D]
     projector = RASAProjector(encoder.embed_dim, num_iterations=s.rasa.num_iterations)
     errors = projector.fit(patches.split(128), solver=s.rasa.solver)
-    franca.save_without_position(run, encoder, projector, of=last, errors=errors)
+    exports.save_without_position(run, encoder, projector, of=last, errors=errors)
 
 
 STAGES = {
@@ -385,14 +385,14 @@ STAGES = {
         section="highres",
     ),
     "rasa": Stage(rasa, section="rasa"),
-    "evaluate": Stage(franca.compare_stages, result="results.json", section="evaluation"),
-    "report": Stage(franca.write_report, result="report.md"),
+    "evaluate": Stage(evaluation.compare_stages, result="results.json", section="evaluation"),
+    "report": Stage(report.write_report, result="report.md"),
 }
 RECIPE = Recipe(
-    franca.PRESETS,
+    presets.PRESETS,
     STAGES,
-    franca.check,
-    from_weights=franca.FROM_WEIGHTS,
+    checks.check,
+    from_weights=initial.FROM_WEIGHTS,
     method=lambda run: Franca("pretrain", run.settings, run),
 )
 

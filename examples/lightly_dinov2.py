@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from lightly.models.modules import DINOv2ProjectionHead, MaskedVisionTransformerTIMM
 from lightly.transforms import DINOTransform
 from lightly.utils.scheduler import linear_warmup_schedule
@@ -88,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
             if step == STEPS:
                 break
             global_views, local_views = torch.cat(views[:2]), torch.cat(views[2:])
-            masks = masking(len(global_views), generator=generator).flatten(1)  # [2B, N]
+            masks = masking(len(global_views), generator=generator)  # [2B, H, W]
+            masks = rearrange(masks, "b h w -> b (h w)")
             token_masks = nn.functional.pad(masks, (1, 0))  # not the class token
 
             with torch.no_grad():
@@ -102,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
             temperature = linear_warmup_schedule(step, STEPS // 2, 0.04, 0.07)
             # dino_criterion(teacher_cls.chunk(2), student_cls.chunk(4), teacher_temp=temperature)
             loss = dino(
-                student_cls.unflatten(0, (GLOBAL_VIEWS + LOCAL_VIEWS, BATCH)),
+                rearrange(student_cls, "(v b) k -> v b k", v=GLOBAL_VIEWS + LOCAL_VIEWS),
                 sinkhorn(teacher_cls, temperature),
             )
             # ibot_criterion(teacher_patches, student_patches, masks, teacher_temp=temperature)

@@ -17,10 +17,11 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from sslkit import DINOLoss, EMATeacher, MatryoshkaProjector, SinkhornKnopp
+from sslkit import DINOLoss, EMATeacher, MatryoshkaProjector, SinkhornKnopp, sum_over_levels
 from sslkit.backbones import create
 from sslkit.data import MultiCrop, Source, open_source, sample_seed
 from sslkit.schedules import cosine
@@ -65,17 +66,13 @@ class NestedDINO(L.LightningModule):
 
     def training_step(self, views: Tensor, batch_idx: int) -> Tensor:
         """Sum over the levels for views [B, 2, 3, h, w]."""
-        images = views.transpose(0, 1).flatten(0, 1)  # [2 * B, 3, h, w], view after view
+        images = rearrange(views, "b v c h w -> (v b) c h w")  # view after view
         with torch.no_grad():
             teacher = self.teacher.module
             teacher_levels = teacher["head"](teacher["backbone"](images).cls)
-        student_levels = self.student["head"](self.student["backbone"](images).cls)
         targets = [self.sinkhorn(logits, 0.04) for logits in teacher_levels]
-        losses = [
-            self.dino(logits.unflatten(0, (2, -1)), target)
-            for logits, target in zip(student_levels, targets, strict=True)
-        ]
-        loss = torch.stack(losses).sum()
+        cls = rearrange(self.student["backbone"](images).cls, "(v b) d -> v b d", v=2)
+        loss = sum_over_levels(self.dino, self.student["head"](cls), targets)
         self.log("loss", loss, prog_bar=True)
         return loss
 

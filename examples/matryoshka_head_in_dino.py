@@ -2,8 +2,8 @@
 
     python examples/matryoshka_head_in_dino.py
 
-What changes against DINO: the head returns one score tensor for each nested prefix of the features,
-and the loss is the sum over them. Sinkhorn-Knopp stands in for the centring.
+What changes against DINO: the head returns one tensor of logits for each nested prefix of the
+features, and the loss is the sum over them. Sinkhorn-Knopp stands in for the centring.
 """
 
 import math
@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from sslkit import DINOLoss, EMATeacher, MatryoshkaProjector, SinkhornKnopp
@@ -66,8 +67,8 @@ def main() -> tuple[list[float], list[float]]:
         views = torch.cat([gratings(angles, generator) for _ in range(VIEWS)])  # [V * B, 1, h, w]
         losses = torch.stack(
             [
-                dino(student_logits.unflatten(0, (VIEWS, BATCH)), sinkhorn(logits, 0.04))
-                for student_logits, logits in zip(student(views), teacher(views), strict=True)
+                dino(rearrange(logits, "(v b) k -> v b k", v=VIEWS), sinkhorn(teacher_logits, 0.04))
+                for logits, teacher_logits in zip(student(views), teacher(views), strict=True)
             ]
         )
         optimizer.zero_grad()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import timm
 import torch
+from einops import einsum, rearrange
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from timm.models.vision_transformer import VisionTransformer
@@ -27,7 +28,7 @@ def blobs(count: int, height: int, width: int) -> Tensor:
     row, column, size = torch.rand(3, count, 6, 1, 1, generator=generator)
     blob = (-((rows - row) ** 2 + (columns - column) ** 2) / (0.02 + 0.1 * size)).exp()
     colour = torch.randn(count, 6, 3, generator=generator)
-    return torch.einsum("bnc,bnhw->bchw", colour, blob)
+    return einsum(colour, blob, "image blob channel, image blob h w -> image channel h w")
 
 
 def read_folder(folder: Path, vit: VisionTransformer) -> Tensor:
@@ -45,9 +46,8 @@ def read_folder(folder: Path, vit: VisionTransformer) -> Tensor:
 def patch_tokens(vit: VisionTransformer, images: Tensor) -> Tensor:
     """[B, 3, h, w] to [B, H, W, D]."""
     tokens = torch.cat([vit.forward_features(x) for x in images.split(32)])
-    return tokens[:, vit.num_prefix_tokens :].unflatten(
-        1, vit.patch_embed.dynamic_feat_size(images.shape[-2:])
-    )
+    H, W = vit.patch_embed.dynamic_feat_size(images.shape[-2:])
+    return rearrange(tokens[:, vit.num_prefix_tokens :], "b (h w) d -> b h w d", h=H, w=W)
 
 
 def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:

@@ -50,7 +50,7 @@ def main() -> float:
     optimizer = torch.optim.AdamW([*encoder.parameters(), *prototypes.parameters()], lr=3e-3)
     sinkhorn = SinkhornKnopp(num_iterations=3)
 
-    def scores(x: Tensor) -> Tensor:
+    def logits(x: Tensor) -> Tensor:
         prototypes.weight.data = F.normalize(prototypes.weight.data, dim=-1)
         return prototypes(F.normalize(encoder(x), dim=-1))
 
@@ -58,7 +58,7 @@ def main() -> float:
     test_views = data.views(test_labels)
     for step in range(STEPS + 1):
         labels = torch.randint(NUM_CLASSES, (BATCH,), generator=generator)
-        first, second = scores(data.views(labels)), scores(data.views(labels))
+        first, second = logits(data.views(labels)), logits(data.views(labels))
 
         loss = torch.zeros(())
         for student, teacher in ((first, second), (second, first)):
@@ -68,7 +68,7 @@ def main() -> float:
 
         if step % 10 == 0:
             with torch.no_grad():
-                score = purity(scores(test_views).argmax(dim=-1), test_labels)
+                score = purity(logits(test_views).argmax(dim=-1), test_labels)
             print(f"step {step:3d}  loss {loss.item():.3f}  cluster purity {score:.3f}")
         optimizer.zero_grad()
         loss.backward()

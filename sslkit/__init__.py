@@ -24,6 +24,7 @@ _HOME = {
     "Targets": "targets",
     "iBOTLoss": "losses",
     "sinkhorn_many": "sinkhorn",
+    "sum_over_levels": "losses",
 }
 
 __all__ = [
@@ -41,13 +42,14 @@ __all__ = [
     "Targets",
     "iBOTLoss",
     "sinkhorn_many",
+    "sum_over_levels",
 ]
 
 if TYPE_CHECKING:
     from sslkit.assignments import Assignments
     from sslkit.centering import EMACentering
     from sslkit.factored_logits import FactoredLogits
-    from sslkit.losses import DINOLoss, KoLeoLoss, iBOTLoss
+    from sslkit.losses import DINOLoss, KoLeoLoss, iBOTLoss, sum_over_levels
     from sslkit.masking import CyclicMaskGenerator
     from sslkit.matryoshka import MatryoshkaProjector
     from sslkit.rasa import RASAProjector

@@ -44,8 +44,7 @@ class Assignments:
     """Soft assignments ``softmax_k(logits / temperature + bias)`` of B samples to K prototypes.
 
     Args:
-        logits: ``[B, K]`` teacher scores before the softmax, a tensor or `FactoredLogits` of any
-            floating-point type.
+        logits: ``[B, K]`` teacher logits, a tensor or `FactoredLogits` of any floating-point type.
         bias: ``[K]`` added to every row: the log prototype scaling of Sinkhorn-Knopp,
             ``-center / temperature`` of centering, zeros for a plain softmax.
         temperature: positive, at least 1e-37; divides the logits.
@@ -96,14 +95,14 @@ class Assignments:
 
     def probs(self) -> Tensor:
         """Write the assignments out: ``[B, K]``, float32 (float64 for float64 logits)."""
-        return torch.softmax(self._scores(slice(None)), dim=-1)
+        return torch.softmax(self._scaled_logits(slice(None)), dim=-1)
 
     def argmax(self) -> Tensor:
         """Most probable prototype of each sample, ``[B]`` int64, without writing ``probs``."""
         B, K = self.logits.shape
         winners = torch.empty(B, dtype=torch.int64, device=self.logits.device)
         for rows in row_blocks(B, K, self.logits.device):
-            winners[rows] = self._scores(rows).argmax(dim=-1)
+            winners[rows] = self._scaled_logits(rows).argmax(dim=-1)
         return winners
 
     def select(self, rows: Tensor) -> "Assignments":
@@ -168,10 +167,10 @@ class Assignments:
         """
         return _usage([self])
 
-    def _scores(self, rows: slice) -> Tensor:
+    def _scaled_logits(self, rows: slice) -> Tensor:
         """``logits[rows] / temperature + bias``, what the softmax is taken of."""
         # Adding in the bias's type promotes 16-bit logits inside the kernel: no separate copy.
-        bias = self.bias.to(score_dtype(self.logits))
+        bias = self.bias.to(compute_dtype(self.logits))
         return torch.add(bias, written(self.logits[rows]), alpha=1.0 / self.temperature)
 
 
@@ -204,7 +203,11 @@ def usage(targets: Sequence[Mapping[str, Assignments]]) -> dict[str, Usage]:
 
 def _usage(parts: Sequence[Assignments]) -> Usage:
     """`Assignments.usage` of the rows of all parts, which have the same prototypes."""
-    K, device, dtype = parts[0].num_prototypes, parts[0].logits.device, score_dtype(parts[0].logits)
+    K, device, dtype = (
+        parts[0].num_prototypes,
+        parts[0].logits.device,
+        compute_dtype(parts[0].logits),
+    )
     B = sum(len(part) for part in parts)
     with torch.no_grad():  # as a decorator it would break the graph of a compiled caller
         prob_sum = torch.zeros(K, device=device, dtype=dtype)
@@ -212,7 +215,7 @@ def _usage(parts: Sequence[Assignments]) -> Usage:
         used = torch.zeros(K, dtype=torch.bool, device=device)
         for part in parts:
             for rows in row_blocks(len(part), K, device):
-                probs = torch.softmax(part._scores(rows), dim=-1)
+                probs = torch.softmax(part._scaled_logits(rows), dim=-1)
                 prob_sum += probs.sum(dim=0)
                 used[probs.argmax(dim=-1)] = True
                 entropy_sum += torch.special.entr(probs).sum()
@@ -223,8 +226,8 @@ def _usage(parts: Sequence[Assignments]) -> Usage:
         )
 
 
-def score_dtype(logits: Logits) -> torch.dtype:
-    """Type that scores of ``logits`` are computed in: float32, or float64 for float64 logits."""
+def compute_dtype(logits: Logits) -> torch.dtype:
+    """Type that ``logits`` are computed with: float32, or float64 for float64 logits."""
     return torch.promote_types(logits.dtype, torch.float32)
 
 

@@ -1,6 +1,6 @@
 """Buffers that keep their types through ``half()``, ``to(dtype)`` and checkpoints.
 
-Running sums, past scores and orthonormal directions need the range and the precision of their type.
+Running sums, past logits and orthonormal directions need the range and the precision of their type.
 A module is cast for the sake of its weights, so these buffers do not take part.
 """
 

@@ -5,13 +5,14 @@ temperature are decided before, by `sslkit.sinkhorn` or `sslkit.centering`. Stud
 second, as in DINOv2 and DINOv3 (lightly's losses take the teacher first and centre inside).
 """
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sslkit.assignments import Assignments, check_temperature, score_dtype
+from sslkit.assignments import Assignments, check_temperature, compute_dtype
 from sslkit.factored_logits import Logits
 from sslkit.ops import soft_cross_entropy
 from sslkit.unit_rows import unit_rows
@@ -134,7 +135,7 @@ def _flatten_target_views(
     if not isinstance(targets, Assignments):
         raise TypeError(
             f"targets must be Assignments or a [V_t, B, K] tensor, got {type(targets)}; "
-            "for several levels call the loss once a level"
+            "for several levels use sslkit.sum_over_levels"
         )
     if len(targets) % B != 0 or targets.num_prototypes != K:
         raise ValueError(
@@ -214,7 +215,7 @@ class iBOTLoss(nn.Module):
                 f"student_logits {tuple(student_logits.shape)} must have one row for each of the "
                 f"{int(num_masked.sum())} True entries of masks {tuple(masks.shape)}"
             )
-        image_weights = 1.0 / (num_masked.clamp(min=1) * B).to(score_dtype(student_logits))
+        image_weights = 1.0 / (num_masked.clamp(min=1) * B).to(compute_dtype(student_logits))
         row_weights = image_weights.repeat_interleave(num_masked, output_size=M)  # [M]
         losses = soft_cross_entropy(
             student_logits,
@@ -232,6 +233,40 @@ class iBOTLoss(nn.Module):
             f"student_temp={self.student_temp}, overwrite_logits={self.overwrite_logits}, "
             f"impl={self.impl!r}"
         )
+
+
+def sum_over_levels(
+    loss: Callable[..., Tensor],
+    student_levels: Sequence[Logits],
+    target_levels: Sequence[Assignments | Tensor],
+    *arguments: Any,
+    **options: Any,
+) -> Tensor:
+    """Sum of ``loss(student, target, *arguments, **options)`` over the levels of a nested head.
+
+    Args:
+        loss: `DINOLoss`, `iBOTLoss` or any function of the student's logits and targets.
+        student_levels: L logits, as `MatryoshkaProjector` gives them.
+        target_levels: L targets, as `sinkhorn_many` gives them.
+        *arguments, **options: passed on at every level, such as the masks of `iBOTLoss`.
+
+    Raises:
+        ValueError: there is no level, or the two numbers of levels differ.
+
+    Example:
+        >>> coarse, fine = torch.zeros(3, 8, 4), torch.zeros(3, 8, 16)  # [V, B, K_l]
+        >>> targets = [torch.full((2, 8, K), 1 / K) for K in (4, 16)]
+        >>> loss = sum_over_levels(DINOLoss(), [coarse, fine], targets)  # ln(4) + ln(16)
+        >>> round(loss.item(), 4)
+        4.1589
+    """
+    if len(student_levels) == 0 or len(student_levels) != len(target_levels):
+        raise ValueError(
+            "student_levels and target_levels must have the same number of levels, at least 1; got "
+            f"{len(student_levels)} and {len(target_levels)}"
+        )
+    levels = zip(student_levels, target_levels, strict=True)
+    return torch.stack([loss(s, t, *arguments, **options) for s, t in levels]).sum()
 
 
 class KoLeoLoss(nn.Module):

@@ -18,12 +18,12 @@ Nesting = Literal["slice", "slice_linear", "linear"]
 
 
 class MatryoshkaProjector(nn.Module):
-    """Prototype scores at L granularities, from L nested prefixes of one feature vector.
+    """Prototype logits at L granularities, from L nested prefixes of one feature vector.
 
     For nesting dimensions ``m_1 < ... < m_L`` and ``K_l = int(K * m_l / m_L)`` prototypes::
 
         z_l      = MLP_l(x[..., :m_l])              # [..., bottleneck_dim]
-        scores_l = <z_l / |z_l|, c_k / |c_k|>       # [..., K_l], each in [-1, 1]
+        logits_l = <z_l / |z_l|, c_k / |c_k|>       # [..., K_l], each in [-1, 1]
 
     Every level has an MLP and prototypes ``c`` of its own; the loss is the plain sum of the levels'
     losses. One level, ``nesting_dims=(in_dim,)``, is the usual DINO head.
@@ -37,12 +37,13 @@ class MatryoshkaProjector(nn.Module):
     With ``normalize=True`` only the directions of the prototypes count, and their gradients are
     orthogonal to them. Their length, ``0.02 sqrt(b)`` at the start, decides how far a step of the
     optimizer turns them. Both norms are computed in float32 at least, for vectors of any length;
-    zeros stay zeros (`sslkit.unit_rows`). The scores have the precision of the surrounding
-    autocast: call the projector outside of it for float32 scores.
+    zeros stay zeros (`sslkit.unit_rows`). The logits have the precision of the surrounding
+    autocast: call the projector outside of it for float32 logits.
 
     Args:
         in_dim: D, the size of the features.
-        num_prototypes: K, those of the last and largest level.
+        num_prototypes: K, those of the last and largest level. Franca's 131072 are 254,000 over the
+            five levels of a ViT-B, which makes a head of 92 M parameters.
         nesting_dims: m_1 < ... < m_L <= D; by default (D//16, D//8, D//4, D//2, D).
         nesting: what the MLP of a level sees. ``"slice"``: the first m_l features (the paper).
             ``"slice_linear"``: a learned Linear(m_l, m_l) of them (the later released code).
@@ -52,7 +53,7 @@ class MatryoshkaProjector(nn.Module):
         bottleneck_dim: b. Released: 384 for the DINO head, 256 for the iBOT head.
         num_layers: linear layers in the MLP; 1 is a single Linear(m_l, b).
         normalize: with False the projector computes what the released head does (if ``num_layers``
-            > 1): nothing is normalised and a GELU also follows the last layer of the MLP, so scores
+            > 1): nothing is normalised and a GELU also follows the last layer of the MLP, so logits
             are unbounded. Prototypes start at length 1. Here they are one weight, in the release a
             learned length times a learned direction (weight norm), so an optimizer moves them
             differently.
@@ -71,14 +72,14 @@ class MatryoshkaProjector(nn.Module):
     >>> projector = MatryoshkaProjector(64, 128, hidden_dim=32, bottleneck_dim=16)
     >>> projector.nesting_dims, projector.num_prototypes_per_level
     ((4, 8, 16, 32, 64), (8, 16, 32, 64, 128))
-    >>> [tuple(scores.shape) for scores in projector(torch.randn(2, 10, 64))]
+    >>> [tuple(logits.shape) for logits in projector(torch.randn(2, 10, 64))]
     [(2, 10, 8), (2, 10, 16), (2, 10, 32), (2, 10, 64), (2, 10, 128)]
     """
 
     def __init__(
         self,
         in_dim: int,
-        num_prototypes: int = 131072,
+        num_prototypes: int,
         *,
         nesting_dims: Sequence[int] | None = None,
         nesting: Nesting = "slice",
@@ -114,9 +115,9 @@ class MatryoshkaProjector(nn.Module):
             )
             for dim in self.nesting_dims
         )
-        scorer = CosineLinear if normalize else nn.Linear
+        last_layer = CosineLinear if normalize else nn.Linear
         self.prototypes = nn.ModuleList(
-            scorer(bottleneck_dim, count, bias=False) for count in self.num_prototypes_per_level
+            last_layer(bottleneck_dim, count, bias=False) for count in self.num_prototypes_per_level
         )
         self.apply(_init_weights)
         if not normalize:
@@ -132,10 +133,10 @@ class MatryoshkaProjector(nn.Module):
     def forward(self, x: Tensor, *, factored: bool) -> tuple[Logits, ...]: ...
 
     def forward(self, x: Tensor, *, factored: bool = False) -> tuple[Logits, ...]:
-        """Features [..., D] to L score tensors [..., K_l], coarse to fine.
+        """Features [..., D] to L logit tensors [..., K_l], coarse to fine.
 
         With ``factored`` to `FactoredLogits` that stand for them, of bottlenecks and prototypes:
-        Sinkhorn and the losses take these too, and form the scores a chunk at a time.
+        Sinkhorn and the losses take these too, and form the logits a chunk at a time.
         """
         if x.ndim == 0 or x.shape[-1] != self.in_dim:
             raise ValueError(f"x must be [..., D={self.in_dim}] features, got {tuple(x.shape)}")
@@ -156,7 +157,7 @@ class CosineLinear(nn.Linear):
     """Cosines [..., K] between the input [..., b] and the rows of ``weight`` [K, b].
 
     The rows are normalised, not the [..., K] product: one pass over K * b weights instead of a
-    second one over rows * K scores. Built without a bias.
+    second one over rows * K logits. Built without a bias.
 
     >>> import torch
     >>> layer = CosineLinear(2, 1, bias=False)

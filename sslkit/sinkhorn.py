@@ -44,7 +44,7 @@ def sinkhorn_many(
         num_iterations: column-then-row normalisations, at least 1.
         row_masks: for each entry None or bool ``[B_i]``; rows that are True take no part, whatever
             they hold (padding). Their own assignment is still readable and means nothing.
-        pasts: for each entry None or past scores ``[Q_i, K_i]``, a tensor or `FactoredLogits`, on
+        pasts: for each entry None or past logits ``[Q_i, K_i]``, a tensor or `FactoredLogits`, on
             the same device: more rows that take part, but are not among those returned
             (`SinkhornQueue` keeps them). Q_i may differ from rank to rank and may be 0; 16-bit
             types may be mixed with float32. No matrix of ``B_i + Q_i`` rows is formed.

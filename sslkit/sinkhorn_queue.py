@@ -1,4 +1,4 @@
-"""Past teacher scores, for batches with fewer rows than Sinkhorn-Knopp needs (SwAV, section 3.1).
+"""Past teacher logits, for batches with fewer rows than Sinkhorn-Knopp needs (SwAV, section 3.1).
 
 Balancing gives every prototype the same share of the rows. With fewer rows than prototypes that
 share is less than one row: rows of one cluster are torn apart, and each is smeared over prototypes
@@ -18,7 +18,7 @@ What that mends, for batches of 16 of 4096 rows in 32 planted clusters, 256 prot
 import torch
 from torch import Tensor
 
-from sslkit.assignments import check_logits, check_row_mask, score_dtype
+from sslkit.assignments import check_logits, check_row_mask, compute_dtype
 from sslkit.factored_logits import FactoredLogits, Logits
 from sslkit.kept_types import KeepsTypes
 
@@ -26,16 +26,16 @@ _KEPT_TYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 class SinkhornQueue(KeepsTypes):
-    """The last ``num_rows`` rows of teacher scores of one head at one level.
+    """The last ``num_rows`` rows of teacher logits of one head at one level.
 
     ``forward(logits)`` gives the past rows for ``sinkhorn(logits, temperature, past=...)``. It
     changes nothing; ``update(logits)`` puts the rows of ``logits`` in place of the oldest ones.
     Call ``forward``, balance, then ``update``: a row is not balanced with itself. An empty queue
     gives no rows, which is the same as no queue.
 
-    Scores are kept as they are before the division by the temperature, so that a schedule of the
+    Logits are kept as they are before the division by the temperature, so that a schedule of the
     temperature applies to old rows too. Of `FactoredLogits` the features are kept, ``[Q, D]`` in
-    place of ``[Q, K]``: old rows are then scored with the prototypes of now.
+    place of ``[Q, K]``: old rows then take their logits from the present prototypes.
 
     **How long?** At least a few rows for each prototype: Q + B >= 2 K or so (SwAV: 3840 rows
     beside 256 images, 3000 prototypes). **How old?** A queue of Q rows fed with B rows a step holds
@@ -57,7 +57,7 @@ class SinkhornQueue(KeepsTypes):
         num_columns: K, or the size of the features for `FactoredLogits`.
         dtype: type of the rows, also after ``half()`` and ``to(dtype)``: ``torch.float32``;
             ``torch.bfloat16``, which halves the memory; or ``torch.float64`` for float64 logits.
-            float16 is refused: a score of 1e5, which float32 and bfloat16 logits may have, is
+            float16 is refused: a logit of 1e5, which float32 and bfloat16 logits may have, is
             infinite in it.
 
     Attributes:
@@ -148,7 +148,7 @@ class SinkhornQueue(KeepsTypes):
                 f"{kind} are {tuple(stored.shape)} on {stored.device}, but the queue was made for "
                 f"{self.rows.shape[1]} columns and is on {self.rows.device}"
             )
-        if score_dtype(stored) != score_dtype(self.rows):
+        if compute_dtype(stored) != compute_dtype(self.rows):
             raise TypeError(
                 f"logits are {stored.dtype} and the queue keeps {self.rows.dtype}: float64 goes "
                 "only with float64; make the queue with dtype=torch.float64, or cast the logits"

@@ -1,7 +1,7 @@
 """How long loops over ``[B, K]`` are cut, so that nothing of that size has to be made.
 
-Two kinds of work want two sizes. Reading scores that exist wants blocks of rows that stay in the
-cache (`row_blocks`); forming scores as a product wants chunks at which the product runs at full
+Two kinds of work want two sizes. Reading logits that exist wants blocks of rows that stay in the
+cache (`row_blocks`); forming logits as a product wants chunks at which the product runs at full
 speed (`chunks`).
 """
 
@@ -11,13 +11,13 @@ import torch
 
 from sslkit.devices import device_type
 
-# Elements of the float32 block that loops over scores work in. On a CPU it stays in the cache
+# Elements of the float32 block that loops over logits work in. On a CPU it stays in the cache
 # (1 MiB); on an accelerator it is large enough to fill the device and still a bounded temporary.
 _BLOCK_ELEMENTS_CPU = 1 << 18
 _BLOCK_ELEMENTS_DEVICE = 1 << 26
 
 # Elements of the part of a product that is formed at a time: so many that the matrix product
-# runs at full speed (16 MiB of float32 on a CPU, 128 MiB of 16-bit scores on an accelerator).
+# runs at full speed (16 MiB of float32 on a CPU, 128 MiB of 16-bit logits on an accelerator).
 _CHUNK_ELEMENTS_CPU = 1 << 22
 _CHUNK_ELEMENTS_DEVICE = 1 << 26
 

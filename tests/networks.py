@@ -27,3 +27,14 @@ def micro(**settings: Any) -> ViTEncoder:
 def flat(tokens: Tokens) -> Tensor:
     """All tokens of a batch, [B, 1 + R + N, D]."""
     return torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches.flatten(1, 2)], dim=1)
+
+
+def assert_one_pass_equals_separate_passes(encoder: ViTEncoder, **tolerance: float) -> None:
+    """Compare the tokens of four batches of crops in three resolutions, two of them masked."""
+    ph, pw = encoder.patch_size
+    grids = [(4, 4), (2, 8), (2, 3), (4, 4)]  # the first two have equally many tokens
+    images = [torch.randn(i + 1, 3, H * ph, W * pw) for i, (H, W) in enumerate(grids)]
+    masks = [torch.rand(1, 4, 4) < 0.5, None, torch.rand(3, 2, 3) < 0.5, None]
+    together = encoder.forward_many(images, masks)
+    for tokens, batch, mask in zip(together, images, masks, strict=True):
+        torch.testing.assert_close(flat(tokens), flat(encoder(batch, mask)), **tolerance)

@@ -6,8 +6,10 @@ import pytest
 from PIL import Image
 
 from sslkit.data.annotated import COCOThings, VOCBoxes
+from sslkit.data.annotated.annotated_files import read_class_map
 from sslkit.data.annotated.boxes import check_boxes
 from sslkit.data.annotated.coco_regions import decompress_counts, region_mask
+from sslkit.data.annotated.image_masks import read_mask_values
 from sslkit.data.decode import UnreadableImage
 from tests import on_disk
 
@@ -135,11 +137,17 @@ def test_voc(tmp_path, old, new, reason):
         _ = [images.boxes(i) for i in range(len(images))]
 
 
-def test_a_mask_of_another_size_is_not_decoded(tmp_path, monkeypatch):
-    from sslkit.data.annotated.files import read_class_map
-
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda mask, image: read_class_map(mask, image=str(image)),
+        lambda mask, image: read_mask_values(str(mask), size=(3, 4), of=str(image)),
+    ],
+    ids=["class map", "values"],
+)
+def test_a_mask_of_another_size_is_not_decoded(tmp_path, monkeypatch, read):
     Image.new("L", (4, 3)).save(tmp_path / "image.png")
     Image.new("L", (400, 300)).save(tmp_path / "mask.png")
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
     with pytest.raises(UnreadableImage, match=r"mask.png: it is \[300, 400\], but .* is \[3, 4\]"):
-        read_class_map(tmp_path / "mask.png", image=str(tmp_path / "image.png"))
+        read(tmp_path / "mask.png", tmp_path / "image.png")

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from sslkit import backbones
 from sslkit.data.scenes import Scenes
-from sslkit.evaluation.attention import Options, cls_attention, evaluate
+from sslkit.evaluation.attention import cls_attention
+from sslkit.evaluation.protocols.attention import Options, evaluate
 from sslkit.evaluation.subject import Subject
 from tests.noise import noise
 from tests.oracles import evaluation as oracle

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sslkit.ops.attention import equal_runs, packed_attention
+from sslkit.ops.attention import packed_attention
 from sslkit.ops.dispatch import record_bodies
+from sslkit.ops.packing import equal_runs
 from tests.oracles.attention import packed_attention as oracle
 from tests.oracles.attention import packed_attention_gradient
 

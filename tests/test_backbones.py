@@ -13,8 +13,8 @@ from sslkit.backbones import ViTEncoder, create
 from sslkit.backbones.blocks import drop_path
 from sslkit.backbones.embedding import embed
 from sslkit.backbones.positions import resample_positions
-from sslkit.ops.attention import equal_runs
-from tests.networks import flat, micro, randomize
+from sslkit.ops.packing import equal_runs
+from tests.networks import assert_one_pass_equals_separate_passes, flat, micro, randomize
 from tests.oracles.vit import resample
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0, "dynamic_img_size": True}
@@ -89,15 +89,7 @@ def test_equals_plain_timm_on_a_non_square_image(case):
 @pytest.mark.parametrize("case", TIMM_NETWORKS)
 def test_one_pass_over_many_resolutions_equals_separate_passes(case):
     _, encoder, _ = timm_pair(case)
-    ph, pw = encoder.patch_size
-    grids = [(4, 4), (2, 8), (2, 3), (4, 4)]  # the first two have equally many tokens
-    images = [torch.randn(i + 1, 3, H * ph, W * pw) for i, (H, W) in enumerate(grids)]
-    masks = [torch.rand(1, 4, 4) < 0.5, None, torch.rand(3, 2, 3) < 0.5, None]
-    together = encoder.forward_many(images, masks)
-    for tokens, batch, mask in zip(together, images, masks, strict=True):
-        separate = encoder(batch, mask)
-        for one, other in zip(tokens, separate, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert_one_pass_equals_separate_passes(encoder, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_in_training_is_timms():
@@ -109,6 +101,46 @@ def test_dropout_in_training_is_timms():
     expected = vit.forward_features(images)
     torch.manual_seed(1)
     torch.testing.assert_close(flat(encoder(images)), expected)
+
+
+def attributes(module):
+    """Everything a module holds but its tensors and submodules, for all of its modules by name."""
+    hidden = ("_parameters", "_buffers", "_modules")
+    return {
+        name: {key: value for key, value in vars(part).items() if key not in hidden}
+        for name, part in module.named_modules()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vit_tiny_patch16_224", {"global_pool": "token"}),
+        ("vit_little_patch16_reg4_gap_256", {}),  # fc_norm instead of norm
+        ("vit_base_patch16_siglip_224", {}),  # attention pooling
+        ("vit_small_patch16_dinov3", {}),  # periods in a buffer
+    ],
+)
+def test_the_callers_network_stays_as_it_is(name, changes):
+    vit = timm.create_model(name, **{**SMALL, "num_classes": 5, "drop_path_rate": 0.2, **changes})
+    vit.eval()
+    ph, pw = vit.patch_embed.patch_size
+    images = torch.randn(2, 3, 4 * ph, 4 * pw)
+    modules = dict(vit.named_modules())
+    before = copy.deepcopy(attributes(vit))
+    state = {key: value.clone() for key, value in vit.state_dict().items()}
+    logits = vit(images)
+
+    rope_periods = "bfloat16" if "dinov3" in name else "float32"
+    encoder = ViTEncoder(vit, rope_periods=rope_periods).train()
+    encoder.set_img_size_((3 * ph, 5 * pw))
+    encoder(images)
+
+    assert dict(vit.named_modules()) == modules  # the same objects
+    assert attributes(vit) == before
+    assert vit.state_dict().keys() == state.keys()
+    assert all(torch.equal(vit.state_dict()[key], value) for key, value in state.items())
+    assert torch.equal(vit(images), logits)
 
 
 def test_parameters_keep_timms_names_and_identities():

@@ -6,16 +6,21 @@ import torch
 from PIL import Image
 
 from sslkit import backbones
+from sslkit.commands.main import run as sslkit_command
 from sslkit.data import MultiCrop, MultiCropDataset
+from sslkit.data.annotated.annotated_source import KeypointPair
 from sslkit.data.channels import with_channels
 from sslkit.data.image_array import ImageArray
 from sslkit.data.scenes import Scenes
-from sslkit.evaluation import attention, correspondence, in_context, lost, pca
 from sslkit.evaluation.encoders import as_encoder
 from sslkit.evaluation.features import extract
+from sslkit.evaluation.protocols import attention, correspondence, in_context, lost, pca
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.views import EvalTransform
-from sslkit.extract.__main__ import main as extract_command
+
+
+def extract_command(words: list[str]) -> int:
+    return sslkit_command(["extract", *words])
 
 
 def test_luminance_is_pillows():
@@ -79,7 +84,7 @@ class Pairs(Scenes):
     def pair(self, index):
         image, points = self[index][0], torch.tensor([[3.0, 4.0], [20.0, 11.0]])
         box = torch.tensor([0.0, 0.0, 20.0, 20.0])
-        return correspondence.KeypointPair(image, image, points, points, box, "scene", 0)
+        return KeypointPair(image, image, points, points, box, "scene", 0)
 
 
 @pytest.mark.filterwarnings("ignore:.*_masks have no pixel")

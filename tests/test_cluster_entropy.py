@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from sslkit import backbones
 from sslkit.data.scenes import Scenes
 from sslkit.evaluation.cluster_entropy import (
-    Options,
     cluster_patches,
-    evaluate,
     position_counts,
     position_entropy,
     shuffled,
 )
+from sslkit.evaluation.protocols.cluster_entropy import Options, evaluate
 from sslkit.evaluation.subject import Subject
 from tests.noise import seeded
 from tests.oracles import evaluation as oracle

@@ -162,7 +162,7 @@ def test_overwritten_logits_are_read_once_and_written_once():
 
 
 @pytest.mark.parametrize("num_targets", [0, 1, 3])
-def test_soft_cross_entropy_reads_of_the_scores(num_targets):
+def test_soft_cross_entropy_reads_of_the_logits(num_targets):
     """One read of each forward; one backward, and one write of the gradient."""
     M, K = 1111, 700
     student = (0.1 * normal(0, M, K)).float().requires_grad_()

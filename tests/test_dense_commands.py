@@ -7,7 +7,15 @@ import torch
 
 from sslkit import RASAProjector, backbones
 from sslkit.data.scenes import Scenes
-from sslkit.evaluation import (
+from sslkit.evaluation.encoders import as_encoder
+from sslkit.evaluation.feat2gs import read_pca_features
+from sslkit.evaluation.floor import ColourAndPosition
+from sslkit.evaluation.in_context import in_context_segmentation
+from sslkit.evaluation.linear_segmentation import linear_segmentation as segment_linearly
+from sslkit.evaluation.overclustering import matched_mean_iou
+from sslkit.evaluation.overclustering import overclustering as overcluster
+from sslkit.evaluation.position import position_probe
+from sslkit.evaluation.protocols import (
     depth,
     feat2gs,
     in_context,
@@ -15,8 +23,6 @@ from sslkit.evaluation import (
     overclustering,
     position,
 )
-from sslkit.evaluation.encoders import as_encoder
-from sslkit.evaluation.floor import ColourAndPosition
 from sslkit.evaluation.scores import bootstrap
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.tokens import Unsuitable
@@ -65,7 +71,7 @@ def test_in_context(subject, quirks):
         subject, in_context.Options(patches_per_image=5, reference_quirks=quirks, half=False)
     )
     names = subject.test.mask_class_names
-    expected = in_context.in_context_segmentation(
+    expected = in_context_segmentation(
         *masked(subject, "train"),
         *masked(subject, "test"),
         len(names),
@@ -90,7 +96,7 @@ def test_linear_segmentation_takes_the_best_rate(subject):
     rates = outcome.details["mIoU by learning rate"]
     assert outcome.scores["mIoU"].value == pytest.approx(max(rates.values()))
     assert outcome.details["learning rate"] == float(max(rates, key=rates.get))
-    expected = linear_segmentation.linear_segmentation(
+    expected = segment_linearly(
         *masked(subject, "train"),
         *masked(subject, "test"),
         len(subject.test.mask_class_names),
@@ -110,9 +116,7 @@ def test_overclustering(floor):
     outcome = overclustering.evaluate(floor, options)
     assert list(outcome.scores) == ["K=30", f"K={len(names)}"]
     patches, masks = masked(floor, "test")
-    expected = overclustering.overclustering(
-        patches, masks, len(names), num_clusters=30, seeds=(3, 4), size=None
-    )
+    expected = overcluster(patches, masks, len(names), num_clusters=30, seeds=(3, 4), size=None)
     assert outcome.scores["K=30"].value == pytest.approx(expected.mean_iou)
     assert list(outcome.details["mIoU by seed"]["K=30"].values()) == pytest.approx(
         expected.mean_ious
@@ -120,7 +124,7 @@ def test_overclustering(floor):
     # A resample is what the images so often would score, their clusters named anew.
     counts = torch.tensor([0.0, 2, 1, 1, 0, 3, 1, 1, 0], dtype=torch.float64)
     totals = (expected.counts * counts[:, None, None]).sum(1)
-    again = sum(map(overclustering.matched_mean_iou, totals)) / 2
+    again = sum(map(matched_mean_iou, totals)) / 2
     assert outcome.scores["K=30"].resampled(counts) == pytest.approx(again)
     with pytest.raises(ValueError, match=r"num_clusters=\(1000000,\) are all more"):
         overclustering.evaluate(floor, overclustering.Options(num_clusters=(10**6,)))
@@ -167,7 +171,7 @@ def test_what_lacks_annotations_is_refused_before_any_extraction(module, annotat
 
 
 def test_position_before_and_after_rasa(floor, monkeypatch):
-    monkeypatch.setattr(position, "_NUM_STEPS", 30)
+    monkeypatch.setattr("sslkit.evaluation.position._NUM_STEPS", 30)
     basis = torch.zeros(2, 5)
     basis[0, 3] = basis[1, 4] = 1  # the row and the column
     rasa = RASAProjector(5, num_iterations=1)
@@ -181,7 +185,7 @@ def test_position_before_and_after_rasa(floor, monkeypatch):
     assert list(plain.scores) == ["linear R²", "two layers R²"]
     assert plain.scores["linear R²"].num_items == 9
     train, test = (masked(floor, name)[0] for name in ("train", "test"))
-    expected = position.position_probe(train, test)
+    expected = position_probe(train, test)
     assert plain.scores["linear R²"].value == pytest.approx(expected.r2)
 
 
@@ -189,7 +193,7 @@ def test_feat2gs_writes_the_views(subject, tmp_path):
     options = feat2gs.Options(features=tmp_path / "scene", dim=32)
     outcome = feat2gs.evaluate(subject, options)
     assert outcome.scores["variance kept"].value == pytest.approx(1)
-    found = feat2gs.read_pca_features(tmp_path / "scene")
+    found = read_pca_features(tmp_path / "scene")
     assert list(found) == [f"view_{i}" for i in range(9)]
     assert found["view_3"].shape == (4, 6, 32)
     half = feat2gs.evaluate(subject, replace(options, dim=8)).scores["variance kept"].value

@@ -82,7 +82,7 @@ def test_queues_that_are_not_full() -> None:
     assert not torch.allclose(ours, theirs, atol=0.01)
 
 
-def test_large_scores_in_birder() -> None:
+def test_large_logits_in_birder() -> None:
     normalizer, temperature = franca.SinkhornKnoppNormalizationMRL(), torch.tensor(0.07)
     logits = torch.tensor([[6.3, 0.0], [0.0, 6.3], [6.2, 6.3]])
     (fine,) = normalizer((logits - 0.2,), None, temperature)

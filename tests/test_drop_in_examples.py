@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslkit.data import Crops
 from tests.on_disk import write_image
-from tests.oracles import dinov2
 from tests.recipe import load_example
 
 
@@ -43,66 +41,6 @@ def test_lightly_dinov2_needs_a_batch(folder: Path) -> None:
         path.unlink()
     with pytest.raises(SystemExit, match=r"images holds 7 images to train on, not 16"):
         short("lightly_dinov2", 2).main(["--images", str(folder)])
-
-
-# --- DINOv2 --------------------------------------------------------------------------------------
-
-
-def test_dinov2_step(folder: Path) -> None:
-    first, last = load_example("dinov2_step").main([])
-    assert last < first
-    for arguments in (["--centering"], ["--images", str(folder)]):
-        assert all(torch.tensor(short("dinov2_step", 2).main(arguments)).isfinite())
-
-
-@pytest.mark.parametrize("centering", [False, True])
-def test_the_terms_of_the_step_are_dinov2s(centering: bool) -> None:
-    example: Any = load_example("dinov2_step")
-    example.PROTOTYPES = K = 6
-    torch.manual_seed(0)
-    B, L = 3, example.N_LOCAL
-    model = example.SSLMetaArch(centering=centering)
-    with torch.no_grad():
-        for parameter in model.teacher.module.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    crops = Crops(torch.randn(2 * B, 3, 32, 32), torch.randn(L * B, 3, 16, 16))
-    masks = example.CyclicMaskGenerator(8)(2 * B)
-    dino, ibot = dinov2.DINOLoss(K), dinov2.iBOTPatchLoss(K)
-    for temperature in (0.5, 0.6):  # the second step has a centre
-        terms = model.losses(crops, masks, temperature)
-        logits = head_outputs(model, crops, masks)
-        swapped = logits["teacher_cls"].unflatten(0, (2, B)).flip(0).flatten(0, 1)
-        count = torch.tensor([len(logits["teacher_patches"])])
-        if centering:
-            targets = dino.softmax_center_teacher(swapped, temperature)
-            dino.update_center(swapped)
-            patches = ibot.softmax_center_teacher(logits["teacher_patches"], temperature)
-            ibot.update_center(logits["teacher_patches"])
-        else:
-            targets = dino.sinkhorn_knopp_teacher(swapped, temperature)
-            patches = ibot.sinkhorn_knopp_teacher(logits["teacher_patches"], temperature, count)
-        student = list(logits["student_cls"].unflatten(0, (2 + L, B)))
-        expected = dino.forward(student[2:], list(targets.unflatten(0, (2, B))))
-        expected += 2 * dino.forward([torch.cat(student[:2])], [targets])
-        assert terms["dino"].item() == pytest.approx(expected / (2 * L + 2), rel=1e-5)
-        expected = ibot.forward_masked(logits["student_patches"], patches, masks.flatten(1))
-        assert terms["ibot"].item() == pytest.approx(expected, rel=1e-5)
-        koleo = sum(dinov2.KoLeoLoss().forward(x) for x in logits["cls"].chunk(2))
-        assert terms["koleo"].item() == pytest.approx(0.1 * koleo, rel=1e-5)
-
-
-@torch.no_grad()
-def head_outputs(model: Any, crops: Crops, masks: Tensor) -> dict[str, Tensor]:
-    student, teacher = model.student, model.teacher.module
-    seen, masked = teacher["backbone"](crops.globals_), student["backbone"](crops.globals_, masks)
-    local = student["backbone"](crops.locals_)
-    return {
-        "teacher_cls": teacher["dino_head"](seen.cls)[0],
-        "teacher_patches": teacher["dino_head"](seen.patches[masks])[0],
-        "student_cls": student["dino_head"](torch.cat([masked.cls, local.cls]))[0],
-        "student_patches": student["dino_head"](masked.patches[masks])[0],
-        "cls": masked.cls,
-    }
 
 
 # --- Lightning -----------------------------------------------------------------------------------

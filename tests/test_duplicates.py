@@ -13,14 +13,18 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from sslkit.commands.main import run as sslkit_command
 from sslkit.data.scenes import Scenes
 from sslkit.data.shards.writer import make_shards
 from sslkit.duplicates import find_duplicates, keep_one, search
-from sslkit.duplicates.__main__ import main
 from sslkit.duplicates.search import ROUNDING
 from sslkit.evaluation.encoders import as_encoder
 from sslkit.evaluation.models import Model
 from sslkit.extract import parts
+
+
+def main(words: list[str]) -> int:
+    return sslkit_command(["duplicates", *words])
 
 
 def two_loops(features: np.ndarray, threshold: float) -> tuple[list[int], list[float], int]:

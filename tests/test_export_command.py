@@ -1,4 +1,4 @@
-"""``python -m sslkit.export`` and the entry points of ``torch.hub``."""
+"""``sslkit export`` and the entry points of ``torch.hub``."""
 
 import json
 import subprocess
@@ -13,11 +13,16 @@ import torch
 import sslkit
 from sslkit import RASAProjector
 from sslkit.backbones import load, save
+from sslkit.commands.main import run as sslkit_command
 from sslkit.export import HubEncoder
-from sslkit.export.__main__ import main
 from sslkit.rasa import save_rasa
 from tests.test_export_hub import METADATA, RECIPE
 from tests.test_export_timm import network
+
+
+def main(words: list[str]) -> int:
+    return sslkit_command(["export", *words])
+
 
 ROOT = Path(sslkit.__file__).parent.parent
 

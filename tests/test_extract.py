@@ -1,7 +1,8 @@
-"""``python -m sslkit.extract``: by hand, in any number of processes, killed and continued."""
+"""``sslkit extract``: by hand, in any number of processes, killed and continued."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sslkit import backbones
+from sslkit.commands.main import run as sslkit_command
 from sslkit.data.decode import read_image
 from sslkit.evaluation.encoders import as_encoder
-from sslkit.evaluation.models import Model
+from sslkit.evaluation.models import Model, open_model
 from sslkit.evaluation.views import EvalTransform, PaddedView
 from sslkit.extract import (
     Extraction,
@@ -32,9 +34,13 @@ from sslkit.extract import (
     read_features,
     read_names,
 )
-from sslkit.extract.__main__ import main
 from sslkit.rasa import RASAProjector, load_rasa
 from sslkit.training.parallel import Parallel
+
+
+def main(words: list[str]) -> int:
+    return sslkit_command(["extract", *words])
+
 
 ALONE = Parallel(0, 1, torch.device("cpu"), None)
 BROKEN = 4  # of 14 images, by name
@@ -210,7 +216,7 @@ def test_processes_of_torchrun(tmp_path, given):
     words += ["--batch-size", "3", "--device", "cpu", "--output", str(tmp_path / "two.npy")]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "sslkit.extract", *words],
+        [sys.executable, *torchrun, "-m", "sslkit", "extract", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -244,16 +250,20 @@ def test_a_killed_run_continues(tmp_path, weights):
     np.save(tmp_path / "images.npy", rng.integers(0, 256, (300, 16, 16, 3), dtype=np.uint8))
     output = tmp_path / "f.npy"
     words = ["--weights", weights, "--data", str(tmp_path / "images.npy"), "--part-size", "1"]
-    command = [sys.executable, "-m", "sslkit.extract", *words, "--output", str(output)]
+    command = [sys.executable, "-m", "sslkit", "extract", *words, "--output", str(output)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     folder = tmp_path / ".f.npy.parts"
-    while len(list(folder.glob("*.safetensors"))) < 5:
+    while len(list(folder.glob("*/journal.jsonl"))) < 5:
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    made = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
-    assert 5 <= len(made) < 300
+    made = {
+        path: path.stat().st_mtime_ns
+        for path in folder.glob("*/journal.jsonl")
+        if path.read_bytes().endswith(b"\n")
+    }
+    assert 4 <= len(made) < 300
     assert not output.exists()
     given = Extraction(weights, str(tmp_path / "images.npy"), part_size=1, batch_size=2)
     seen = []
@@ -267,7 +277,7 @@ def test_a_killed_run_continues(tmp_path, weights):
     assert not folder.exists()
 
 
-def test_a_stopped_part_is_made_again(tmp_path, given):
+def test_a_stopped_part_continues(tmp_path, given):
     output = tmp_path / "f.npy"
 
     def stop(done: int, total: int) -> None:
@@ -278,10 +288,13 @@ def test_a_stopped_part_is_made_again(tmp_path, given):
     with pytest.raises(KeyboardInterrupt):
         extract_to_file(given, output, parallel=ALONE, progress=stop)
     folder = tmp_path / ".f.npy.parts"
-    assert [path.name for path in folder.glob("*.safetensors")] == ["00000000.safetensors"]
-    (folder / ".00000004.safetensors.tmp").write_bytes(b"half")
+    assert sorted(path.name for path in folder.iterdir()) == ["00000000", "00000004", "lock"]
+    with (folder / "00000004" / "cls.f32").open("ab") as file:
+        file.write(b"half a row")
     smaller = replace(given, batch_size=2)  # as after a lack of memory
-    extract_to_file(smaller, output, parallel=ALONE)
+    counts = []
+    extract_to_file(smaller, output, parallel=ALONE, progress=lambda done, _: counts.append(done))
+    assert counts[:4] == [4, 7, 8, 8]  # 4 and 3 were there
     expected = by_hand(given, lambda encoder, x: encoder(x).cls)
     np.testing.assert_allclose(np.load(output), expected, atol=1e-5)
 
@@ -298,8 +311,12 @@ def test_what_is_complete_is_not_made_again_and_nothing_is_mixed(tmp_path, given
     later = Parallel(1, 2, torch.device("cpu"), None)
     with pytest.raises(RuntimeError, match=r"2 of 4 parts are not in .*\.g\.npy\.parts"):
         extract_to_file(given, unfinished, parallel=replace(later, rank=0))
-    with pytest.raises(ValueError, match=r"unfinished .*seed: 0 there, 1 asked for"):
-        extract_to_file(replace(given, seed=1), unfinished, parallel=ALONE)
+    with pytest.raises(
+        ValueError, match=r"unfinished .*want: \['cls'\] there, \['mean_patch'\] asked for"
+    ):
+        extract_to_file(replace(given, token="mean_patch"), unfinished, parallel=ALONE)
+    extract_to_file(replace(given, nesting=(8,)), unfinished, parallel=ALONE)  # cut when it is read
+    assert np.array_equal(np.load(unfinished), np.load(tmp_path / "f.npy")[:, :8])
     with pytest.raises(ValueError, match="nesting 99"):  # no part of it was made: it leaves nothing
         extract_to_file(replace(given, nesting=(99,)), tmp_path / "i.npy", parallel=ALONE)
     extract_to_file(given, tmp_path / "i.npy", parallel=ALONE)
@@ -320,12 +337,12 @@ def test_a_damaged_part_is_refused_and_can_be_made_anew(tmp_path, given, damage)
 
     with pytest.raises(KeyboardInterrupt):
         extract_to_file(given, output, parallel=ALONE, progress=stop)
-    part = folder / "00000000.safetensors"
+    part = folder / "00000000" / "cls.f32"
     part.write_bytes(damage(part.read_bytes()))
-    with pytest.raises(ValueError, match=r"00000000.safetensors is damaged .*remove it"):
+    with pytest.raises(ValueError, match=r"00000000/cls.f32 .*: remove .*00000000$"):
         extract_to_file(given, output, parallel=ALONE)
     assert not output.exists()
-    part.unlink()
+    shutil.rmtree(part.parent)
     extract_to_file(given, output, parallel=ALONE)
     expected = by_hand(given, lambda encoder, x: encoder(x).cls)
     np.testing.assert_allclose(np.load(output), expected, atol=1e-5)
@@ -366,6 +383,77 @@ def test_values_beyond_float16_are_refused(tmp_path, given, monkeypatch):
     monkeypatch.setattr(parts, "open_model", lambda *_, **__: Model("loud", loud, "loud"))
     with pytest.raises(ValueError, match=r"beyond float16: take float32"):
         extract_to_file(replace(given, dtype="float16"), tmp_path / "f.npy", parallel=ALONE)
+
+
+# --- features of the model are computed once ------------------------------------------------------
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[int]:
+    """Images of each forward pass of the encoders that extractions open."""
+    seen: list[int] = []
+
+    def opened(*args, **settings):
+        model = open_model(*args, **settings)
+        model.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+        return model
+
+    monkeypatch.setattr(parts, "open_model", opened)
+    return seen
+
+
+def test_other_outputs_of_the_same_features_compute_nothing(tmp_path, given, passes):
+    """RASA, nesting, types and formats are applied to what the cache holds.
+
+    Features with RASA equal those of the model that it is folded into, to float32's rounding of
+    two orders of the same products: 1e-5.
+    """
+    rasa = RASAProjector(32, num_iterations=2)
+    rasa.basis.copy_(torch.linalg.qr(torch.randn(32, 4))[0].T)
+    save_file(rasa.state_dict(), tmp_path / "rasa")
+    encoder = backbones.load(given.weights)
+    encoder.vit = rasa.fold_into_vit(encoder.vit)
+    backbones.save(encoder, tmp_path / "folded.safetensors")
+    cached = replace(given, cache=tmp_path / "cache", token="cls_and_mean_patch")
+    extract_to_file(cached, tmp_path / "plain.npy", parallel=ALONE)
+    assert sum(passes) == 13
+    passes.clear()
+    for ending, dtype in (("npy", "float32"), ("parquet", "float32"), ("npy", "float16")):
+        output = tmp_path / f"{dtype}.{ending}"
+        removed = replace(cached, rasa=tmp_path / "rasa", nesting=(8, 20), dtype=dtype)
+        extract_to_file(removed, output, parallel=ALONE)
+        assert passes == []
+        assert read_features(output, size=8).dtype == dtype
+    folded = replace(given, weights=str(tmp_path / "folded.safetensors"), token=cached.token)
+    extract_to_file(folded, tmp_path / "folded.npy", parallel=ALONE)
+    assert sum(passes) == 13
+    expected = np.load(tmp_path / "folded.npy").reshape(13, 2, 32)
+    for size in (8, 20):
+        cut = expected[:, :, :size].reshape(13, -1)
+        for ending in ("npy", "parquet"):
+            found = read_features(tmp_path / f"float32.{ending}", size=size)
+            np.testing.assert_allclose(found, cut, atol=1e-5)
+        found = read_features(tmp_path / "float16.npy", size=size)
+        np.testing.assert_allclose(found, cut, atol=2e-3)
+    assert np.abs(expected.reshape(13, -1) - np.load(tmp_path / "plain.npy")).max() > 0.1
+
+
+def test_a_cache_keeps_models_tokens_and_images_apart(tmp_path, given, passes):
+    cached = replace(given, cache=tmp_path / "cache")
+    for case in (
+        cached,
+        replace(cached, token="mean_patch"),
+        replace(cached, view="padded"),
+        replace(cached, weights="random:sslkit_vit_micro", image_size=(16,)),
+        replace(cached, part_size=5),
+    ):
+        passes.clear()
+        for name in ("a.npy", "b.npy"):
+            extract_to_file(case, tmp_path / name, parallel=ALONE)
+            for path in tmp_path.glob("[ab].*"):
+                path.unlink()
+        assert sum(passes) == 13  # once
+    assert len(list((tmp_path / "cache").iterdir())) == 5
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -425,8 +513,8 @@ def test_parts_of_other_images_are_refused(tmp_path, given):
     first = Parallel(0, 2, torch.device("cpu"), None)
     with pytest.raises(RuntimeError, match="2 of 4 parts are not in"):
         extract_to_file(given, output, parallel=first)
-    (folder / "00000000.safetensors").rename(folder / "00000004.safetensors")
-    with pytest.raises(ValueError, match=r"00000004.safetensors is damaged .*of other images"):
+    (folder / "00000000").rename(folder / "00000004")
+    with pytest.raises(ValueError, match=r"images: 'the first 4' there, '4 from 4 to 7, sums"):
         extract_to_file(given, output, parallel=ALONE)
 
 

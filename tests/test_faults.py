@@ -17,10 +17,11 @@ from sslkit import backbones
 from sslkit.recipes.franca.recipe import Franca
 from sslkit.training import command
 from sslkit.training.checkpoint import Checkpoints, step_of
+from sslkit.training.failures import explain
 from sslkit.training.metrics import read_metrics
 from sslkit.training.parallel import Parallel, choose, local_device, lost_contact, restarted, start
 from sslkit.training.settings import SettingsError
-from tests.recipe import RECIPE, last_step, main, parse, saved_tensors, smoke, start_process
+from tests.recipe import RECIPE, SCRIPT, last_step, main, parse, saved_tensors, smoke, start_process
 
 TRAINING = "--stages pretrain --steps 24 --checkpoint-every 4 --optim.lr-warmup 0"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -189,17 +190,24 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     ``run_command`` makes status 130 of it (tests/test_command_line.py).
     """
 
-    def step(*_: object) -> None:
+    asked = 0
+
+    def step(*_: object, **__: object) -> None:
+        nonlocal asked
         (worker,) = multiprocessing.active_children()
         os.kill(worker.pid, signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # sent to all of a job and passed on by torchrun
         assert multiprocessing.active_children()  # the first one only asks
+        asked = 2
+        time.sleep(1.1)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")
 
     monkeypatch.setattr(Franca, "step", step)
     with pytest.raises(KeyboardInterrupt):
         main(smoke(tmp_path / "run", *TRAINING.split(), "--workers", "1"))
+    assert asked == 2
     assert not multiprocessing.active_children()
     assert Checkpoints(tmp_path / "run" / "pretrain" / "checkpoints").latest() is None
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -210,7 +218,7 @@ def test_ctrl_c_while_the_script_imports(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("import os\nos.kill(os.getpid(), 2)\nos._exit(3)\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     ended = subprocess.run(
-        [sys.executable, str(RECIPE), "--preset", "smoke"],
+        [sys.executable, str(SCRIPT), "--preset", "smoke"],
         env=environment,
         capture_output=True,
         timeout=60,
@@ -339,7 +347,7 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.
 def test_whatever_ends_the_training_ends_its_workers(
     error: BaseException, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def step(*_: object) -> None:
+    def step(*_: object, **__: object) -> None:
         assert multiprocessing.active_children()
         raise error
 
@@ -359,6 +367,11 @@ def test_what_says_that_a_process_is_gone() -> None:
     assert lost_contact(RuntimeError(closed))
     assert not lost_contact(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not lost_contact(ValueError("gloo"))
+    advice = ":1751. This is typically caused by a remote worker crashing. Check the logs. GLHF!"
+    assert explain(RuntimeError(closed + advice)) == (
+        "another process of this job is gone (Connection closed by peer [::1]:1751). Its own "
+        "message says why; start all again with --resume, as torchrun --max-restarts does"
+    )
 
 
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
@@ -418,9 +431,9 @@ def test_small_networks_are_replicated_and_large_ones_sharded(
         ("--parallel none", 2, r"--parallel none: there are 2 process\(es\)"),
         ("--hsdp-replicas 3", 2, r"--hsdp-replicas 3 does not divide the 2 process\(es\)"),
         (
-            "--parallel fsdp --model.factored-scores --model.no-normalize",
+            "--parallel fsdp --model.factored --model.no-normalize",
             2,
-            "--model.factored-scores needs --model.normalize",
+            "--model.factored needs --model.normalize",
         ),
     ],
 )

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from sslkit import backbones
-from sslkit.data.sources import UnreadableImage
 from sslkit.evaluation.encoders import as_encoder
 from sslkit.evaluation.features import Features, extract
 from sslkit.evaluation.tokens import Unsuitable, encode, frozen
 from sslkit.evaluation.views import EvalTransform, PaddedView
+from tests.partly_broken import PartlyBroken
 
 
 def image(height=40, width=56, channels=3, seed=0):
@@ -40,25 +40,11 @@ class Encoder(nn.Module):
         return SimpleNamespace(cls=patches.mean((1, 2)), patches=patches)
 
 
-class Source:
-    """Images, some of them broken."""
-
-    num_classes, class_names = 7, None
+class Source(PartlyBroken):
+    """Images of many widths."""
 
     def __init__(self, size, broken=()):
-        self.images = [image(20, 24 + i, seed=i) for i in range(size)]
-        self.broken = set(broken)
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        if index in self.broken:
-            raise UnreadableImage(self.name(index), "truncated")
-        return self.images[index], index % 7
-
-    def name(self, index):
-        return f"photo_{index}.jpg"
+        super().__init__([(image(20, 24 + i, seed=i), i % 7) for i in range(size)], broken)
 
 
 VIEW = EvalTransform((8, 12))

@@ -46,12 +46,12 @@ def records(steps, levels):
         record = {"step": step, "lr": 1e-3}
         for name, level in itertools.product(("dino", "ibot"), range(levels)):
             start = math.log(64 * 2**level)
-            record[f"{name}/level_{level}"] = (
+            record[f"loss/{name}/level_{level}"] = (
                 start * (0.5 + 0.5 * math.exp(-3 * step / steps)) + 0.1 * rng.normal()
             )
         record["loss"] = sum(v for key, v in record.items() if "level" in key)
         if step % 10 == 0:
-            record["koleo"] = 1 - step / steps + 0.02 * rng.normal()
+            record["loss/koleo"] = 1 - step / steps + 0.02 * rng.normal()
         yield record
 
 
@@ -64,7 +64,8 @@ def clusters():
 
 
 def losses(**options):
-    counts = {name: [64 * 2**level for level in range(5)] for name in ("dino", "ibot")}
+    levels = itertools.product(("dino", "ibot"), range(5))
+    counts = {f"{name}/level_{level}": 64 * 2**level for name, level in levels}
     return draw.loss_curves(list(records(1500, 5)), num_prototypes=counts, **options)
 
 
@@ -187,13 +188,23 @@ def test_curves_hold_the_numbers():
     figure = draw.matryoshka({"trained": {8: 0.25, 4: 0.125}})
     (line,) = figure.axes[0].lines
     assert line.get_xydata().tolist() == [[4, 12.5], [8, 25]]
-    rows = [{"step": 10 * i, "dino/level_0": float(i), "dino/level_10": 3.0} for i in range(100)]
-    panel = draw.loss_curves(rows, num_prototypes={"dino": (4, 8)}).axes[0]
+    rows = [
+        {"step": 10 * i, "loss/dino/level_0": float(i), "loss/dino/level_10": 3.0}
+        for i in range(100)
+    ]
+    counts = {"dino/level_0": 4, "dino/level_10": 8}
+    panel = draw.loss_curves(rows, num_prototypes=counts).axes[0]
     raw, mean, limit = panel.lines[:3]
     assert raw.get_ydata().tolist() == [float(i) for i in range(100)]
     assert mean.get_xydata()[0].tolist() == [10, 0.5]  # of two values, at the second
     assert mean.get_xydata()[-1].tolist() == [990, 98.5]
     assert limit.get_ydata()[0] == pytest.approx(math.log(4))
+
+
+def test_a_term_that_nobody_has_heard_of_has_a_panel():
+    rows = [{"step": i, "loss/whitening": 1.0 / i, "loss": 2.0 / i} for i in (1, 2, 3)]
+    figure = draw.loss_curves(rows)
+    assert {axes.get_title(loc="left") for axes in figure.axes} == {"whitening", "Total loss"}
 
 
 def test_pictures_hold_the_pixels():

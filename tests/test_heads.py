@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from sslkit.backbones import create, load, read, read_metadata, save
-from sslkit.backbones.checkpoint import HEADER_KEY
+from sslkit.backbones import create, load, load_pretrained, read_metadata, save
+from sslkit.backbones.encoder_file import HEADER_KEY
 from sslkit.backbones.heads import misfit, read_head
 from sslkit.matryoshka import MatryoshkaProjector
 from tests import released
@@ -39,7 +39,7 @@ def test_our_heads_are_kept(tmp_path, case):
     encoder = create("sslkit_vit_micro", depth=1)
     path = tmp_path / "w.safetensors"
     save(encoder, path, {"step": "1"}, heads={"dino_head": head, "ibot_head": other})
-    loaded = read(path)
+    loaded = load_pretrained(path)
     assert list(loaded.heads) == ["dino_head", "ibot_head"]
     x = torch.randn(3, 32)
     for found, expected in zip(loaded.heads["dino_head"](x), head(x), strict=True):
@@ -57,7 +57,7 @@ def test_files_of_version_1_have_no_heads(tmp_path):
     settings = {"name": "sslkit_vit_micro", "depth": 1, "in_chans": 3, "drop_path_rate": 0.0}
     described = {"version": 1, "settings": settings, "folded_norm": None}
     save_file(dict(encoder.state_dict()), tmp_path / "w", {HEADER_KEY: json.dumps(described)})
-    loaded = read(tmp_path / "w")
+    loaded = load_pretrained(tmp_path / "w")
     assert loaded.heads == {}
     images = torch.randn(1, 3, 16, 16)
     assert torch.equal(loaded.encoder.eval()(images).cls, encoder.eval()(images).cls)
@@ -136,14 +136,14 @@ def test_francas_heads_compute_the_same(tmp_path, sliced, dims):
     state = released.values(released.dinov2_shapes(32, 1, 88, gated=True, grid=2, chunks=1))
     file = with_prefix(state, "backbone.") | with_prefix(head.state_dict(), "dino_head.")
     torch.save({"teacher": file}, tmp_path / "w.pth")
-    loaded = read(tmp_path / "w.pth", num_heads=1)
+    loaded = load_pretrained(tmp_path / "w.pth", num_heads=1)
     found = loaded.heads["dino_head"]
     assert isinstance(found, MatryoshkaProjector)
     x = torch.randn(6, 32)
     for ours, theirs in zip(found(x), head(x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     save(loaded.encoder, tmp_path / "own.safetensors", heads=loaded.heads)
-    again = read(tmp_path / "own.safetensors").heads["dino_head"]
+    again = load_pretrained(tmp_path / "own.safetensors").heads["dino_head"]
     assert all(torch.equal(a, b) for a, b in zip(again(x), found(x), strict=True))
 
 
@@ -208,7 +208,7 @@ def test_dinos_head_beside_its_backbone(tmp_path):
     state = released.values(released.ibot_shapes(192, 1, grid=2))
     head = with_prefix(DINOHead(192, 9).state_dict(), "head.")
     torch.save({"teacher": with_prefix(state, "backbone.") | head}, tmp_path / "w.pth")
-    assert isinstance(read(tmp_path / "w.pth").heads["head"], MatryoshkaProjector)
+    assert isinstance(load_pretrained(tmp_path / "w.pth").heads["head"], MatryoshkaProjector)
 
 
 @pytest.mark.parametrize(

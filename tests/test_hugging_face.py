@@ -14,8 +14,8 @@ from PIL import Image
 from sslkit.data.crops import MultiCrop
 from sslkit.data.decode import UnreadableImage
 from sslkit.data.hugging_face import HuggingFaceImages, HuggingFaceStream, open_stream
+from sslkit.data.image_source import StreamSource
 from sslkit.data.loader import MultiCropDataset, make_loader
-from sslkit.data.protocols import StreamSource
 from sslkit.data.sources import open_source
 from sslkit.data.unreadable import UnreadableLog
 

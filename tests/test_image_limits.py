@@ -1,15 +1,18 @@
 """Small files that claim gigabytes, formats that nobody promised, files that are none."""
 
+import gc
 import io
 import os
+import re
 import socket
 import struct
 import zlib
+from pathlib import Path
 
 import pytest
 from PIL import EpsImagePlugin, Image, features
 
-from sslkit.data.annotated.files import image_sizes, read_class_map
+from sslkit.data.annotated.annotated_files import image_sizes, read_class_map
 from sslkit.data.decode import MAX_BYTES, UnreadableImage, decode_image, read_image
 from sslkit.data.image_formats import IMAGE_EXTENSIONS, split_metadata
 
@@ -159,6 +162,33 @@ def test_formats_that_no_extension_promises(kind, monkeypatch):
         content = encoded(kind, Image.new("RGB", (32, 32)))
     with pytest.raises(UnreadableImage, match=r"not an image of a format .*JPEG, PNG, WEBP"):
         decode_image(content, name="a.jpg")
+
+
+def peak_bytes(work):
+    """How far the memory of this process rises above its level before ``work()``."""
+
+    def kilobytes(field):
+        return int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now
+    before = kilobytes("VmRSS")
+    result = work()
+    return 1024 * (kilobytes("VmHWM") - before), result
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+@pytest.mark.parametrize("mode", ["RGBA", "P with a transparent colour"])
+def test_decoding_takes_what_its_limit_counts(mode):
+    """20 megapixels; the limit counts 9 bytes for each, the file and 96 MiB."""
+    image = Image.new(mode.split()[0], (5000, 4000))
+    options = {"transparency": 0} if "transparent" in mode else {}
+    content = encoded("PNG", image, compress_level=1, **options)
+    image.close()
+    del image
+    peak, pixels = peak_bytes(lambda: decode_image(content, name="x", max_side=5000))
+    assert pixels.shape == (3, 4000, 5000)
+    assert 3 * 20e6 < peak <= 9 * 20e6 + len(content) + 96 * 2**20
 
 
 def test_extensions():

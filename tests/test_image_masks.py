@@ -14,7 +14,7 @@ from sslkit.data import UnreadableImage, open_source
 from sslkit.data.annotated import open_annotated
 from sslkit.data.annotated.image_masks import ImagesAndMasks
 from sslkit.data.splits import Subset
-from sslkit.evaluation import in_context, linear_segmentation, overclustering
+from sslkit.evaluation.protocols import in_context, linear_segmentation, overclustering
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.tokens import Unsuitable
 

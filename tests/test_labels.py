@@ -13,8 +13,8 @@ from sslkit.data import HuggingFaceImages, TarShards, TorchvisionImages, Unreada
 from sslkit.data.annotated.openood import ImageList
 from sslkit.data.image_array import ImageArray
 from sslkit.data.image_files import ImageFiles
+from sslkit.data.image_source import known_labels
 from sslkit.data.labels import MAX_CLASSES, as_label, as_labels, number_classes
-from sslkit.data.protocols import known_labels
 from sslkit.data.sources import open_source
 
 NOT_LABELS = [-2, MAX_CLASSES, 10**9, 10**20, -(10**20)]

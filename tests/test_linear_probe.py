@@ -16,13 +16,8 @@ from sslkit.evaluation import linear_head
 from sslkit.evaluation import linear_probe as probe_module
 from sslkit.evaluation.confusion import class_labels, confusion_of_classes
 from sslkit.evaluation.encoders import as_encoder
-from sslkit.evaluation.linear_probe import (
-    LEARNING_RATES,
-    LinearInput,
-    Options,
-    evaluate,
-    linear_probe,
-)
+from sslkit.evaluation.linear_probe import LEARNING_RATES, LinearInput, linear_probe
+from sslkit.evaluation.protocols.linear_probe import Options, evaluate
 from sslkit.evaluation.scores import bootstrap
 from sslkit.evaluation.subject import Subject
 from tests.noise import noise, seeded

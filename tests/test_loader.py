@@ -11,36 +11,22 @@ import torch
 from PIL import Image
 
 from sslkit.data.crops import MultiCrop
-from sslkit.data.decode import UnreadableImage
 from sslkit.data.image_array import ImageArray
 from sslkit.data.image_folder import ImageFolder
 from sslkit.data.loader import MultiCropDataset, make_loader
 from sslkit.data.unreadable import Unreadable, UnreadableLog
+from tests.partly_broken import PartlyBroken
 
 CROPS = MultiCrop(global_size=(12, 16), local_size=8, num_local=3)
 
 
-class Broken:
+class Broken(PartlyBroken):
     """An image array some of whose images cannot be read."""
-
-    num_classes, class_names = 7, None
 
     def __init__(self, size, broken):
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (size, 20, 24, 3), np.uint8)
-        self.images = ImageArray(images, np.arange(size) % 7)
-        self.broken = set(broken)
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        if index in self.broken:
-            raise UnreadableImage(self.name(index), "truncated")
-        return self.images[index]
-
-    def name(self, index):
-        return f"photo_{index}.jpg"
+        super().__init__(ImageArray(images, np.arange(size) % 7), broken)
 
 
 def dataset(size=11, broken=(), seed=5):

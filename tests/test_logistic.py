@@ -16,12 +16,11 @@ from sslkit.evaluation import logistic as module
 from sslkit.evaluation.logistic import (
     COSTS,
     METRICS,
-    Options,
-    evaluate,
     held_out_part,
     logistic_regression,
     mean_per_class,
 )
+from sslkit.evaluation.protocols.logistic import Options, evaluate
 from sslkit.evaluation.scores import bootstrap
 from sslkit.evaluation.subject import Subject
 from tests.noise import noise, seeded

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sslkit import Assignments, DINOLoss, KoLeoLoss, iBOTLoss
+from sslkit import Assignments, DINOLoss, KoLeoLoss, iBOTLoss, sum_over_levels
 from sslkit.ops.dispatch import interpreting, record_bodies
 from tests.oracles import losses as oracle
 
@@ -259,7 +259,7 @@ class TestKoLeo:
         (
             lambda: DINOLoss()(torch.zeros(2, 4, 3), (torch.zeros(1, 4, 3),)),
             TypeError,
-            "once a level",
+            "for several levels use sslkit.sum_over_levels",
         ),
         (
             lambda: DINOLoss()(
@@ -316,3 +316,29 @@ def test_losses_and_gradients_at_any_size_of_scores(impl_rows, dense, student_te
 def test_a_temperature_without_an_inverse_is_refused():
     with pytest.raises(ValueError, match=r"student_temp must be positive \(at least 1e-37\)"):
         iBOTLoss(student_temp=1e-40)
+
+
+# --- levels --------------------------------------------------------------------------------------
+
+
+def test_sum_over_levels_passes_everything_on():
+    masks = torch.rand(4, 6) < 0.5
+    M, counts = int(masks.sum()), (4, 8)
+    student = [normal(K, M, K).requires_grad_() for K in counts]
+    targets = [normal(K + 1, M, K).softmax(-1) for K in counts]
+    loss = sum_over_levels(iBOTLoss(), student, targets, masks=masks)
+    expected = sum(
+        oracle.ibot(s.detach(), 0.1, t, masks) for s, t in zip(student, targets, strict=True)
+    )
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    loss.backward()
+    assert all(logits.grad.abs().max() > 0 for logits in student)
+
+
+@pytest.mark.parametrize(("num_student", "num_targets"), [(2, 1), (1, 2), (0, 0)])
+def test_sum_over_levels_counts_the_levels(num_student, num_targets):
+    student, targets = [torch.zeros(2, 3, 4)] * num_student, [torch.ones(2, 3, 4)] * num_targets
+    with pytest.raises(
+        ValueError, match=f"levels, at least 1; got {num_student} and {num_targets}"
+    ):
+        sum_over_levels(DINOLoss(), student, targets)

@@ -200,15 +200,20 @@ def test_initial_weights():
             assert abs(parameter.mean().item()) < 4e-4
 
 
-def test_default_sizes_are_the_papers():
+def test_sizes_of_the_paper():
     with torch.device("meta"):
-        module = MatryoshkaProjector(768)
+        module = MatryoshkaProjector(768, 131072)
         levels = module(torch.empty(2, 5, 768))
     assert module.nesting_dims == (48, 96, 192, 384, 768)
     assert module.num_prototypes_per_level == (8192, 16384, 32768, 65536, 131072)
     assert [tuple(level.shape) for level in levels] == [
         (2, 5, k) for k in module.num_prototypes_per_level
     ]
+
+
+def test_the_number_of_prototypes_must_be_given():
+    with pytest.raises(TypeError, match="num_prototypes"):
+        MatryoshkaProjector(768)
 
 
 def test_state_dict_round_trip():

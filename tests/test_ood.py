@@ -12,16 +12,9 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from sslkit import backbones
 from sslkit.data.scenes import Scenes
-from sslkit.evaluation import ood as module
-from sslkit.evaluation.ood import (
-    NEAR_FAR,
-    Options,
-    auroc,
-    evaluate,
-    fpr_at_95_tpr,
-    near_far_means,
-    whole_source,
-)
+from sslkit.evaluation.ood import NEAR_FAR, auroc, fpr_at_95_tpr, near_far_means
+from sslkit.evaluation.protocols import ood as protocol
+from sslkit.evaluation.protocols.ood import Options, evaluate, whole_source
 from sslkit.evaluation.scores import bootstrap
 from sslkit.evaluation.subject import Subject
 from tests.noise import noise as standard_noise
@@ -180,7 +173,7 @@ def test_a_subject(subject, tmp_path):
 def test_a_resample_counts_known_items_first_then_each_set():
     known, near, far = noise(9) + 1, noise(6, seed=1), noise(4, seed=2)
     items = {"": torch.arange(9), "near": torch.arange(6) + 1, "far": torch.arange(4)}
-    score = module._mean_auroc({"": known, "near": near, "far": far}, ["near", "far"], items)
+    score = protocol._mean_auroc({"": known, "near": near, "far": far}, ["near", "far"], items)
     assert len(score.items.unique()) == 19  # image 1 of one set is not image 1 of another
     counts = torch.randint(3, (19,), generator=seeded()).double()
     weights = {"id_weights": counts[:9]}

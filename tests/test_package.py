@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -18,12 +19,14 @@ ROOT = PACKAGE.parent
 
 # A part is a top-level module or subpackage of sslkit. What is not named here is a component.
 HOUSE = {"training", "evaluation", "data", "backbones", "extract", "duplicates", "export"}
+TOP = {"recipes", "commands", "__main__"}  # stand on all of these, and on the public names
 BASE = {
     "assignments",
     "factored_logits",
     "files",
     "kept_types",
     "ops",
+    "progress",
     "slices",
     "torch_files",
     "torch_pickles",
@@ -34,13 +37,13 @@ PARTS = {
     for path in PACKAGE.iterdir()
     if path.suffix == ".py" or (path / "__init__.py").is_file()
 } - {"__init__"}
-COMPONENTS = PARTS - HOUSE - BASE
+COMPONENTS = PARTS - HOUSE - BASE - TOP
 # Components do not import each other, but for the one that puts others together.
 COMPOSED = {"targets": {"centering", "sinkhorn", "sinkhorn_queue"}}
 
-# A command, `python -m sslkit.PART`, stands above all parts: it brings a part, data and models
-# together, and nothing imports it.
-COMMANDS = sorted(PACKAGE.rglob("__main__.py"))
+# The `sslkit` command stands above all parts: it brings parts, data and models together, and
+# nothing imports it.
+COMMANDS = sorted([PACKAGE / "__main__.py", *PACKAGE.glob("commands/*.py")])
 SOURCES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py", *COMMANDS})
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 BENCHMARKS = sorted(ROOT.glob("benchmarks/**/*.py"))
@@ -61,6 +64,7 @@ PUBLIC_NAMES = {
         "Targets",
         "iBOTLoss",
         "sinkhorn_many",
+        "sum_over_levels",
     ],
     "sslkit.backbones": ["Tokens", "create", "load"],
     "sslkit.ops": ["packed_attention", "sinkhorn_bias", "soft_cross_entropy"],
@@ -95,6 +99,7 @@ def all_imports(path: Path) -> set[str]:
     return set(imported_modules(path, ast.walk(ast.parse(path.read_text()))))
 
 
+@cache
 def top_level_imports(path: Path) -> set[str]:
     """What importing the file imports: no function bodies, no ``if TYPE_CHECKING``."""
 
@@ -121,14 +126,17 @@ def imported_parts(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=relative_name)
 def test_arrows_point_one_way(path):
     part = part_of(path)
-    if part in HOUSE:
-        allowed = PARTS
+    if part in TOP:
+        allowed = PARTS | set(PUBLIC_NAMES["sslkit"])
+    elif part in HOUSE:
+        allowed = PARTS - TOP
     elif part in COMPONENTS:
         allowed = BASE | {part} | COMPOSED.get(part, set())
     else:
         below = {
             "files": set(),
             "kept_types": set(),
+            "progress": set(),
             "torch_files": {"torch_pickles"},
             "slices": set(),
             "unit_rows": set(),
@@ -139,18 +147,75 @@ def test_arrows_point_one_way(path):
     assert imported_parts(path) <= allowed
 
 
-def test_no_cycle_between_parts():
+def test_no_circle_between_parts():
     graph: dict[str, set[str]] = {part: set() for part in PARTS}
     for path in SOURCES:
         graph[part_of(path)] |= imported_parts(path) - {part_of(path)}
-    TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def imported_files(path: Path) -> set[str]:
+    """Modules of sslkit that the file names in an import, those inside functions too.
+
+    ``from a import b`` is of the module ``a.b`` if there is one, and of ``a`` otherwise. That
+    Python also runs the ``__init__`` of every package above does not count.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
+        for module in imported_modules(path, iter([node])):
+            inside = {f"{module}.{name}" for name in names} & FILES.keys()
+            found |= inside | ({module} if len(inside) < len(names) or not names else set())
+    return found & FILES.keys()
+
+
+def test_no_circle_between_files():
+    graph = {module: imported_files(path) - {module} for module, path in FILES.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def reached_from(module: str) -> set[str]:
+    """The module and all files that it imports, directly or through others."""
+    reached, new = set(), {module}
+    while new:
+        reached |= new
+        new = {found for name in new for found in imported_files(FILES[name])} - reached
+    return reached
+
+
+EVALUATION = "sslkit.evaluation"
+# Neither measures, figures nor protocols: what compares models and writes pages.
+COMPARES = {f"{EVALUATION}.{name}" for name in ("comparison", "markdown_report")}
+FIGURES = {name for name in FILES if name.startswith(f"{EVALUATION}.figures")}
+PROTOCOLS = {name for name in FILES if name.startswith(f"{EVALUATION}.protocols")}
+# Measures, and what hands them features.
+MEASURES = {name for name in FILES if name.startswith(EVALUATION)} - COMPARES - FIGURES - PROTOCOLS
+
+
+@pytest.mark.parametrize("module", sorted(MEASURES | FIGURES))
+def test_measures_are_below_figures_and_figures_below_protocols(module):
+    """Whatever a measure imports imports, it needs no matplotlib."""
+    reached = reached_from(module)
+    assert not reached & PROTOCOLS
+    if module in MEASURES:
+        assert not reached & FIGURES
+        imported = {name for path in map(FILES.get, reached) for name in top_level_imports(path)}
+        assert "matplotlib" not in {name.split(".")[0] for name in imported}
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in SOURCES if part_of(path) not in HOUSE], ids=relative_name
+    "path", [path for path in SOURCES if part_of(path) not in HOUSE | TOP], ids=relative_name
 )
 def test_third_party_imports_of_components_and_ops(path):
-    allowed = {"sslkit", "torch", *sys.stdlib_module_names}
+    allowed = {"sslkit", "torch", "einops", *sys.stdlib_module_names}
     allowed |= {"triton"} if part_of(path) == "ops" else {"numpy"}
     assert {name.split(".")[0] for name in top_level_imports(path)} <= allowed
 
@@ -159,7 +224,8 @@ def test_third_party_imports_of_components_and_ops(path):
 def test_nothing_imports_an_example_or_a_command(path):
     examples = {"examples", *(example.stem for example in EXAMPLES)}
     assert not {name.split(".")[0] for name in all_imports(path)} & examples
-    assert not any("__main__" in name.split(".") for name in all_imports(path))
+    commands = {name for name in all_imports(path) if name.startswith("sslkit.commands")}
+    assert not commands or path in COMMANDS
 
 
 @pytest.mark.parametrize("module", PUBLIC_NAMES)

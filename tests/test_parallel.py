@@ -57,7 +57,7 @@ def whole(tensor: Tensor) -> Tensor:
 def outcome(own: Any, images: Batch) -> dict[str, Tensor]:
     """What a step computes and leaves: losses, gradients, weights, moments, centers."""
     seen = own.step(STEP, images)
-    found = {f"loss {name}": term for name, term in seen.terms.items()}
+    found = {f"loss {name}": term for name, term in seen.losses.items()}
     found |= {f"norm {name}": norm for name, norm in seen.gradient_norms.items()}
     for name, parameter in own.student.named_parameters():
         found[f"gradient {name}"] = whole(parameter.grad)
@@ -113,7 +113,7 @@ def beginning(own: Any, rank: int = 0, world: int = 1) -> list[dict[str, float]]
     frozen = {n: whole(x).clone() for n, x in own.student.backbone.state_dict().items()}
     for step in BEGINNING_STEPS:
         seen = own.step(step, share(batch(IMAGES), rank, world))
-        found.append({name: term.item() for name, term in seen.terms.items()})
+        found.append({name: term.item() for name, term in seen.losses.items()})
         for network in (own.student, own.teacher.module):
             now = network.backbone.state_dict()
             rests = all(torch.equal(whole(x), frozen[name]) for name, x in now.items())
@@ -140,8 +140,9 @@ def check_beginnings(parallel: Parallel, folder: Path) -> None:
         # A single process reads the rows of all.
         alone = method(BEGINNING)
         Checkpoints(checkpoints.directory).load_(checkpoints.latest(), alone.state())
-        rows = parallel.gather((own.targets.queues[0].stamps > 0).sum()).sum()
-        assert (alone.targets.queues[0].stamps > 0).sum() == rows == 2 * IMAGES * len(found)
+        rows = parallel.gather((own.targets.queues["dino/level_0"].stamps > 0).sum()).sum()
+        own_rows = (alone.targets.queues["dino/level_0"].stamps > 0).sum()
+        assert own_rows == rows == 2 * IMAGES * len(found)
 
 
 def check_half_precision(parallel: Parallel) -> None:
@@ -159,9 +160,9 @@ def check_half_precision(parallel: Parallel) -> None:
             )
     fsdp = own.step(STEP, images)
     assert used == {"block": {torch.bfloat16}, "head": {torch.float32}}
-    for name, term in fsdp.terms.items():
+    for name, term in fsdp.losses.items():
         assert term.dtype == torch.float32
-        assert term.item() == pytest.approx(ddp.terms[name].item(), rel=0.02), name
+        assert term.item() == pytest.approx(ddp.losses[name].item(), rel=0.02), name
 
 
 def check_collectives(parallel: Parallel) -> None:

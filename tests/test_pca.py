@@ -9,7 +9,8 @@ from sklearn.decomposition import PCA
 
 from sslkit import backbones
 from sslkit.data.scenes import Scenes
-from sslkit.evaluation.pca import Options, evaluate, pca_maps
+from sslkit.evaluation.pca import pca_maps
+from sslkit.evaluation.protocols.pca import Options, evaluate
 from sslkit.evaluation.subject import Subject
 from tests.noise import noise
 

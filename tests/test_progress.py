@@ -1,10 +1,10 @@
+import contextlib
 import io
-import sys
 
 import pytest
 import torch
 
-from sslkit.training.progress import TrainingProgress, track
+from sslkit.progress import TrainingProgress, WorkProgress, track
 
 
 class Clock:
@@ -158,20 +158,63 @@ def test_an_error_inside_ends_the_bar_and_gives_the_terminal_back(monkeypatch):
     assert file.getvalue().rindex(show) > file.getvalue().rindex(hide)
 
 
-def test_without_rich_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    with pytest.raises(
-        ImportError, match=r"needs rich: pip install 'sslkit\[recipe\]', or pass mod"
-    ):
-        TrainingProgress(1, mode="bar")
-    TrainingProgress(1, file=io.StringIO())  # lines need nothing
+def test_work_says_how_much_of_it_is_done():
+    clock, file = Clock(), io.StringIO()
+    with WorkProgress("images", file=file, clock=clock) as work:
+        for done in (3, 6, 9):
+            clock.now += 4.0
+            work.reach(done, 9)
+        work.message("all there")
+    assert file.getvalue().splitlines() == [
+        "images 6/9  0:00:04 left",
+        "all there",
+        "images 9/9  in 0:00:12",
+    ]
+
+
+def test_work_that_is_continued_says_where_it_begins():
+    clock, file = Clock(), io.StringIO()
+    with WorkProgress("images", 9, start=4, file=file, clock=clock) as work:
+        work.reach(9)
+    assert file.getvalue().splitlines() == ["images 4/9", "images 9/9  in 0:00:00"]
+
+
+def test_work_that_fails_is_not_said_to_be_done():
+    file = io.StringIO()
+    with contextlib.suppress(OSError), WorkProgress("images", 9, file=file):
+        raise OSError("the disk is full")
+    assert file.getvalue() == ""
+    with pytest.raises(RuntimeError, match="inside its with block"):
+        WorkProgress("images", 9).reach(1)
+
+
+def test_work_on_a_terminal_gets_a_bar_whose_total_may_come_late(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    clock, file = Clock(), Terminal()
+    with WorkProgress("images", file=file, clock=clock) as work:
+        clock.now += 1
+        work.reach(3, 7)
+    assert "3/7" in file.getvalue()
+
+
+def test_nothing_is_shown_where_nothing_is_wanted(capsys):
+    with WorkProgress("images", 2, mode="none") as work:
+        work.message("hello")
+        work.reach(2)
+    assert list(track("ab", "letters", mode="none")) == ["a", "b"]
+    with TrainingProgress(1, mode="none") as training:
+        training.update(1, 2.5, images=1)
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"total_steps": 5, "start_step": 6}, "between 0 and total_steps=5, got 6"),
-        ({"total_steps": 5, "mode": "text"}, r"mode must be one of \('auto', 'bar', 'lines'\)"),
+        (
+            {"total_steps": 5, "mode": "text"},
+            r"mode must be one of \('auto', 'bar'",
+        ),
     ],
 )
 def test_bad_settings(settings, message):

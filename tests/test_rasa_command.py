@@ -1,4 +1,4 @@
-"""``python -m sslkit.rasa``: fits, measures, writes and folds, on any encoder."""
+"""``sslkit rasa``: fits, measures, writes and folds, on any encoder."""
 
 import json
 
@@ -7,10 +7,15 @@ import torch
 from safetensors import safe_open
 
 from sslkit import backbones
+from sslkit.commands.main import run as sslkit_command
 from sslkit.data.sources import open_source
 from sslkit.evaluation.views import EvalTransform
 from sslkit.rasa import RASAProjector, load_rasa, save_rasa
-from sslkit.rasa.__main__ import main
+
+
+def main(words: list[str]) -> int:
+    return sslkit_command(["rasa", *words])
+
 
 SCENES = ["--data", "scenes", "--num-images", "40", "--num-test", "20"]
 

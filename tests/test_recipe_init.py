@@ -64,7 +64,7 @@ def begin(output: Path, file: Path | str, *arguments: str) -> dict[str, Tensor]:
 
 
 def exported(path: Path) -> dict[str, Tensor]:
-    loaded = backbones.read(path)
+    loaded = backbones.load_pretrained(path)
     found = {f"backbone.{name}": x for name, x in loaded.encoder.state_dict().items()}
     for name, head in loaded.heads.items():
         found |= {f"{name}.{key}": x for key, x in head.state_dict().items()}
@@ -102,7 +102,7 @@ def test_own_export_continues_with_its_heads(finished: Path, file: Path, tmp_pat
 def test_fresh_heads_learn_alone_then_the_backbone_joins(file: Path, tmp_path: Path) -> None:
     words = ["--init.heads", "fresh", "--init.head-warmup", "0.5", "--model.num-prototypes", "32"]
     initial = begin(tmp_path / "run", file, *words)
-    fresh = backbones.read(file).heads["dino_head"].state_dict()
+    fresh = backbones.load_pretrained(file).heads["dino_head"].state_dict()
     assert initial["dino_head.prototypes.4.weight"].shape != fresh["prototypes.4.weight"].shape
     for step, resting in ((2, True), (3, True), (4, False)):  # the third step has a rate of 0
         for name, network in checkpoint(tmp_path / "run", step).items():
@@ -133,7 +133,7 @@ def test_a_timm_vit_has_no_heads(tmp_path: Path) -> None:
 def test_student_and_teacher_begin_equal_and_drop_path_is_the_settings(file: Path) -> None:
     model = replace(tiny().model, drop_path_rate=0.3)
     settings = replace(tiny(init=FRESH, init_from=str(file)), model=model)
-    loaded = backbones.read(file)
+    loaded = backbones.load_pretrained(file)
     own = method(settings)
     student, teacher = weights(own.student), weights(own.teacher.module)
     assert all(torch.equal(x, teacher[name]) for name, x in student.items())

@@ -30,7 +30,7 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out.replace("-", "_")
     for field in dataclasses.fields(Settings):
         assert f"__{field.name}" in text, field.name
-        if dataclasses.is_dataclass(section := getattr(Settings(), field.name)):
+        if dataclasses.is_dataclass(section := getattr(PRESETS["demo"], field.name)):
             for inner in dataclasses.fields(section):
                 assert f"__{field.name}.{inner.name}" in text, inner.name
 
@@ -97,7 +97,8 @@ def test_what_does_not_parse(
         ("--highres.temperature-warmup 2", "--highres.temperature-warmup is a share, got 2"),
         ("--optim.max-norm 0", "--optim.max-norm must be above 0 and at most 1000000, got 0"),
         ("--optim.layer-decay 1.5", "layer_decay must be above 0 and at most 1, got 1.5"),
-        ("--optim.lr-warmup 1.5", "--optim or --targets: warmup_steps"),
+        ("--optim.lr-warmup 1.5", "--optim.lr-warmup is a share, got 1.5"),
+        ("--optim.momentum 0.9 1.1", r"--optim.momentum is a share, got \(0.9, 1.1\)"),
         ("--hsdp-replicas 2 --parallel ddp", "--hsdp-replicas is for --parallel fsdp, not ddp"),
         ("--device cuda", "--device cuda: device 'cuda' needs GPU 0"),
         ("--crops.global-scale 0.5 2", "--crops: global_scale must satisfy"),

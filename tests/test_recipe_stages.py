@@ -12,15 +12,20 @@ import torch
 from PIL import Image
 
 from sslkit import backbones
-from sslkit.evaluation.__main__ import main as evaluation
+from sslkit.commands.main import run as sslkit_command
 from sslkit.evaluation.floor import Pixels
 from sslkit.rasa import load_rasa
-from sslkit.recipes.franca import online_knn
+from sslkit.recipes.franca.evaluation import online_knn
 from sslkit.training import Run
 from sslkit.training.checkpoint import Checkpoints
 from sslkit.training.data import open_sources
 from sslkit.training.metrics import read_metrics
 from tests.recipe import ALONE, main, parse, saved_tensors, smoke
+
+
+def evaluation(words: list[str]) -> int:
+    return sslkit_command(["evaluate", *words])
+
 
 SHORT = "--steps 4 --highres.steps 2 --evaluation.num-train 40 --evaluation.num-test 20"
 SHORT += " --evaluation.num-dense 20 --evaluation.online-train 40 --evaluation.online-test 20"
@@ -95,11 +100,14 @@ def test_checkpoints_hold_the_heads(finished: Path, stage: str) -> None:
 def test_metrics_have_everything_that_is_watched(finished: Path) -> None:
     rows = read_metrics(finished / "pretrain" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    expected = {"step", "loss", "koleo", "lr", "last_layer_lr", "weight_decay", "momentum"}
+    expected = {"step", "loss", "loss/koleo", "lr", "last_layer_lr", "weight_decay", "momentum"}
     expected |= {"teacher_temperature", "student_temperature", "images_per_second", "feature_std"}
+    expected |= {"backbone_lr_scale"}
     expected |= {f"gradient_norm/{name}" for name in ("backbone", "dino_head", "ibot_head")}
     expected |= {
-        f"{kind}{name}" for name in LEVELS for kind in ("", "target_entropy/", "prototypes_used/")
+        f"{kind}{name}"
+        for name in LEVELS
+        for kind in ("loss/", "target_entropy/", "prototypes_used/")
     }
     weights = json.loads((finished / "settings.json").read_text())["losses"]
     for row in rows:
@@ -107,7 +115,7 @@ def test_metrics_have_everything_that_is_watched(finished: Path) -> None:
         timed = {"loader_images_per_second", "data_wait"} if row["step"] > 1 else set()
         assert set(row) == expected | knn | timed
         assert all(math.isfinite(value) for value in row.values())
-        terms = [weights[name.split("/")[0]] * row[name] for name in (*LEVELS, "koleo")]
+        terms = [weights[name.split("/")[0]] * row[f"loss/{name}"] for name in (*LEVELS, "koleo")]
         assert row["loss"] == pytest.approx(sum(terms), rel=1e-5)
     assert list((finished / "pretrain" / "tensorboard").glob("events.out.tfevents.*"))
 
@@ -236,6 +244,28 @@ def test_an_array_file_with_labels(tmp_path: Path, capsys: pytest.CaptureFixture
     assert results["in_context"] == {}
     assert "k-NN accuracy (k = 20)  " in capsys.readouterr().out
     assert figures(output) == FIGURES - {"rasa", "cluster_entropy"}
+
+
+@pytest.mark.parametrize(
+    ("test_labels", "warning"),
+    [([0, -1, 1, 1], "1 of 4 items have no label"), ([-1] * 4, "no online k-NN: none of the sam")],
+    ids=["some", "none"],
+)
+def test_online_scores_of_images_of_which_some_have_labels(
+    test_labels: list[int], warning: str, tmp_path: Path
+) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (28, 32, 32, 3), dtype=np.uint8)
+    train = np.arange(24) % 2
+    train[::3] = -1
+    arrays = {"train_images": images[:24], "test_images": images[24:]}
+    labels = {"train_labels": train, "test_labels": np.array(test_labels)}
+    np.savez(tmp_path / "images.npz", **arrays, **labels)
+    output, data = tmp_path / "run", str(tmp_path / "images.npz")
+    words = "--stages pretrain --steps 1 --evaluation.online-every 1 --evaluation.knn 3"
+    with pytest.warns(UserWarning, match=warning):
+        run_all(output, "--data", data, *words.split())
+    (row,) = read_metrics(output / "pretrain" / "metrics.jsonl")
+    assert ("knn/3" in row) == (max(test_labels) >= 0)
 
 
 def test_broken_images_do_not_stop_the_scores_of_pixels(tmp_path: Path) -> None:

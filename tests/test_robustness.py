@@ -13,9 +13,8 @@ from timm.data.real_labels import RealLabelsImagenet
 
 from sslkit import backbones
 from sslkit.data.sources import open_source
+from sslkit.evaluation.protocols.robustness import Options, evaluate
 from sslkit.evaluation.robustness import (
-    Options,
-    evaluate,
     folder_classes,
     read_real_labels,
     real_accuracy,

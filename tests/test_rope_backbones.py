@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from sslkit.backbones import ViTEncoder, create, load, save
 from sslkit.backbones.blocks import CropDropPath
 from sslkit.backbones.rope import rotations
-from tests.networks import flat, randomize
+from tests.networks import assert_one_pass_equals_separate_passes, flat, randomize
 from tests.oracles.vit import angles, rotate
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -119,13 +119,7 @@ def test_gradients_are_timms_and_parameters_keep_their_names(name):
 @pytest.mark.parametrize("name", [NAME, *(name for name, _ in list(OTHERS.values())[:5])])
 def test_one_pass_over_many_resolutions_equals_separate_passes(name):
     _, encoder = timm_pair(name)
-    ph, pw = encoder.patch_size
-    grids = [(4, 4), (2, 8), (2, 3), (4, 4)]  # the first two have equally many tokens
-    images = [torch.randn(i + 1, 3, H * ph, W * pw) for i, (H, W) in enumerate(grids)]
-    masks = [torch.rand(1, 4, 4) < 0.5, None, torch.rand(3, 2, 3) < 0.5, None]
-    together = encoder.forward_many(images, masks)
-    for tokens, batch, mask in zip(together, images, masks, strict=True):
-        torch.testing.assert_close(flat(tokens), flat(encoder(batch, mask)))
+    assert_one_pass_equals_separate_passes(encoder)
 
 
 def test_masked_patches_are_replaced_before_timms_blocks():
@@ -243,15 +237,17 @@ def test_equals_transformers(gated):
     )
     model = DINOv3ViTModel(config).eval()
     names = dict(HUGGING_FACE)
+    # transformers 5.0 has layer.0. ..., later versions model.layer.0. ...
+    start = "model." if any(name.startswith("model.") for name in model.state_dict()) else ""
     for i in range(2):
-        theirs = f"model.layer.{i}"
+        theirs = f"{start}layer.{i}"
         names |= {f"vit.blocks.{i}.{a}": f"{theirs}.{b}" for a, b in HUGGING_FACE_BLOCK.items()}
     weights = {}
     for ours, tensor in encoder.state_dict().items():
         if ours.endswith("attn.qkv.weight"):
             i = ours.split(".")[2]
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                weights[f"model.layer.{i}.attention.{letter}_proj.weight"] = part
+                weights[f"{start}layer.{i}.attention.{letter}_proj.weight"] = part
             continue
         stem, _, leaf = ours.rpartition(".")
         theirs = names[ours] if ours in names else f"{names[stem]}.{leaf}"
@@ -337,9 +333,12 @@ def test_half_precision_is_timms(name):
     torch.testing.assert_close(flat(tokens), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_compiles_without_a_graph_break(training):
+@pytest.mark.parametrize(
+    ("training", "sides"), [(False, "separate"), (True, "separate"), (True, "max"), (True, "min")]
+)
+def test_compiles_without_a_graph_break(training, sides):
     encoder = dinov3(**AUGMENTED).train(training)
+    encoder.vit.rope.normalize_coords = sides
     images = [torch.randn(2, 3, 32, 48), torch.randn(1, 3, 16, 16)]
     compiled = torch.compile(encoder.forward_many, backend="eager", fullgraph=True)
     torch.manual_seed(1)

@@ -5,6 +5,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +71,38 @@ def test_a_run_beside_another_is_refused_and_one_after_a_kill_is_not(
     with one_run_at_a_time(folder):
         pass
     assert not (folder / "run.lock").exists()
+
+
+def test_only_an_earlier_attempt_of_the_same_job_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, ours = tmp_path / "run", {"TORCHELASTIC_RUN_ID": "7"}
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, **ours}
+    ) as holder:
+        assert holder.stdout is not None
+        child = int(holder.stdout.readline())
+        try:
+            for name, number in (("TORCHELASTIC_RUN_ID", "8"), ("SLURM_JOB_ID", "7")):
+                monkeypatch.setenv(name, number)
+                began = time.monotonic()
+                with (
+                    pytest.raises(FolderError, match=f"in use by process {holder.pid} "),
+                    one_run_at_a_time(folder, patience=60.0),
+                ):
+                    pass
+                assert time.monotonic() - began < 30
+                monkeypatch.delenv(name)
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+            end = threading.Timer(1.0, holder.kill)
+            end.start()
+            with one_run_at_a_time(folder, patience=60.0):
+                assert json.loads((folder / "run.lock").read_text())["job"] == "torchrun 7"
+            end.join()
+        finally:
+            holder.kill()
+            os.kill(child, 9)
 
 
 def test_a_process_has_one_lock_on_a_folder(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sslkit.backbones import ViTEncoder, checkpoint, create, load, read_metadata, save
+from sslkit.backbones import ViTEncoder, create, load, read_metadata, save
+from sslkit.backbones.encoder_file import HEADER_KEY
 from tests.networks import flat, micro, randomize
 
 
@@ -83,7 +84,7 @@ def test_headers_of_another_library_or_version(tmp_path):
     with pytest.raises(ValueError, match=r"not written by sslkit.*has \['format'\]"):
         read_metadata(path)
     described = json.dumps({"version": 99})
-    save_file({"x": torch.zeros(1)}, path, {checkpoint.HEADER_KEY: described})
+    save_file({"x": torch.zeros(1)}, path, {HEADER_KEY: described})
     for read in (load, read_metadata):
         with pytest.raises(ValueError, match=r"has version 99 .* reads versions 1 and 2"):
             read(path)
@@ -109,7 +110,7 @@ def test_a_saved_file_is_as_readable_as_any_other(tmp_path):
         (lambda: micro(act_layer=nn.ReLU), {}, TypeError, "setting act_layer=.*'silu'"),
         (with_unknown_norm, {}, ValueError, "the final norm is a Sequential other than"),
         (micro, {"step": 3}, TypeError, "map str to str, got 'step': 3"),
-        (micro, {checkpoint.HEADER_KEY: ""}, ValueError, "reserved"),
+        (micro, {HEADER_KEY: ""}, ValueError, "reserved"),
     ],
 )
 def test_save_refuses(make, metadata, error, message, tmp_path):

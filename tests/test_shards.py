@@ -24,16 +24,21 @@ import torch
 import webdataset
 from PIL import Image
 
+from sslkit.commands.main import run as sslkit_command
 from sslkit.data.crops import MultiCrop
 from sslkit.data.decode import UnreadableImage
 from sslkit.data.image_folder import ImageFolder
 from sslkit.data.loader import MultiCropDataset, make_loader
 from sslkit.data.sample_stream import SampleStream
 from sslkit.data.shards import TarShards, expand_shards, make_shards, source
-from sslkit.data.shards.__main__ import main
 from sslkit.data.sources import open_source
 from sslkit.data.splits import Subset
 from sslkit.data.unreadable import UnreadableLog
+
+
+def main(words: list[str]) -> int:
+    return sslkit_command(["shards", *words])
+
 
 REAL_IMAGES = Path(__file__).parents[2] / "shared" / "data" / "cutouts" / "images"
 CLASSES = ("cat", "dog", "emu")
@@ -163,10 +168,10 @@ def test_unreadable_images_are_left_out_and_reported(tmp_path, capsys):
     assert len(open_source(tmp_path / "out", test_fraction=0)) == 11
 
 
-def test_nothing_is_overwritten(tmp_path, shards, capsys):
+def test_nothing_is_overwritten(tmp_path, shards):
     before = {path: path.read_bytes() for path in shards.iterdir()}
-    assert main([str(tmp_path / "images"), str(shards)]) == 1
-    assert "holds shards of the split 'train', such as train-000000.tar" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"holds shards of the split 'train', such as train-0{6}"):
+        main([str(tmp_path / "images"), str(shards)])
     assert {path: path.read_bytes() for path in shards.iterdir()} == before
 
 

@@ -73,7 +73,7 @@ def test_unreachable_prototypes_have_no_mass_and_no_bias(largest, impl):
         (None, 0.0, 5),  # one column out of reach: found out when its sum underflows
     ],
 )
-def test_sinkhorn_reads_of_the_scores_and_memory(dtype, bound, largest, reads):
+def test_sinkhorn_reads_of_the_logits_and_memory(dtype, bound, largest, reads):
     """T reads of [B, K], up to two more for the column maxima; nothing larger than a block."""
     B, K = 1111, 700
     block = (1 << 18) // K

@@ -249,7 +249,7 @@ def test_nothing_is_written_outside_and_nothing_stale_is_read(problems, seed):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="memory is counted in the interpreter")
 @pytest.mark.parametrize("bound", [None, 1.0])
-def test_reads_of_the_scores_are_those_of_the_plan(bound):
+def test_reads_of_the_logits_are_those_of_the_plan(bound):
     """1 + 2 (T - 1) reads of [B, K], no write, and a few percent for everything else."""
     B, K = 520, 270  # two chunks of rows, ragged tiles of both axes
     scores = normal(0, B, K, dtype=torch.float16).clamp(-1, 1)

@@ -1,5 +1,6 @@
 """A subject hands out features, views and masks, and knows what it cannot."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -7,10 +8,20 @@ import pytest
 import torch
 
 from sslkit import RASAProjector, backbones
+from sslkit.data.annotated.annotated_source import KeypointPair
 from sslkit.data.image_array import ImageArray
 from sslkit.data.scenes import Scenes
-from sslkit.evaluation import knn
 from sslkit.evaluation.encoders import as_encoder
+from sslkit.evaluation.knn import knn_accuracy
+from sslkit.evaluation.protocols import (
+    correspondence,
+    depth,
+    in_context,
+    knn,
+    linear_probe,
+    matryoshka,
+    position,
+)
 from sslkit.evaluation.subject import Subject, labelled
 from sslkit.evaluation.tokens import Unsuitable
 
@@ -76,12 +87,73 @@ def test_rasa_and_nesting_are_of_final_tokens(subject, tmp_path, cache):
     torch.testing.assert_close(found.cls.float(), rasa(plain.cls)[:, :8], **close)
     torch.testing.assert_close(found.patches.float(), rasa(plain.patches)[..., :8], **close)
     torch.testing.assert_close(found["layer_cls"].float(), plain["layer_cls"], **close)
-    images = torch.stack(cut.images("test", [0, 1], "global"))
-    encoded = cut.encode(images, "cls", "keys")
-    torch.testing.assert_close(encoded["cls"], rasa(plain.cls)[:2, :8], atol=1e-5, rtol=1e-5)
-    assert encoded["keys"].shape == (2, 4, 4, 32)
+    for name in ("", "scene"):
+        one = cut.image_features(cut.test[1][0], name, cut.view("global"), "cls", "keys")
+        torch.testing.assert_close(one.cls.float(), rasa(plain.cls)[1:2, :8], **close)
+        assert one["keys"].shape == (1, 4, 4, 32)
     with pytest.raises(ValueError, match="nesting 33 must be between 1 and the 32 features"):
         replace(subject, nesting=33).features("test", "cls")
+
+
+PROTOCOLS = {
+    knn: knn.Options(ks=(1,)),
+    linear_probe: linear_probe.Options(num_steps=2, num_blocks=(1, 2)),
+    in_context: in_context.Options(),
+    position: position.Options(hidden_dim=0),
+    depth: depth.Options(num_layers=2, epochs=1),
+    correspondence: correspondence.Options(image_size=32),
+    matryoshka: matryoshka.Options(sizes=(8, 32)),
+}
+
+
+class Pairs(Scenes):
+    """Scenes with depth; each is a pair with itself."""
+
+    def depth(self, index):
+        return 3 - 2 * (self.mask(index) > 0).float()
+
+    def pair(self, index):
+        image, points = self[index][0], torch.tensor([[3.0, 4.0], [20.0, 11.0]])
+        box = torch.tensor([0.0, 0.0, 20.0, 20.0])
+        names = {"source_name": self.name(index), "target_name": self.name(index)}
+        return KeypointPair(image, image, points, points, box, "scene", 0, **names)
+
+
+@pytest.mark.filterwarnings("ignore:.*_masks have no pixel")
+def test_rasa_and_nesting_encode_no_image_again(subject, tmp_path):
+    """And equal what the encoder gives that RASA is folded into.
+
+    To the rounding of float32, two orders of the same products, in memory (1e-5); and to that of
+    float16 on the disk, which the stored tokens have and the projected ones once more: 2 units of
+    2^-11 of a token's largest value, about 4.
+    """
+    encoder = copy.deepcopy(subject.encoder)
+    sources = {"train": Pairs(24, size=(20, 32)), "test": Pairs(9, size=(20, 32), seed=1)}
+    plain = replace(subject, encoder=encoder, sources=sources, cache=tmp_path)
+    passes = []
+    for block in encoder.vit.blocks[:1]:
+        block.register_forward_hook(lambda *_: passes.append(1))
+    for protocol, options in PROTOCOLS.items():
+        protocol.evaluate(plain, options)
+    assert passes
+    passes.clear()
+    rasa = RASAProjector(32, num_iterations=2)
+    rasa.basis.copy_(torch.linalg.qr(torch.randn(32, 4))[0].T)
+    for changes in ({"rasa": rasa}, {"nesting": 8}, {"rasa": rasa, "nesting": 16}):
+        changed = replace(plain, name="another name", **changes)
+        for protocol, options in PROTOCOLS.items():
+            if protocol is matryoshka:
+                options = replace(options, sizes=(8,))
+            protocol.evaluate(changed, options)
+    assert passes == []
+    folded = copy.deepcopy(subject.encoder)
+    folded.vit = rasa.fold_into_vit(folded.vit)
+    want = ("cls", "mean_patch", "patches")
+    for cache, tolerance in ((None, 1e-5), (tmp_path, 4e-3)):
+        found = replace(plain, rasa=rasa, cache=cache).features("test", *want)
+        expected = replace(plain, encoder=folded, cache=None).features("test", *want)
+        for name in want:
+            torch.testing.assert_close(found[name].float(), expected[name], atol=tolerance, rtol=0)
 
 
 def test_what_is_missing_is_named(subject):
@@ -120,14 +192,14 @@ def test_knn_of_a_subject(subject):
     outcome = knn.evaluate(subject, knn.Options(ks=(1, 20, 100)))
     assert list(outcome.scores) == ["k=20", "k=1", "k=24"]
     train, test = (subject.features(name, "cls") for name in ("train", "test"))
-    expected = knn.knn_accuracy(train.cls, train.labels, test.cls, test.labels, ks=(1, 20, 24))
+    expected = knn_accuracy(train.cls, train.labels, test.cls, test.labels, ks=(1, 20, 24))
     assert {name: s.value for name, s in outcome.scores.items()} == {
         f"k={k}": pytest.approx(value) for k, value in expected.items()
     }
     by_patches = knn.evaluate(subject, knn.Options(token="mean_patch", ks=(1,)))
     train, test = (subject.features(name, "patches") for name in ("train", "test"))
     means = [x.patches.mean((1, 2)) for x in (train, test)]
-    expected = knn.knn_accuracy(means[0], train.labels, means[1], test.labels, ks=(1,))
+    expected = knn_accuracy(means[0], train.labels, means[1], test.labels, ks=(1,))
     assert by_patches.scores["k=1"].value == pytest.approx(expected[1])
     assert {score.num_items for score in outcome.scores.values()} == {9}
 

@@ -1,12 +1,14 @@
 """Tar headers that lie, and names with dots."""
 
 import io
+import re
 import tarfile
 
 import pytest
 from PIL import Image
 
 from sslkit.data.shards import TarShards
+from sslkit.data.shards.headers import DamagedTar, walk_headers
 from sslkit.data.shards.members import read_members
 
 
@@ -34,6 +36,17 @@ def member(name, content, kind=b"0"):
 def shard(path, *parts):
     path.write_bytes(b"".join(parts) + b"\0" * 1024)
     return path
+
+
+class FewReads(io.BytesIO):
+    """A file that is not read for ever."""
+
+    reads = 0
+
+    def read(self, *count):
+        self.reads += 1
+        assert self.reads < 100
+        return super().read(*count)
 
 
 def record(key, value):
@@ -65,7 +78,11 @@ def record(key, value):
     ],
 )
 def test_a_header_that_lies_ends_the_shard(tmp_path, parts, reason):
-    found = read_members(shard(tmp_path / "a.tar", member("a.png", png()), *parts))
+    path = shard(tmp_path / "a.tar", member("a.png", png()), *parts)
+    file = FewReads(path.read_bytes())
+    with pytest.raises(DamagedTar, match=re.escape(reason)):
+        list(walk_headers(file, len(file.getvalue())))
+    found = read_members(path)
     assert (len(found), found.names[0]) == (1, "a.png")
     assert reason in found.damage
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from sslkit.commands.main import run as sslkit_command
 from sslkit.data import Batch, ImageArray, MultiCrop, MultiCropDataset, make_loader
-from sslkit.data.throughput import DataWatch, main, measure
+from sslkit.data.throughput import DataWatch, measure
 
 
 class Clock:
@@ -203,13 +204,13 @@ def test_loader_is_measured_without_its_start():
 def test_command_line(tmp_path, capsys):
     np.save(tmp_path / "images.npy", np.zeros((9, 30, 30, 3), np.uint8))
     arguments = "--batch-size 4 --workers 0 --images 8 --global-size 16 --local-size 12"
-    main(["--data", str(tmp_path / "images.npy"), *arguments.split(), "--num-local", "1"])
+    data = str(tmp_path / "images.npy")
+    sslkit_command(["throughput", data, *arguments.split(), "--num-local", "1"])
     output = capsys.readouterr().out
     assert " images/s with 0 workers; a worker takes " in output
     assert "reading and decoding" in output
 
 
-def test_command_line_explains_missing_data(capsys):
-    with pytest.raises(SystemExit):
-        main(["--data", "nowhere"])
-    assert "no data 'nowhere'" in capsys.readouterr().err
+def test_command_line_explains_missing_data():
+    with pytest.raises(SystemExit, match=r"^error: no data 'nowhere'"):
+        sslkit_command(["throughput", "nowhere"])

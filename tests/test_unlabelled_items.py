@@ -9,13 +9,14 @@ import torch
 from sslkit import backbones
 from sslkit.data.labels import MAX_CLASSES
 from sslkit.data.scenes import Scenes
-from sslkit.evaluation import knn, linear_probe, logistic, ood, robustness
 from sslkit.evaluation.confidences import Mahalanobis, ViM, knn_confidence
 from sslkit.evaluation.features import extract
 from sslkit.evaluation.knn import knn_accuracy, knn_predict
 from sslkit.evaluation.labels import labelled_rows, with_labels
+from sslkit.evaluation.linear_probe import linear_probe as probe
 from sslkit.evaluation.logistic import held_out_part, logistic_regression
 from sslkit.evaluation.matryoshka import matryoshka_curve
+from sslkit.evaluation.protocols import knn, linear_probe, logistic, ood, robustness
 from sslkit.evaluation.scores import Score
 from sslkit.evaluation.subject import Subject, labelled
 from sslkit.evaluation.tokens import Unsuitable
@@ -41,7 +42,7 @@ KEPT = tuple(part[TRAIN[1] >= 0] for part in TRAIN), tuple(part[TEST[1] >= 0] fo
 SCORES = {
     "knn": lambda train, test: knn_accuracy(*train, *test, ks=(1, 7, 100)),
     "linear": lambda train, test: (
-        linear_probe.linear_probe(
+        probe(
             *(train[0][:, None], None, train[1], test[0][:, None], None, test[1]),
             generator=seeded(),
             num_blocks=(1,),

@@ -79,9 +79,11 @@ def no_children():
     assert not left
 
 
-def test_workers_go_on_after_signals_to_everybody() -> None:
+@pytest.mark.parametrize("number_read", [0, 2])  # at the start; and once both have begun
+def test_workers_go_on_after_signals_to_everybody(number_read: int) -> None:
     with start() as batches:
-        next(batches)
+        for _ in range(number_read):
+            next(batches)
         workers = multiprocessing.active_children()
         for process in workers:
             os.kill(process.pid, signal.SIGTERM)

@@ -28,7 +28,7 @@ from sslkit.evaluation.knn import knn_accuracy
 from sslkit.evaluation.linear_probe import linear_probe
 from sslkit.evaluation.matryoshka import matryoshka_curve
 from sslkit.evaluation.position import position_probe
-from sslkit.evaluation.segmentation import masked_patches
+from sslkit.evaluation.protocols.segmentation import masked_patches
 from sslkit.evaluation.subject import Subject
 from sslkit.matryoshka import CosineLinear
 from sslkit.rasa.planes import remove
@@ -55,12 +55,12 @@ class Teacher(nn.Module):
             model["num_prototypes"],
             nesting_dims=model["nesting_dims"] or None,
             nesting=model["nesting"],
-            hidden_dim=model["head_hidden_dim"],
-            num_layers=model["head_layers"],
+            hidden_dim=model["hidden_dim"],
+            num_layers=model["num_layers"],
             normalize=model["normalize"],
         )
-        self.dino_head = head(bottleneck_dim=model["dino_bottleneck"])
-        self.ibot_head = head(bottleneck_dim=model["ibot_bottleneck"])
+        self.dino_head = head(bottleneck_dim=model["dino_bottleneck_dim"])
+        self.ibot_head = head(bottleneck_dim=model["ibot_bottleneck_dim"])
         checkpoints = Checkpoints(output / "pretrain" / "checkpoints")
         latest = checkpoints.latest()
         if latest is None:
@@ -274,7 +274,7 @@ def exposure(masks: Mapping[str, Any], encoder: Any, scale: Scale, seed: int) ->
     """Share of masked images in which each patch is masked, [H][W]."""
     generate = CyclicMaskGenerator(
         encoder.grid_size,
-        mask_ratio=tuple(masks["ratio"]),
+        mask_ratio=tuple(masks["mask_ratio"]),
         mask_probability=1.0,
         kind=masks["kind"],
         shift=masks["shift"],

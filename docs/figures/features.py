@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -19,6 +20,7 @@ from sslkit import (
     RASAProjector,
     backbones,
     sinkhorn_many,
+    sum_over_levels,
 )
 from sslkit.data import Scenes
 from sslkit.evaluation.features import extract
@@ -60,7 +62,7 @@ class Network(nn.Module):
         )
 
     def forward(self, points: Tensor) -> tuple[Tensor, ...]:
-        """Points [B, 2] to scores of each level."""
+        """Points [B, 2] to logits of each level."""
         return self.head(self.encoder(points))
 
 
@@ -77,10 +79,8 @@ def train_on_points(steps: int, B: int = 256) -> Network:
         points = points_in_groups(B, generator).repeat(2, 1)  # two views
         views = points + 0.05 * torch.randn(points.shape, generator=generator)
         targets = sinkhorn_many(teacher(views), temperatures=0.05, bound=1.0)
-        loss = sum(
-            dino(scores.unflatten(0, (2, B)), target)
-            for scores, target in zip(student(views), targets, strict=True)
-        )
+        student_levels = [rearrange(logits, "(v b) k -> v b k", v=2) for logits in student(views)]
+        loss = sum_over_levels(dino, student_levels, targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -104,8 +104,8 @@ def matryoshka_projector(steps: int = 800, pixels: int = 240) -> Figure:
     features = network.encoder(points).detach().requires_grad_()
     reads = torch.stack(
         [
-            torch.autograd.grad(scores.square().sum(), features)[0].abs().sum(0) > 0
-            for scores in head(features)
+            torch.autograd.grad(logits.square().sum(), features)[0].abs().sum(0) > 0
+            for logits in head(features)
         ]
     )
     panels = figure.subplots(2, 2).ravel()
@@ -117,7 +117,7 @@ def matryoshka_projector(steps: int = 800, pixels: int = 240) -> Figure:
     side = torch.linspace(-3.5, 3.5, pixels)
     plane = torch.cartesian_prod(side, side).flip(1)  # row: y, column: x
     with torch.no_grad():
-        maps = [scores.argmax(1).view(pixels, pixels) for scores in network(plane)]
+        maps = [logits.argmax(1).view(pixels, pixels) for logits in network(plane)]
     for level, (axes, clusters) in enumerate(zip(panels[1:], maps, strict=True)):
         m, K = head.nesting_dims[level], head.num_prototypes_per_level[level]
         order = torch.randperm(K, generator=generator)

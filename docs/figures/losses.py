@@ -1,4 +1,4 @@
-"""What the losses count, what bounds them from below, and the memory of the scores they read.
+"""What the losses count, what bounds them from below, and the memory of the logits they read.
 
 A loss says itself what it counts. Where the student says nothing, so that all K probabilities are
 1 / K, the gradient of a cross-entropy of weight w and target q with respect to logit k is
@@ -81,11 +81,11 @@ def dino_loss(num_global: int = 2, num_local: int = 8, B: int = 64, K: int = 256
     features = F.normalize(torch.randn(num_global * B, 16, generator=generator), dim=-1)
     prototypes = F.normalize(torch.randn(K, 16, generator=generator), dim=-1)
     noise = torch.randn(V_s, B, 16, generator=generator) / 16
-    scores = features @ prototypes.T
+    logits = features @ prototypes.T
     of_samples = features.unflatten(0, (num_global, B))
     shared = of_samples[0] + noise  # all views of a sample are alike, up to noise
     student = F.normalize(shared, dim=-1) @ prototypes.T  # [V_s, B, K]
-    teacher = scores.unflatten(0, (num_global, B))[0].repeat(num_global, 1)
+    teacher = logits.unflatten(0, (num_global, B))[0].repeat(num_global, 1)
     temperatures = torch.logspace(math.log10(0.02), math.log10(0.3), 25).tolist()
     targets = [SinkhornKnopp()(teacher, temperature) for temperature in temperatures]
     losses = [DINOLoss(student_temp=0.1)(student, target).item() for target in targets]
@@ -147,7 +147,7 @@ def ibot_loss(grid: int = 14) -> Figure:
 
 
 def step_memory(B: int, D: int, K: int, *, factored: bool) -> int:
-    """Peak bytes of scores, Sinkhorn, loss and backward of one head."""
+    """Peak bytes of logits, Sinkhorn, loss and backward of one head."""
     generator = torch.Generator().manual_seed(0)
     masks = torch.ones(1, B, dtype=torch.bool)
     student, teacher, prototypes = (
@@ -156,9 +156,10 @@ def step_memory(B: int, D: int, K: int, *, factored: bool) -> int:
     leaves = [student.requires_grad_(), prototypes.requires_grad_()]
 
     def step() -> None:
-        scores = FactoredLogits(student, prototypes)
+        student_logits = FactoredLogits(student, prototypes)
         past = FactoredLogits(teacher, prototypes.detach())
-        logits, teacher_logits = (scores, past) if factored else (scores.written(), past.written())
+        teacher_logits = past if factored else past.written()
+        logits = student_logits if factored else student_logits.written()
         targets = SinkhornKnopp(bound=1.0)(teacher_logits, 0.07)
         torch.autograd.grad(iBOTLoss()(logits, targets, masks), leaves)
 
@@ -172,13 +173,13 @@ def factored_logits(
     """Peak memory of a step by the number of prototypes."""
     figure = phone_figure(
         "Memory of a step by the number of prototypes",
-        f"Scores, Sinkhorn, loss and gradients of one head, {B} rows of {D} numbers, float32: the "
+        f"Logits, Sinkhorn, loss and gradients of one head, {B} rows of {D} numbers, float32: the "
         "most that is allocated at once. Dotted: the gradient of the prototypes alone.",
         height=3.6,
     )
     axes = figure.subplots()
     for name, factored, colour, line in (
-        ("scores written", False, REFERENCE, "s--"),
+        ("logits written", False, REFERENCE, "s--"),
         ("FactoredLogits", True, TRAINED, "o-"),
     ):
         peaks = [step_memory(B, D, K, factored=factored) / 2**20 for K in counts]

@@ -27,7 +27,7 @@ def sinkhorn_knopp(B: int = 48, K: int = 12, temperature: float = 0.1) -> Figure
         "Every prototype gets the same share of the batch",
         f"Top: assignments of {B} samples (rows) to {K} prototypes. Middle: the teacher's "
         "favourites lose what they had too much. Bottom: the textbook formula overflows as soon as "
-        "a score exceeds 3.55, at temperature 0.04.",
+        "a logit exceeds 3.55, at temperature 0.04.",
         height=8.2,
     )
     generator = torch.Generator().manual_seed(0)
@@ -79,12 +79,12 @@ def sinkhorn_knopp(B: int = 48, K: int = 12, temperature: float = 0.1) -> Figure
     unit = logits / logits.abs().max()
     errors: dict[str, list[float]] = {"textbook": [], "SinkhornKnopp": []}
     for size in largest.tolist():
-        scores = (size * unit).double()
-        scores[0, 0] = size  # the largest score is positive
-        exact = SinkhornKnopp()(scores, 0.04).probs()
+        stretched = (size * unit).double()
+        stretched[0, 0] = size  # the largest logit is positive
+        exact = SinkhornKnopp()(stretched, 0.04).probs()
         for name, found in (
-            ("textbook", textbook.sinkhorn(scores.float(), 0.04)),
-            ("SinkhornKnopp", SinkhornKnopp()(scores.float(), 0.04).probs()),
+            ("textbook", textbook.sinkhorn(stretched.float(), 0.04)),
+            ("SinkhornKnopp", SinkhornKnopp()(stretched.float(), 0.04).probs()),
         ):
             errors[name].append((found - exact).abs().max().item())
     overflow = panels["overflow"]
@@ -94,7 +94,7 @@ def sinkhorn_knopp(B: int = 48, K: int = 12, temperature: float = 0.1) -> Figure
     overflow.plot(largest, errors["SinkhornKnopp"], "o-", color=TRAINED, ms=4, label="sslkit")
     overflow.set(
         title="error in float32, temperature 0.04",
-        xlabel="largest score",
+        xlabel="largest logit",
         ylabel="of a probability",
         xscale="log",
         yscale="log",
@@ -112,12 +112,12 @@ def ema_centering(steps: int = 120, B: int = 256, K: int = 16, temperature: floa
     figure = phone_figure(
         "Centering is late and not quite even",
         "The taste changes at the dotted lines. Top: how many prototypes the batch uses. Bottom: "
-        "shares at the last step. Equal mean scores are not equal shares: Sinkhorn balances each "
+        "shares at the last step. Equal mean logits are not equal shares: Sinkhorn balances each "
         "batch, centering the past mean.",
         height=5.2,
     )
     generator = torch.Generator().manual_seed(0)
-    spread = torch.linspace(0.05, 0.3, K)  # scores of later prototypes vary more between samples
+    spread = torch.linspace(0.05, 0.3, K)  # logits of later prototypes vary more between samples
     changes = {0: 1.0, steps // 3: -1.0, 2 * steps // 3: 1.5}
     slow, fast = EMACentering(K, momentum=0.97), EMACentering(K, momentum=0.9)
     sinkhorn = SinkhornKnopp()
@@ -158,7 +158,7 @@ def ema_centering(steps: int = 120, B: int = 256, K: int = 16, temperature: floa
     return figure
 
 
-def planted_scores(N: int, clusters: int, per_cluster: int) -> Tensor:
+def planted_logits(N: int, clusters: int, per_cluster: int) -> Tensor:
     """Cosines [N, K] of features around centres with the prototypes around the same centres."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(clusters, 64, generator=generator)
@@ -187,9 +187,9 @@ def sinkhorn_queue(
         height=3.7,
     )
     axes = figure.subplots()
-    scores = planted_scores(N, clusters, per_cluster)
+    all_logits = planted_logits(N, clusters, per_cluster)
     sinkhorn = SinkhornKnopp()
-    whole = sinkhorn(scores, temperature).argmax()
+    whole = sinkhorn(all_logits, temperature).argmax()
     for num_past, colour, line in (
         (4 * K, TRAINED, "o-"),
         (K, "#009E73", "^-."),
@@ -198,7 +198,7 @@ def sinkhorn_queue(
         agreement = []
         for B in batch_sizes:
             queue = SinkhornQueue(max(num_past, 1), K)
-            batches = list(zip(scores.split(B), whole.split(B), strict=True))
+            batches = list(zip(all_logits.split(B), whole.split(B), strict=True))
             warm = -(-num_past // B)  # batches that fill the queue, which are not counted
             same = []
             for i, (logits, expected) in enumerate(batches[: warm + max(1, num_counted // B)]):
@@ -235,7 +235,7 @@ def targets(
         height=3.7,
     )
     axes = figure.subplots()
-    logits = planted_scores(N, clusters, per_cluster)
+    logits = planted_logits(N, clusters, per_cluster)
     sinkhorn, together = SinkhornKnopp(), Targets({"head": K})
     whole = sinkhorn(logits, temperature).argmax()
     same: dict[str, list[float]] = {"Targets": [], "each micro-batch by itself": []}

@@ -7,8 +7,17 @@
 
 # %%
 import torch
+from einops import rearrange
 
-from sslkit import DINOLoss, EMATeacher, KoLeoLoss, MatryoshkaProjector, backbones, sinkhorn_many
+from sslkit import (
+    DINOLoss,
+    EMATeacher,
+    KoLeoLoss,
+    MatryoshkaProjector,
+    backbones,
+    sinkhorn_many,
+    sum_over_levels,
+)
 from sslkit.data import MultiCrop, MultiCropDataset, Scenes, make_loader
 from sslkit.evaluation.features import extract
 from sslkit.evaluation.figures.features import matryoshka
@@ -36,7 +45,7 @@ loader = iter(make_loader(MultiCropDataset(scenes, crops, seed=0), batch_size=48
 
 # %%
 class Network(torch.nn.Module):
-    """Class tokens of crops of two sizes, to scores of five levels."""
+    """Class tokens of crops of two sizes, to logits of five levels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,8 +77,8 @@ for step in range(STEPS):
     targets = sinkhorn_many(teacher_levels, temperatures=0.04, bound=1.0)
     cls, student_levels = student([globals_, locals_])
     loss = 0.1 * sum(koleo(view) for view in cls[: len(globals_)].chunk(2))
-    for scores, target in zip(student_levels, targets, strict=True):
-        loss = loss + dino(scores.unflatten(0, (4, -1)), target)
+    student_levels = [rearrange(logits, "(v b) k -> v b k", v=4) for logits in student_levels]
+    loss = loss + sum_over_levels(dino, student_levels, targets)
     for group in optimizer.param_groups:
         group["lr"] = warmup_cosine(
             step, peak=PEAK, final=1e-6, total_steps=STEPS, warmup_steps=STEPS // 20

@@ -2,21 +2,21 @@
 
 import ast
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
+import inspect
 from typing import Any
 
-RECIPE = Path(__file__).parents[2] / "examples" / "franca_recipe.py"
+from sslkit.recipes.franca import settings as franca
+from sslkit.recipes.franca.presets import PRESETS
+from sslkit.training import settings as engine
+
 PAGE = "settings.md"
 INTRODUCTION = """# Every setting
 
-Made from the dataclasses of [examples/franca_recipe.py](../examples/franca_recipe.py) when this
-site is built. A setting's flag is its name with dashes: `--model.num-prototypes 4096`. The column
-*default* is `vitb14_in21k`, the paper's ViT-B on ImageNet-21K; behind it stand the presets that
-differ. `--help` prints the values of the preset that is asked for. Shares are of the number of
-steps, so that a shorter run keeps the shape of its schedules.
+The settings of the recipe of Franca, made from its dataclasses when this site is built. A setting's
+flag is its name with dashes: `--model.num-prototypes 4096`. The column *default* is `vitb14_in21k`,
+the paper's ViT-B on ImageNet-21K; behind it stand the presets that differ. `--help` prints the
+values of the preset that is asked for. Shares are of the number of steps, so that a shorter run
+keeps the shape of its schedules.
 """
 
 
@@ -30,10 +30,11 @@ def on_files(files: Any, config: Any) -> Any:
 
 def markdown() -> str:
     """The page: a table for each section of the settings."""
-    recipe = load_recipe()
-    presets = {name: preset for name, preset in recipe.PRESETS.items() if name != "vitb14_in21k"}
-    described = descriptions(ast.parse(RECIPE.read_text()))
-    default = recipe.PRESETS["vitb14_in21k"]
+    presets = {name: preset for name, preset in PRESETS.items() if name != "vitb14_in21k"}
+    described = descriptions(ast.parse(inspect.getsource(engine)))
+    own = descriptions(ast.parse(inspect.getsource(franca)))
+    described |= own | {"Settings": described["RunSettings"] | own["Settings"]}
+    default = PRESETS["vitb14_in21k"]
     sections = [("", default)] + [
         (field.name, getattr(default, field.name))
         for field in dataclasses.fields(default)
@@ -72,18 +73,6 @@ def descriptions(tree: ast.Module) -> dict[str, dict[str, str]]:
                     texts[ast.unparse(field.target)] = text
             found[node.name] = texts
     return found
-
-
-def load_recipe() -> ModuleType:
-    """The recipe as a module."""
-    if "franca_recipe" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("franca_recipe", RECIPE)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["franca_recipe"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["franca_recipe"]
 
 
 def _text(node: ast.stmt) -> str | None:

@@ -4,21 +4,25 @@ A token encoder is any module with ``forward(images, masks=None) -> Tokens`` and
 ``forward_many(images, masks=None) -> list[Tokens]``.
 """
 
-from sslkit.backbones.checkpoint import read_metadata, save
 from sslkit.backbones.encoder import ViTEncoder
+from sslkit.backbones.encoder_file import read_metadata, save
 from sslkit.backbones.factory import create
-from sslkit.backbones.read import Loaded, load, read
-from sslkit.backbones.report import LoadReport
+from sslkit.backbones.load_report import LoadReport
+from sslkit.backbones.pretrained import Pretrained, load, load_pretrained
 from sslkit.backbones.tokens import Tokens
 
 __all__ = [
     "LoadReport",
-    "Loaded",
+    "Pretrained",
     "Tokens",
     "ViTEncoder",
     "create",
     "load",
-    "read",
+    "load_pretrained",
     "read_metadata",
     "save",
 ]
+
+# Former names.
+read = load_pretrained
+Loaded = Pretrained

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.drop import DropPath
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
@@ -19,7 +20,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from sslkit.backbones.rope import with_prefix
-from sslkit.ops.attention import Runs, packed_attention
+from sslkit.ops.attention import packed_attention
+from sslkit.ops.packing import Runs
 
 
 def drop_path(x: Tensor, runs: Runs, drop_prob: float, *, scale_by_keep: bool = True) -> Tensor:
@@ -168,7 +170,8 @@ class PackedBlock(nn.Module):
         """``[T, D] -> [T, D]`` with ``runs``, ``[B, N, D] -> [B, N, D]`` without."""
         if runs is None:
             B, N, _ = x.shape
-            return self.forward(x.flatten(0, 1), ((N, B),)).unflatten(0, (B, N))
+            packed = self.forward(rearrange(x, "b n d -> (b n) d"), ((N, B),))
+            return rearrange(packed, "(b n) d -> b n d", n=N)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), runs)), runs)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))), runs)
 
@@ -207,7 +210,8 @@ class PackedEvaBlock(nn.Module):
             B, N, _ = x.shape
             if rope is not None:
                 rope = with_prefix(rope, N - len(rope)).repeat(B, 1)
-            return self.forward(x.flatten(0, 1), ((N, B),), rope).unflatten(0, (B, N))
+            packed = self.forward(rearrange(x, "b n d -> (b n) d"), ((N, B),), rope)
+            return rearrange(packed, "(b n) d -> b n d", n=N)
         attended = self.attn(self.norm1(x), runs, rope)
         x = x + self.drop_path1(layer_scale(attended, self.gamma_1), runs)
         return x + self.drop_path2(layer_scale(self.mlp(self.norm2(x)), self.gamma_2), runs)
@@ -256,7 +260,7 @@ def run_block(block: nn.Module, x: Tensor, runs: Runs, rope: Tensor | None = Non
         return block(x, runs)
     parts = x.split([n * count for n, count in runs])
     outputs = [
-        block(part.unflatten(0, (count, n))).flatten(0, 1)
-        for part, (n, count) in zip(parts, runs, strict=True)
+        rearrange(block(rearrange(part, "(b n) d -> b n d", n=n)), "b n d -> (b n) d")
+        for part, (n, _) in zip(parts, runs, strict=True)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

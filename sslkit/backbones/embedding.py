@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from einops import rearrange, reduce
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -34,10 +35,10 @@ def embed(
         mask_token: [D].
         masks: bool ``[B, H, W]``, True where the mask token replaces the patch; None for none.
     """
-    x = vit.patch_embed.proj(images).flatten(2).transpose(1, 2)  # [B, D, H, W] -> [B, N, D]
+    x = rearrange(vit.patch_embed.proj(images), "b d h w -> b (h w) d")
     x = vit.patch_embed.norm(x)
     if masks is not None:
-        x = torch.where(masks.flatten(1)[:, :, None], mask_token, x)
+        x = torch.where(rearrange(masks, "b h w -> b (h w) 1"), mask_token, x)
     prefix: list[Tensor] = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
     if vit.pos_embed is not None:
         prefix_positions, positions = positions_of(vit, vit.pos_embed, grid, resample)
@@ -55,14 +56,15 @@ def positions_of(
     """Learned positions ``[1, P, D]`` (``[1, 0, D]`` with ``no_embed_class``) and ``[1, N, D]``."""
     num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     prefix, patches = pos_embed.tensor_split((num_prefix,), dim=1)
-    stored = patches.unflatten(1, vit.patch_embed.grid_size)  # [1, H_0, W_0, D]
-    return prefix, resample(stored, grid).flatten(1, 2)
+    H, W = vit.patch_embed.grid_size
+    stored = rearrange(patches, "1 (h w) d -> 1 h w d", h=H, w=W)
+    return prefix, rearrange(resample(stored, grid), "1 h w d -> 1 (h w) d")
 
 
 def split(vit: Vit, x: Tensor, grid: Grid) -> Tokens:
     """The normed ``[B, P + N, D]`` as tokens of ``grid`` (H, W)."""
     num_cls = int(vit.cls_token is not None)
     cls, registers, patches = x.tensor_split((num_cls, vit.num_prefix_tokens), dim=1)
-    return Tokens(
-        cls[:, 0] if num_cls else patches.mean(dim=1), registers, patches.unflatten(1, grid)
-    )
+    patches = rearrange(patches, "b (h w) d -> b h w d", h=grid[0], w=grid[1])
+    global_token = cls[:, 0] if num_cls else reduce(patches, "b h w d -> b d", "mean")
+    return Tokens(global_token, registers, patches)

@@ -1,22 +1,17 @@
 """ViTEncoder: a Vision Transformer of timm as a masked, multi-crop token encoder."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sslkit.backbones.blocks import (
-    PackedBlock,
-    PackedEvaBlock,
-    can_pack,
-    pack,
-    run_block,
-)
+from sslkit.backbones.blocks import PackedBlock, PackedEvaBlock, run_block
 from sslkit.backbones.embedding import embed, positions_of, split
 from sslkit.backbones.positions import (
     PosInterpolation,
@@ -25,26 +20,31 @@ from sslkit.backbones.positions import (
 )
 from sslkit.backbones.rope import rotations
 from sslkit.backbones.supported import require_supported
-from sslkit.backbones.swiglu import FusedSwiGLU
+from sslkit.backbones.token_network import token_network
 from sslkit.backbones.tokens import Tokens
-from sslkit.ops.attention import Runs, equal_runs
+from sslkit.ops.packing import Runs, equal_runs
 
 _PACKED = (PackedBlock, PackedEvaBlock)
+Grids = list[tuple[int, int, int]]
 
 
 class ViTEncoder(nn.Module):
     """A token encoder around a timm ``VisionTransformer`` or ``Eva``.
 
-    The encoder takes ``vit`` over and changes it in three ways, none of which touches a weight:
-    head and attention pooling are removed; blocks that :func:`~sslkit.backbones.blocks.can_pack`
-    accepts are rebuilt as :class:`~sslkit.backbones.blocks.PackedBlock` or ``PackedEvaBlock``
-    around the same submodules (same parameter names); a norm that timm puts after the pooling
-    (``fc_norm``) is moved in front of it, to ``vit.norm``, so that every token comes out
-    normalised.
+    ``vit`` itself stays as it is. The encoder's ``vit`` is a network of its own that shares the
+    parameters: training the encoder trains ``vit``, and moving or casting the encoder moves these
+    parameters. Pass ``copy.deepcopy(vit)`` for separate weights. The encoder's network differs from
+    ``vit`` in three ways: head and attention pooling are gone; blocks that
+    :func:`~sslkit.backbones.blocks.can_pack` accepts are rebuilt as
+    :class:`~sslkit.backbones.blocks.PackedBlock` or ``PackedEvaBlock`` with the same parameter
+    names; a norm that timm puts after the pooling (``fc_norm``) is moved in front of it, to
+    ``norm``, so that every token comes out normalised.
 
     Other blocks of a ``VisionTransformer`` (parallel, post-norm, differential attention, attention
     dropout, ...) run as they are, one resolution at a time: the same result with less sharing.
     ``packed_blocks`` says which. The encoder is in training mode if ``vit`` is.
+
+    Users of DINOv2 find its methods :meth:`forward_features` and :meth:`get_intermediate_layers`.
 
     Learned position embeddings are resampled from the grid of ``img_size`` to the grid of each
     image by :func:`~sslkit.backbones.positions.resample_positions`. Rotary ones, of DINOv3 and
@@ -97,13 +97,7 @@ class ViTEncoder(nn.Module):
             raise ValueError(f"rope_periods must be 'float32' or 'bfloat16', got {rope_periods!r}")
         if rope_periods == "bfloat16" and not hasattr(getattr(vit, "rope", None), "periods"):
             raise ValueError("rope_periods is for DINOv3's rotary positions, which vit has not")
-        vit.reset_classifier(0, global_pool="")
-        if isinstance(vit.norm, nn.Identity):
-            vit.norm, vit.fc_norm = vit.fc_norm, nn.Identity()
-        for i, block in enumerate(vit.blocks):
-            if can_pack(block, token_wise_mlps=(FusedSwiGLU,)):
-                vit.blocks[i] = pack(block)
-        self.vit = vit
+        self.vit = token_network(vit)
         self.mask_token = nn.Parameter(vit.patch_embed.proj.weight.new_zeros(vit.embed_dim))
         self.activation_checkpointing = activation_checkpointing
         self.pos_interpolation = pos_interpolation
@@ -209,27 +203,86 @@ class ViTEncoder(nn.Module):
             ValueError: ``images`` is empty, ``masks`` is not as long, or as in :meth:`forward`.
             TypeError: a batch is not floating point.
         """
-        x, runs, grids = self._pack(images, masks)
-        rope = self._rotations(grids)
-        for block in self.vit.blocks:
-            x = self._run(block, x, runs, rope)
-        return self._unpack(x, grids)
+        x, _, grids = self._encode(images, masks)
+        return self._unpack(self.vit.norm(x), grids)
 
     def intermediate(self, images: Tensor, n: int) -> list[Tokens]:
         """Tokens of the last ``n`` blocks, shallow to deep, each after the final norm.
 
         ``intermediate(images, n)[-1]`` equals ``forward(images)``.
         """
-        if not 1 <= n <= self.depth:
-            raise ValueError(f"n must be between 1 and the {self.depth} blocks, got {n}")
-        x, runs, grids = self._pack([images], None)
-        rope = self._rotations(grids)
-        outputs = []
-        for i, block in enumerate(self.vit.blocks):
-            x = self._run(block, x, runs, rope)
-            if i >= self.depth - n:
-                outputs.append(self._unpack(x, grids)[0])
-        return outputs
+        _, layers, grids = self._encode([images], None, keep=self._blocks(n))
+        return [self._unpack(self.vit.norm(x), grids)[0] for x in layers]
+
+    def forward_features(self, images: Tensor, masks: Tensor | None = None) -> dict[str, Any]:
+        """DINOv2's method of this name: the tokens of images of one resolution, as a dictionary.
+
+        :meth:`forward` gives the same tokens with their patch grid.
+
+        Args:
+            images: ``[B, C, h, w]``.
+            masks: bool ``[B, N]`` in row-major order, as in DINOv2, or ``[B, H, W]``; True where
+                the mask token replaces the patch.
+
+        Returns:
+            ``"x_norm_clstoken"`` ``[B, D]``, ``"x_norm_regtokens"`` ``[B, R, D]`` and
+            ``"x_norm_patchtokens"`` ``[B, N, D]`` after the final norm; ``"x_prenorm"``, all tokens
+            ``[B, 1 + R + N, D]`` before it; ``"masks"`` as given. For a network without a class
+            token, ``"x_norm_clstoken"`` is the mean of the patches.
+
+        >>> vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+        >>> features = ViTEncoder(vit).forward_features(torch.randn(2, 3, 24, 40))
+        >>> features["x_norm_patchtokens"].shape, features["x_prenorm"].shape
+        (torch.Size([2, 15, 16]), torch.Size([2, 16, 16]))
+        """
+        grid_masks = masks
+        if masks is not None and masks.ndim == 2:
+            H, W = self._check(images, None, "images")
+            if masks.shape[1] != H * W:
+                raise ValueError(
+                    f"masks must be bool [B, N] with N = {H} * {W} patches, or [B, {H}, {W}], got "
+                    f"{list(masks.shape)}"
+                )
+            grid_masks = rearrange(masks, "b (h w) -> b h w", h=H, w=W)
+        x, _, grids = self._encode([images], [grid_masks])
+        (tokens,) = self._unpack(self.vit.norm(x), grids)
+        (x_prenorm,) = self._crops(x, grids)
+        return {
+            "x_norm_clstoken": tokens.cls,
+            "x_norm_regtokens": tokens.registers,
+            "x_norm_patchtokens": rearrange(tokens.patches, "b h w d -> b (h w) d"),
+            "x_prenorm": x_prenorm,
+            "masks": masks,
+        }
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Any, ...]:
+        """DINOv2's method of this name: patch tokens after several blocks, shallow to deep.
+
+        Args:
+            x: images ``[B, C, h, w]``.
+            n: the last n blocks, or the indices of the blocks, from 0.
+            reshape: give maps ``[B, D, H, W]`` instead of ``[B, N, D]``.
+            return_class_token: give pairs ``(patches, class token [B, D])``. For a network without
+                a class token, the second is the mean of the patches.
+            norm: apply the final norm to each.
+
+        Raises:
+            ValueError: there is no such block, or a block is asked for twice.
+        """
+        _, layers, grids = self._encode([x], None, keep=self._blocks(n))
+        pattern = "b h w d -> b d h w" if reshape else "b h w d -> b (h w) d"
+        pairs = []
+        for layer in layers:
+            (tokens,) = self._unpack(self.vit.norm(layer) if norm else layer, grids)
+            pairs.append((rearrange(tokens.patches, pattern).contiguous(), tokens.cls))
+        return tuple(pairs) if return_class_token else tuple(patches for patches, _ in pairs)
 
     def queries_keys_values(self, images: Tensor, block: int = -1) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of a block, for attention maps and object discovery.
@@ -259,9 +312,8 @@ class ViTEncoder(nn.Module):
         rope = self._rotations(grids)
         for earlier in self.vit.blocks[:block]:
             x = self._run(earlier, x, runs, rope)
-        qkv = chosen.attn.project(chosen.norm1(x), rope)  # [B * T, 3, h, d]
-        qkv = qkv.unflatten(0, (len(images), -1))  # [B, T, 3, h, d]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, T, d]
+        qkv = chosen.attn.project(chosen.norm1(x), rope)
+        q, k, v = rearrange(qkv, "(b t) three h d -> three b h t d", b=len(images))
         return q, k, v
 
     def set_img_size_(
@@ -327,9 +379,42 @@ class ViTEncoder(nn.Module):
                 )
         return H, W
 
+    def _blocks(self, n: int | Sequence[int]) -> Sequence[int]:
+        """Indices of the last ``n`` blocks, or ``n`` itself if it holds indices."""
+        if isinstance(n, int):
+            if not 1 <= n <= self.depth:
+                raise ValueError(f"n must be between 1 and the {self.depth} blocks, got {n}")
+            return range(self.depth - n, self.depth)
+        if not n or len(set(n)) < len(n) or not 0 <= min(n) <= max(n) < self.depth:
+            raise ValueError(
+                f"n must be a number of blocks or different indices between 0 and {self.depth - 1},"
+                f" got {list(n)}"
+            )
+        return n
+
+    def _encode(
+        self,
+        images: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None,
+        *,
+        keep: Collection[int] = (),
+    ) -> tuple[Tensor, list[Tensor], Grids]:
+        """Packed tokens ``[T, D]`` after the last block, those after the blocks ``keep``, grids.
+
+        All before the final norm.
+        """
+        x, runs, grids = self._pack(images, masks)
+        rope = self._rotations(grids)
+        kept = []
+        for i, block in enumerate(self.vit.blocks):
+            x = self._run(block, x, runs, rope)
+            if i in keep:
+                kept.append(x)
+        return x, kept, grids
+
     def _pack(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None
-    ) -> tuple[Tensor, Runs, list[tuple[int, int, int]]]:
+    ) -> tuple[Tensor, Runs, Grids]:
         """All tokens ``[T, D]``, their runs of equal crops, and each batch's ``(B, H, W)``."""
         if not images:
             raise ValueError("forward_many: images is empty; give at least one batch of images")
@@ -344,7 +429,7 @@ class ViTEncoder(nn.Module):
             grid = self._check(batch, mask, "images" if len(images) == 1 else f"images[{i}]")
             x = embed(self.vit, batch, grid, self._resample, mask_token=self.mask_token, masks=mask)
             B, length, _ = x.shape
-            packed.append(x.flatten(0, 1))
+            packed.append(rearrange(x, "b n d -> (b n) d"))
             lengths.append(length)
             counts.append(B)
             grids.append((B, *grid))
@@ -377,12 +462,17 @@ class ViTEncoder(nn.Module):
             return checkpoint(run_block, block, x, runs, rope, use_reentrant=False)
         return run_block(block, x, runs, rope)
 
-    def _unpack(self, x: Tensor, grids: Sequence[tuple[int, int, int]]) -> list[Tokens]:
-        """Final norm, then the packed ``[T, D]`` tokens as one :class:`Tokens` for each batch."""
-        x = self.vit.norm(x)
-        P = self.num_prefix_tokens
-        parts = x.split([B * (P + H * W) for B, H, W in grids])
+    def _crops(self, x: Tensor, grids: Grids) -> list[Tensor]:
+        """Packed tokens ``[T, D]`` as one ``[B, P + N, D]`` for each batch."""
+        lengths = [self.num_prefix_tokens + H * W for _, H, W in grids]
+        parts = x.split([B * n for (B, _, _), n in zip(grids, lengths, strict=True)])
         return [
-            split(self.vit, part.unflatten(0, (B, P + H * W)), (H, W))
-            for part, (B, H, W) in zip(parts, grids, strict=True)
+            rearrange(part, "(b n) d -> b n d", n=n) for part, n in zip(parts, lengths, strict=True)
+        ]
+
+    def _unpack(self, x: Tensor, grids: Grids) -> list[Tokens]:
+        """Packed tokens ``[T, D]`` as one :class:`Tokens` for each batch."""
+        return [
+            split(self.vit, part, (H, W))
+            for part, (_, H, W) in zip(self._crops(x, grids), grids, strict=True)
         ]

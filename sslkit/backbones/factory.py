@@ -72,8 +72,8 @@ def create(
     if name in VIT_SIZES:
         if pretrained:
             raise ValueError(
-                f"{name} has no weights to download; give pretrained=False, and read a checkpoint "
-                "with sslkit.backbones.load"
+                f"{name} has no weights to download; give pretrained=False, or read a file of "
+                "weights with sslkit.backbones.load"
             )
         vit = build_franca_vit(name, **shape, **common)
         pos_interpolation = pos_interpolation or "dinov2"

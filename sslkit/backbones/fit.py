@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkit.backbones.checkpoint import build_folded_norm
 from sslkit.backbones.encoder import ViTEncoder
+from sslkit.backbones.encoder_file import build_folded_norm
 from sslkit.backbones.factory import create
-from sslkit.backbones.files import WeightsFile
 from sslkit.backbones.layouts.layout import Layout
+from sslkit.backbones.load_report import LoadReport
 from sslkit.backbones.networks import Network
-from sslkit.backbones.report import LoadReport
 from sslkit.backbones.settings import NETWORK, check_settings
+from sslkit.backbones.weight_files import WeightsFile
 
 _PATCH_WEIGHT = "vit.patch_embed.proj.weight"
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

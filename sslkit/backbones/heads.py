@@ -117,7 +117,7 @@ def misfit(name: str, found: Head | None, wanted: MatryoshkaProjector) -> str:
 
     Args:
         name: of the head, such as ``"dino_head"``.
-        found: what :func:`sslkit.backbones.read` gives of that name, None if nothing.
+        found: what :func:`sslkit.backbones.load_pretrained` gives of that name, None if nothing.
         wanted: may be on the meta device.
 
     >>> head = MatryoshkaProjector(8, 6, nesting_dims=(4, 8), hidden_dim=5)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sslkit.backbones.files import WeightsFile
+from sslkit.backbones.weight_files import WeightsFile
 
 # The patch embedding tells where a Vision Transformer begins, whatever the code base.
 _LANDMARKS = (

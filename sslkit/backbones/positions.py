@@ -3,6 +3,7 @@
 from typing import Literal, get_args
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 PosInterpolation = Literal["antialias", "bicubic", "dinov2"]
@@ -44,13 +45,13 @@ def resample_positions(
     if positions.shape[1:3] == (H, W):
         return positions
     grid = positions.float() if positions.dtype.itemsize < 4 else positions
-    grid = grid.movedim(-1, 1)  # [1, D, H_0, W_0]
+    grid = rearrange(grid, "1 h w d -> 1 d h w")
     if method == "dinov2":
         scale = (H + 0.1) / grid.shape[2], (W + 0.1) / grid.shape[3]
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
     else:
         grid = F.interpolate(grid, size=(H, W), mode="bicubic", antialias=method == "antialias")
-    return grid.movedim(1, -1).to(positions.dtype)
+    return rearrange(grid, "1 d h w -> 1 h w d").to(positions.dtype)
 
 
 def check_pos_interpolation(method: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
 from torch import Tensor
 
@@ -57,11 +58,13 @@ def patch_rotations(rope: Rope, H: int, W: int) -> Tensor:
     if not isinstance(rope, RotaryEmbeddingDinoV3):
         return rope.get_embed([H, W])
     periods: Any = rope.periods
-    sides = {
-        "separate": (H, W),
-        "max": (torch.sym_max(H, W),) * 2,
-        "min": (torch.sym_min(H, W),) * 2,
-    }[rope.normalize_coords]
+    if isinstance(H, int) and isinstance(W, int):
+        largest, smallest = max(H, W), min(H, W)
+    else:  # symbols of torch.export, which Python's max would compare
+        largest, smallest = torch.sym_max(H, W), torch.sym_min(H, W)
+    sides = {"separate": (H, W), "max": (largest,) * 2, "min": (smallest,) * 2}[
+        rope.normalize_coords
+    ]
     axes: list[Any] = [
         (torch.arange(n, dtype=torch.float32, device=periods.device) + 0.5 + rope.grid_offset)
         / side
@@ -69,10 +72,11 @@ def patch_rotations(rope: Rope, H: int, W: int) -> Tensor:
     ]
     rows, columns = torch.meshgrid(*axes, indexing="ij")
     order = (rows, columns) if rope.grid_indexing == "ij" else (columns, rows)
-    centres = 2 * torch.stack(order, dim=-1).flatten(0, 1) - 1  # [H * W, 2], in (-1, 1)
+    centres = 2 * rearrange(list(order), "yx h w -> (h w) yx") - 1  # in (-1, 1)
     if rope.training:
         centres = _move(centres, rope)
-    angles = (2 * math.pi * centres[:, :, None] / periods).flatten(1)  # [H * W, d / 2]
+    angles = 2 * math.pi * centres[:, :, None] / periods  # [H * W, 2, d / 4]
+    angles = rearrange(angles, "n yx period -> n (yx period)")
     # The pairs of features that turn together: (f, f + d / 2), or neighbours.
     angles = angles.tile(2) if rope.rotate_half else angles.repeat_interleave(2, dim=1)
     return torch.cat([angles.sin(), angles.cos()], dim=1)

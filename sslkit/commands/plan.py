@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import tyro
+
+from sslkit.commands.main import refuse
+from sslkit.commands.run import module_of, recipes
 
 UNITS = {
     **dict.fromkeys(("memory", "reserve"), 1 << 30),
@@ -81,15 +83,16 @@ def main(arguments: Sequence[str]) -> None:
 
 def _recipe(name: str) -> Any:
     """The recipe of this name that is installed with sslkit."""
-    for module in (f"sslkit.recipes.{name}.recipe", f"sslkit.recipes.{name}"):
-        if name.isidentifier() and find_spec(module.rsplit(".", 1)[0]) and find_spec(module):
-            recipe = getattr(import_module(module), "RECIPE", None)
-            if recipe is not None and recipe.method is not None:
-                return recipe
-    return _refuse(f"no recipe {name!r} that can be planned; try franca")
+    found = recipes()
+    if name not in found:
+        refuse("recipe", name, list(found), "sslkit run --help")
+    recipe = import_module(module_of(found[name])).RECIPE
+    if recipe.method is None:
+        _refuse(f"the recipe {name} does not say what a step is: its RECIPE has no method")
+    return recipe
 
 
-def _refuse(problem: str) -> Any:
+def _refuse(problem: str) -> NoReturn:
     print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)
 

@@ -5,9 +5,9 @@ from sslkit.data.decode import UnreadableImage, decode_image, read_image
 from sslkit.data.hugging_face import HuggingFaceImages, HuggingFaceStream, open_stream
 from sslkit.data.image_array import ImageArray
 from sslkit.data.image_folder import ImageFolder
+from sslkit.data.image_source import Source, StreamSource, item_key, known_labels
 from sslkit.data.loader import MultiCropDataset, make_loader
 from sslkit.data.normalisation import IMAGENET_MEAN, IMAGENET_STD
-from sslkit.data.protocols import Source, StreamSource, item_key, known_labels
 from sslkit.data.sample_stream import SampleStream
 from sslkit.data.samples import Batch, collate
 from sslkit.data.scenes import Scene, Scenes

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sslkit.data import pixels
@@ -101,7 +102,7 @@ def render_batch(
 def render_views(images: Tensor, crops: MultiCrop, views: PackedViews, size: Size) -> Tensor:
     """As :func:`render_batch`, for views of one size: float32 [V, B, C, *size]."""
     resized = resize_boxes(images, views.boxes, views.flips, size)
-    x = resized.flatten(0, 1)  # [V, B, C, h, w] -> [V * B, C, h, w]
+    x = rearrange(resized, "v b c h w -> (v b) c h w")  # a view: changed in place below
     *jitter_rows, grey_rows, blur_rows, solarise_rows = views.rows.split(list(views.counts))
     factors = views.factors[..., None, None, None]
     for i, rows in enumerate(jitter_rows):
@@ -144,18 +145,17 @@ def resize_boxes(images: Tensor, boxes: Tensor, flips: Tensor, size: Size) -> Te
     step = max(_WORKSPACE_BYTES // (4 * one_image), 1)
     for first in range(0, num_images, step):
         part = slice(first, first + step)
-        # b images: [b, C * H, W], and for each its V boxes.
-        source = images[part].to(torch.float32, memory_format=torch.contiguous_format).flatten(1, 2)
-        top, left, box_height, box_width = boxes[:, part].transpose(0, 1).unbind(-1)  # [b, V]
+        source = images[part].to(torch.float32, memory_format=torch.contiguous_format)
+        source = rearrange(source, "b c h w -> b (c h) w")
+        top, left, box_height, box_width = rearrange(boxes[:, part], "v b side -> side b v")
         down = bicubic_weights(top, box_height, extent_down, height)  # [b, V, h, H]
         across = bicubic_weights(left, box_width, extent_across, width)  # [b, V, w, W]
-        flip = flips[:, part].T[..., None, None]
+        flip = rearrange(flips[:, part], "v b -> b v 1 1")
         across = torch.where(flip, across.flip(-2), across)
-        x = torch.bmm(source, across.flatten(1, 2).mT)  # [b, C * H, V * w]
-        x = x.view(len(source), channels, extent_down, num_views, width).permute(0, 3, 2, 1, 4)
-        x = x.contiguous().round_().clamp_(0, 255).flatten(3)  # [b, V, H, C * w]
-        x = torch.matmul(down, x).unflatten(3, (channels, width))  # [b, V, h, C, w]
-        out[:, part] = x.permute(1, 0, 3, 2, 4)
+        x = torch.bmm(source, rearrange(across, "b v target source -> b source (v target)"))
+        x = rearrange(x, "b (c h) (v w) -> b v h (c w)", c=channels, w=width)
+        x = torch.matmul(down, x.round_().clamp_(0, 255))  # h is now that of the view
+        out[:, part] = rearrange(x, "b v h (c w) -> v b c h w", c=channels)
     return out.round_().clamp_(0, 255)
 
 

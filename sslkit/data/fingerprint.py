@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from sslkit.data.protocols import Source
+from sslkit.data.image_source import Source
 
 _SHOWN = 5  # class names in a message
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from sslkit.data.crops import MultiCrop
 from sslkit.data.decode import UnreadableImage
-from sslkit.data.protocols import MAX_REPLACEMENTS, Source, StreamReader, StreamSource
+from sslkit.data.image_source import MAX_REPLACEMENTS, Source, StreamReader, StreamSource
 from sslkit.data.sample_stream import PERMUTATION, REPLACEMENT, VIEWS, Positions, SampleStream
 from sslkit.data.samples import Batch, DrawnBatch, DrawnSample, Sample, collate, collate_drawn
 from sslkit.data.seeds import sample_seed
@@ -144,7 +144,7 @@ def make_loader(
     Args:
         dataset: the views; its seed also orders the images, by the ``epoch_order`` of its source
             where that has one (:class:`~sslkit.data.shards.TarShards` does). Its source may be a
-            :class:`~sslkit.data.protocols.StreamSource`; a batch's indices are then numbers of
+            :class:`~sslkit.data.image_source.StreamSource`; a batch's indices are then numbers of
             samples in the stream.
         batch_size: samples a batch over all ranks; this rank's :class:`Batch` holds
             ``batch_size // world_size`` of them. See :class:`SampleStream`.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -192,7 +193,7 @@ def _stack_views(crops: list[Tensor]) -> Tensor:
     # In a worker, default_collate stacks into shared memory, where torch.stack's result would be
     # copied to.
     views: Tensor = default_collate([crop[v] for v in range(num_views) for crop in crops])
-    return views.unflatten(0, (num_views, -1))
+    return rearrange(views, "(v b) c h w -> v b c h w", v=num_views)
 
 
 def _stack_rest(samples: Sequence[Sample | DrawnSample], start: float) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from sslkit.data.hugging_face import (
 )
 from sslkit.data.image_array import ImageArray, has_splits
 from sslkit.data.image_folder import ImageFolder, walk_images
-from sslkit.data.protocols import Source, StreamItem, StreamReader, StreamSource
+from sslkit.data.image_source import Source, StreamItem, StreamReader, StreamSource
 from sslkit.data.scenes import Scenes
 from sslkit.data.seeds import sample_seed
 from sslkit.data.shards.source import TarShards

@@ -1,6 +1,6 @@
 """The training and the test images of a data set that does not divide itself.
 
-A hash of an image's name within the data set (:func:`sslkit.data.protocols.item_key`) and of the
+A hash of an image's name within the data set (:func:`sslkit.data.image_source.item_key`) and of the
 seed decides its side, independently of all other images. So images that come, go or are listed in
 another order do not move the others, and neither does another place, machine or platform. This has
 consequences:
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sslkit.data.fingerprint import digest, fingerprint
-from sslkit.data.protocols import Source, item_key, known_labels
+from sslkit.data.image_source import Source, item_key, known_labels
 from sslkit.data.seeds import sample_seed
 
 Split = Literal["train", "test"]
@@ -85,7 +85,7 @@ class Subset:
         return self.source.name(int(self.indices[index]))
 
     def key(self, index: int) -> str:
-        """The image's name within the data set; see `sslkit.data.protocols.item_key`."""
+        """The image's name within the data set; see `sslkit.data.image_source.item_key`."""
         return item_key(self.source, int(self.indices[index]))
 
     @property

@@ -1,29 +1,20 @@
 """How fast the loader is, and whether the model waits for it.
 
-    python -m sslkit.data.throughput --data FOLDER --batch-size 64 --workers 4
-
-prints the images a second of the loader alone for any data that
-:func:`sslkit.data.sources.open_source` takes.
+``sslkit throughput FOLDER --batch-size 64 --workers 4`` prints the images a second of the loader
+alone for any data that :func:`sslkit.data.sources.open_source` takes.
 """
 
-import argparse
 import math
 import os
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 from typing import NamedTuple
 
 import torch
 
-from sslkit.command_line import run_command
-from sslkit.data.crops import MultiCrop
-from sslkit.data.decode import MAX_SIDE
-from sslkit.data.loader import MultiCropDataset, make_loader
 from sslkit.data.samples import Batch
-from sslkit.data.sources import open_source
 
 
 class DataWatch:
@@ -68,7 +59,7 @@ class DataWatch:
             raise ValueError(f"threshold is a share and must lie between 0 and 1, got {threshold}")
         self.num_workers = num_workers
         self.threshold = threshold
-        self.num_cores = _available_cores() if num_cores is None else num_cores
+        self.num_cores = available_cores() if num_cores is None else num_cores
         self._clock = clock
         self._steps: deque[_Step] = deque(maxlen=window)
         self._got_last: float | None = None
@@ -213,57 +204,10 @@ def measure(
     return LoaderSpeed(images / (clock() - start), read / images, augment / images)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of this module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sslkit.data.throughput",
-        description="Images a second of the loader alone, on its own views of the given data.",
-    )
-    defaults = MultiCrop()
-    parser.add_argument("--data", required=True, help="as for sslkit.data.sources.open_source")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=_available_cores(), help="all cores")
-    parser.add_argument("--images", type=int, default=1024, help="how many to time")
-    parser.add_argument("--global-size", type=int, default=defaults.global_size)
-    parser.add_argument("--local-size", type=int, default=defaults.local_size)
-    parser.add_argument("--num-local", type=int, default=defaults.num_local)
-    parser.add_argument("--max-side", type=int, default=MAX_SIDE, help="of the decoded images")
-    parser.add_argument("--augment-on", metavar="DEVICE", help="in the workers if not given")
-    options = parser.parse_args(arguments)
-    try:
-        source = open_source(options.data, test_fraction=0, max_side=options.max_side)
-        crops = MultiCrop(
-            global_size=options.global_size,
-            local_size=options.local_size,
-            num_local=options.num_local,
-        )
-        loader = make_loader(
-            MultiCropDataset(source, crops),
-            batch_size=options.batch_size,
-            num_workers=options.workers,
-            augment_on=options.augment_on,
-        )
-    except (OSError, ImportError, ValueError) as error:
-        parser.error(str(error))
-    try:
-        speed = measure(loader, num_workers=options.workers, num_images=options.images)
-    except (OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    busy = speed.read_seconds + speed.augment_seconds
-    print(
-        f"{speed.images_per_second:.0f} images/s with {options.workers} workers; a worker takes "
-        f"{1e3 * busy:.1f} ms an image: {speed.read_seconds / busy:.0%} reading and decoding, "
-        f"{speed.augment_seconds / busy:.0%} augmentation"
-    )
-
-
-def _available_cores() -> int:
+def available_cores() -> int:
+    """CPU cores for this process: its share, if torchrun started several."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
     return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-
-
-if __name__ == "__main__":
-    run_command(main)

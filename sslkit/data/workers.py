@@ -15,13 +15,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, default_convert
@@ -31,6 +31,7 @@ from torch.utils.data._utils.signal_handling import (  # type: ignore[attr-defin
 
 T = TypeVar("T")
 _PATIENCE = 5.0  # seconds for what ends at once unless the kernel is stuck
+_IGNORED = (signal.SIGTERM, signal.SIGINT)
 _WATCH_INTERVAL = 1.0  # seconds between two looks at whether the owner is still there
 
 
@@ -97,7 +98,8 @@ class WorkerBatches(Iterator[T], Generic[T]):
         # When the process exits, multiprocessing first runs these, then ends and awaits children.
         self._close = Finalize(self, self._workers.end, exitpriority=20)
         try:
-            self._workers.batches = iter(loader)
+            with _signals_held_back():
+                self._workers.batches = iter(loader)
         except BaseException:
             self.close()
             raise
@@ -123,12 +125,7 @@ class WorkerBatches(Iterator[T], Generic[T]):
     def __enter__(self) -> "WorkerBatches[T]":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -251,10 +248,7 @@ def _recording_context(started: list[BaseProcess]) -> BaseContext:
 
     An iterator that fails half-way, for example because memory is short, would lose its workers.
     """
-    method = multiprocessing.get_start_method(allow_none=True)
-    # Asking for the default would fix it, and nobody could choose another one afterwards.
-    method = method or multiprocessing.get_all_start_methods()[0]
-    context = copy(multiprocessing.get_context(method))
+    context = copy(multiprocessing.get_context(_start_method()))
     make = context.Process  # type: ignore[attr-defined]
 
     def process(*args: Any, **settings: Any) -> BaseProcess:
@@ -265,10 +259,38 @@ def _recording_context(started: list[BaseProcess]) -> BaseContext:
     return context
 
 
+def _start_method() -> str:
+    """How this process starts others."""
+    # Asking for the default would fix it, and nobody could choose another one afterwards.
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    return chosen or multiprocessing.get_all_start_methods()[0]
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Hold back the signals that workers ignore, in this thread and in processes that it starts.
+
+    Such a process has them held back from its first moment. Otherwise, a signal that comes before
+    `_outlive_signals` ignores it would end the worker.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    if _start_method() != "fork":
+        resource_tracker.ensure_running()  # at its start, it lets the signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _outlive_signals(worker: int) -> None:
     """In a worker: ignore signals, to which the owner reacts, and end when the owner is gone."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)  # see _signals_held_back
     sys.excepthook = partial(_report_unless_orphaned, sys.excepthook)
     threading.Thread(target=_end_after_owner, daemon=True).start()
 

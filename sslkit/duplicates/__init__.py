@@ -1,6 +1,6 @@
 """Near-duplicate images, found by the similarity of their features. Nothing is ever deleted.
 
-``python -m sslkit.duplicates --features features.npy --output O`` is the command.
+``sslkit duplicates --features features.npy --output O`` is the command.
 """
 
 from sslkit.duplicates.search import Duplicates, find_duplicates, keep_one

@@ -7,10 +7,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from sslkit.evaluation.scores import Outcome, Score
-from sslkit.evaluation.subject import Subject
 from sslkit.unit_rows import unit_rows
 
 _FIT_PATCHES_PER_CLUSTER = 256
@@ -63,7 +62,7 @@ def position_entropy(ids: Tensor, num_clusters: int, *, minimum_count: int = 1) 
         raise ValueError("position entropy needs a grid of at least two positions")
     if minimum_count < 1:
         raise ValueError(f"minimum_count must be at least 1, got {minimum_count}")
-    counts = position_counts(ids, num_clusters).flatten(1)  # [K, P]
+    counts = rearrange(position_counts(ids, num_clusters), "k h w -> k (h w)")
     totals = counts.sum(1)
     clusters = (totals >= minimum_count).nonzero().flatten()
     if not len(clusters):
@@ -108,7 +107,7 @@ def shuffled(ids: Tensor, *, generator: torch.Generator) -> Tensor:
     """
     B, H, W = ids.shape
     order = torch.rand(B, H * W, generator=generator).argsort(1).to(ids.device)
-    return ids.flatten(1).gather(1, order).view(B, H, W)
+    return rearrange(ids, "b h w -> b (h w)").gather(1, order).view(B, H, W)
 
 
 def cluster_patches(patches: Tensor, num_clusters: int, *, generator: torch.Generator) -> Tensor:
@@ -133,8 +132,8 @@ def cluster_patches(patches: Tensor, num_clusters: int, *, generator: torch.Gene
     except ImportError as error:
         raise ImportError("k-means needs scikit-learn: pip install 'sslkit[evaluation]'") from error
 
-    B, H, W, D = patches.shape
-    rows = patches.reshape(B * H * W, D)
+    B, H, W, _D = patches.shape
+    rows = rearrange(patches, "b h w d -> (b h w) d")
     if not 1 <= num_clusters <= len(rows):
         raise ValueError(
             f"num_clusters={num_clusters} must be between 1 and the {len(rows)} patches"
@@ -149,34 +148,3 @@ def cluster_patches(patches: Tensor, num_clusters: int, *, generator: torch.Gene
         for part in rows.split(_PATCHES_AT_ONCE)
     ]
     return torch.cat(ids).long().view(B, H, W)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Do clusters of patch features stand for content (1) or for a place in the image (0)?"""
-
-    num_clusters: int = 256
-    """Clusters that k-means finds among the patches of the test images; at most half as many as
-    there are images, so that most clusters have more patches than there are places."""
-    minimum_count: int | None = None
-    """Clusters of fewer patches are left out; default: as many as an image has patches."""
-
-
-def evaluate(subject: Subject, options: Options) -> Outcome:
-    """Mean entropy of k-means clusters of the test patches, and that of shuffled places."""
-    from sslkit.evaluation import figures as draw
-
-    patches = subject.features("test", "patches", view="dense").patches
-    K = min(options.num_clusters, max(len(patches) // 2, 1))
-    minimum = options.minimum_count or patches.shape[1] * patches.shape[2]
-    ids = cluster_patches(patches, K, generator=subject.generator(0))
-    moved = shuffled(ids, generator=subject.generator(1))
-    found, baseline = (position_entropy(x, K, minimum_count=minimum) for x in (ids, moved))
-    scores = {
-        "entropy": Score(found.mean, percent=False),
-        "entropy, shuffled places": Score(baseline.mean, percent=False),
-    }
-    details = {"clusters": K, "clusters measured": len(found.clusters), "minimum count": minimum}
-    return Outcome(
-        scores, {"cluster_entropy": draw.cluster_entropy(found, shuffled=baseline)}, details
-    )

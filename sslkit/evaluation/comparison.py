@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sslkit.evaluation.markdown_report import write_report
 from sslkit.evaluation.protocols import PROTOCOLS
-from sslkit.evaluation.report import write_report
 from sslkit.evaluation.scores import Interval, Outcome, Score, bootstrap, common_items
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.tokens import Unsuitable

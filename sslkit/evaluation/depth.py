@@ -7,19 +7,15 @@ Franca paper's NYUv2 numbers (arXiv 2507.14137, section 5). Differences: docs/fa
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from sslkit.evaluation.depth_errors import DepthErrors as DepthErrors
 from sslkit.evaluation.depth_errors import aligned as aligned
-from sslkit.evaluation.depth_errors import depth_errors, gradient_loss, scale_invariant_loss
-from sslkit.evaluation.features import Features, evenly_spaced
-from sslkit.evaluation.scores import Outcome, Score
-from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.depth_errors import gradient_loss, scale_invariant_loss
 
 _UPSAMPLING = 4  # of the grid, before depth is read off the bins
 _IMAGES_AT_ONCE = 32
@@ -70,13 +66,14 @@ class DepthHead(nn.Module):
 
     def forward(self, layer_patches: Tensor, layer_cls: Tensor) -> Tensor:
         """[B, H, W, n, D] and [B, n, D'] to [B, 4 H, 4 W]."""
-        scores = self.of_patch(layer_patches.flatten(-2)) + self.of_image(
-            layer_cls.flatten(-2)[:, None, None]
-        )
+        patches = rearrange(layer_patches, "b h w n d -> b h w (n d)")
+        cls = rearrange(layer_cls, "b n d -> b 1 1 (n d)")
+        scores = self.of_patch(patches) + self.of_image(cls)
         # Resizing the scores is resizing the features: see `linear_segmentation`.
-        scores = F.interpolate(scores.movedim(-1, 1), scale_factor=_UPSAMPLING, mode="bilinear")
-        weights = scores.relu() + 0.1
-        return torch.einsum("bkhw,k->bhw", weights, self.bins) / weights.sum(1)
+        maps = rearrange(scores, "b h w k -> b k h w")
+        maps = F.interpolate(maps, scale_factor=_UPSAMPLING, mode="bilinear")
+        weights = maps.relu() + 0.1
+        return einsum(weights, self.bins, "b k h w, k -> b h w") / weights.sum(1)
 
 
 def fit_depth_head(
@@ -196,80 +193,3 @@ def _depth(
 ) -> Tensor:
     depth = head(layer_patches.float(), layer_cls.float())
     return F.interpolate(depth[:, None], tuple(size), mode="bilinear")[:, 0]
-
-
-@dataclass(frozen=True)
-class Options:
-    """Depth: a linear probe on the patch and class tokens of the last blocks."""
-
-    num_layers: int = 4
-    """Blocks whose tokens the probe reads; 1 where the encoder has no blocks to look into, and with
-    RASA or a nesting size, which are of the final tokens."""
-    max_depth: float = 10.0
-    """Metres; pixels beyond it are unknown."""
-    learning_rate: float = 5e-4
-    """The highest one of the schedule."""
-    epochs: int = 10
-    """Passes over the training images."""
-    batch_size: int = 8
-    """Images a step."""
-    reference_quirks: bool = False
-    """DINOv2's gradient loss, which compares the images of a batch."""
-
-
-def evaluate(subject: Subject, options: Options) -> Outcome:
-    """Errors of the test images' depths: RMSE up to scale and shift first."""
-    from sslkit.evaluation import figures
-
-    for source in ("train", "test"):
-        subject.annotated(source, "depth")  # complains before anything is extracted
-    train, train_patches, train_cls = _layers(subject, "train", options.num_layers)
-    test, test_patches, test_cls = _layers(subject, "test", options.num_layers)
-    head = fit_depth_head(
-        train_patches,
-        train_cls,
-        _depths(subject, "train", train, options.max_depth),
-        max_depth=options.max_depth,
-        lr=options.learning_rate,
-        epochs=options.epochs,
-        warmup_epochs=0.15 * options.epochs,
-        batch_size=options.batch_size,
-        generator=subject.generator(),
-        reference_quirks=options.reference_quirks,
-    )
-    truth = _depths(subject, "test", test, options.max_depth)
-    predicted = predict_depth(head, test_patches, test_cls, (truth.shape[1], truth.shape[2]))
-    errors = depth_errors(predicted, truth)
-    known = truth.flatten(1).any(1)
-    items = test.indices[known]
-    metres: dict[str, Any] = {"items": items, "higher_is_better": False, "percent": False}
-    chosen = evenly_spaced(len(truth), 5)
-    images = torch.stack(subject.images("test", test.indices[chosen].tolist()))
-    return Outcome(
-        {
-            "RMSE, scale and shift aligned (m)": Score.mean(errors.aligned_rmse[known], **metres),
-            "RMSE (m)": Score.mean(errors.rmse[known], **metres),
-            "absolute relative error": Score.mean(errors.abs_rel[known], **metres),
-            "within 1.25": Score.mean(errors.delta1[known], items=items),
-        },
-        {"depth": figures.depth(images, truth[chosen], predicted[chosen])},
-        {"layers": train_cls.shape[1]},
-    )
-
-
-def _layers(subject: Subject, source: str, num_layers: int) -> tuple[Features, Tensor, Tensor]:
-    """Features of dense views, their patches [B, H, W, n, D] and class tokens [B, n, D]."""
-    num_layers = subject.num_layers(num_layers)
-    if num_layers == 1:
-        features = subject.features(source, "patches", "cls", view="dense")
-        return features, features.patches[:, :, :, None], features.cls[:, None]
-    features = subject.features(
-        source, "layer_patches", "layer_cls", view="dense", num_layers=num_layers
-    )
-    return features, features["layer_patches"], features["layer_cls"]
-
-
-def _depths(subject: Subject, source: str, features: Features, max_depth: float) -> Tensor:
-    """True depths [B, h, w] under the dense views, 0 where unknown or beyond ``max_depth``."""
-    depths = subject.depths(source, features)
-    return depths * (depths <= max_depth)

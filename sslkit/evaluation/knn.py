@@ -5,15 +5,11 @@ similarity, votes weighted by softmax(similarity / 0.07) over the nearest 200.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sslkit.evaluation.labels import warn_of_one_class, with_labels
-from sslkit.evaluation.scores import Outcome, Score
-from sslkit.evaluation.subject import Subject, labelled
 from sslkit.unit_rows import unit_rows
 
 _KEYS_AT_ONCE = 16_384
@@ -228,34 +224,3 @@ def _check_labels(split: str, features: Tensor, labels: Tensor) -> None:
             f"{split}_labels must be [{len(features)}], one for each of {split}_features, "
             f"got {list(labels.shape)}"
         )
-
-
-@dataclass(frozen=True)
-class Options:
-    """k-NN accuracy of the class token, or of the mean patch token."""
-
-    token: Literal["cls", "mean_patch"] = "cls"
-    """The published protocol compares class tokens; those of a network that has seen few images
-    may follow the background, when the mean of its patch tokens does not."""
-    ks: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours that vote; of fewer training images, all of them."""
-    temperature: float = 0.07
-    """Divides the similarities."""
-
-
-def evaluate(subject: Subject, options: Options) -> Outcome:
-    """Accuracy for each k, that of k = 20 first."""
-    train, test = (
-        labelled(subject.features(name, options.token), name) for name in ("train", "test")
-    )
-    ks = sorted({min(k, len(train)) for k in options.ks}, key=lambda k: (k != 20, k))
-    predictions = knn_predict(
-        train[options.token],
-        train.labels,
-        test[options.token],
-        ks=ks,
-        temperature=options.temperature,
-        num_neighbours=max(200, *ks),
-    )
-    scores = {f"k={k}": Score.mean(predictions[k] == test.labels, items=test.indices) for k in ks}
-    return Outcome(scores)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sslkit.evaluation.features import Features
-from sslkit.evaluation.subject import Subject
 
 ITEMS_AT_ONCE = 4096
 """How many items a head sees at once when it predicts."""
@@ -41,7 +41,7 @@ class LinearInput:
                 f"the input takes num_blocks={self.num_blocks} class tokens, but the features hold "
                 f"those of {n} blocks: extract more, or choose between 1 and {n}"
             )
-        parts = [layer_cls[:, -self.num_blocks :].flatten(1)]
+        parts = [rearrange(layer_cls[:, -self.num_blocks :], "b block d -> b (block d)")]
         if self.mean_patch:
             if mean_patch is None:
                 raise ValueError("mean_patch is needed by an input with mean_patch=True, got None")
@@ -79,13 +79,6 @@ class LinearHead:
             x = self.inputs(layer_cls[rows], None if mean_patch is None else mean_patch[rows])
             logits[rows] = x.to(self.bias) @ self.weight.T + self.bias
         return logits
-
-
-def head_features(subject: Subject, source: str, num_blocks: int) -> Features:
-    """What heads of up to ``num_blocks`` blocks read of a source's images."""
-    if num_blocks > 1:
-        return subject.features(source, "layer_cls", "mean_patch", num_layers=num_blocks)
-    return subject.features(source, "cls", "mean_patch")
 
 
 def head_logits(head: LinearHead, features: Features) -> Tensor:

@@ -9,20 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
-from sslkit.evaluation.confusion import class_labels, confusion_of_classes
-from sslkit.evaluation.features import Features
 from sslkit.evaluation.labels import warn_of_one_class, with_labels
 from sslkit.evaluation.linear_head import (
     ITEMS_AT_ONCE,
     LinearHead,
     LinearInput,
-    head_features,
-    head_inputs,
 )
-from sslkit.evaluation.scores import Outcome, Score
-from sslkit.evaluation.subject import Subject, labelled
 
 LEARNING_RATES = (
     *(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
@@ -160,8 +155,8 @@ def linear_probe(
         for weight in joined.start(len(learning_rates) * C, generator)  # [heads * C, d + 1]
     ]
     velocities = [torch.zeros_like(weight) for weight in weights]
-    rates = torch.tensor(learning_rates, device=device).repeat_interleave(C)[:, None]
-    rates *= batch_size / 256  # [heads * C, 1]
+    rates = torch.tensor(learning_rates, device=device) * (batch_size / 256)
+    rates = repeat(rates, "head -> (head c) 1", c=C)
     for step, batch in enumerate(_batches(len(train_cls), batch_size, num_steps, generator)):
         cosine = (1 + math.cos(math.pi * step / num_steps)) / 2
         label = train_labels[batch].to(device, torch.int64)
@@ -180,7 +175,8 @@ def linear_probe(
     for rows in torch.arange(len(test_cls)).split(ITEMS_AT_ONCE):
         parts = joined(test_cls, test_mean_patch, rows, device)
         for x, weight, found in zip(parts, weights, predicted, strict=True):
-            found.append((x @ weight.T).unflatten(1, (-1, C)).argmax(-1).cpu())  # [rows, heads]
+            logits = rearrange(x @ weight.T, "row (head c) -> row head c", c=C)
+            found.append(logits.argmax(-1).cpu())  # [rows, heads]
     truth = test_labels.cpu()
     guesses = {
         (one, rate): classes[guess]
@@ -198,13 +194,13 @@ def linear_probe(
 
 def _logit_gradient(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Of each head's mean cross-entropy: (softmax - onehot) / batch, [batch, heads * C]."""
-    logits = logits.unflatten(1, (-1, num_classes))  # [batch, heads, C]
+    logits = rearrange(logits, "row (head c) -> row head c", c=num_classes)
     # Below e^-60 the products with the features are subnormal, and several times slower.
     gradient = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-60).exp_()
     gradient /= gradient.sum(-1, keepdim=True) * len(labels)
     where = labels[:, None, None].expand(-1, gradient.shape[1], 1)
     less = gradient.new_full((), -1 / len(labels)).expand(where.shape)
-    return gradient.scatter_add_(2, where, less).flatten(1)
+    return rearrange(gradient.scatter_add_(2, where, less), "row head c -> row (head c)")
 
 
 @dataclass(frozen=True)
@@ -222,7 +218,8 @@ class _JoinedInputs:
         self, cls: Tensor, patch: Tensor | None, rows: Tensor, device: torch.device | str
     ) -> list[Tensor]:
         """For each input, float32 [rows, d + 1]."""
-        tokens = cls[rows, -self.most :].to(device).float().flatten(1)
+        tokens = cls[rows, -self.most :].to(device).float()
+        tokens = rearrange(tokens, "row block d -> row (block d)")
         parts = [tokens, tokens.new_ones(len(rows), 1)]
         if patch is not None:
             parts.append(patch[rows].to(device).float())
@@ -277,69 +274,3 @@ def _check(split: str, cls: Tensor, patch: Tensor | None, labels: Tensor) -> Non
             f"{split}_labels must be [{len(cls)}], one for each of {split}_cls, got "
             f"{list(labels.shape)}"
         )
-
-
-@dataclass(frozen=True)
-class Options:
-    """Linear classification: the best of a grid of heads on class and mean patch tokens."""
-
-    num_steps: int = 12_500
-    """Steps of SGD."""
-    batch_size: int = 1024
-    """Items a step; the learning rates are scaled by a 256th of it."""
-    num_blocks: tuple[int, ...] = (1, 4)
-    """Heads read the class tokens of the last so many blocks, or of as many as there are (1 where
-    an encoder does not show its blocks, and after RASA or nesting)."""
-    learning_rates: tuple[float, ...] = LEARNING_RATES
-    """For a batch of 256."""
-
-
-def evaluate(subject: Subject, options: Options) -> Outcome:
-    """Accuracy of the best head, chosen on the test images themselves."""
-    from sslkit.evaluation import figures
-
-    result, test = probe_subject(subject, options)
-    head = result.best
-    classes, counts = confusion_of_classes(test.labels, result.predictions)
-    names = class_labels(classes, subject.test.class_names)
-    return Outcome(
-        {"best head": Score.mean(result.correct, items=test.indices)},
-        {
-            "linear_confusion": figures.confusion(counts, class_names=names),
-        },
-        {
-            "best head": f"{head.inputs}, learning rate {head.learning_rate:g}",
-            "chosen on": "test",
-            "accuracies": {
-                f"{one}, learning rate {rate:g}": accuracy
-                for (one, rate), accuracy in result.accuracies.items()
-            },
-        },
-    )
-
-
-def probe_subject(subject: Subject, options: Options) -> tuple[LinearProbeResult, Features]:
-    """`linear_probe` of a subject's training and test data, and the labelled test features."""
-    most = subject.num_layers(max(options.num_blocks))
-    blocks = tuple(sorted({min(n, most) for n in options.num_blocks}))
-    train, test = (
-        labelled(head_features(subject, name, max(blocks)), name) for name in ("train", "test")
-    )
-    inputs = head_inputs(train)
-    with subject.bar("linear, steps", options.num_steps) as reach:
-        result = linear_probe(
-            *inputs,
-            train.labels,
-            *head_inputs(test),
-            test.labels,
-            generator=subject.generator(),
-            num_blocks=blocks,
-            mean_patch=(False,) if inputs[1] is None else (False, True),
-            learning_rates=options.learning_rates,
-            num_steps=options.num_steps,
-            batch_size=options.batch_size,
-            num_classes=subject.train.num_classes or None,
-            device=subject.device,
-            progress=reach,
-        )
-    return result, test

@@ -5,25 +5,20 @@ constants; the Franca paper's Table 4 (arXiv 2507.14137, section 5.2).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from sslkit.evaluation.confusion import confusion_matrices, iou, mean_iou
-from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.segmentation import (
     Segmentation,
-    draw_segmentation,
     known_pixels,
-    masked_patches,
     predicted_masks,
     require_classes_of_both,
     resize_masks,
 )
-from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.tokens import Unsuitable
 
 _IMAGES_AT_ONCE = 256
@@ -120,8 +115,8 @@ def _upsampled_scores(linear: nn.Linear, patches: Tensor, size: tuple[int, int])
     of D: for 28 × 28 patches, 100 × 100 pixels, D = 768 and C = 21, 13 times less work in the
     layer and 37 times less in resizing.
     """
-    scores = linear(patches.to(linear.weight.dtype)).movedim(-1, 1)
-    return F.interpolate(scores, size, mode="bilinear")
+    scores = linear(patches.to(linear.weight.dtype))
+    return F.interpolate(rearrange(scores, "b h w c -> b c h w"), size, mode="bilinear")
 
 
 def linear_segmentation(
@@ -204,65 +199,3 @@ def linear_segmentation(
     confusion = confusions.sum(0)
     score = mean_iou(confusion, absent_as_zero=reference_quirks)
     return Segmentation(score, iou(confusion), confusions, predictions)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Linear segmentation: one linear layer from patch tokens to classes."""
-
-    learning_rates: tuple[float, ...] = (0.01,)
-    """Learning rates; the one with the best test score is reported, as in the Franca paper."""
-    size: tuple[int, int] | None = (100, 100)
-    """Pixels at which the loss is taken; None: those of the dense view, as in the Franca paper."""
-    epochs: int = 25
-    """Passes over the training images."""
-    drop_epoch: int = 20
-    """Number of epochs after which the learning rate is divided by 10."""
-    batch_size: int = 60
-    """Images a step."""
-    reference_quirks: bool = False
-    """Score at --size, absent classes as 0, as the published code does."""
-
-
-def evaluate(subject: Subject, options: Options) -> Outcome:
-    """Mean IoU over the test images, of the best learning rate."""
-    train, train_masks, names = masked_patches(subject, "train")
-    test, test_masks, _ = masked_patches(subject, "test")
-    results = {
-        lr: linear_segmentation(
-            train.patches,
-            train_masks,
-            test.patches,
-            test_masks,
-            len(names),
-            size=options.size,
-            lr=lr,
-            epochs=options.epochs,
-            drop_epoch=options.drop_epoch,
-            batch_size=options.batch_size,
-            generator=subject.generator(),
-            reference_quirks=options.reference_quirks,
-            class_names=names,
-        )
-        for lr in options.learning_rates
-    }
-    best = max(results, key=lambda lr: results[lr].mean_iou)
-    result = results[best]
-    statistic = partial(mean_iou, absent_as_zero=options.reference_quirks)
-    figure = draw_segmentation(
-        subject,
-        test,
-        test_masks,
-        result.predictions,
-        title="Linear segmentation: one linear layer on patch features",
-        class_names=names,
-    )
-    return Outcome(
-        {"mIoU": Score.of_confusion(result.confusions, statistic, items=test.indices)},
-        {"linear_segmentation": figure},
-        {
-            "learning rate": best,
-            "mIoU by learning rate": {f"{lr:g}": one.mean_iou for lr, one in results.items()},
-            "IoU": dict(zip(names, result.iou.tolist(), strict=True)),
-        },
-    )

@@ -14,10 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslkit.evaluation.confusion import class_labels, confusion_of_classes
 from sslkit.evaluation.labels import with_labels
-from sslkit.evaluation.scores import Outcome, Score
-from sslkit.evaluation.subject import Subject, labelled
 from sslkit.evaluation.tokens import Unsuitable
 
 Metric = Literal["accuracy", "mean_per_class"]
@@ -280,54 +277,3 @@ def _check(split: str, features: Tensor, labels: Tensor) -> None:
         )
     if not features.isfinite().all():
         raise ValueError(f"{split}_features hold NaN or infinite values")
-
-
-@dataclass(frozen=True)
-class Options:
-    """Logistic regression on the class token, its penalty chosen on held-out training images."""
-
-    metric: Metric = "accuracy"
-    """The literature reports the mean per class on aircraft, pets, caltech101 and flowers, and
-    accuracy on food101, cifar10, cifar100, sun397, cars, dtd and cub."""
-    max_iter: int = 1000
-    """L-BFGS iterations a fit."""
-    held_out: float = 0.1
-    """Share of the training images that chooses C."""
-
-
-def evaluate(subject: Subject, options: Options) -> Outcome:
-    """The metric on the test images; C, and which fits did not converge, in the details."""
-    from sslkit.evaluation import figures
-
-    train, test = (labelled(subject.features(name, "cls"), name) for name in ("train", "test"))
-    truth = test.labels
-    with subject.bar("logistic, fits", len(COSTS) + 1) as reach:
-        result = logistic_regression(
-            train.cls,
-            train.labels,
-            test.cls,
-            truth,
-            generator=subject.generator(),
-            metric=options.metric,
-            held_out=options.held_out,
-            max_iter=options.max_iter,
-            progress=reach,
-        )
-    score = Score.mean(result.correct, items=test.indices)
-    if options.metric == "mean_per_class":
-        score = Score.of(
-            lambda counts: mean_per_class(result.correct, truth, weights=counts),
-            len(truth),
-            items=test.indices,
-        )
-    classes, counts = confusion_of_classes(truth, result.predictions)
-    names = class_labels(classes, subject.test.class_names)
-    return Outcome(
-        {options.metric.replace("_", " "): score},
-        {"logistic_confusion": figures.confusion(counts, class_names=names)},
-        {
-            "C": result.cost,
-            "C did not converge": list(result.not_converged),
-            "validation": {f"{cost:.3g}": value for cost, value in result.validation.items()},
-        },
-    )

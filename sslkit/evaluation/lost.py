@@ -3,15 +3,11 @@
 Siméoni et al. 2021 (arXiv 2109.14279), section 3; ``object_discovery.py`` of their code.
 """
 
-from dataclasses import dataclass
-
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sslkit.evaluation.boxes import component_box
-from sslkit.evaluation.discovery import discovery_outcome
-from sslkit.evaluation.scores import Outcome
-from sslkit.evaluation.subject import Subject
 from sslkit.unit_rows import power_of_two
 
 
@@ -45,8 +41,9 @@ def lost_mask(keys: Tensor, *, num_candidates: int = 100) -> tuple[Tensor, tuple
         raise ValueError(f"keys must be those of one image, [H, W, D], got {list(keys.shape)}")
     if num_candidates < 1:
         raise ValueError(f"num_candidates must be at least 1, got {num_candidates}")
-    H, W, D = keys.shape
-    rows = keys.reshape(H * W, D).to(torch.promote_types(keys.dtype, torch.float32))
+    H, W, _D = keys.shape
+    rows = rearrange(keys, "h w d -> (h w) d")
+    rows = rows.to(torch.promote_types(keys.dtype, torch.float32))
     if not rows.isfinite().all():
         raise ValueError("keys hold NaN or infinite values")
     known = rows.any(dim=1)
@@ -87,29 +84,3 @@ def lost_box(
     """
     mask, seed = lost_mask(keys, num_candidates=num_candidates)
     return component_box(mask, seed, patch_size=patch_size, image_size=image_size)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Object discovery with LOST: CorLoc of one box an image, from the keys of a block."""
-
-    num_candidates: int = 100
-    """Patches of lowest degree that the seed may grow by; k of the paper."""
-    block: int = -1
-    """Which block's keys; -1: the last."""
-    num_shown: int = 12
-    """Images in the figure; 0: no figure."""
-
-
-def evaluate(subject: Subject, options: Options) -> Outcome:
-    """CorLoc on the test images, each in its own size."""
-
-    def find(keys: Tensor, image_size: tuple[int, int]) -> Tensor:
-        return lost_box(
-            keys,
-            patch_size=subject.patch_size,
-            image_size=image_size,
-            num_candidates=options.num_candidates,
-        )
-
-    return discovery_outcome(subject, find, block=options.block, num_shown=options.num_shown)

@@ -4,13 +4,10 @@ Kusupati et al. 2022 (arXiv 2205.13147); the Franca paper's Figure 3.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
-from sslkit.evaluation.scores import Outcome
-from sslkit.evaluation.subject import Subject
 from sslkit.unit_rows import unit_rows
 
 T = TypeVar("T")
@@ -67,40 +64,3 @@ def nesting_sizes(dim: int) -> tuple[int, ...]:
     (48, 96, 192, 384, 768)
     """
     return tuple(size for size in (dim // 16, dim // 8, dim // 4, dim // 2, dim) if size)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Another protocol's first score by the number of features kept."""
-
-    protocol: Literal[
-        "knn", "logistic", "in-context", "linear-segmentation", "overclustering", "position"
-    ] = "knn"
-    """With its default options."""
-    sizes: tuple[int, ...] = ()
-    """Features kept; empty: D/16, D/8, D/4, D/2, D."""
-
-
-def evaluate(subject: Subject, options: Options) -> Outcome:
-    """The score at each size, the whole embedding first, and the curve.
-
-    Features are cut, not normalised: protocols that compare directions normalise them anyhow.
-    """
-    from sslkit.evaluation import figures
-    from sslkit.evaluation.protocols import PROTOCOLS
-
-    image = subject.images("test", [0], "global")[0]
-    dim = subject.encode(image[None], "cls")["cls"].shape[1]
-    protocol = PROTOCOLS[options.protocol]
-    scores = {}
-    for size in sorted(options.sizes or nesting_sizes(dim), reverse=True):
-        outcome = protocol.evaluate(replace(subject, nesting=size), protocol.Options())
-        name, score = next(iter(outcome.scores.items()))
-        scores[size] = score
-    label = f"{options.protocol} {name}"
-    curve = {size: score.value for size, score in scores.items()}
-    figure = figures.matryoshka({subject.name: curve}, score_name=label, percent=score.percent)
-    return Outcome(
-        {f"{label} of {size} features": score for size, score in scores.items()},
-        {"curve": figure},
-    )

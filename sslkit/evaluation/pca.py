@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from sslkit.evaluation.scores import Outcome
-from sslkit.evaluation.subject import Subject
 from sslkit.unit_rows import power_of_two
 
 
@@ -58,9 +57,9 @@ def pca_maps(patches: Tensor, *, threshold: float | None = 0.0, clip: float = 0.
         raise ValueError(f"clip must be at least 0 and below 0.5, got {clip}")
     if not patches.isfinite().all():
         raise ValueError("patches hold NaN or infinite values")
-    x = patches.reshape(B * H * W, D).double()
+    x = rearrange(patches, "b h w d -> (b h w) d").double()
     x = x / power_of_two(x.abs().amax())  # so that no square over- or underflows
-    first = _project(x, 1)[0].view(B, H, W)
+    first = rearrange(_project(x, 1)[0], "(b h w) 1 -> b h w", b=B, h=H, w=W)
     scale = first.std(correction=0)
     if scale <= torch.finfo(torch.float32).eps * x.abs().max():
         raise ValueError("all patches are the same: there is no foreground to find")
@@ -123,30 +122,3 @@ def _inner_side(component: Tensor, threshold: Tensor) -> Tensor:
     totals = [int(side.sum()) for side in (positive, negative)]
     flipped = (on_border[1], totals[1]) < (on_border[0], totals[0])
     return (-component if flipped else component) > threshold
-
-
-@dataclass(frozen=True)
-class Options:
-    """Principal components of patch features as colours: a picture, without a score."""
-
-    num_images: int = 9
-    """Test images in the figure, evenly spaced; their components are found together."""
-    threshold: float | None = 0.0
-    """Foreground threshold of the first component, in standard deviations; None: no split."""
-    clip: float = 0.01
-    """Share of patches at either end that the colours saturate on."""
-
-
-def evaluate(subject: Subject, options: Options) -> Outcome:
-    """The figure; ``details`` say how much of the variance the colours show."""
-    from sslkit.evaluation import figures as draw
-
-    few = subject.limited("test", options.num_images)
-    features = few.features("test", "patches", view="dense")
-    maps = pca_maps(features.patches, threshold=options.threshold, clip=options.clip)
-    images = torch.stack(few.images("test", features.indices.tolist()))
-    details = {
-        "foreground": round(maps.foreground.double().mean().item(), 4),
-        "explained by each colour": [round(x, 4) for x in maps.explained.tolist()],
-    }
-    return Outcome({}, {"pca_maps": draw.pca_maps(images, maps.rgb)}, details)

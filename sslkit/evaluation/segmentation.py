@@ -3,14 +3,12 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from sslkit.evaluation.features import Features, evenly_spaced
-from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.tokens import Unsuitable
 
 _SHOWN = 10  # classes in a message
@@ -47,7 +45,8 @@ def predicted_masks(scores: Tensor, size: tuple[int, int]) -> Tensor:
     dtype = torch.uint8 if C <= 256 else torch.int16
     masks = torch.empty(Q, *size, dtype=dtype, device=scores.device)
     for mask, one in zip(masks, scores, strict=True):
-        maps = F.interpolate(one.movedim(-1, 0)[None].float(), size, mode="bilinear")
+        maps = rearrange(one, "h w c -> 1 c h w").float()
+        maps = F.interpolate(maps, size, mode="bilinear")
         mask.copy_(maps[0].argmax(dim=0))
     return masks
 
@@ -216,33 +215,3 @@ def merge_clusters(counts: Tensor, classes: Tensor) -> Tensor:
     """
     C = counts.shape[-2]
     return counts.new_zeros(*counts.shape[:-1], C).index_add_(-1, classes, counts)
-
-
-def masked_patches(subject: Subject, source: str) -> tuple[Features, Tensor, tuple[str, ...]]:
-    """Patches of a source's dense views, the masks [B, h, w] under them, and the classes' names."""
-    class_names = subject.annotated(source, "mask").mask_class_names  # before the extraction
-    features = subject.features(source, "patches", view="dense")
-    return features, subject.masks(source, features), tuple(class_names)
-
-
-def draw_segmentation(
-    subject: Subject,
-    features: Features,
-    truth: Tensor,
-    predictions: Tensor,
-    *,
-    title: str,
-    class_names: tuple[str, ...],
-    count: int = 5,
-) -> Any:
-    """The figure of a few test images, evenly spaced; masks are those of all of ``features``."""
-    from sslkit.evaluation import figures
-
-    chosen = evenly_spaced(len(features), count)
-    return figures.segmentation(
-        torch.stack(subject.images("test", features.indices[chosen].tolist())),
-        truth[chosen],
-        predictions[chosen],
-        title=title,
-        class_names=class_names,
-    )

@@ -10,7 +10,6 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
 
 from sslkit.data.channels import with_channels
 from sslkit.data.fingerprint import names_digest
@@ -20,8 +19,9 @@ from sslkit.data.sources import Source, UnreadableImage
 from sslkit.evaluation.feature_cache import cached_features
 from sslkit.evaluation.features import Features, evenly_spaced, extract, model_channels
 from sslkit.evaluation.labels import labelled_rows
-from sslkit.evaluation.tokens import Unsuitable, encode, frozen
+from sslkit.evaluation.tokens import Unsuitable
 from sslkit.evaluation.views import RESIZE_OVER_CROP, EvalTransform, PaddedView
+from sslkit.progress import WorkProgress
 from sslkit.rasa import RASAProjector
 
 View = Literal["global", "dense", "padded"]
@@ -58,7 +58,9 @@ class Subject:
         resize_over_crop: see above.
         nesting: number of features of the final tokens to keep, the first ones.
         rasa: projects position out of the final tokens, before the nesting.
-        cache: folder of the features on the disk; None keeps them in memory, in float32.
+        cache: folder of the model's features on the disk, in float16. They are computed once for
+            all protocols, with and without RASA and nesting, which are applied to what is read.
+            None keeps features in memory, in float32, and computes them each time.
         limits: largest number of images of a source, evenly spaced; by source name.
         batch_size, device, num_workers: of the extraction.
         seed: of every generator a protocol asks for.
@@ -143,12 +145,8 @@ class Subject:
     def bar(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
         """A progress bar, where bars are wanted: what it yields is told how much is done."""
         title = f"{self.name}: {description}"
-        with tqdm(total=total, desc=title, disable=not self.progress) as shown:
-
-            def reach(done: int) -> None:
-                shown.update(done - shown.n)
-
-            yield reach
+        with WorkProgress(title, total, mode="auto" if self.progress else "none") as shown:
+            yield shown.reach
 
     def view(self, view: View) -> EvalTransform | PaddedView:
         """The transform of a view, from uint8 images to the encoder's input."""
@@ -177,42 +175,62 @@ class Subject:
             view: see the class.
         """
         images, indices = self.source(source), self.indices(source)
-        shared: dict[str, Any] = {
-            "transform": self.view(view),
-            "want": want,
-            "indices": indices,
-            "block": block,
-            "num_layers": num_layers,
-            "batch_size": self.batch_size,
-            "device": self.device,
-            "num_workers": self.num_workers,
-        }
+        names = "" if self.cache is None else names_digest(images)
+        request = {"want": want, "block": block, "num_layers": num_layers}
+        with self.bar(f"{source} {', '.join(want)}", len(indices)) as reach:
+            return self._extracted(
+                images, source, names, self.view(view), indices=indices, progress=reach, **request
+            )
+
+    def image_features(
+        self, image: Tensor, name: str, transform: Callable[[Tensor], Tensor], *want: str
+    ) -> Features:
+        """Features of one image that is in no source, from the cache if it has a name.
+
+        Args:
+            image: uint8 [C, h, w].
+            name: tells the image from all others of the data; "" is no name.
+            transform: from an image to the encoder's input; its ``repr`` says what it does.
+            want: see `features`.
+        """
+        subject = self if name else replace(self, cache=None)
+        return subject._extracted([(image, NO_LABEL)], "image", name, transform, want=want)
+
+    def _extracted(
+        self,
+        images: Any,
+        source: str,
+        names: str,
+        transform: Callable[[Tensor], Tensor],
+        *,
+        progress: Callable[[int], None] | None = None,
+        **request: Any,
+    ) -> Features:
+        """Features of images that ``source`` and ``names`` tell from others, projected."""
+        request |= {"transform": transform, "batch_size": self.batch_size, "device": self.device}
+        request["num_workers"] = self.num_workers if len(images) > 1 else 0
         if self.cache is None:
-            features = extract(self.encoder, images, **shared)
+            features = extract(self.encoder, images, **request)
+            if progress is not None:
+                progress(len(features) + features.num_unreadable)
         else:
             identity = {
                 **self.identity,
                 "source": source,
-                "names": names_digest(images),
-                "view": repr(shared["transform"]),
+                "names": names,
+                "view": repr(transform),
             }
-            words = json.dumps([identity, len(indices), want, block, num_layers], default=str)
+            words = json.dumps([identity, len(request.get("indices", images))], default=str)
             digest = hashlib.sha256(words.encode()).hexdigest()[:12]
             features = cached_features(
-                self.cache / f"{self.name}-{source}-{digest}".replace("/", "_"),
+                self.cache / f"{source}-{digest}".replace("/", "_"),
                 self.encoder,
                 images,
                 identity=identity,
-                progress=f"{self.name}: {source} {', '.join(want)}" if self.progress else None,
-                **shared,
+                progress=progress,
+                **request,
             )
         return replace(features, tokens=self._projected(features.tokens))
-
-    def encode(self, images: Tensor, *want: str) -> dict[str, Tensor]:
-        """Tokens of normalised images [B, C, h, w] that are in no source, float32, on the CPU."""
-        with frozen(self.encoder):
-            tokens = encode(self.encoder, images.to(self.device), want=want)
-        return self._projected({name: x.float().cpu() for name, x in tokens.items()})
 
     def images(self, source: str, indices: Sequence[int], view: View = "dense") -> list[Tensor]:
         """Normalised views [C, h, w] of some images, for pictures."""

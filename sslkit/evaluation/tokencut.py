@@ -4,16 +4,12 @@ Wang et al. 2022 (arXiv 2202.11539), section 3, after Shi and Malik 2000; ``obje
 their code.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sslkit.evaluation.boxes import component_box
-from sslkit.evaluation.discovery import discovery_outcome
-from sslkit.evaluation.scores import Outcome
-from sslkit.evaluation.subject import Subject
 from sslkit.unit_rows import unit_rows
 
 _DENSE = 1024
@@ -84,7 +80,7 @@ def _edges(keys: Tensor, threshold: float, eps: float) -> Tensor:
         )
     if not 0 < eps < 1:
         raise ValueError(f"eps must be between 0 and 1, got {eps}")
-    rows = unit_rows(keys.flatten(0, 1)).float()
+    rows = unit_rows(rearrange(keys, "h w d -> (h w) d")).float()
     if not rows.isfinite().all():
         raise ValueError("keys hold NaN or infinite values")
     return torch.where(rows @ rows.T > threshold, 1.0, eps).double()
@@ -185,32 +181,3 @@ def tokencut_box(
     """
     mask, seed = tokencut_mask(keys, threshold=threshold, eps=eps)
     return component_box(mask, seed, patch_size=patch_size, image_size=image_size)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Object discovery with TokenCut: CorLoc of one box an image, from the keys of a block."""
-
-    threshold: float = 0.2
-    """Patches of a higher cosine similarity are joined; tau of the paper."""
-    eps: float = 1e-5
-    """The weight of all other edges."""
-    block: int = -1
-    """Which block's keys; -1: the last."""
-    num_shown: int = 12
-    """Images in the figure; 0: no figure."""
-
-
-def evaluate(subject: Subject, options: Options) -> Outcome:
-    """CorLoc on the test images, each in its own size."""
-
-    def find(keys: Tensor, image_size: tuple[int, int]) -> Tensor:
-        return tokencut_box(
-            keys,
-            patch_size=subject.patch_size,
-            image_size=image_size,
-            threshold=options.threshold,
-            eps=options.eps,
-        )
-
-    return discovery_outcome(subject, find, block=options.block, num_shown=options.num_shown)

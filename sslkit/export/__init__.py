@@ -1,6 +1,6 @@
 """Trained encoders for others: timm, the Hugging Face Hub, `torch.export` and ONNX.
 
-``python -m sslkit.export`` is the command. Projection heads are kept in this library's own format.
+``sslkit export`` is the command. Projection heads are kept in this library's own format.
 """
 
 from sslkit.export.hub import HubEncoder

@@ -77,7 +77,7 @@ def read_scores(path: str | Path, model: str) -> tuple[tuple[Score, ...], str | 
     """The scores of one model, and the data that they are of where the file says it.
 
     Args:
-        path: ``results.json``, of the recipe or of ``python -m sslkit.evaluation``.
+        path: ``results.json``, of the recipe or of ``sslkit evaluate``.
         model: the stage (``"pretrain"``, ``"rasa"``, ...) or the model's name in the file.
 
     Raises:

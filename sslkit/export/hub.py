@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants, hf_hub_d
 
 from sslkit import backbones
 from sslkit.backbones import ViTEncoder
-from sslkit.backbones.checkpoint import require_settings
+from sslkit.backbones.encoder_file import require_settings
 from sslkit.backbones.heads import Head
 from sslkit.export.card import Card, Format, write_card
 from sslkit.files import file_digest
@@ -24,8 +24,9 @@ _FORMAT = Format(
 
 encoder = HubEncoder.from_pretrained("{name}")  # ORG/NAME of the Hub, or a folder
 tokens = encoder(images)  # [B, C, h, w]: tokens.cls [B, D], tokens.patches [B, H, W, D]""",
-    notes="`sslkit.backbones.load` reads `model.safetensors` too, and `sslkit.backbones.read` the "
-    "projection heads where it has any. Heads are kept in this format alone.",
+    notes="`sslkit.backbones.load` reads `model.safetensors` too, and "
+    "`sslkit.backbones.load_pretrained` the projection heads where it has any. "
+    "Heads are kept in this format alone.",
     tags=("pytorch_model_hub_mixin", "model_hub_mixin"),
 )
 
@@ -116,7 +117,7 @@ class HubEncoder(ViTEncoder, PyTorchModelHubMixin):
                     token=token,
                 )
             )
-        loaded = backbones.read(path, **options)
+        loaded = backbones.load_pretrained(path, **options)
         metadata = backbones.read_metadata(path)
         return cls(loaded.encoder, heads=projectors(loaded.heads), metadata=metadata).eval()
 

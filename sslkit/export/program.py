@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -76,10 +77,10 @@ def _run(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
 def _attend(attn: PackedAttention, x: Tensor, rope: Tensor | None) -> Tensor:
     B, T, _ = x.shape
     per_token = None if rope is None else rope.repeat(B, 1)  # [B * T, 2 * d]
-    qkv = attn.project(x.flatten(0, 1), per_token).unflatten(0, (B, T))  # [B, T, 3, h, d]
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, T, d]
-    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    return attn.proj(attn.norm(attended))
+    qkv = attn.project(rearrange(x, "b t d -> (b t) d"), per_token)
+    q, k, v = rearrange(qkv, "(b t) three h d -> three b h t d", t=T)
+    attended = F.scaled_dot_product_attention(q, k, v)
+    return attn.proj(attn.norm(rearrange(attended, "b h t d -> b t (h d)")))
 
 
 def export_program(encoder: ViTEncoder) -> ExportedProgram:

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sslkit.backbones import ViTEncoder
-from sslkit.backbones.checkpoint import require_json, require_settings
+from sslkit.backbones.encoder_file import require_json, require_settings
 from sslkit.backbones.franca import VIT_SIZES
 from sslkit.backbones.swiglu import FusedSwiGLU
 from sslkit.data.normalisation import normalisation

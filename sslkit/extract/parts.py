@@ -1,42 +1,42 @@
-"""Features in parts that are there or not there, so that any process can make any of them.
+"""Features in parts, each a store of its own, so that any process can make any of them.
 
-The images are cut into parts of ``part_size``; a part is one file, written under its name only when
-it is complete. Which process made it, in which run, leaves no trace in it: the work is shared by
-giving process r of W the parts r, r + W, ..., and continued by making those that are missing.
+The images are cut into parts of ``part_size``; a part is a store of the model's tokens in float32
+(`sslkit.evaluation.feature_store`). Which process made it, in which run, leaves no trace in it: the
+work is shared by giving process r of W the parts r, r + W, ..., and continued by making what is
+missing. RASA, nesting and the type of the output are applied to what is read.
 
-    .OUTPUT.parts/
-      settings.json         what the features are of
-      00000000.safetensors  rows [n, P, D], labels [n], indices [n]; the unreadable in the header
+    .OUTPUT.parts/  or a folder in ``cache``
+      lock          held by the process that writes the output
+      00000000/     the store of images 0, 1, ..., part_size - 1
 """
 
+import hashlib
 import json
 import shutil
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sslkit.data.fingerprint import names_digest
 from sslkit.data.sources import Source, Split, open_source
-from sslkit.evaluation.features import Unsuitable, encoded_batches
+from sslkit.evaluation.feature_journal import JOURNAL
+from sslkit.evaluation.feature_store import FeatureStore, require_same
 from sslkit.evaluation.models import Model, open_model
+from sslkit.evaluation.tokens import Unsuitable
 from sslkit.evaluation.views import EvalTransform, PaddedView
-from sslkit.extract.files import (
+from sslkit.extract.feature_files import (
     Part,
     output_is_complete,
     read_description,
     require_format,
-    require_same,
     write_features,
 )
-from sslkit.files import atomic_write, damage_explained, file_digest, parse_json
+from sslkit.files import file_digest
 from sslkit.rasa import RASAProjector, load_rasa
 from sslkit.training.parallel import Parallel
 
@@ -72,8 +72,11 @@ class Extraction:
         resize_over_crop: the shorter side before the crop, over the crop's.
         dtype: of the stored features.
         batch_size: images a forward pass.
-        part_size: images a part: what a killed process loses at most.
+        part_size: images a part, which one process makes.
         seed: of ``random:`` weights.
+        cache: folder in which the model's tokens stay, in float32, for other outputs of the same
+            images: another rasa, nesting, dtype or format computes nothing again. None: they are
+            beside the output until it is complete.
     """
 
     weights: str
@@ -90,6 +93,7 @@ class Extraction:
     batch_size: int = 64
     part_size: int = 1024
     seed: int = 0
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "batch_size", "part_size"):
@@ -127,7 +131,7 @@ def extract_to_file(
 
     Args:
         extraction: what to extract.
-        output: a ``.npy`` or ``.parquet`` file; see `sslkit.extract.files.write_features`.
+        output: a ``.npy`` or ``.parquet`` file; see `sslkit.extract.feature_files.write_features`.
         parallel: this process among the others, which all call this with the same arguments.
         num_workers: processes of this process that read images.
         progress: see `Progress`.
@@ -148,7 +152,7 @@ def extract_to_file(
         job.folder.mkdir(parents=True, exist_ok=True)
         if parallel.is_main:
             lock.acquire(timeout=0)
-            job.require_settings()
+            job.check()
         complete = output_is_complete(output, job.settings)
         parallel.wait()
         starts = [] if complete else job.starts[parallel.rank :: parallel.world_size]
@@ -163,14 +167,15 @@ def extract_to_file(
         if not parallel.is_main:
             return None
         description = read_description(output) if complete else job.finish()
-        shutil.rmtree(job.folder)
+        if extraction.cache is None:
+            shutil.rmtree(job.folder)
         return description
     except Timeout:
         raise RuntimeError(
-            f"another process is writing {output}: wait for it, or choose another output"
+            f"another process is writing {job.folder}: wait for it, or choose another output"
         ) from None
     finally:
-        if lock.is_locked and not any(job.folder.glob("*.safetensors")):
+        if lock.is_locked and not any(job.folder.glob(f"*/{JOURNAL}")):
             shutil.rmtree(job.folder, ignore_errors=True)  # nothing in it to continue from
         lock.release()
 
@@ -180,93 +185,82 @@ class _Job:
 
     def __init__(self, extraction: Extraction, output: Path) -> None:
         self.extraction, self.output = extraction, output
-        self.folder = output.with_name(f".{output.name}.parts")
         self.model: Model = open_model(extraction.weights, seed=extraction.seed)
         self.rasa: RASAProjector | None = None
         if extraction.rasa is not None:
             self.rasa = load_rasa(extraction.rasa)
         self.transform = _transform(extraction, self.model)
+        dim = getattr(self.model.encoder, "embed_dim", None)
+        if dim is not None:
+            self._project(torch.zeros(1, dim))  # complains before anything is computed
         self.source: Source = open_source(
             extraction.data, split=extraction.split, test_fraction=0.0, seed=extraction.seed
         )
         self.starts = range(0, len(self.source), extraction.part_size)
+        self.identity = {
+            "weights": self.model.identity,
+            "data": _resolved(extraction.data),
+            "split": extraction.split,
+            "names": names_digest(self.source),
+            "view": repr(self.transform),
+            "part_size": extraction.part_size,
+        }
+        if extraction.cache is None:
+            self.folder = output.with_name(f".{output.name}.parts")
+        else:
+            words = json.dumps([self.identity, self._want, extraction.num_layers])
+            digest = hashlib.sha256(words.encode()).hexdigest()[:12]
+            self.folder = extraction.cache / f"{'+'.join(self._want)}-{digest}"
+
+    @property
+    def _want(self) -> tuple[str, ...]:
+        return _WANT[self.extraction.token]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the features are of, as plain values."""
+        """What the output is of, as plain values."""
         extraction = self.extraction
         settings = {
             **asdict(extraction),
+            **self.identity,
             "weights": _resolved(extraction.weights),
-            "data": _resolved(extraction.data),
+            "weights_identity": self.model.identity,
             "nesting": list(extraction.nesting),
             "image_size": list(extraction.image_size),
             "rasa": None if extraction.rasa is None else file_digest(extraction.rasa),
-            "weights_identity": self.model.identity,
-            "view": repr(self.transform),
             "num_images": len(self.source),
-            "names": names_digest(self.source),
         }
         del settings["batch_size"]  # a run that ran out of memory continues with a smaller one
+        del settings["cache"]
         return settings
-
-    def require_settings(self) -> None:
-        """Raise a ValueError if there are parts that were made with other settings."""
-        path, settings = self.folder / "settings.json", self.settings
-        if not any(self.folder.glob("*.safetensors")):
-            with atomic_write(path) as file:
-                file.write(json.dumps(settings, indent=2).encode())
-            return
-        what = "does not say what the parts beside it are of"
-        with damage_explained(str(path), f"remove {self.folder}", what=what, also=(OSError,)):
-            there = dict(parse_json(path.read_bytes(), "it"))
-        require_same(there, settings, f"the unfinished {self.output} in {self.folder}")
 
     def size(self, start: int) -> int:
         """How many images the part from image ``start`` has."""
         return min(self.extraction.part_size, len(self.source) - start)
 
+    def check(self) -> None:
+        """Raise a ValueError if there are parts of something else."""
+        for store in map(self._store, self.starts):
+            there = store.described_there()
+            if there is not None:
+                what = f"the unfinished {self.output} in {self.folder}"
+                require_same(there, store.described, what, "output")
+
     def make(self, start: int, device: torch.device, num_workers: int) -> Iterator[int]:
-        """Make a part unless it is there; gives how many images are done, batch after batch."""
-        if self._path(start).exists():
-            self._read(start)  # complains if it was damaged
-            yield self.size(start)
-            return
-        rows: list[Tensor] = []
-        labels: list[int] = []
-        indices: list[int] = []
-        unreadable: list[str] = []
-        batches = encoded_batches(
+        """Make what is missing of a part; gives how many images are done, batch after batch."""
+        yield from self._store(start).fill(
             self.model.encoder.to(device),
             self.source,
             transform=self.transform,
-            indices=range(start, start + self.size(start)),
-            want=_WANT[self.extraction.token],
-            num_layers=self.extraction.num_layers,
             batch_size=self.extraction.batch_size,
             device=device,
             num_workers=num_workers,
         )
-        for encoded, errors in batches:
-            for batch in encoded:
-                rows.append(self._rows(batch.tokens))
-                labels += batch.labels
-                indices += batch.indices
-            unreadable += errors
-            yield len(errors) + sum(len(batch.labels) for batch in encoded)
-        tensors = {
-            "rows": torch.cat(rows) if rows else torch.zeros(0),
-            "labels": torch.tensor(labels, dtype=torch.int64),
-            "indices": torch.tensor(indices, dtype=torch.int64),
-        }
-        checksum = _checksum(tensors)
-        with atomic_write(self._path(start)) as file:
-            said = {"unreadable": json.dumps(unreadable), "crc32": str(checksum)}
-            file.write(safetensors.torch.save(tensors, said))
+        self._read(start)  # complains if it is damaged, or beyond the type of the output
 
     def finish(self) -> dict[str, Any]:
         """The file of all parts."""
-        missing = [start for start in self.starts if not self._path(start).exists()]
+        missing = [start for start in self.starts if self._store(start).read() is None]
         if missing:
             raise RuntimeError(
                 f"{len(missing)} of {len(self.starts)} parts are not in {self.folder}: do all "
@@ -274,61 +268,47 @@ class _Job:
             )
         return write_features(
             self.output,
-            self._parts,
+            lambda: map(self._read, self.starts),
             nesting=self.extraction.nesting,
             name=self.source.name,
             settings=self.settings,
         )
 
-    def _parts(self) -> Iterator[Part]:
-        for start in self.starts:
-            yield self._read(start)
+    def _store(self, start: int) -> FeatureStore:
+        return FeatureStore(
+            self.folder / f"{start:08d}",
+            identity=self.identity,
+            want=self._want,
+            indices=range(start, start + self.size(start)),
+            num_layers=self.extraction.num_layers,
+            dtype=torch.float32,
+        )
 
     def _read(self, start: int) -> Part:
-        """Read a part, or raise a ValueError if it is damaged."""
-        path = self._path(start)
-        remedy = "remove it, and run the command again to make it anew"
-        with damage_explained(f"the part {path}", remedy, also=(SafetensorError,)):
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in ("rows", "labels", "indices")}
-                said = file.metadata()
-            errors = parse_json(said["unreadable"], "the list of unreadable images")
-            part = Part(tensors["rows"], tensors["labels"], tensors["indices"], errors)
-            if len(part.labels) + len(part.unreadable) != self.size(start):
-                raise ValueError(f"it is not of {self.size(start)} images")
-            following = iter(range(start, start + self.size(start)))
-            if not all(index in following for index in part.indices.tolist()):
-                raise ValueError("it is of other images")
-            if said.get("crc32", str(_checksum(tensors))) != str(_checksum(tensors)):
-                raise ValueError("its checksum is another")
-        return part
-
-    def _path(self, start: int) -> Path:
-        return self.folder / f"{start:08d}.safetensors"
-
-    def _rows(self, tokens: Mapping[str, Tensor]) -> Tensor:
-        """Tokens [b, D] or [b, n, D] as rows [b, P, D'] with RASA, D' as long as is needed."""
-        named = [tokens[name] for name in _WANT[self.extraction.token]]
-        rows = named[0] if named[0].ndim == 3 else torch.stack(named, dim=1)
-        if self.rasa is not None:
-            rows = self.rasa(rows)
-        D, nesting = rows.shape[-1], self.extraction.nesting
-        if max(nesting, default=0) > D:
-            raise ValueError(f"nesting {max(nesting)} is more than the {D} features of a token")
-        rows = rows[..., : max(nesting, default=D)]
+        """A part as the output has it."""
+        found = self._store(start).read(check_all=True)
+        assert found is not None
+        features, unreadable = found
+        if not len(features):
+            return Part(torch.zeros(0), features.labels, features.indices, unreadable)
+        named = [features[name] for name in self._want]
+        tokens = named[0] if named[0].ndim == 3 else torch.stack(named, dim=1)  # [n, P, D]
+        rows = self._project(tokens)
         stored = rows.to(getattr(torch, self.extraction.dtype))
         if not stored.isfinite().all() and rows.isfinite().all():
             raise ValueError(
                 f"features are up to {rows.abs().max().item():.3g}, beyond float16: take float32"
             )
-        return stored
+        return Part(stored, features.labels, features.indices, unreadable)
 
-
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    checksum = 0
-    for name in sorted(tensors):
-        checksum = zlib.crc32(tensors[name].contiguous().numpy().tobytes(), checksum)
-    return checksum
+    def _project(self, tokens: Tensor) -> Tensor:
+        """Tokens [..., D] without what RASA removes, the first features of them: [..., D']."""
+        if self.rasa is not None:
+            tokens = self.rasa(tokens)
+        D, nesting = tokens.shape[-1], self.extraction.nesting
+        if max(nesting, default=0) > D:
+            raise ValueError(f"nesting {max(nesting)} is more than the {D} features of a token")
+        return tokens[..., : max(nesting, default=D)]
 
 
 def _resolved(text: str) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
-from tqdm import tqdm
 
-from sslkit.extract.files import read_description
+from sslkit.extract.feature_files import read_description
 from sslkit.extract.parts import Extraction, extract_to_file
+from sslkit.progress import WorkProgress
 from sslkit.training.parallel import start
 
 _MISTAKES = (ValueError, OSError, ImportError, RuntimeError)
@@ -50,14 +50,9 @@ def extract_with_processes(
             raise ValueError("processes are given by torchrun already: leave processes at 1")
         return _spawn(extraction, output, processes, device, num_workers)
     parallel = start(device)
-    with tqdm(unit=" images", disable=not parallel.is_main) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with WorkProgress("images", mode="auto" if parallel.is_main else "none") as bar:
         return extract_to_file(
-            extraction, output, parallel=parallel, num_workers=num_workers, progress=show
+            extraction, output, parallel=parallel, num_workers=num_workers, progress=bar.reach
         )
 
 
@@ -71,13 +66,12 @@ def _spawn(
     threads = max(1, torch.get_num_threads() // processes)
     what = (extraction, output, device, num_workers, counts, mistakes)
     workers = spawn(_work, (_free_port(), processes, threads, *what), nprocs=processes, join=False)
-    with tqdm(unit=" images") as bar:
+    with WorkProgress("images") as bar:
         try:
             finished = False
             while not finished:
                 finished = workers.join(timeout=_POLL_SECONDS)
-                bar.total = sum(counts[1::2])
-                bar.update(sum(counts[0::2]) - bar.n)
+                bar.reach(sum(counts[0::2]), sum(counts[1::2]))
         except ProcessExitedException as error:
             raise RuntimeError(str(error) if mistakes.empty() else mistakes.get()) from None
         finally:  # what is done of the file stays done, however its processes end

@@ -15,7 +15,6 @@ the graph is made; the Triton kernels are ops inside it, ``sslkit::packed_attent
 its ``_backward``.
 """
 
-import operator
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -25,33 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslkit.ops.dispatch import Body, interpreting, resolve
+from sslkit.ops.packing import SINGLE_TILE_TOKENS, Runs, equal_runs
 
 HEAD_SIZES_TRITON = (32, 64)
 """Head sizes that the Triton body takes."""
 
 MAX_TOKENS_TRITON = 384
 """Longest crop that the Triton body takes: longer ones are bound by their matrix products."""
-
-SINGLE_TILE_TOKENS = 64
-"""Longest crop that the Triton body attends over in one tile."""
-
-
-Runs = tuple[tuple[int, int], ...]
-"""One ``(length, count)`` for each run of neighbouring crops of equal length."""
-
-
-def equal_runs(lengths: Sequence[int], counts: Sequence[int] | None = None) -> Runs:
-    """Run-length encode lengths: one ``(length, count)`` for each run of equal neighbours.
-
-    >>> equal_runs((257, 257, 50, 50, 50))
-    ((257, 2), (50, 3))
-    >>> equal_runs((257, 50, 50), counts=(2, 1, 2))
-    ((257, 2), (50, 3))
-    """
-    counts = (1,) * len(lengths) if counts is None else counts
-    pairs = zip(lengths, counts, strict=True)
-    runs = groupby(pairs, key=operator.itemgetter(0))
-    return tuple((length, sum(count for _, count in run)) for length, run in runs)
 
 
 def packed_attention(
@@ -105,9 +84,9 @@ def packed_attention(
         )
     if not qkv.is_floating_point():
         raise TypeError(f"packed_attention: qkv must be floating point, got {qkv.dtype}")
-    if min(lengths, default=1) < 1:
+    if any(length < 1 for length in lengths):
         raise ValueError(f"packed_attention: every length must be at least 1, got {min(lengths)}")
-    if counts is not None and (len(counts) != len(lengths) or min(counts, default=0) < 0):
+    if counts is not None and (len(counts) != len(lengths) or any(n < 0 for n in counts)):
         raise ValueError(
             f"packed_attention: counts must be {len(lengths)} numbers of crops, one for each "
             f"length and none below 0, got {list(counts)}"

@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkit.ops.attention import SINGLE_TILE_TOKENS, Runs
+from sslkit.ops.packing import SINGLE_TILE_TOKENS, Runs
 
 
 class Tiling(NamedTuple):

@@ -37,18 +37,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkit.assignments import Assignments, check_logits, check_temperature, score_dtype
+from sslkit.assignments import Assignments, check_logits, check_temperature, compute_dtype
 from sslkit.devices import device_type
 from sslkit.factored_logits import FactoredLogits, Logits
 from sslkit.ops import cross_entropy_torch
-from sslkit.ops.cross_entropy_passes import (
+from sslkit.ops.cross_entropy_columns import (
     Columns,
     RowStatistics,
     check_target_rows,
-    choose_passes,
     new_partials,
     new_results,
 )
+from sslkit.ops.cross_entropy_passes import choose_passes
 from sslkit.ops.linear_cross_entropy import linear_soft_cross_entropy
 
 
@@ -268,7 +268,7 @@ def _(*_args: object) -> None:
 @_loss_over_logits_.register_fake
 def _(student_logits: Tensor, *_args: object) -> Tensor:
     M, _ = student_logits.shape  # len() would fix the number of rows in a compiled graph
-    return student_logits.new_empty(M, dtype=score_dtype(student_logits))
+    return student_logits.new_empty(M, dtype=compute_dtype(student_logits))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -3,7 +3,7 @@ r"""PyTorch body of `sslkit.ops.cross_entropy`, whose docstring has the derivati
 It works on blocks that stay in the cache of a CPU, in memory of their own that is reused:
 
 - Row m paired with target m: blocks of rows with all their columns. The gradient can then be
-  written while the block is there, over the logits (`loss_over_logits`): scores are read once,
+  written while the block is there, over the logits (`loss_over_logits`): logits are read once,
   their exponentials taken once, and the backward has only to multiply by its row factors, if those
   are not all one. (Not where the gradient needs memory of its own, from the forward on.)
 - Chosen targets: blocks of columns with all rows of student and targets, so that each target is
@@ -18,8 +18,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sslkit.assignments import score_dtype
-from sslkit.ops.cross_entropy_passes import Columns, RowStatistics
+from sslkit.assignments import compute_dtype
+from sslkit.ops.cross_entropy_columns import Columns, RowStatistics
 from sslkit.ops.exponentials import exp_, is_harmless, is_low
 from sslkit.slices import block_elements, row_blocks
 
@@ -87,7 +87,7 @@ def write_gradient(
 
 def loss_over_logits(columns: Columns, row_weights: Tensor | None) -> Tensor:
     """The loss of each row, and over its logits the gradient of the weighted sum of all."""
-    M, dtype = len(columns.student), score_dtype(columns.student)
+    M, dtype = len(columns.student), compute_dtype(columns.student)
     student_part = columns.student.new_empty(M, 2, dtype=dtype)
     target_part = columns.student.new_empty(M, 3, dtype=dtype)
     weights = student_part.new_ones(M) if row_weights is None else row_weights
@@ -122,9 +122,9 @@ def _gradient_of_rows(
     cut = not _may_look(columns)
     for rows, p, q in _row_tiles(columns):
         if shifted:
-            _write_scores(p, columns, columns.student[rows], z_shift[rows])
+            _write_scaled_logits(p, columns, columns.student[rows], z_shift[rows])
         else:
-            _write_scores(p, columns, columns.student[rows], summand=exp_factor[rows].log())
+            _write_scaled_logits(p, columns, columns.student[rows], summand=exp_factor[rows].log())
         cut = cut or (rows.start == 0 and is_low(p))
         exp_(p, cut=cut)
         if shifted:
@@ -132,7 +132,7 @@ def _gradient_of_rows(
         if columns.target_bias is None:
             p.sub_(columns.target[rows])
         else:
-            _write_target_scores(q, columns, columns.target[rows], columns.target_bias)
+            _write_scaled_targets(q, columns, columns.target[rows], columns.target_bias)
             if shifted:
                 q.sub_(t_shift[rows])
             cut = cut or (rows.start == 0 and is_low(q))
@@ -176,12 +176,12 @@ def _read_rows(
     if shifted:
         z_shift = columns.student[rows].amax(dim=-1, keepdim=True).to(s.dtype)
         student_part[:, :1] = z_shift
-    _write_scores(s, columns, columns.student[rows], z_shift)
+    _write_scaled_logits(s, columns, columns.student[rows], z_shift)
     cut = cut or (rows.start == 0 and is_low(s))
     if columns.target_bias is None:
         e.copy_(columns.target[rows])
     else:
-        _write_target_scores(e, columns, columns.target[rows], columns.target_bias)
+        _write_scaled_targets(e, columns, columns.target[rows], columns.target_bias)
         if shifted:
             t_shift = e.amax(dim=-1, keepdim=True)
             e.sub_(t_shift)
@@ -199,7 +199,7 @@ def _row_tiles(columns: Columns) -> Iterator[tuple[slice, Tensor, Tensor]]:
     M, K = columns.student.shape
     blocks = list(row_blocks(M, K, columns.student.device))
     height = max((rows.stop - rows.start for rows in blocks), default=0)
-    memory = columns.student.new_empty(2, height, K, dtype=score_dtype(columns.student))
+    memory = columns.student.new_empty(2, height, K, dtype=compute_dtype(columns.student))
     for rows in blocks:
         first, second = memory[:, : rows.stop - rows.start]
         yield rows, first, second
@@ -226,14 +226,14 @@ def _partials_of_pairs(
 
 
 def _maxima(columns: Columns) -> tuple[Tensor, Tensor]:
-    """Of the student's logits ``[M, 1]`` and of the targets' scores ``[R, 1]`` (0 if dense)."""
-    dtype = score_dtype(columns.student)
+    """Row maxima of student logits ``[M, 1]`` and scaled target logits ``[R, 1]`` (0 if dense)."""
+    dtype = compute_dtype(columns.student)
     z_shift = columns.student.amax(dim=-1, keepdim=True).to(dtype)
     if columns.target_bias is None:
         return z_shift, z_shift.new_zeros(len(columns.target), 1)
     t_shift = z_shift.new_full((len(columns.target), 1), -torch.inf)
     for at, _, e, _ in _column_tiles(columns):
-        _write_target_scores(e, columns, columns.target[:, at], columns.target_bias[at])
+        _write_scaled_targets(e, columns, columns.target[:, at], columns.target_bias[at])
         torch.maximum(t_shift, e.amax(dim=-1, keepdim=True), out=t_shift)
     return z_shift, t_shift
 
@@ -247,17 +247,17 @@ def _sums_of_pairs(
     """S ``[M]`` and W ``[R]``; C is written to ``cross [M, T]``."""
     cross.zero_()
     z_shift, t_shift = (None, None) if shifts is None else shifts
-    dtype = score_dtype(columns.student)
+    dtype = compute_dtype(columns.student)
     student_sum = columns.student.new_zeros(len(columns.student), dtype=dtype)
     target_sum = columns.student.new_zeros(len(columns.target), dtype=dtype)
     cut = shifts is not None
     for at, s, e, work in _column_tiles(columns):
-        _write_scores(s, columns, columns.student[:, at], z_shift)
+        _write_scaled_logits(s, columns, columns.student[:, at], z_shift)
         cut = cut or (at.start == 0 and is_low(s))
         if columns.target_bias is None:
             e.copy_(columns.target[:, at])
         else:
-            _write_target_scores(e, columns, columns.target[:, at], columns.target_bias[at])
+            _write_scaled_targets(e, columns, columns.target[:, at], columns.target_bias[at])
             if t_shift is not None:
                 e.sub_(t_shift)
             cut = cut or (at.start == 0 and is_low(e))
@@ -303,7 +303,7 @@ def _gradient_of_pairs(
     cut = not _may_look(columns)
     shift, summand = (z_shift, None) if shifted else (None, exp_factor.log())
     for at, p, q, work in _column_tiles(columns, spare_targets=1):
-        _write_scores(p, columns, columns.student[:, at], shift, summand=summand)
+        _write_scaled_logits(p, columns, columns.student[:, at], shift, summand=summand)
         cut = cut or (at.start == 0 and is_low(p))
         exp_(p, cut=cut)
         if shifted:
@@ -312,7 +312,7 @@ def _gradient_of_pairs(
         if columns.target_bias is None:
             probs.copy_(columns.target[:, at])
         else:
-            _write_target_scores(probs, columns, columns.target[:, at], columns.target_bias[at])
+            _write_scaled_targets(probs, columns, columns.target[:, at], columns.target_bias[at])
             if shifted:
                 probs.sub_(t_shift)
             cut = cut or (at.start == 0 and is_low(probs))
@@ -332,7 +332,7 @@ def _column_tiles(
     M, K = columns.student.shape
     R, device = len(columns.target) + spare_targets, columns.student.device
     width = min(K, max(_MIN_COLUMNS, block_elements(device) // max(1, M + R)))
-    memory = columns.student.new_empty(2 * M + R, width, dtype=score_dtype(columns.student))
+    memory = columns.student.new_empty(2 * M + R, width, dtype=compute_dtype(columns.student))
     for start in range(0, K, width):
         at = slice(start, min(start + width, K))
         shape = 2 * M + R, at.stop - at.start
@@ -357,11 +357,11 @@ def _may_look(columns: Columns) -> bool:
 
 
 def _no_autocast(columns: Columns) -> torch.autocast:
-    """Scores are float32 whatever autocast says; it would round the inner products' factors."""
+    """Logits are float32 whatever autocast says; it would round the inner products' factors."""
     return torch.autocast(columns.student.device.type, enabled=False)
 
 
-def _write_scores(
+def _write_scaled_logits(
     out: Tensor,
     columns: Columns,
     z: Tensor,
@@ -382,5 +382,5 @@ def _write_scores(
         torch.mul(z if z.dtype == out.dtype else out.copy_(z), scale, out=out)
 
 
-def _write_target_scores(out: Tensor, columns: Columns, target: Tensor, bias: Tensor) -> None:
+def _write_scaled_targets(out: Tensor, columns: Columns, target: Tensor, bias: Tensor) -> None:
     torch.add(bias.to(out.dtype), target, alpha=1.0 / columns.target_temp, out=out)

@@ -5,13 +5,13 @@ r"""Triton kernels of `sslkit.ops.cross_entropy`, whose docstring has the deriva
     gradient     one program for `CHUNK` columns of a student row    → their gradient
 
 A program holds its columns of the student row in registers while it walks over the row's targets,
-so partials and gradient read each student score once and each paired target score once, in their
-own types; the gradient is the only ``[M, K]`` tensor written, and may lie over the scores. The
-partials of a row, (2 + 3T) numbers for `CHUNK` columns, are .2 % of its 16-bit scores (T = 2).
+so partials and gradient read each student logit once and each paired target logit once, in their
+own types; the gradient is the only ``[M, K]`` tensor written, and may lie over the logits. The
+partials of a row, (2 + 3T) numbers for `CHUNK` columns, are .2 % of its 16-bit logits (T = 2).
 
 Programs of neighbouring rows and equal columns run together (rows are the fast axis of the grid).
 Student rows of one image share its targets: with 10 crops of 128 images the 256 target rows' chunk
-is 2 MB and stays in the L2 cache, so that DRAM sees each target score once and not 9 times.
+is 2 MB and stays in the L2 cache, so that DRAM sees each target logit once and not 9 times.
 
 **Float32 survives** as exponents are at most 0, the maxima of the program's own columns being
 subtracted; a part whose target is -inf in all its columns has W = C = 0. Everything is merged in a
@@ -26,10 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkit.ops.cross_entropy_passes import Columns, RowStatistics
+from sslkit.ops.cross_entropy_columns import Columns, RowStatistics
 
 CHUNK = 4096
-"""Columns of a program: 32 a thread of four warps, as four 16-byte loads of 16-bit scores."""
+"""Columns of a program: 32 a thread of four warps, as four 16-byte loads of 16-bit logits."""
 
 
 def num_parts(num_columns: int) -> int:
@@ -46,7 +46,7 @@ def compute_partials(columns: Columns, student_parts: Tensor, target_parts: Tens
         partials_kernel[(M, num_parts(K))](
             student_parts,
             target_parts,
-            *_scores(columns),
+            *_shared_arguments(columns),
             M,
             **options(columns.target_bias is not None, columns.target_rows is not None),
         )
@@ -91,7 +91,7 @@ def write_gradient(
             *grad.stride(),
             grad_losses.contiguous(),
             *(s.contiguous() for s in statistics),
-            *_scores(columns),
+            *_shared_arguments(columns),
             **options(columns.target_bias is not None, columns.target_rows is not None),
         )
 
@@ -120,7 +120,7 @@ def finish_options(parts: int, assignments: bool, paired: bool) -> dict[str, Any
     }
 
 
-def _scores(columns: Columns) -> tuple[Any, ...]:
+def _shared_arguments(columns: Columns) -> tuple[Any, ...]:
     """Arguments that partials and gradient share."""
     bias, rows = columns.target_bias, columns.target_rows
     return (
@@ -147,10 +147,10 @@ def _target_row(target_rows, m, t, T, PAIRED: tl.constexpr):
 
 
 @triton.jit
-def _target_scores(
+def _scaled_target(
     target, target_stride, target_step, bias, r, k, K, scale, ASSIGNMENTS: tl.constexpr
 ):
-    """Scores of target row r, -inf behind the last column; probabilities as they are, 0 behind."""
+    """Scaled logits of target row r, or its probabilities; -inf or 0 behind the last column."""
     pointers = target + r.to(tl.int64) * target_stride + k.to(tl.int64) * target_step
     if ASSIGNMENTS:
         x = tl.load(pointers, mask=k < K, other=float("-inf")).to(tl.float32)
@@ -187,7 +187,7 @@ def partials_kernel(
         r = _target_row(target_rows, m, t, T, PAIRED)
         out = target_parts + 3 * (at * T + t)
         if (r >= 0) & (r < R):
-            x = _target_scores(
+            x = _scaled_target(
                 target, target_stride, target_step, bias, r, k, K, target_scale, ASSIGNMENTS
             )
             if ASSIGNMENTS:
@@ -278,7 +278,7 @@ def gradient_kernel(
             num_paired += 1
             t_max = tl.load(target_statistics + 2 * (m * T + t))
             target_sum = tl.load(target_statistics + 2 * (m * T + t) + 1)
-            x = _target_scores(
+            x = _scaled_target(
                 target, target_stride, target_step, bias, tl.minimum(r, R - 1), k, K,
                 target_scale, ASSIGNMENTS,
             )

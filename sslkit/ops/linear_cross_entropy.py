@@ -18,16 +18,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sslkit.assignments import score_dtype
+from sslkit.assignments import compute_dtype
 from sslkit.factored_logits import FactoredLogits, Logits
-from sslkit.ops.cross_entropy_passes import (
+from sslkit.ops.cross_entropy_columns import (
     Columns,
     RowStatistics,
     check_target_rows,
-    choose_passes,
     new_partials,
     new_results,
 )
+from sslkit.ops.cross_entropy_passes import choose_passes
 from sslkit.slices import chunks
 
 
@@ -164,7 +164,7 @@ def _backward(grad_losses: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         for columns, chunk in problem.chunks():
             passes.write_gradient(grad_losses, chunk, statistics, grad[:, columns])
         return grad, x.new_empty(0)
-    grad_x, grad_w = torch.zeros_like(x, dtype=score_dtype(x)), torch.empty_like(w)
+    grad_x, grad_w = torch.zeros_like(x, dtype=compute_dtype(x)), torch.empty_like(w)
     for columns, chunk in problem.chunks():
         dz = chunk.student
         passes.write_gradient(grad_losses, chunk, statistics, dz)

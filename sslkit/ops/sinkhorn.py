@@ -29,7 +29,7 @@ the constant β / temperature can stand in for the column maxima: exponents of t
 then lie in [-2β / temperature, 0], and down to -80 float32 keeps their exponentials. That spares
 the collective over the maxima.
 
-Passes over memory, for T iterations. The PyTorch body reads the scores T times, for the first
+Passes over memory, for T iterations. The PyTorch body reads the logits T times, for the first
 column sums and once for each mass (twice more where one constant will not do as a shift for all
 columns); Triton finds maxima and sums in one pass but takes the log-sum-exp of the rows in a pass
 of its own: 1 + 2 (T - 1) times. Neither writes anything of size ``[B, K]``. The passes are in
@@ -50,7 +50,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from sslkit.assignments import check_logits, score_dtype
+from sslkit.assignments import check_logits, compute_dtype
 from sslkit.factored_logits import FactoredLogits, Logits
 from sslkit.ops.collectives import Reduction
 from sslkit.ops.sinkhorn_passes import (
@@ -91,7 +91,7 @@ def sinkhorn_bias(
         temperature: positive; divides the logits.
         num_iterations: at least 1.
         row_mask: bool ``[B]``; rows that are True take no part, whatever they hold.
-        past: ``[Q, K]`` more rows that take part, of any type with the same score type.
+        past: ``[Q, K]`` more rows that take part, of any type with the same type of computation.
         bound: promise that no |logit| of a row that takes part exceeds it, None for no promise.
             Changes the cost, not the result (see `sinkhorn_biases`).
         impl: ``"auto"``, ``"torch"`` or ``"triton"`` (for contiguous logits).
@@ -215,7 +215,7 @@ def _in_groups(
     row_masks: Sequence[Tensor | None],
     pasts: Sequence[Logits | None],
 ) -> list[_Problems]:
-    """Check the problems and group those that are tensors and of one score type.
+    """Check the problems and group those that are tensors and of one type of computation.
 
     A packed vector has one type, and factored logits are passed over one problem after the other.
     """
@@ -230,7 +230,7 @@ def _in_groups(
                 f"all logits must be on one device, got {logits[0].device} and {x.device}"
             )
         factored = isinstance(x, FactoredLogits) or isinstance(past, FactoredLogits)
-        key = index if factored else score_dtype(x)
+        key = index if factored else compute_dtype(x)
         groups.setdefault(key, []).append(index)
     return [
         _Problems(
@@ -289,7 +289,7 @@ def _constant_columns(problems: _Problems, values: Sequence[float]) -> Tensor:
     """Packed ``[ΣK]``: one value for all columns of each problem."""
     return torch.cat(
         [
-            torch.full(x.shape[1:], value, dtype=score_dtype(x), device=x.device)
+            torch.full(x.shape[1:], value, dtype=compute_dtype(x), device=x.device)
             for x, value in zip(problems.logits, values, strict=True)
         ]
     )
@@ -304,7 +304,7 @@ def _check_past(past: Logits | None, logits: Logits) -> None:
             f"past must be [Q, K={logits.shape[1]}] on {logits.device}, like logits "
             f"{tuple(logits.shape)}, got {tuple(past.shape)} on {past.device}"
         )
-    if score_dtype(past) != score_dtype(logits):
+    if compute_dtype(past) != compute_dtype(logits):
         raise TypeError(
             f"past is {past.dtype} and logits are {logits.dtype}: float64 goes with float64 alone"
         )

@@ -1,4 +1,4 @@
-"""The passes of `sslkit.ops.sinkhorn` over the scores: sums over the rows of each column.
+"""The passes of `sslkit.ops.sinkhorn` over the logits: sums over the rows of each column.
 
 Problems come in lists (levels, losses), so that one launch serves all. What a pass returns for a
 list is packed: the results of all problems, one after the other, in one vector ``[ΣK]``, which a
@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sslkit.assignments import check_logits, check_row_mask, check_temperature, score_dtype
+from sslkit.assignments import check_logits, check_row_mask, check_temperature, compute_dtype
 from sslkit.factored_logits import FactoredLogits, Logits, written
 from sslkit.ops import sinkhorn_torch
 from sslkit.ops.dispatch import resolve
@@ -83,7 +83,7 @@ def column_mass(
         raise ValueError(
             f"bias must have shape [K] = ({logits.shape[1]},), got {tuple(bias.shape)}"
         )
-    bias = bias.to(score_dtype(logits))
+    bias = bias.to(compute_dtype(logits))
     return packed_column_mass([logits], [temperature], bias, [row_mask], impl)
 
 
@@ -95,10 +95,10 @@ def check_problem(logits: Logits, temperature: float, row_mask: Tensor | None) -
 
 
 class Passes(Protocol):
-    """What a body provides, for lists of problems of one score type.
+    """What a body provides, for lists of problems of one type of computation.
 
     With ``s = logits / temperature`` and b over the rows of one problem that take part; bias and
-    results are packed, in the score type.
+    results are packed, in the type of computation.
     """
 
     def column_logsumexp(
@@ -303,9 +303,9 @@ def _(features: Tensor, prototypes: Tensor, *_args: object) -> Tensor:
 
 def _empty_factored(features: Tensor, prototypes: Tensor) -> Tensor:
     """A vector ``[K]``."""
-    return features.new_empty(prototypes.shape[0], dtype=score_dtype(features))
+    return features.new_empty(prototypes.shape[0], dtype=compute_dtype(features))
 
 
 def _empty_columns(logits: list[Tensor]) -> Tensor:
     """A packed vector ``[ΣK]``."""
-    return logits[0].new_empty(sum(x.shape[1] for x in logits), dtype=score_dtype(logits[0]))
+    return logits[0].new_empty(sum(x.shape[1] for x in logits), dtype=compute_dtype(logits[0]))

@@ -15,7 +15,7 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
-from sslkit.assignments import score_dtype
+from sslkit.assignments import compute_dtype
 from sslkit.ops.exponentials import CUT_OFF, SMALLEST_EXPONENT, exp_, is_harmless, is_low
 from sslkit.slices import row_blocks
 
@@ -70,7 +70,7 @@ def _logsumexp(
         first = logits[next(row_blocks(B, K, logits.device))]
         smallest, largest = (x.item() / temperature for x in torch.aminmax(first))
         if largest - smallest <= -SMALLEST_EXPONENT:
-            shift = logits.new_full((K,), largest, dtype=score_dtype(logits))
+            shift = logits.new_full((K,), largest, dtype=compute_dtype(logits))
             total = _exp_sum(logits, temperature, -shift, row_mask)
             if is_harmless(total):
                 return shift, total
@@ -82,7 +82,7 @@ def _logsumexp(
 
 
 def _column_max(logits: Tensor, row_mask: Tensor | None) -> Tensor:
-    """``[K]`` in the score type, -inf where no row takes part."""
+    """``[K]`` in the type of computation, -inf where no row takes part."""
     B, K = logits.shape
     column_max = logits.new_full((K,), -torch.inf)
     for rows in row_blocks(B, K, logits.device):
@@ -90,7 +90,7 @@ def _column_max(logits: Tensor, row_mask: Tensor | None) -> Tensor:
         if row_mask is not None:
             block = block.masked_fill(row_mask[rows, None], -torch.inf)
         torch.maximum(column_max, block.amax(dim=0), out=column_max)
-    return column_max.to(score_dtype(logits))
+    return column_max.to(compute_dtype(logits))
 
 
 def _exp_sum(
@@ -102,7 +102,7 @@ def _exp_sum(
     total = torch.zeros_like(bias)
     taken = _row_weights(logits, row_mask, like=total)
     for rows, tile in _row_tiles(logits, like=total):
-        _write_scores(tile, logits, temperature, bias, rows, row_mask)
+        _write_scaled_logits(tile, logits, temperature, bias, rows, row_mask)
         total.addmv_(exp_(tile, cut=False).t(), taken[rows])
     return total
 
@@ -112,8 +112,9 @@ def _shifted_exp_sum(
 ) -> Tensor:
     """``Σ_b exp((logits_bk - column_max_k) / temperature)``.
 
-    The difference is taken of logits, where the largest one has exactly 0. Of scores, a fused
-    product is not rounded and the shift is: from 1e9 on that difference overflows an exponential.
+    The difference is taken of logits, where the largest one has exactly 0. Of scaled logits, a
+    fused product is not rounded and the shift is: from 1e9 on that difference overflows an
+    exponential.
     """
     total = torch.zeros_like(column_max)
     taken = _row_weights(logits, row_mask, like=total)
@@ -137,20 +138,20 @@ def _mass(logits: Tensor, temperature: float, bias: Tensor, row_mask: Tensor | N
     taken = _row_weights(logits, row_mask, like=mass)
     if logits.device.type != "cpu":
         for rows, tile in _row_tiles(logits, like=mass):
-            _write_scores(tile, logits, temperature, bias, rows, row_mask)
+            _write_scaled_logits(tile, logits, temperature, bias, rows, row_mask)
             mass.addmv_(torch.softmax(tile, dim=-1, out=tile).t(), taken[rows])
         return mass
     shifted = cut = False
     cut_off = mass.new_zeros(())  # an entry that was cut off in all rows
     for rows, tile in _row_tiles(logits, like=mass):
-        _write_scores(tile, logits, temperature, bias, rows, row_mask)
+        _write_scaled_logits(tile, logits, temperature, bias, rows, row_mask)
         if rows.start == 0:
             cut = is_low(tile)
         if not shifted:
             row_sums = exp_(tile, cut=cut).sum(dim=1)
             shifted = not is_harmless(row_sums)
             if shifted:
-                _write_scores(tile, logits, temperature, bias, rows, row_mask)
+                _write_scaled_logits(tile, logits, temperature, bias, rows, row_mask)
         if shifted:
             cut = True
             tile.sub_(tile.amax(dim=1, keepdim=True))
@@ -177,7 +178,7 @@ def _row_tiles(logits: Tensor, *, like: Tensor) -> Iterator[tuple[slice, Tensor]
         yield rows, memory[: rows.stop - rows.start]
 
 
-def _write_scores(
+def _write_scaled_logits(
     tile: Tensor,
     logits: Tensor,
     temperature: float,

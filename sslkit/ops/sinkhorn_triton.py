@@ -1,6 +1,6 @@
 r"""Triton kernels of `sslkit.ops.sinkhorn`: all levels and both losses in one launch a pass.
 
-Passes over the scores, each reading them once in their own type; nothing ``[B, K]`` is written:
+Passes over the logits, each reading them once in their own type; nothing ``[B, K]`` is written:
 
     column log-sum-exp    max_b s, Σ_b exp(s - max)    tiles of columns × chunks of rows → merge
     row log-sum-exp       lse_b = log Σ_k exp(s + u)   tiles of rows × chunks of columns → merge
@@ -9,11 +9,11 @@ Passes over the scores, each reading them once in their own type; nothing ``[B, 
 so T iterations read ``[B, K]`` 1 + 2 (T - 1) times. Each program owns one partial result for each
 of its columns (rows), written and read once: 16 bytes for 512 rows of the column log-sum-exp, 8 for
 512 rows of the column sum, 16 for 4096 columns of the row log-sum-exp, or 1.6 %, .8 % and .2 % of
-the bytes of 16-bit scores. They are merged in a fixed order, without atomics: equal inputs give
+the bytes of 16-bit logits. They are merged in a fixed order, without atomics: equal inputs give
 equal bits.
 
 **Grouped launches.** Up to `SLOTS` problems ``[B_i, K_i]`` of one type are ordinary kernel
-arguments x_i (scores), B_i, K_i and c_i (1 / temperature), and a program finds its problem by
+arguments x_i (logits), B_i, K_i and c_i (1 / temperature), and a program finds its problem by
 comparing its program id with the cumulative numbers of tiles. Nothing is copied from the host, so
 CUDA graphs can hold the launches. Per-column and per-row vectors of all problems are packed one
 after the other, ``[ΣK]`` and ``[ΣB]``.
@@ -32,7 +32,7 @@ are merged, by exp(inf - inf).
 rounding, the largest error there is, cancels between them.
 
 **Rows that take no part** are told by a vector ``excluded [ΣB]``: +inf for them, 0 for the others.
-Read as the log-sum-exp of a row, +inf gives it mass exp(-inf) = 0; its scores are not even loaded.
+Read as the log-sum-exp of a row, +inf gives it mass exp(-inf) = 0; its logits are not even loaded.
 (The log-sum-exp of a row in which +inf does occur is NaN.)
 """
 # mypy: disable-error-code="no-untyped-def"
@@ -53,7 +53,7 @@ SLOTS = 10
 class Tiling(NamedTuple):
     """A program walks along one axis for ``chunk`` elements, a tile of rows × columns at a time.
 
-    4096 elements are 32 a thread of four warps: four 16-byte loads of 16-bit scores in flight.
+    4096 elements are 32 a thread of four warps: four 16-byte loads of 16-bit logits in flight.
     """
 
     block_rows: int
@@ -392,7 +392,7 @@ def _load_bias(bias, first_column, k, K, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _include(m, z, s):
-    """Running maxima m and sums z of exp(s - m), with one score more in each lane."""
+    """Running maxima m and sums z of exp(s - m), with one value more in each lane."""
     d = s - m
     e = tl.exp(-tl.abs(d))
     return tl.maximum(m, s), tl.where(d > 0, z * e + 1.0, z + e)

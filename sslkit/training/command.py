@@ -110,16 +110,24 @@ class Recipe(Generic[S]):
 # -------------------------------------------------------------------------------------- main
 
 
-def main(recipe: Recipe[Any], arguments: Sequence[str] | None = None) -> None:
-    """Run a recipe from the command line, and exit with one line if it cannot go on."""
+def main(
+    recipe: Recipe[Any], arguments: Sequence[str] | None = None, *, program: str | None = None
+) -> None:
+    """Run a recipe from the command line, and exit with one line if it cannot go on.
+
+    Args:
+        recipe: the recipe.
+        arguments: words of the command line; by default those of this process.
+        program: command that runs the recipe, as it is typed; by default the script itself.
+    """
     try:
-        settings = parse(recipe, sys.argv[1:] if arguments is None else arguments)
+        words = sys.argv[1:] if arguments is None else arguments
+        settings = parse(recipe, words, program=program)
         run(recipe, settings)
     except Stopped as stopped:
-        launcher = "python" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "torchrun ..."
         output = shlex.quote(str(settings.output))
         if os.environ.get("RANK", "0") == "0":
-            print(f"{stopped}: {launcher} {shlex.quote(sys.argv[0])} --output {output} --resume")
+            print(f"{stopped}: {_started(program)} --output {output} --resume")
     except (SettingsError, NonFiniteLoss, CheckpointError, DamagedFile, UnusableData) as error:
         sys.exit(f"error: {error}")
     except TooManyUnreadable as error:
@@ -129,6 +137,14 @@ def main(recipe: Recipe[Any], arguments: Sequence[str] | None = None) -> None:
         if reason is None:
             raise
         sys.exit(f"error: {reason}")
+
+
+def _started(program: str | None) -> str:
+    """How the recipe was started, without its settings."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if program is None:
+        return f"{'python' if alone else 'torchrun ...'} {shlex.quote(sys.argv[0])}"
+    return program if alone else f"torchrun ... -m {program}"
 
 
 def run(recipe: Recipe[S], settings: S) -> None:
@@ -271,7 +287,7 @@ class _First:
     resume: bool = False
 
 
-def parse(recipe: Recipe[S], arguments: Sequence[str]) -> S:
+def parse(recipe: Recipe[S], arguments: Sequence[str], *, program: str | None = None) -> S:
     """The command line over the settings of the run in --output, or of --preset.
 
     Two settings are not taken from the run: whether to resume, and the stages. By default these are
@@ -281,7 +297,8 @@ def parse(recipe: Recipe[S], arguments: Sequence[str]) -> S:
     first, _ = tyro.cli(_First, args=words, return_unknown_args=True)
     default = recipe.presets[recipe.default]
     if first.preset is not None and first.preset not in recipe.presets:
-        tyro.cli(type(default), default=default, args=words)  # says which there are, and exits
+        # Says which presets there are, and exits.
+        tyro.cli(type(default), default=default, args=words, prog=program)
     default = recipe.presets[first.preset or recipe.default]
     stored = read_settings(first.output or default.output, default)
     if stored and (first.preset is None or (first.resume and first.preset == stored.preset)):
@@ -291,12 +308,14 @@ def parse(recipe: Recipe[S], arguments: Sequence[str]) -> S:
     default = replace(default, resume=False, accept_changes=False, stages=stages)
     weights = recipe.from_weights
     if not first.init_from or weights is None:
-        return tyro.cli(type(default), default=default, args=arguments)
+        return tyro.cli(type(default), default=default, args=arguments, prog=program)
     if stored is not None and goes_on(recipe, stored, first.init_from):
         decided = {name: getattr(stored, name) for name in weights.sections}
-        return tyro.cli(type(default), default=replace(default, **decided), args=arguments)
+        default = replace(default, **decided)
+        return tyro.cli(type(default), default=default, args=arguments, prog=program)
     default = weights.defaults(default, first.init_from)
-    return weights.resolve(tyro.cli(type(default), default=default, args=arguments), default)
+    typed = tyro.cli(type(default), default=default, args=arguments, prog=program)
+    return weights.resolve(typed, default)
 
 
 def require_typed(recipe: Recipe[S], stored: S, first: _First) -> None:

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 from sslkit.data import Source, StreamSource, open_source, open_stream, train_test_split
 from sslkit.data.fingerprint import changes, fingerprints
 from sslkit.files import read_json_object
-from sslkit.training.run import has_begun
+from sslkit.training.run import holds_training
 from sslkit.training.settings import RunSettings, SettingsError
 
 
@@ -71,8 +71,7 @@ def describe_sources(sources: Sources) -> str:
 def _require_same(settings: RunSettings, sources: Sources) -> None:
     """Refuse images or classes other than those that the run in --output began with."""
     path = settings.output / "data.json"
-    begun = path.exists() and any(has_begun(settings.output, name) for name in settings.stages)
-    if settings.accept_changes or not begun:
+    if settings.accept_changes or not (path.exists() and holds_training(settings.output)):
         return
     stored = read_json_object(path, "restore it, or remove it")
     if found := changes(stored, fingerprints(sources._asdict())):

@@ -1,6 +1,7 @@
 """Messages for failures that the surroundings of a run cause: disks, memory, processes."""
 
 import errno
+import re
 
 import torch
 
@@ -41,7 +42,7 @@ def explain(error: BaseException) -> str | None:
     if _out_of_memory(error):
         said = str(error).strip().split(". ")[0] or "out of memory"
         return (
-            f"{said}. Raise --accumulation or lower --batch-size (python -m sslkit.training.plan "
+            f"{said}. Raise --accumulation or lower --batch-size (sslkit plan "
             "says what fits), then continue with --resume from the last checkpoint"
         )
     if lost_worker(error):
@@ -52,10 +53,16 @@ def explain(error: BaseException) -> str | None:
         )
     if lost_contact(error):
         return (
-            f"another process of this job is gone ({error}). Its own message says why; start all "
-            "again with --resume, as torchrun --max-restarts does"
+            f"another process of this job is gone ({_first_sentence(error)}). Its own "
+            "message says why; start all again with --resume, as torchrun --max-restarts does"
         )
     return None
+
+
+def _first_sentence(error: BaseException) -> str:
+    """What an error of gloo or NCCL says first, without the line of its source file."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^\[[^\]]*:\d+\] ", "", lines[0]).split(". ")[0].rstrip(".")
 
 
 def _out_of_memory(error: BaseException) -> bool:

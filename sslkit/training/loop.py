@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from sslkit.backbones.weight_files import read_header
 from sslkit.data import (
     Batch,
     MultiCrop,
@@ -21,11 +22,11 @@ from sslkit.data import (
     make_loader,
 )
 from sslkit.data.throughput import DataWatch
+from sslkit.progress import TrainingProgress
 from sslkit.training.checkpoint import step_of
 from sslkit.training.data import Sources, describe_sources, open_training_images
 from sslkit.training.metrics import MetricsWriter
 from sslkit.training.monitor import CollapseMonitor, feature_std
-from sslkit.training.progress import TrainingProgress
 from sslkit.training.run import Run, require_fit
 from sslkit.training.run_files import write_file, write_settings
 from sslkit.training.settings import SettingsError, as_json
@@ -102,6 +103,7 @@ def train(
     """
     settings, parallel = run.settings, run.parallel
     if run.is_exported(stage):
+        run.read_export(stage, read_header)  # raises an error if it is damaged
         run.say(f"{stage}: finished already, {run.export_path(stage)}")
         return
     checkpoints = run.checkpoints(stage)
@@ -169,8 +171,8 @@ def train(
                 encoder = method.encoder()
                 if parallel.is_main:
                     record |= online(encoder.to(parallel.device))
-                    scores = ", ".join(f"{name} {100 * x:.1f} %" for name, x in record.items())
-                    progress.message(f"step {done}: {scores}")
+                    for name, score in record.items():
+                        progress.message(f"step {done}: {name} {100 * score:.1f} %")
             if parallel.is_main:
                 progress.update(done, loss=report.loss, images=batch_size)
                 if logged:

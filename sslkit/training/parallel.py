@@ -209,7 +209,7 @@ def shard_(
     """Shard the parameters of networks of one structure in place (FSDP2), before an optimizer.
 
     Every block, every head and then the rest of a network is a unit that is gathered before its
-    forward and backward pass and freed afterwards. Heads stay gathered between the two: scores are
+    forward and backward pass and freed afterwards. Heads stay gathered between the two: logits are
     the last of the forward pass and the first of the backward pass. Gradients are reduced in
     float32 and averaged over all processes.
 

@@ -138,13 +138,19 @@ class Run(Generic[S]):
             remedy = f"Delete it and make it again with {again}"
             if stage == "init":
                 remedy = "Restore it, or start again in another --output"
-            raise DamagedFile(f"{path} is damaged: {error}. {remedy}") from error
+            problem = str(error).rstrip(".?")
+            raise DamagedFile(f"{path} is damaged: {problem}. {remedy}") from error
 
 
 def has_begun(output: Path, stage: str) -> bool:
     """Whether there is anything of a stage to continue in the folder of a run."""
     checkpoints = Checkpoints(output / stage / "checkpoints")
     return bool(checkpoints.paths()) or (output / f"{stage}.safetensors").exists()
+
+
+def holds_training(output: Path) -> bool:
+    """Whether any stage has left a checkpoint or its file in the folder of a run."""
+    return any(output.glob("*/checkpoints/step_*")) or any(output.glob("*.safetensors"))
 
 
 def require_fit(checkpoints: Checkpoints, path: Path, network: Callable[[], nn.Module]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sslkit.files import atomic_write
-from sslkit.training.run import has_begun
+from sslkit.training.run import holds_training
 from sslkit.training.settings import RunSettings, SettingsError, as_json, from_json
 
 S = TypeVar("S", bound=RunSettings)
@@ -55,10 +55,8 @@ def write_settings(settings: RunSettings, stage_names: Sequence[str]) -> None:
         stage_names: all stages of the recipe, in order.
     """
     stored = read_settings(settings.output, settings)
-    if stored is not None:
-        begun = any(has_begun(settings.output, name) for name in stored.stages)
-        if begun or settings.resume:
-            asked = {*stored.stages, *settings.stages}
-            stages = tuple(name for name in stage_names if name in asked)
-            settings = replace(settings, stages=stages)
+    if stored is not None and (settings.resume or holds_training(settings.output)):
+        asked = {*stored.stages, *settings.stages}
+        stages = tuple(name for name in stage_names if name in asked)
+        settings = replace(settings, stages=stages)
     write_file(settings.output, "settings.json", as_json(settings))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -46,7 +47,7 @@ def own_folder(
         folder: the folder of the run; it is made if it is missing.
         names: files and folders in it that the run reads or writes.
         parallel: all processes of the run.
-        patience: seconds to wait for a run that is about to end.
+        patience: seconds to wait for an earlier attempt of the same job that is about to end.
 
     Raises:
         FolderError: the folder is in use, cannot be written or has such a link; in all processes.
@@ -78,12 +79,14 @@ def one_run_at_a_time(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
     works between machines if the file system has POSIX locks (NFS has them, Lustre with the mount
     option ``flock``). Without any locks, a warning says that nothing keeps a second run out.
 
-    The file holds the name of the host, the process and the time, for the message. It is removed at
-    the end of the block. So is the folder, if this block made it and leaves it empty.
+    The file holds the name of the host, the process, the time and the job, for the message and for
+    ``patience``. It is removed at the end of the block. So is the folder, if this block made it and
+    leaves it empty.
 
     Args:
         folder: the folder of a run; it is made if it is missing.
-        patience: seconds to wait for a run that is about to end.
+        patience: seconds to wait for an earlier attempt of the same job that is about to end. A
+            lock of another job (see `job_name`) is not waited for.
 
     Raises:
         FolderError: another run, or another block of this process, has the lock; the message names
@@ -104,6 +107,7 @@ def one_run_at_a_time(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
             "host": socket.gethostname(),
             "process": os.getpid(),
             "since": datetime.now().isoformat(" ", "seconds"),
+            "job": job_name(),
         }
         os.write(descriptor, json.dumps(record).encode())
         yield
@@ -113,6 +117,17 @@ def one_run_at_a_time(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
         os.close(descriptor)
         if new and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def job_name() -> str | None:
+    """The name that Slurm, or else torchrun, gives to this job; it stays when the job is restarted.
+
+    None for a process that neither has started.
+    """
+    slurm, torchrun = (os.environ.get(of) for of in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"))
+    if slurm:
+        return f"Slurm job {slurm}"
+    return f"torchrun {torchrun}" if torchrun else None
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
@@ -146,8 +161,10 @@ def _acquire(path: Path, deadline: float) -> int:
         try:
             check_regular(path, os.fstat(descriptor).st_mode)
             if not _lock(descriptor, path):
-                if time.monotonic() > deadline:
-                    raise FolderError(_in_use(descriptor, path))
+                record = _read_record(descriptor)
+                is_another_job = "job" in record and record["job"] != job_name()
+                if is_another_job or time.monotonic() > deadline:
+                    raise FolderError(_in_use(record, path))
             elif _is_at(descriptor, path):
                 return descriptor
         except BaseException:
@@ -190,9 +207,17 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _in_use(descriptor: int, path: Path) -> str:
+def _read_record(descriptor: int) -> dict[str, Any]:
+    """What the lock file says; nothing if it is damaged, or just being written."""
     try:
         record = parse_json(os.read(descriptor, 1000), LOCK)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _in_use(record: dict[str, Any], path: Path) -> str:
+    try:
         host, process, since = (record[name] for name in ("host", "process", "since"))
         who = f"process {int(process)} on host {str(host)!r} since {str(since)!r}"
     except (ValueError, TypeError, KeyError):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from types import FrameType
 from typing import TypeVar
 
 T = TypeVar("T")
+_ONE_PRESS = 1.0  # seconds within which several SIGINT are one request
 
 
 class _StopWaiting(BaseException):
@@ -25,7 +27,7 @@ class StopRequest:
     """
 
     number: int = 0
-    _interrupts: int = field(default=0, repr=False)
+    _interrupted: float | None = field(default=None, repr=False)
     _waiting: bool = field(default=False, repr=False)
 
     @property
@@ -51,9 +53,12 @@ class StopRequest:
         first = not self.arrived
         self.number = self.number or number
         if number == signal.SIGINT:
-            self._interrupts += 1
-            if self._interrupts > 1:
-                raise KeyboardInterrupt
+            now = time.monotonic()
+            if self._interrupted is not None:
+                if now - self._interrupted >= _ONE_PRESS:
+                    raise KeyboardInterrupt
+                return
+            self._interrupted = now
             with contextlib.suppress(OSError):  # print may be at work already, and not enter twice
                 os.write(2, b"\nstopping after this step; Ctrl-C again ends at once\n")
         if first and self._waiting:
@@ -65,9 +70,10 @@ def stop_request() -> Iterator[StopRequest]:
     """Note SIGTERM and SIGINT instead of ending, in a ``with`` block in the main thread.
 
     A training loop looks at ``arrived`` between two steps, saves and leaves. A second SIGINT raises
-    KeyboardInterrupt. A second SIGTERM is only noted; SIGKILL ends the process at once. If SIGINT
-    was ignored before, as in a shell's background jobs, it stays ignored. The earlier handlers are
-    restored at the end of the block.
+    KeyboardInterrupt, unless it comes within a second of the first: a scheduler that signals every
+    process of a job, and torchrun, which passes the signal on, send it twice. A second SIGTERM is
+    only noted; SIGKILL ends the process at once. If SIGINT was ignored before, as in a shell's
+    background jobs, it stays ignored. The earlier handlers are restored at the end of the block.
 
     >>> with stop_request() as request:
     ...     os.kill(os.getpid(), signal.SIGTERM)

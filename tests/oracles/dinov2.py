@@ -6,12 +6,15 @@ it divides by, in which order it updates a centre, what its heads normalise.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.oracles.losses import assignment_probs, cross_entropy
 from tests.oracles.sinkhorn import sinkhorn_in_exp_domain
+from tests.oracles.vit import vit
 
 
 class DINOLoss:
@@ -147,6 +150,52 @@ class DINOHead:
             norm = math.hypot(*z)
             rows.append(last_layer(self.tensors, "last_layer.", [value / norm for value in z]))
         return torch.tensor(rows, dtype=torch.float64)
+
+
+class DinoVisionTransformer:
+    """What the two methods give of the tokens [B, 1 + R + N, D] of `tests.oracles.vit.vit`."""
+
+    def __init__(self, state: dict[str, Tensor], heads: int):
+        self.state = state
+        self.heads = heads
+        self.patch_size = state["patch_embed.proj.weight"].shape[-1]
+        self.num_registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+
+    def _layers(self, x: Tensor, norm: bool, masks: Tensor | None = None) -> list[Tensor]:
+        rule = "antialias" if self.num_registers else "dinov2"
+        return vit(self.state, x, heads=self.heads, masks=masks, rule=rule, norm=norm)
+
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Any]:
+        normed = self._layers(x, True, masks)[-1]
+        first = 1 + self.num_registers
+        return {
+            "x_norm_clstoken": normed[:, 0],
+            "x_norm_regtokens": normed[:, 1:first],
+            "x_norm_patchtokens": normed[:, first:],
+            "x_prenorm": self._layers(x, False, masks)[-1],
+            "masks": masks,
+        }
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Any, ...]:
+        """``n`` is a number of last blocks or indices; the order is that of the blocks."""
+        layers, found = self._layers(x, norm), []
+        for i, tokens in enumerate(layers):
+            if i not in (range(len(layers) - n, len(layers)) if isinstance(n, int) else n):
+                continue
+            patches = tokens[:, 1 + self.num_registers :]  # [B, N, D]
+            if reshape:
+                columns = x.shape[3] // self.patch_size
+                rows = [patches[:, j : j + columns] for j in range(0, patches.shape[1], columns)]
+                patches = torch.stack(rows, dim=1).movedim(-1, 1)  # [B, D, H, W]
+            found.append((patches, tokens[:, 0]) if return_class_token else patches)
+        return tuple(found)
 
 
 class CosineScheduler:

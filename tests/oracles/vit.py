@@ -125,8 +125,12 @@ def vit(
     masks: Tensor | None = None,
     rule: str = "dinov2",
     eps: float = 1e-6,
+    norm: bool = True,
 ) -> list[Tensor]:
-    """The normed tokens [B, 1 + R + N, D] after each block: class token, registers, patches."""
+    """The tokens [B, 1 + R + N, D] after each block: class token, registers, patches.
+
+    Each is passed through the final norm, unless ``norm`` is False.
+    """
     state = {name: tensor.double() for name, tensor in state.items()}
     kernel, images = state["patch_embed.proj.weight"], images.double()
     D, C, ph, pw = kernel.shape
@@ -157,5 +161,5 @@ def vit(
         x = x + state[f"{block}.ls1.gamma"] * y
         y = mlp(layer_norm(x, state, f"{block}.norm2", eps), state, f"{block}.mlp")
         x = x + state[f"{block}.ls2.gamma"] * y
-        outputs.append(layer_norm(x, state, "norm", eps))
+        outputs.append(layer_norm(x, state, "norm", eps) if norm else x)
     return outputs

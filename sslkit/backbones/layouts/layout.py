@@ -47,7 +47,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Stated:
-    """What the caller states because a file does not say it; see ``sslkit.backbones.read``."""
+    """Arguments of ``sslkit.backbones.load_pretrained`` that say what a file does not."""
 
     num_heads: int | None = None
     architecture: str | None = None

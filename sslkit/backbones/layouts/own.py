@@ -7,5 +7,5 @@ from sslkit.backbones.layouts.layout import Layout, Source
 
 
 def describe(described: Mapping[str, Any]) -> Layout:
-    """The layout of a header that ``sslkit.backbones.checkpoint.parse_header`` read."""
+    """The layout of a header that ``sslkit.backbones.encoder_file.parse_header`` read."""
     return Layout("sslkit's own", dict(described["settings"]), lambda name: Source((name,)))

@@ -81,7 +81,7 @@ _TIMM_NOTE = (
     "resampled as in timm. For theirs give pos_interpolation='dinov2'"
 )
 _IBOT_NOTE = (
-    "taken for DINO's or iBOT's by its wrapper; positions are resampled as there. For a checkpoint "
+    "taken for DINO's or iBOT's by its wrapper; positions are resampled as there. For weights "
     "of timm give pos_interpolation='antialias'"
 )
 

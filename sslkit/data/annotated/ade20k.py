@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from sslkit.data.annotated.files import (
+from sslkit.data.annotated.annotated_files import (
     AnnotatedFiles,
     check_files,
     check_layout,

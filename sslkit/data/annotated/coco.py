@@ -15,6 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sslkit.data.annotated.annotated_files import (
+    AnnotatedFiles,
+    check_files,
+    check_layout,
+    find_folder,
+    list_files,
+    read_json,
+)
 from sslkit.data.annotated.boxes import is_finite_number, is_numbers
 from sslkit.data.annotated.coco_classes import (
     COARSE_CLASSES,
@@ -24,14 +32,6 @@ from sslkit.data.annotated.coco_classes import (
     NUM_FINE_THINGS,
 )
 from sslkit.data.annotated.coco_regions import region_mask
-from sslkit.data.annotated.files import (
-    AnnotatedFiles,
-    check_files,
-    check_layout,
-    find_folder,
-    list_files,
-    read_json,
-)
 from sslkit.data.decode import MAX_SIDE, MAX_STORED_SIDE, UnreadableImage
 from sslkit.data.string_table import StringTable
 

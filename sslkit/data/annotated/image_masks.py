@@ -38,8 +38,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sslkit.data.annotated.annotated_files import AnnotatedFiles, read_json, read_text
 from sslkit.data.annotated.boxes import is_numbers
-from sslkit.data.annotated.files import AnnotatedFiles, read_json, read_text
 from sslkit.data.decode import MAX_BYTES, MAX_SIDE, UnreadableImage, open_image, unreadable_as
 from sslkit.data.image_formats import IMAGE_EXTENSIONS
 from sslkit.data.labels import as_label

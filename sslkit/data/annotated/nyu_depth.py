@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslkit.data.annotated.files import (
+from sslkit.data.annotated.annotated_files import (
     AnnotatedFiles,
     check_files,
     describe_layout,

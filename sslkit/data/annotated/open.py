@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from sslkit.data.annotated.ade20k import ADE20K
+from sslkit.data.annotated.annotated_source import Paired
 from sslkit.data.annotated.coco import COCOStuff, COCOThings
 from sslkit.data.annotated.nyu_depth import open_nyu_depth
 from sslkit.data.annotated.openood import ImageList, find_list_root
 from sslkit.data.annotated.pascal_voc import VOCBoxes, VOCSegmentation
-from sslkit.data.annotated.protocols import Paired
 from sslkit.data.annotated.spair import SPair
 from sslkit.data.decode import MAX_SIDE
-from sslkit.data.protocols import Source
+from sslkit.data.image_source import Source
 from sslkit.data.sources import open_source
 from sslkit.data.splits import Split, train_test_split
 

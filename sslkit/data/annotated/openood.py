@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from sslkit.data.annotated.files import describe_layout, read_text
+from sslkit.data.annotated.annotated_files import describe_layout, read_text
 from sslkit.data.decode import MAX_SIDE
 from sslkit.data.image_files import ImageFiles
 from sslkit.data.labels import as_label, check_num_classes

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
-from sslkit.data.annotated.files import (
+from sslkit.data.annotated.annotated_files import (
     AnnotatedFiles,
     check_files,
     check_layout,

@@ -13,15 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sslkit.data.annotated.boxes import check_boxes, is_numbers
-from sslkit.data.annotated.files import (
+from sslkit.data.annotated.annotated_files import (
     check_files,
     check_layout,
     image_sizes,
     read_json,
     read_names,
 )
-from sslkit.data.annotated.protocols import KeypointPair
+from sslkit.data.annotated.annotated_source import KeypointPair
+from sslkit.data.annotated.boxes import check_boxes, is_numbers
 from sslkit.data.decode import MAX_SIDE, read_image
 from sslkit.data.labels import as_label
 from sslkit.data.string_table import StringTable

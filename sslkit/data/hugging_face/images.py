@@ -162,7 +162,7 @@ class HuggingFaceImages(_Rows):
         # Arrow's buffers are views of the file: of large images, only the ends are read.
         for batch in self._dataset.select_columns([image]).with_format("arrow").iter(1000):
             for scalar in batch[image]:
-                if isinstance(scalar, pyarrow.StructScalar) and "bytes" in scalar.type.names:
+                if isinstance(scalar, pyarrow.StructScalar) and "bytes" in scalar:
                     content = scalar["bytes"] if scalar.is_valid else None
                     if content is not None and content.is_valid:
                         yield content.as_buffer()

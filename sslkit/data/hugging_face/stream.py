@@ -12,7 +12,7 @@ from sslkit.data.decode import MAX_SIDE, UnreadableImage
 from sslkit.data.hugging_face.columns import Columns, cell_key
 from sslkit.data.hugging_face.images import RowsInMemory
 from sslkit.data.hugging_face.places import Places
-from sslkit.data.protocols import MAX_REPLACEMENTS, StreamItem
+from sslkit.data.image_source import MAX_REPLACEMENTS, StreamItem
 from sslkit.data.seeds import sample_seed
 from sslkit.data.splits import check_test_fraction, name_hash
 from sslkit.data.unreadable import TooManyUnreadable
@@ -26,7 +26,7 @@ _ROWS_AT_A_TIME = 16
 class HuggingFaceStream:
     """A ``datasets.IterableDataset`` as an endless stream.
 
-    It is a :class:`~sslkit.data.protocols.StreamSource`.
+    It is a :class:`~sslkit.data.image_source.StreamSource`.
 
     The stream has ``S = min(dataset.num_shards, max_lanes)`` lanes. Lane l holds the shards (the
     files) ``l``, ``l + S``, ``l + 2 S``, ... and is read to its end over and over. Pass e of it

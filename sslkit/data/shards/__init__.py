@@ -1,4 +1,4 @@
-"""Tar shards: as a source of images, and made from a folder (``python -m sslkit.data.shards``)."""
+"""Tar shards: as a source of images, and made from a folder (``sslkit shards``)."""
 
 from sslkit.data.shards.source import TarShards
 from sslkit.data.shards.urls import expand_shards

@@ -42,7 +42,7 @@ class TarShards:
     Local shards are read in place. Any other URL that ``webdataset.gopen`` or fsspec can open
     (``pipe:``, ``http:``, ``s3:``, ...) is copied as a whole into a cache folder when an image of
     it is first needed. The number of samples of each shard and the classes stand in an index
-    ``shards.json`` beside the shards, which ``python -m sslkit.data.shards`` writes (a
+    ``shards.json`` beside the shards, which ``sslkit shards`` writes (a
     webdataset index with ``shardlist``, ``url``, ``nsamples`` and ``filesize`` does too). What
     it does not say about a shard, or where its ``filesize`` is not that of a local shard, is read
     from the shard when the source is opened: 0.3 s for 10,000 images in a local file; a remote

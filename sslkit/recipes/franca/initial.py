@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sslkit import backbones
-from sslkit.backbones import Loaded, ViTEncoder
+from sslkit.backbones import Pretrained, ViTEncoder
 from sslkit.backbones.heads import misfit
 from sslkit.matryoshka import MatryoshkaProjector
 from sslkit.recipes.franca.settings import Model, Settings
@@ -93,10 +93,10 @@ FROM_WEIGHTS = FromWeights[Settings](
 )
 
 
-def _read(init_from: str, **options: Any) -> Loaded:
+def _read(init_from: str, **options: Any) -> Pretrained:
     """Weights, or an error that names the flag."""
     try:
-        loaded = backbones.read(init_from, **options)
+        loaded = backbones.load_pretrained(init_from, **options)
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise SettingsError(f"--init-from {init_from}: {error}") from error
     if isinstance(loaded.encoder.vit.norm, nn.Sequential):

@@ -170,6 +170,67 @@ PRESETS["smoke"] = replace(
         resize_over_crop=1.0,
     ),
 )
+# Thousands of your own photographs, one GPU, from scratch: a ViT-S. The values are reasoned, from
+# what was measured at small size here (docs/cifar10.md, docs/log.md) and from DINO's ViT-S (arXiv
+# 2104.14294 and its code). A full run has not been scored.
+PRESETS["photos"] = Settings(
+    preset="photos",
+    data="photos",
+    # 5 million images: a hundred passes over 50,000 photographs, DINO's shortest schedule.
+    steps=20_000,
+    # Somebody with a ViT-S and data of their own found at most 256 images best (dinov2 issue 272).
+    # In four micro-batches the step takes 13 GiB of a GPU, by the planner.
+    batch_size=256,
+    accumulation=4,
+    checkpoint_every=1000,
+    keep_every=0,
+    model=Model(
+        # Franca's LayerScale of 1e-5 keeps the blocks near the identity for thousands of steps.
+        # CaiT (arXiv 2103.17239) begins with .1 up to a depth of 18.
+        backbone="franca_vits14",
+        backbone_settings='{"init_values": 0.1}',
+        # Two rows of batch and queue (2 * 256 + 1536) for each prototype, and five images of
+        # 5,000. With more prototypes than rows, the losses of short runs stay at ln K.
+        num_prototypes=1024,
+        # 16 M parameters beside 22 M of the encoder. Franca's sizes would be 53 M.
+        hidden_dim=1024,
+        dino_bottleneck_dim=256,
+        ibot_bottleneck_dim=256,
+    ),
+    # Six local crops have most of what eight or ten give (DINO, table 8), for less time and memory.
+    crops=Crops(num_local=6),
+    # Sharp targets learn faster in short runs. The queue is three steps old, and the teacher moves
+    # in hundreds.
+    targets=Targets(temperature=0.04, queue=1536),
+    # At small size iBOT first learns where a patch is: .2 in `cifar10`, .5 in `adapt`.
+    losses=Losses(ibot=0.5),
+    optim=Optim(
+        base_lr=1e-3,  # 5e-4 at 256 images, DINO's rate for a ViT-S
+        lr_warmup=0.1,  # DINO's ten of a hundred epochs
+        patch_embed_lr_scale=1.0,
+        freeze_prototypes=0.01,
+        # A teacher of 500 steps, 2.5 % of the run as in `cifar10`. Smaller batches want a slower
+        # one: .994 at 2048 images is .9993 at 256 (arXiv 2307.13813).
+        momentum=(0.998, 1.0),
+    ),
+    # 5 % more steps at 336 pixels, which most photographs have. Half the batch, so that it takes no
+    # more memory than the pretraining.
+    highres=HighRes(
+        steps=1000,
+        global_size=336,
+        batch_size=128,
+        lr_scale=0.1,
+        lr_warmup=0.1,
+        freeze_prototypes=0.01,
+    ),
+    evaluation=Evaluation(
+        num_train=20_000,
+        num_test=5_000,
+        online_train=5_000,
+        online_test=1_000,
+        online_every=1000,
+    ),
+)
 # Weights of --init-from on hundreds or thousands of images, one GPU or CPU (docs/adapt.md has the
 # reasons). The file decides the backbone and, for as long as nobody says otherwise, the crops.
 PRESETS["adapt"] = Settings(

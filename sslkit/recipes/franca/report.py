@@ -15,7 +15,7 @@ from sslkit import CyclicMaskGenerator, MatryoshkaProjector, backbones
 from sslkit.data import MultiCrop, Source, UnreadableImage
 from sslkit.data.channels import with_channels
 from sslkit.evaluation import figures as draw
-from sslkit.evaluation import report
+from sslkit.evaluation import markdown_report
 from sslkit.evaluation.attention import cls_attention
 from sslkit.evaluation.cluster_entropy import position_entropy, shuffled
 from sslkit.evaluation.features import evenly_spaced, extract
@@ -53,7 +53,7 @@ def write_report(run: Run[Settings]) -> None:
         **feature_pictures(run, results, last, sources.test),
     }
     columns = ("Score", "Value [95 % interval over test images]")
-    page = report.write_report(
+    page = markdown_report.write_report(
         run.output,
         title=f"Franca on {settings.data}",
         settings=dataclasses.asdict(settings),
@@ -61,7 +61,7 @@ def write_report(run: Run[Settings]) -> None:
         columns=columns,
         figures=figures,
     )
-    print(report.format_table([columns, *rows]))
+    print(markdown_report.format_table([columns, *rows]))
     print(f"report: {page}")
 
 
@@ -196,12 +196,11 @@ def view_pictures(run: Run[Settings], train: Source) -> dict[str, Figure]:
         CyclicMaskGenerator(grid, **masked | {"shift": shift})(2000, generator=generator)
         for shift in (True, False)
     ]
-    global_crops = torch.stack([view.globals_ for view in views])
-    local_crops = torch.stack([view.locals_ for view in views])
+    crops = "image view ... -> view image ..."
     return {
         "crops_and_masks": draw.crops_and_masks(
-            list(rearrange(global_crops, "image view ... -> view image ...")),
-            list(rearrange(local_crops, "image view ... -> view image ...")),
+            list(rearrange([view.globals_ for view in views], crops)),
+            list(rearrange([view.locals_ for view in views], crops)),
             list(rearrange(masks, "(view image) H W -> view image H W", image=len(views))),
         ),
         "mask_exposure": draw.mask_exposure(*(m.float().mean(0) for m in exposure)),
@@ -229,10 +228,11 @@ def feature_pictures(
     if run.is_exported("rasa"):
         errors = run.read_export("rasa", read_position_errors)
         r2 = results["position_r2"]
+        positions = rearrange(patch_positions(H, W), "h w yx -> (h w) yx")
         figures["rasa"] = draw.position_error(
             errors,
             r2={"linear": (r2[last], r2["rasa"])},
-            chance=patch_positions(H, W).flatten(0, 1).var(0, correction=0).mean().item(),
+            chance=positions.var(0, correction=0).mean().item(),
         )
         figures["cluster_entropy"] = cluster_entropy_picture(run, last, test)
     return figures
@@ -256,7 +256,8 @@ def cluster_entropy_picture(run: Run[Settings], last: str, test: Source) -> Figu
     At the finest level that has, on average, a patch for each cluster and position.
     """
     options = run.settings.evaluation
-    head = cast(MatryoshkaProjector, run.read_export(last, backbones.read).heads["ibot_head"])
+    pretrained = run.read_export(last, backbones.load_pretrained)
+    head = cast(MatryoshkaProjector, pretrained.heads["ibot_head"])
     counts = head.num_prototypes_per_level
     images = evenly_spaced(len(test), options.num_dense)
     level = max((level for level, k in enumerate(counts) if k <= len(images)), default=0)

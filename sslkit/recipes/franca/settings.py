@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sslkit.training.settings import RunSettings
 
 PresetName = Literal[
-    "demo", "smoke", "cifar10", "adapt", "vitb14_in21k", "vitl14_in21k", "vitg14_laion"
+    "demo", "smoke", "cifar10", "photos", "adapt", "vitb14_in21k", "vitl14_in21k", "vitg14_laion"
 ]
 StageName = Literal["pretrain", "highres", "rasa", "evaluate", "report"]
 
@@ -271,7 +271,7 @@ class Settings(RunSettings):
     output: Path = Path("runs/franca")
     """Folder of the run. Every stage reads and writes here."""
     init_from: str = ""
-    """Weights to continue training from: any file or name that sslkit.backbones.read takes."""
+    """Weights to start from: any file or name that sslkit.backbones.load_pretrained takes."""
     model: Model = field(default_factory=Model)
     crops: Crops = field(default_factory=Crops)
     masks: Masks = field(default_factory=Masks)

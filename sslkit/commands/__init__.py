@@ -1,0 +1,1 @@
+"""The `sslkit` command: one module for each subcommand."""
