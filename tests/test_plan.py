@@ -137,7 +137,7 @@ def test_a_gpu_runs_its_own_bodies():
     """Attention is one kernel, and logits that are formed in chunks take no memory of their own."""
     settings = tiny(
         precision="bfloat16",
-        model={"backbone": "sslkit_vit_tiny", "num_prototypes": 512},
+        model={"backbone": "sslkit_vit_tiny", "num_prototypes": 1000},
         masks={"mask_ratio": (0.5, 0.5), "mask_probability": 1.0},
     )
     with record_bodies() as ran:
@@ -146,11 +146,12 @@ def test_a_gpu_runs_its_own_bodies():
     with record_bodies() as ran:
         factored = plan(replace(settings, model=replace(settings.model, factored=True)))
     assert ("linear_soft_cross_entropy", "triton") in ran
-    assert factored.kinds.get("logits", 0) < written.kinds["logits"] / 2
+    assert "logits" in written.kinds
+    assert "logits" not in factored.kinds
     # The student's logits are formed once more, the teacher's in each iteration and each loss.
     B, T, M = settings.batch_size, settings.targets.num_iterations, 2 * settings.batch_size * 32
     rows = 4 * B + (T + 1) * 2 * B + M + (T + 1) * M
-    products = 2 * rows * settings.model.dino_bottleneck_dim * (32 + 64 + 128 + 256 + 512)
+    products = 2 * rows * settings.model.dino_bottleneck_dim * (62 + 125 + 250 + 500 + 1000)
     assert factored.flops - written.flops == products
 
 
