@@ -91,7 +91,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(
             f"module 'sslkit.training' has no attribute {name!r}; it has {__all__}"
         )
-    return getattr(import_module(_HOME[name]), name)
+    # Kept: to import sslkit.training.distribute puts the module where the function belongs.
+    globals()[name] = found = getattr(import_module(_HOME[name]), name)
+    return found
 
 
 def __dir__() -> list[str]:
