@@ -389,7 +389,13 @@ STAGES = {
     "evaluate": Stage(evaluation.compare_stages, result="results.json", section="evaluation"),
     "report": Stage(report.write_report, result="report.md"),
 }
-RECIPE = Recipe(presets.PRESETS, STAGES, checks.check, from_weights=initial.FROM_WEIGHTS)
+RECIPE = Recipe(
+    presets.PRESETS,
+    STAGES,
+    checks.check,
+    from_weights=initial.FROM_WEIGHTS,
+    method=lambda run: Franca("pretrain", run.settings, run),
+)
 
 if __name__ == "__main__":
     run_command(partial(main, RECIPE))

@@ -13,7 +13,7 @@ from torch import nn
 from sslkit import backbones
 from sslkit.backbones.cnn import CNN_KEY
 from sslkit.evaluation.models import open_model
-from sslkit.training.distribution import synchronise_batch_norms_
+from sslkit.training.replica import synchronise_batch_norms_
 from sslkit.training.parallel import Parallel
 from sslkit.training.settings import SettingsError
 

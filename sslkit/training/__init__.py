@@ -14,7 +14,7 @@ _HOME = {
     "Method": "sslkit.training.loop",
     "MetricsWriter": "sslkit.training.metrics",
     "NonFiniteLoss": "sslkit.training.finite",
-    "Replica": "sslkit.training.distribution",
+    "Replica": "sslkit.training.replica",
     "Run": "sslkit.training.run",
     "RunSettings": "sslkit.training.settings",
     "SettingsError": "sslkit.training.settings",
@@ -23,7 +23,7 @@ _HOME = {
     "Watched": "sslkit.training.step",
     "atomic_write": "sslkit.files",
     "clip_gradients": "sslkit.training.optim",
-    "distribute": "sslkit.training.distribution",
+    "distribute": "sslkit.training.replica",
     "feature_std": "sslkit.training.monitor",
     "micro_batches": "sslkit.training.step",
     "moments": "sslkit.training.optim",
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from sslkit.progress import TrainingProgress, track
     from sslkit.training.batch_norm import standardise
     from sslkit.training.checkpoint import CheckpointError, Checkpoints
-    from sslkit.training.distribution import Replica, distribute
+    from sslkit.training.replica import Replica, distribute
     from sslkit.training.finite import NonFiniteLoss, require_finite
     from sslkit.training.loop import Method, train
     from sslkit.training.metrics import MetricsWriter, read_metrics
@@ -91,7 +91,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(
             f"module 'sslkit.training' has no attribute {name!r}; it has {__all__}"
         )
-    return getattr(import_module(_HOME[name]), name)
+    # Kept: to import sslkit.training.distribute puts the module where the function belongs.
+    globals()[name] = found = getattr(import_module(_HOME[name]), name)
+    return found
 
 
 def __dir__() -> list[str]:
