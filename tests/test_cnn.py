@@ -13,8 +13,8 @@ from torch import nn
 from sslkit import backbones
 from sslkit.backbones.cnn import CNN_KEY
 from sslkit.evaluation.models import open_model
-from sslkit.training.replica import synchronise_batch_norms_
 from sslkit.training.parallel import Parallel
+from sslkit.training.replica import synchronise_batch_norms_
 from sslkit.training.settings import SettingsError
 
 SMALL: dict[str, Any] = {"layers": [1, 1, 1, 1], "channels": [32, 32, 32, 32], "output_stride": 8}

@@ -70,7 +70,6 @@ if TYPE_CHECKING:
     from sslkit.progress import TrainingProgress, track
     from sslkit.training.batch_norm import standardise
     from sslkit.training.checkpoint import CheckpointError, Checkpoints
-    from sslkit.training.replica import Replica, distribute
     from sslkit.training.finite import NonFiniteLoss, require_finite
     from sslkit.training.loop import Method, train
     from sslkit.training.metrics import MetricsWriter, read_metrics
@@ -81,6 +80,7 @@ if TYPE_CHECKING:
         parameter_groups,
         set_hyperparameters,
     )
+    from sslkit.training.replica import Replica, distribute
     from sslkit.training.run import Run
     from sslkit.training.settings import RunSettings, SettingsError
     from sslkit.training.step import StepReport, Watched, micro_batches
@@ -91,9 +91,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(
             f"module 'sslkit.training' has no attribute {name!r}; it has {__all__}"
         )
-    # Kept: to import sslkit.training.distribute puts the module where the function belongs.
-    globals()[name] = found = getattr(import_module(_HOME[name]), name)
-    return found
+    return getattr(import_module(_HOME[name]), name)  # no module is named like a public name
 
 
 def __dir__() -> list[str]:
