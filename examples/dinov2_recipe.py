@@ -16,13 +16,17 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-import sslkit
-from sslkit import Assignments, backbones, schedules
-from sslkit.assignments import usage
+from sslkit import backbones, schedules
+from sslkit.assignments import Assignments, usage
 from sslkit.command_line import run_command
 from sslkit.data import Batch
 from sslkit.data.batch_masks import sharded_masks
+from sslkit.losses import DINOLoss, KoLeoLoss, iBOTLoss
+from sslkit.masking import CyclicMaskGenerator
+from sslkit.matryoshka import MatryoshkaProjector
 from sslkit.recipes import shared
+from sslkit.targets import Targets
+from sslkit.teacher import EMATeacher
 from sslkit.training import Run, StepReport, Watched, distribute, micro_batches
 from sslkit.training.checks import not_shares
 from sslkit.training.command import main
@@ -71,8 +75,8 @@ class Network(nn.Module):
         self.backbone = backbones.create(s.backbone, img_size=s.crops.global_size)
         D = self.backbone.embed_dim
         sizes: dict[str, Any] = {"hidden_dim": 256, "bottleneck_dim": 64}
-        self.dino_head = sslkit.MatryoshkaProjector(D, s.num_prototypes, nesting_dims=(D,), **sizes)
-        self.ibot_head = sslkit.MatryoshkaProjector(D, s.num_prototypes, nesting_dims=(D,), **sizes)
+        self.dino_head = MatryoshkaProjector(D, s.num_prototypes, nesting_dims=(D,), **sizes)
+        self.ibot_head = MatryoshkaProjector(D, s.num_prototypes, nesting_dims=(D,), **sizes)
 
     def forward(self, crops: list[Tensor], masks: Tensor, *, hide: bool) -> Outputs:
         """Crops [V * B, C, g, g], then the local ones; masks bool [V * B, H, W]."""
@@ -92,21 +96,19 @@ class DINOv2:
         s, self.run, self.parallel = run.settings, run, run.parallel
         torch.manual_seed(s.seed)
         self.student = Network(s).to(self.parallel.device)
-        self.teacher = sslkit.EMATeacher(self.student)
+        self.teacher = EMATeacher(self.student)
         heads = {"dino": self.student.dino_head, "ibot": self.student.ibot_head}
         prototypes = {name: head.prototypes[0] for name, head in heads.items()}
-        options: dict[str, Any] = {"kind": s.targets, "group": self.parallel.group}
-        self.targets = sslkit.Targets(prototypes, bound=1.0, **options)  # cosines
+        self.targets = Targets(prototypes, kind=s.targets, bound=1.0, group=self.parallel.group)
         self.targets.to(self.parallel.device)
         self.num_prototypes = self.targets.num_prototypes
-        self.dino, self.ibot = sslkit.DINOLoss(), sslkit.iBOTLoss()
-        self.koleo = sslkit.KoLeoLoss(group=self.parallel.group)
+        self.dino, self.ibot = DINOLoss(), iBOTLoss()
+        self.koleo = KoLeoLoss(group=self.parallel.group)
         networks, parts = (self.student, self.teacher.module), ["dino_head", "ibot_head"]
         self.replica = distribute(networks, run, blocks=["backbone.vit.blocks"], float32=parts)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.student), lr=0.0)
-        self.draw = sslkit.CyclicMaskGenerator(
-            self.student.backbone.grid_size, kind="block", shift=False, mask_ratio=s.mask_ratio
-        )
+        grid = self.student.backbone.grid_size
+        self.draw = CyclicMaskGenerator(grid, kind="block", shift=False, mask_ratio=s.mask_ratio)
 
     def losses(
         self, student: Outputs, targets: dict[str, Assignments], masks: Tensor

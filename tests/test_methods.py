@@ -59,7 +59,7 @@ def settings_of(name: str, *more: str) -> Any:
 def method(name: str, settings: Any, parallel: Parallel = ALONE) -> Any:
     run = Run(settings, parallel)
     if name == "franca":
-        return franca.Franca("pretrain", settings, run)
+        return franca.Franca(run)
     return METHODS[name](run)
 
 
