@@ -1,5 +1,6 @@
 """Attention maps: where the class token looks (the Franca paper's Figure 7)."""
 
+from einops import rearrange
 from torch import Tensor
 
 
@@ -31,7 +32,7 @@ def cls_attention(
     >>> maps.shape, round(maps[0, 0, 0, 0].item() * 7, 6)
     (torch.Size([2, 4, 2, 3]), 1.0)
     """
-    B, heads, T, d = k.shape
+    _B, _heads, T, d = k.shape
     H, W = grid
     if q.shape != k.shape:
         raise ValueError(f"q and k differ in shape: {list(q.shape)} and {list(k.shape)}")
@@ -44,4 +45,5 @@ def cls_attention(
         )
     scale = d**-0.5 if scale is None else scale
     logits = scale * (k.float() @ q[:, :, 0, :, None].float())  # [B, heads, T, 1]
-    return logits[..., 0].softmax(-1)[..., num_prefix_tokens:].reshape(B, heads, H, W)
+    attention = logits[..., 0].softmax(-1)
+    return rearrange(attention[..., num_prefix_tokens:], "b heads (h w) -> b heads h w", h=H, w=W)

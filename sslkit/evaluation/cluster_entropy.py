@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sslkit.unit_rows import unit_rows
@@ -61,7 +62,7 @@ def position_entropy(ids: Tensor, num_clusters: int, *, minimum_count: int = 1) 
         raise ValueError("position entropy needs a grid of at least two positions")
     if minimum_count < 1:
         raise ValueError(f"minimum_count must be at least 1, got {minimum_count}")
-    counts = position_counts(ids, num_clusters).flatten(1)  # [K, P]
+    counts = rearrange(position_counts(ids, num_clusters), "k h w -> k (h w)")
     totals = counts.sum(1)
     clusters = (totals >= minimum_count).nonzero().flatten()
     if not len(clusters):
@@ -106,7 +107,7 @@ def shuffled(ids: Tensor, *, generator: torch.Generator) -> Tensor:
     """
     B, H, W = ids.shape
     order = torch.rand(B, H * W, generator=generator).argsort(1).to(ids.device)
-    return ids.flatten(1).gather(1, order).view(B, H, W)
+    return rearrange(ids, "b h w -> b (h w)").gather(1, order).view(B, H, W)
 
 
 def cluster_patches(patches: Tensor, num_clusters: int, *, generator: torch.Generator) -> Tensor:
@@ -131,8 +132,8 @@ def cluster_patches(patches: Tensor, num_clusters: int, *, generator: torch.Gene
     except ImportError as error:
         raise ImportError("k-means needs scikit-learn: pip install 'sslkit[evaluation]'") from error
 
-    B, H, W, D = patches.shape
-    rows = patches.reshape(B * H * W, D)
+    B, H, W, _D = patches.shape
+    rows = rearrange(patches, "b h w d -> (b h w) d")
     if not 1 <= num_clusters <= len(rows):
         raise ValueError(
             f"num_clusters={num_clusters} must be between 1 and the {len(rows)} patches"

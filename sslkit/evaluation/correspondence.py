@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from sslkit.data.normalisation import normalisation
@@ -103,14 +104,15 @@ def match_keypoints(
     source, target = (unit_rows(x.double()) for x in (source, target))
     places = 2 * points / extent - 1  # in -1..1, as grid_sample counts
     sampled = F.grid_sample(
-        source.movedim(-1, 0)[None],
-        places[None, None],
+        rearrange(source, "h w d -> 1 d h w"),
+        rearrange(places, "n xy -> 1 1 n xy"),
         mode="bilinear",
         padding_mode="border",
         align_corners=reference_quirks,
-    )[0, :, 0].T  # [n, D]
-    H, W, D = target.shape
-    found = (sampled @ target.view(H * W, D).T).argmax(1)
+    )
+    sampled = rearrange(sampled, "1 d 1 n -> n d")
+    H, W, _D = target.shape
+    found = (sampled @ rearrange(target, "h w d -> d (h w)")).argmax(1)
     cells = torch.stack([found % W, found // W], dim=1).double()  # (column, row)
     offset = 0.0 if reference_quirks else 0.5
     return (cells + offset) * extent / torch.tensor([W, H], device=extent.device)

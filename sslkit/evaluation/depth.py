@@ -10,6 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from sslkit.evaluation.depth_errors import DepthErrors as DepthErrors
@@ -65,13 +66,14 @@ class DepthHead(nn.Module):
 
     def forward(self, layer_patches: Tensor, layer_cls: Tensor) -> Tensor:
         """[B, H, W, n, D] and [B, n, D'] to [B, 4 H, 4 W]."""
-        scores = self.of_patch(layer_patches.flatten(-2)) + self.of_image(
-            layer_cls.flatten(-2)[:, None, None]
-        )
+        patches = rearrange(layer_patches, "b h w n d -> b h w (n d)")
+        cls = rearrange(layer_cls, "b n d -> b 1 1 (n d)")
+        scores = self.of_patch(patches) + self.of_image(cls)
         # Resizing the scores is resizing the features: see `linear_segmentation`.
-        scores = F.interpolate(scores.movedim(-1, 1), scale_factor=_UPSAMPLING, mode="bilinear")
-        weights = scores.relu() + 0.1
-        return torch.einsum("bkhw,k->bhw", weights, self.bins) / weights.sum(1)
+        maps = rearrange(scores, "b h w k -> b k h w")
+        maps = F.interpolate(maps, scale_factor=_UPSAMPLING, mode="bilinear")
+        weights = maps.relu() + 0.1
+        return einsum(weights, self.bins, "b k h w, k -> b h w") / weights.sum(1)
 
 
 def fit_depth_head(

@@ -6,6 +6,7 @@ Depths are in metres; a true depth of 0 is unknown, and its pixel does not count
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -64,7 +65,7 @@ def gradient_loss(predicted: Tensor, truth: Tensor, *, reference_quirks: bool = 
     """
     if reference_quirks:
         # The axes that are strided and compared are the batch and the channel.
-        predicted, truth = (x.flatten(1).T.unsqueeze(-1) for x in (predicted, truth))
+        predicted, truth = (rearrange(x, "b h w -> (h w) b 1") for x in (predicted, truth))
     strides, apart = ((1, 2, 4, 6), 2) if reference_quirks else ((1, 2, 4, 8), 1)
     known = truth > 0
     g = predicted.log() - truth.where(known, 1.0).log()

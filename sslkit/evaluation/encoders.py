@@ -22,6 +22,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from einops import rearrange, reduce
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -113,8 +114,11 @@ class TimmEncoder(nn.Module):
         tokens = []
         for output in outputs:
             patches, prefix = output if isinstance(output, tuple) else (output, None)
-            patches = last_norm(patches.movedim(1, -1))  # [B, D, H, W] -> [B, H, W, D]
-            prefix = patches.mean((1, 2))[:, None] if prefix is None else last_norm(prefix)
+            patches = last_norm(rearrange(patches, "b d h w -> b h w d"))
+            if prefix is None:
+                prefix = reduce(patches, "b h w d -> b 1 d", "mean")
+            else:
+                prefix = last_norm(prefix)
             tokens.append(Tokens(prefix[:, 0], prefix[:, 1:], patches))
         return tokens
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from sslkit.data.array_file import open_npy
@@ -63,7 +64,7 @@ def pca_features(patches: Tensor, *, dim: int = 256) -> PCAFeatures:
         raise ValueError(
             f"dim={dim} must be between 1 and the least of D={D} features and {V * H * W} patches"
         )
-    x = patches.reshape(-1, D).double()
+    x = rearrange(patches, "v h w d -> (v h w) d").double()
     mean = x.mean(0)
     x = x - mean
     axes, variances = principal_axes(x, dim)
@@ -119,9 +120,10 @@ def read_pca_features(
     views = {path.stem: torch.from_numpy(_read_view(path)) for path in paths}
     if size is None:
         return views
+    maps = {name: rearrange(view, "h w d -> 1 d h w") for name, view in views.items()}
     return {
-        name: F.interpolate(view.movedim(-1, 0)[None], size, mode="bilinear")[0].movedim(0, -1)
-        for name, view in views.items()
+        name: rearrange(F.interpolate(view, size, mode="bilinear"), "1 d h w -> h w d")
+        for name, view in maps.items()
     }
 
 
@@ -206,8 +208,9 @@ def masked_ssim(
 
     def blurred(x: Tensor) -> Tensor:
         mode = "constant" if reference_quirks else "reflect"
-        x = F.pad(x.flatten(0, 1)[:, None], (radius,) * 4, mode=mode)
-        x = F.conv2d(F.conv2d(x, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
+        x = F.pad(rearrange(x, "b c h w -> (b c) 1 h w"), (radius,) * 4, mode=mode)
+        x = F.conv2d(x, rearrange(weights, "side -> 1 1 side 1"))
+        x = F.conv2d(x, rearrange(weights, "side -> 1 1 1 side"))
         return x.view(p.shape)
 
     m_p, m_t = blurred(p), blurred(t)

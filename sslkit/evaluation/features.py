@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -61,13 +62,13 @@ class Features:
                 f"the images have different patch grids, {H} by {W} and others: take their {name} "
                 f"one by one, by spatial({name!r})"
             )
-        return tokens.unflatten(0, (len(self), H, W))
+        return rearrange(tokens, "(b h w) ... -> b h w ...", h=H, w=W)
 
     def spatial(self, name: str) -> list[Tensor]:
         """Patch tokens of each image, B times [H, W, ...], without a copy."""
         sizes = self.grids.prod(1).tolist()
         return [
-            rows.unflatten(0, (H, W))
+            rearrange(rows, "(h w) ... -> h w ...", h=H, w=W)
             for rows, (H, W) in zip(self._get(name).split(sizes), self.grids.tolist(), strict=True)
         ]
 
@@ -273,7 +274,7 @@ def _rows(
     for name, x in tokens.items():
         if name in PATCH_TOKENS:
             grid = (x.shape[1], x.shape[2])
-            x = x.flatten(0, 2)
+            x = rearrange(x, "b h w ... -> (b h w) ...")
         kept[name] = x.to("cpu", dtype)
         if dtype == torch.float16 and not kept[name].isfinite().all() and x.isfinite().all():
             raise ValueError(

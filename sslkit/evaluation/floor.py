@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from sslkit.backbones import Tokens
@@ -32,7 +33,7 @@ class ColourAndPosition(nn.Module):
 
     def forward(self, images: Tensor) -> Tokens:
         """Class tokens [B, C · 32 · 32], no registers, and `colour_position_patches`."""
-        cls = F.adaptive_avg_pool2d(images, self.cls_size).flatten(1)
+        cls = rearrange(F.adaptive_avg_pool2d(images, self.cls_size), "b c h w -> b (c h w)")
         patches = colour_position_patches(images, self.patch_size)
         return Tokens(cls, cls.new_empty(len(images), 0, cls.shape[1]), patches)
 
@@ -58,7 +59,7 @@ def colour_position_patches(images: Tensor, patch_size: int | tuple[int, int]) -
             f"images are {h} by {w} pixels, which patch_size={size[0]} by {size[1]} does not "
             "divide: crop them to a multiple of it"
         )
-    colours = F.avg_pool2d(images, size).movedim(1, -1)  # [B, H, W, C]
+    colours = rearrange(F.avg_pool2d(images, size), "b c h w -> b h w c")
     H, W = colours.shape[1:3]
     positions = 2 * patch_positions(H, W, dtype=images.dtype, device=images.device) - 1
     return torch.cat([colours, positions.expand(B, H, W, 2)], dim=-1)
@@ -83,4 +84,4 @@ class Pixels(nn.Module):
         if not self.standardised:
             mean, std = normalisation(images.shape[1], None, None)
             images = images * std.to(images) + mean.to(images)
-        return SimpleNamespace(cls=images.flatten(1))
+        return SimpleNamespace(cls=rearrange(images, "b c h w -> b (c h w)"))

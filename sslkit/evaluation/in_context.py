@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import einsum, rearrange, repeat
 from torch import Tensor
 
 from sslkit.evaluation.confusion import confusion_matrices, iou, mean_iou
@@ -71,7 +72,7 @@ def patch_class_frequencies(
         )
     known = known_pixels(masks, num_classes, ignore_index=ignore_index)
     patch = torch.arange(B * H * W, device=masks.device).view(B, H, W)
-    patch = patch.repeat_interleave(h // H, dim=1).repeat_interleave(w // W, dim=2)  # [B, h, w]
+    patch = repeat(patch, "b h w -> b (h y) (w x)", y=h // H, x=w // W)  # [B, h, w]
     cells = (patch * num_classes + masks.long())[known]
     counts = torch.bincount(cells, minlength=B * H * W * num_classes).view(B, H, W, num_classes)
     return counts / counts.sum(-1, keepdim=True).clamp(min=1)
@@ -109,7 +110,7 @@ def build_memory(
     >>> memory.keys.shape, memory.labels.shape
     (torch.Size([48, 8]), torch.Size([48, 3]))
     """
-    B, H, W, D = patches.shape
+    B, H, W, _D = patches.shape
     if len(masks) != B:
         raise ValueError(f"there are {B} images of patches but {len(masks)} masks")
     if patches_per_image is not None and generator is None:
@@ -123,9 +124,9 @@ def build_memory(
         frequencies = patch_class_frequencies(
             some_masks, (H, W), num_classes, ignore_index=ignore_index
         )
-        frequencies = frequencies.flatten(1, 2).to(patches.device)  # [b, N, C]
+        frequencies = rearrange(frequencies, "b h w c -> b (h w) c").to(patches.device)
         keep = _kept_patches(frequencies > 0, patches_per_image, generator)
-        key, label = some.reshape(len(some), H * W, D)[keep], frequencies[keep]
+        key, label = rearrange(some, "b h w d -> b (h w) d")[keep], frequencies[keep]
         if dtype is not None:
             key, label = unit_rows(key).to(dtype), label.to(dtype)
         keys.append(key)
@@ -177,9 +178,9 @@ def segment(
     >>> segment(memory, torch.tensor([[[[1.0, 0.1], [0.1, 1.0]]]]), (2, 4)).tolist()
     [[[0, 0, 1, 1], [0, 0, 1, 1]]]
     """
-    Q, H, W, D = patches.shape
+    _Q, H, W, _D = patches.shape
     similarity, index = cosine_neighbours(
-        patches.reshape(Q * H * W, D),
+        rearrange(patches, "q h w d -> (q h w) d"),
         memory.keys,
         min(num_neighbours, len(memory)),
         chunk_size=chunk_size,
@@ -187,8 +188,8 @@ def segment(
     weights = (similarity / temperature).softmax(dim=1)  # [Q*H*W, k]
     masks = []
     for weight, neighbours in zip(weights.split(H * W), index.split(H * W), strict=True):
-        scores = torch.einsum("nk,nkc->nc", weight, memory.labels[neighbours].float())
-        masks.append(predicted_masks(scores.view(1, H, W, -1), size))
+        scores = einsum(weight, memory.labels[neighbours].float(), "n k, n k c -> n c")
+        masks.append(predicted_masks(rearrange(scores, "(h w) c -> 1 h w c", h=H, w=W), size))
     return torch.cat(masks)
 
 

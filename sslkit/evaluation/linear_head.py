@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sslkit.evaluation.features import Features
@@ -40,7 +41,7 @@ class LinearInput:
                 f"the input takes num_blocks={self.num_blocks} class tokens, but the features hold "
                 f"those of {n} blocks: extract more, or choose between 1 and {n}"
             )
-        parts = [layer_cls[:, -self.num_blocks :].flatten(1)]
+        parts = [rearrange(layer_cls[:, -self.num_blocks :], "b block d -> b (block d)")]
         if self.mean_patch:
             if mean_patch is None:
                 raise ValueError("mean_patch is needed by an input with mean_patch=True, got None")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from sslkit.evaluation.labels import warn_of_one_class, with_labels
@@ -154,8 +155,8 @@ def linear_probe(
         for weight in joined.start(len(learning_rates) * C, generator)  # [heads * C, d + 1]
     ]
     velocities = [torch.zeros_like(weight) for weight in weights]
-    rates = torch.tensor(learning_rates, device=device).repeat_interleave(C)[:, None]
-    rates *= batch_size / 256  # [heads * C, 1]
+    rates = torch.tensor(learning_rates, device=device) * (batch_size / 256)
+    rates = repeat(rates, "head -> (head c) 1", c=C)
     for step, batch in enumerate(_batches(len(train_cls), batch_size, num_steps, generator)):
         cosine = (1 + math.cos(math.pi * step / num_steps)) / 2
         label = train_labels[batch].to(device, torch.int64)
@@ -174,7 +175,8 @@ def linear_probe(
     for rows in torch.arange(len(test_cls)).split(ITEMS_AT_ONCE):
         parts = joined(test_cls, test_mean_patch, rows, device)
         for x, weight, found in zip(parts, weights, predicted, strict=True):
-            found.append((x @ weight.T).unflatten(1, (-1, C)).argmax(-1).cpu())  # [rows, heads]
+            logits = rearrange(x @ weight.T, "row (head c) -> row head c", c=C)
+            found.append(logits.argmax(-1).cpu())  # [rows, heads]
     truth = test_labels.cpu()
     guesses = {
         (one, rate): classes[guess]
@@ -192,13 +194,13 @@ def linear_probe(
 
 def _logit_gradient(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Of each head's mean cross-entropy: (softmax - onehot) / batch, [batch, heads * C]."""
-    logits = logits.unflatten(1, (-1, num_classes))  # [batch, heads, C]
+    logits = rearrange(logits, "row (head c) -> row head c", c=num_classes)
     # Below e^-60 the products with the features are subnormal, and several times slower.
     gradient = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-60).exp_()
     gradient /= gradient.sum(-1, keepdim=True) * len(labels)
     where = labels[:, None, None].expand(-1, gradient.shape[1], 1)
     less = gradient.new_full((), -1 / len(labels)).expand(where.shape)
-    return gradient.scatter_add_(2, where, less).flatten(1)
+    return rearrange(gradient.scatter_add_(2, where, less), "row head c -> row (head c)")
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,8 @@ class _JoinedInputs:
         self, cls: Tensor, patch: Tensor | None, rows: Tensor, device: torch.device | str
     ) -> list[Tensor]:
         """For each input, float32 [rows, d + 1]."""
-        tokens = cls[rows, -self.most :].to(device).float().flatten(1)
+        tokens = cls[rows, -self.most :].to(device).float()
+        tokens = rearrange(tokens, "row block d -> row (block d)")
         parts = [tokens, tokens.new_ones(len(rows), 1)]
         if patch is not None:
             parts.append(patch[rows].to(device).float())

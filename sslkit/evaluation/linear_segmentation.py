@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from sslkit.evaluation.confusion import confusion_matrices, iou, mean_iou
@@ -114,8 +115,8 @@ def _upsampled_scores(linear: nn.Linear, patches: Tensor, size: tuple[int, int])
     of D: for 28 × 28 patches, 100 × 100 pixels, D = 768 and C = 21, 13 times less work in the
     layer and 37 times less in resizing.
     """
-    scores = linear(patches.to(linear.weight.dtype)).movedim(-1, 1)
-    return F.interpolate(scores, size, mode="bilinear")
+    scores = linear(patches.to(linear.weight.dtype))
+    return F.interpolate(rearrange(scores, "b h w c -> b c h w"), size, mode="bilinear")
 
 
 def linear_segmentation(

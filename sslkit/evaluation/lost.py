@@ -4,6 +4,7 @@ Siméoni et al. 2021 (arXiv 2109.14279), section 3; ``object_discovery.py`` of t
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sslkit.evaluation.boxes import component_box
@@ -40,8 +41,9 @@ def lost_mask(keys: Tensor, *, num_candidates: int = 100) -> tuple[Tensor, tuple
         raise ValueError(f"keys must be those of one image, [H, W, D], got {list(keys.shape)}")
     if num_candidates < 1:
         raise ValueError(f"num_candidates must be at least 1, got {num_candidates}")
-    H, W, D = keys.shape
-    rows = keys.reshape(H * W, D).to(torch.promote_types(keys.dtype, torch.float32))
+    H, W, _D = keys.shape
+    rows = rearrange(keys, "h w d -> (h w) d")
+    rows = rows.to(torch.promote_types(keys.dtype, torch.float32))
     if not rows.isfinite().all():
         raise ValueError("keys hold NaN or infinite values")
     known = rows.any(dim=1)

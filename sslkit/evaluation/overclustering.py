@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sslkit.evaluation.confusion import mean_iou
@@ -116,7 +117,8 @@ def overclustering(
     size = (masks.shape[1], masks.shape[2]) if size is None else size
     mode = "nearest" if reference_quirks else "nearest-exact"
     masks = resize_masks(masks, size, mode=mode)
-    x = reduced(patches.reshape(Q * H * W, -1), dim, reference_quirks=reference_quirks).numpy()
+    rows = rearrange(patches, "q h w d -> (q h w) d")
+    x = reduced(rows, dim, reference_quirks=reference_quirks).numpy()
     scores, counts, classes, clusters = [], [], [], []
     for seed in seeds:
         ids = _kmeans(

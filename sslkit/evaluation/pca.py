@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sslkit.unit_rows import power_of_two
@@ -56,9 +57,9 @@ def pca_maps(patches: Tensor, *, threshold: float | None = 0.0, clip: float = 0.
         raise ValueError(f"clip must be at least 0 and below 0.5, got {clip}")
     if not patches.isfinite().all():
         raise ValueError("patches hold NaN or infinite values")
-    x = patches.reshape(B * H * W, D).double()
+    x = rearrange(patches, "b h w d -> (b h w) d").double()
     x = x / power_of_two(x.abs().amax())  # so that no square over- or underflows
-    first = _project(x, 1)[0].view(B, H, W)
+    first = rearrange(_project(x, 1)[0], "(b h w) 1 -> b h w", b=B, h=H, w=W)
     scale = first.std(correction=0)
     if scale <= torch.finfo(torch.float32).eps * x.abs().max():
         raise ValueError("all patches are the same: there is no foreground to find")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
 from torch import Generator, Tensor, nn
 
 from sslkit.evaluation.standardisation import mean_and_deviation
@@ -40,8 +41,9 @@ class PositionProbe:
     def r2_by_image(self) -> Tensor:
         """R² of each held-out image, float64 [B], whose mean is ``r2``."""
         _B, H, W, _ = self.squared_errors.shape
-        variance = patch_positions(H, W, dtype=torch.float64).flatten(0, 1).var(0, correction=0)
-        errors = self.squared_errors.double().mean((1, 2)).cpu()  # [B, 2]
+        positions = rearrange(patch_positions(H, W, dtype=torch.float64), "h w yx -> (h w) yx")
+        variance = positions.var(0, correction=0)
+        errors = reduce(self.squared_errors.double(), "b h w yx -> b yx", "mean").cpu()
         return (1 - errors / variance).where(variance > 0, torch.nan).nanmean(1)
 
 
@@ -94,12 +96,14 @@ def _fit_linear(patches: Tensor) -> nn.Module:
     """
     B, H, W, D = patches.shape
     n = B * H * W
-    mean = sum(x.double().sum((0, 1, 2)) for x in patches.split(_IMAGES_AT_ONCE)) / n
+    parts = patches.split(_IMAGES_AT_ONCE)
+    mean = sum(reduce(x.double(), "b h w d -> d", "sum") for x in parts) / n
     positions = patch_positions(H, W, dtype=torch.float64, device=patches.device)
     R = mean.new_zeros(0, D + 2)
-    for x in patches.split(_IMAGES_AT_ONCE):
+    for x in parts:
         rows = torch.cat([x.double() - mean, (positions - 0.5).expand(len(x), H, W, 2)], dim=-1)
-        R = torch.linalg.qr(torch.cat([R, rows.flatten(0, 2)]), mode="r").R  # [<= D + 2, D + 2]
+        rows = rearrange(rows, "b h w d -> (b h w) d")
+        R = torch.linalg.qr(torch.cat([R, rows]), mode="r").R  # [<= D + 2, D + 2]
     left, sizes, right = torch.linalg.svd(R[:, :D], full_matrices=False)
     known = sizes > torch.finfo(sizes.dtype).eps * max(n, D) * sizes.amax()
     weight = ((left.T @ R[:, D:])[known] / sizes[known, None]).T @ right[known]  # [2, D]
@@ -135,9 +139,9 @@ class _TwoLayers(nn.Module):
 
 
 def _fit_two_layers(patches: Tensor, hidden_dim: int, generator: Generator) -> nn.Module:
-    B, H, W, D = patches.shape
-    rows = patches.reshape(-1, D)  # [B * H * W, D]
-    positions = patch_positions(H, W, device=rows.device).reshape(-1, 2).repeat(B, 1)
+    B, H, W, _D = patches.shape
+    rows = rearrange(patches, "b h w d -> (b h w) d")
+    positions = repeat(patch_positions(H, W, device=rows.device), "h w yx -> (b h w) yx", b=B)
     mean, std = mean_and_deviation(rows, "train_patches")
     model = _TwoLayers(mean.cpu(), std.cpu(), hidden_dim, generator).to(rows.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
@@ -163,8 +167,8 @@ def _score(predictor: nn.Module, patches: Tensor) -> PositionProbe:
             for x in patches.split(_IMAGES_AT_ONCE)
         ]
     )
-    squared = squared_errors.mean((0, 1, 2))
-    variance = positions.flatten(0, 1).var(0, correction=0)
+    squared = reduce(squared_errors, "b h w yx -> yx", "mean")
+    variance = rearrange(positions, "h w yx -> (h w) yx").var(0, correction=0)
     r2 = (1 - squared / variance).where(variance > 0, torch.nan)
     return PositionProbe(
         r2=r2.nanmean().item(),

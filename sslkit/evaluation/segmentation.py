@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from sslkit.evaluation.tokens import Unsuitable
@@ -44,7 +45,8 @@ def predicted_masks(scores: Tensor, size: tuple[int, int]) -> Tensor:
     dtype = torch.uint8 if C <= 256 else torch.int16
     masks = torch.empty(Q, *size, dtype=dtype, device=scores.device)
     for mask, one in zip(masks, scores, strict=True):
-        maps = F.interpolate(one.movedim(-1, 0)[None].float(), size, mode="bilinear")
+        maps = rearrange(one, "h w c -> 1 c h w").float()
+        maps = F.interpolate(maps, size, mode="bilinear")
         mask.copy_(maps[0].argmax(dim=0))
     return masks
 

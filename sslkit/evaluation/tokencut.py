@@ -6,6 +6,7 @@ their code.
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sslkit.evaluation.boxes import component_box
@@ -79,7 +80,7 @@ def _edges(keys: Tensor, threshold: float, eps: float) -> Tensor:
         )
     if not 0 < eps < 1:
         raise ValueError(f"eps must be between 0 and 1, got {eps}")
-    rows = unit_rows(keys.flatten(0, 1)).float()
+    rows = unit_rows(rearrange(keys, "h w d -> (h w) d")).float()
     if not rows.isfinite().all():
         raise ValueError("keys hold NaN or infinite values")
     return torch.where(rows @ rows.T > threshold, 1.0, eps).double()

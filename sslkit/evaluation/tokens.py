@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from sslkit.evaluation.attention import cls_attention
@@ -79,20 +80,20 @@ def encode(
         if "patches" in want:
             found["patches"] = output.patches
         if "mean_patch" in want:
-            found["mean_patch"] = output.patches.mean((1, 2))
+            found["mean_patch"] = reduce(output.patches, "b h w d -> b d", "mean")
     if {"queries", "keys", "values", "attention"} & set(want):
         take = _method(encoder, "queries_keys_values", "queries, keys, values and attention")
         q, k, v = take(images, block)
         ph, pw = cast(tuple[int, int], encoder.patch_size)
         H, W = images.shape[2] // ph, images.shape[3] // pw
+        prefix = k.shape[2] - H * W
         for name, x in (("queries", q), ("keys", k), ("values", v)):
             if name in want:
-                patches = x[:, :, x.shape[2] - H * W :].transpose(1, 2)  # [B, N, heads, d]
-                found[name] = patches.flatten(2).unflatten(1, (H, W))
+                pattern = "b heads (h w) d -> b h w (heads d)"
+                found[name] = rearrange(x[:, :, prefix:], pattern, h=H, w=W)
         if "attention" in want:
-            prefix = k.shape[2] - H * W
             maps = cls_attention(q, k, num_prefix_tokens=prefix, grid=(H, W))
-            found["attention"] = maps.movedim(1, -1)
+            found["attention"] = rearrange(maps, "b heads h w -> b h w heads")
     return {name: found[name] for name in want}
 
 

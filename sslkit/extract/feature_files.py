@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from einops import rearrange
 from torch import Tensor
 
 from sslkit import __version__
@@ -285,7 +286,7 @@ def _write_parquet(
 
 def _array(part: Part, size: int) -> np.ndarray:
     """[n, P m]."""
-    return part.rows[..., :size].flatten(1).numpy()
+    return rearrange(part.rows[..., :size], "n p m -> n (p m)").numpy()
 
 
 def _array_name(output: Path, size: int, nesting: Sequence[int]) -> str:

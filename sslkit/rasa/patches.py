@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from sslkit.rasa.planes import removal
@@ -56,12 +57,12 @@ class Patches:
                     f"{index} is {x.dtype} {list(x.shape)} (one tensor [B, H, W, D] is passed as "
                     "[x])"
                 )
-            B, H, W, D = x.shape
+            B, H, W, _D = x.shape
             if B * H * W == 0:
                 continue
             positions = patch_positions(H, W, dtype=dtype, device=x.device)
-            # [B, H, W, D] -> [B * H * W, D], and the positions of one image for each of the B
-            yield x.detach().reshape(-1, D).to(dtype), positions.reshape(-1, 2).repeat(B, 1)
+            rows = rearrange(x.detach(), "b h w d -> (b h w) d").to(dtype)
+            yield rows, repeat(positions, "h w yx -> (b h w) yx", b=B)
 
 
 @dataclass(frozen=True)

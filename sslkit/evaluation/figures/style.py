@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
@@ -105,7 +106,7 @@ def as_picture(
 def as_rgb(image: Tensor) -> np.ndarray:
     """The first three channels of [C, h, w], or the first one as grey, as [h, w, 3]."""
     pixels = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-    return pixels.permute(1, 2, 0).cpu().numpy()
+    return rearrange(pixels, "c h w -> h w c").cpu().numpy()
 
 
 def overlay(picture: np.ndarray, classes: Tensor, ignore_index: int) -> np.ndarray:

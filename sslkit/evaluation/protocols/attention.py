@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.scores import Outcome
@@ -25,7 +26,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
     """The figure; ``details`` say how much of its attention the class token pays to patches."""
     few = subject.limited("test", options.num_images)
     features = few.features("test", "attention", view="dense", block=options.block)
-    maps = features["attention"].float().movedim(-1, 1)  # [I, heads, H, W]
+    maps = rearrange(features["attention"].float(), "i h w heads -> i heads h w")
     images = torch.stack(few.images("test", features.indices.tolist()))
     figure = draw.attention_maps(images, maps, block=options.block, max_heads=options.max_heads)
     share = maps.sum((2, 3)).mean(0)

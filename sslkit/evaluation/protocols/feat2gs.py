@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from einops import rearrange
+
 from sslkit.evaluation.feat2gs import pca_features, write_pca_features
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
@@ -28,6 +30,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
     source: Any = subject.test
     names = [Path(source.name(i)).stem for i in views.indices.tolist()]
     write_pca_features(options.features, scene, names)
-    total = views.patches.flatten(0, 2).double().var(0, correction=0).sum().item()
+    patches = rearrange(views.patches, "v h w d -> (v h w) d")
+    total = patches.double().var(0, correction=0).sum().item()
     kept = scene.variances.double().sum().item() / total
     return Outcome({"variance kept": Score(kept)}, {}, {"views": names})

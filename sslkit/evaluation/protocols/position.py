@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from einops import reduce
+
 from sslkit.evaluation import figures
 from sslkit.evaluation.position import PositionProbe, position_probe
 from sslkit.evaluation.scores import Outcome, Score
@@ -32,7 +34,10 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
                     hidden_dim=hidden_dim,
                     generator=subject.generator(),
                 )
-    maps = {name: probe.squared_errors.mean((0, 3)) for name, probe in probes.items()}
+    maps = {
+        name: reduce(probe.squared_errors, "b h w yx -> h w", "mean")
+        for name, probe in probes.items()
+    }
     return Outcome(
         {
             f"{name} R²": Score.mean(

@@ -196,12 +196,11 @@ def view_pictures(run: Run[Settings], train: Source) -> dict[str, Figure]:
         CyclicMaskGenerator(grid, **masked | {"shift": shift})(2000, generator=generator)
         for shift in (True, False)
     ]
-    global_crops = torch.stack([view.globals_ for view in views])
-    local_crops = torch.stack([view.locals_ for view in views])
+    crops = "image view ... -> view image ..."
     return {
         "crops_and_masks": draw.crops_and_masks(
-            list(rearrange(global_crops, "image view ... -> view image ...")),
-            list(rearrange(local_crops, "image view ... -> view image ...")),
+            list(rearrange([view.globals_ for view in views], crops)),
+            list(rearrange([view.locals_ for view in views], crops)),
             list(rearrange(masks, "(view image) H W -> view image H W", image=len(views))),
         ),
         "mask_exposure": draw.mask_exposure(*(m.float().mean(0) for m in exposure)),
@@ -229,10 +228,11 @@ def feature_pictures(
     if run.is_exported("rasa"):
         errors = run.read_export("rasa", read_position_errors)
         r2 = results["position_r2"]
+        positions = rearrange(patch_positions(H, W), "h w yx -> (h w) yx")
         figures["rasa"] = draw.position_error(
             errors,
             r2={"linear": (r2[last], r2["rasa"])},
-            chance=patch_positions(H, W).flatten(0, 1).var(0, correction=0).mean().item(),
+            chance=positions.var(0, correction=0).mean().item(),
         )
         figures["cluster_entropy"] = cluster_entropy_picture(run, last, test)
     return figures
