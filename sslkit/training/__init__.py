@@ -14,7 +14,7 @@ _HOME = {
     "Method": "sslkit.training.loop",
     "MetricsWriter": "sslkit.training.metrics",
     "NonFiniteLoss": "sslkit.training.finite",
-    "Replica": "sslkit.training.distribute",
+    "Replica": "sslkit.training.replica",
     "Run": "sslkit.training.run",
     "RunSettings": "sslkit.training.settings",
     "SettingsError": "sslkit.training.settings",
@@ -23,7 +23,7 @@ _HOME = {
     "Watched": "sslkit.training.step",
     "atomic_write": "sslkit.files",
     "clip_gradients": "sslkit.training.optim",
-    "distribute": "sslkit.training.distribute",
+    "distribute": "sslkit.training.replica",
     "feature_std": "sslkit.training.monitor",
     "micro_batches": "sslkit.training.step",
     "moments": "sslkit.training.optim",
@@ -67,7 +67,6 @@ if TYPE_CHECKING:
     from sslkit.files import atomic_write
     from sslkit.progress import TrainingProgress, track
     from sslkit.training.checkpoint import CheckpointError, Checkpoints
-    from sslkit.training.distribute import Replica, distribute
     from sslkit.training.finite import NonFiniteLoss, require_finite
     from sslkit.training.loop import Method, train
     from sslkit.training.metrics import MetricsWriter, read_metrics
@@ -78,6 +77,7 @@ if TYPE_CHECKING:
         parameter_groups,
         set_hyperparameters,
     )
+    from sslkit.training.replica import Replica, distribute
     from sslkit.training.run import Run
     from sslkit.training.settings import RunSettings, SettingsError
     from sslkit.training.step import StepReport, Watched, micro_batches
