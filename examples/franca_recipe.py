@@ -44,7 +44,8 @@ from sslkit.data import Batch, MultiCrop
 from sslkit.data.batch_masks import MaskGenerator, sharded_masks
 from sslkit.factored_logits import Logits
 from sslkit.recipes.franca import checks, evaluation, exports, initial, presets, report
-from sslkit.recipes.franca.settings import Losses, Model, Settings
+from sslkit.recipes.franca.settings import Model, Settings
+from sslkit.recipes.shared import Losses, online_knn
 from sslkit.training import Run, StepReport, Watched, distribute, micro_batches, train
 from sslkit.training.command import Recipe, Stage, main
 from sslkit.training.data import open_sources
@@ -361,7 +362,7 @@ def train_stage(
         crops=MultiCrop(**vars(s.crops), num_global=NUM_GLOBAL, channels=s.model.in_chans),
         # Somewhat past the warm-up: an untrained network shows the signs of a collapsed one.
         grace_steps=s.frozen_steps + round(1.25 * s.optim.lr_warmup * s.steps),
-        online=partial(evaluation.online_knn, run=run, sources=sources, size=size),
+        online=partial(online_knn, run=run, sources=sources, size=size, options=s.evaluation),
         online_every=s.evaluation.online_every,
         export_before="init" if s.init_from and stage == "pretrain" else "",
     )
@@ -388,7 +389,13 @@ STAGES = {
     "evaluate": Stage(evaluation.compare_stages, result="results.json", section="evaluation"),
     "report": Stage(report.write_report, result="report.md"),
 }
-RECIPE = Recipe(presets.PRESETS, STAGES, checks.check, from_weights=initial.FROM_WEIGHTS)
+RECIPE = Recipe(
+    presets.PRESETS,
+    STAGES,
+    checks.check,
+    from_weights=initial.FROM_WEIGHTS,
+    method=lambda run: Franca("pretrain", run.settings, run),
+)
 
 if __name__ == "__main__":
     run_command(partial(main, RECIPE))

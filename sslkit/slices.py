@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from sslkit.devices import device_type
+
 # Elements of the float32 block that loops over logits work in. On a CPU it stays in the cache
 # (1 MiB); on an accelerator it is large enough to fill the device and still a bounded temporary.
 _BLOCK_ELEMENTS_CPU = 1 << 18
@@ -25,7 +27,7 @@ _CHUNK_MULTIPLE = 128
 
 def block_elements(device: torch.device) -> int:
     """Number of elements that a working block on ``device`` should have."""
-    return _BLOCK_ELEMENTS_CPU if device.type == "cpu" else _BLOCK_ELEMENTS_DEVICE
+    return _BLOCK_ELEMENTS_CPU if device_type(device) == "cpu" else _BLOCK_ELEMENTS_DEVICE
 
 
 def row_blocks(rows: int, row_length: int, device: torch.device) -> Iterator[slice]:
@@ -50,7 +52,7 @@ def chunks(length: int, other: int, device: torch.device) -> Iterator[slice]:
     >>> list(chunks(300, 1 << 15, torch.device("cpu")))
     [slice(0, 128, None), slice(128, 256, None), slice(256, 300, None)]
     """
-    elements = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS_DEVICE
+    elements = _CHUNK_ELEMENTS_CPU if device_type(device) == "cpu" else _CHUNK_ELEMENTS_DEVICE
     fitting = elements // max(1, other)
     yield from _slices(length, max(1, fitting // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE)
 

@@ -20,7 +20,8 @@ from sslkit.data import Batch
 from sslkit.data.batch_masks import sharded_masks
 from sslkit.recipes.franca.presets import PRESETS
 from sslkit.recipes.franca.recipe import RECIPE, Franca, schedule
-from sslkit.recipes.franca.settings import Crops, Model, Optim, Settings
+from sslkit.recipes.franca.settings import Model, Optim, Settings
+from sslkit.recipes.shared import Crops
 from sslkit.training import Run, command, micro_batches
 from sslkit.training.checkpoint import Checkpoints
 from sslkit.training.metrics import read_metrics

@@ -76,9 +76,20 @@ def test_other_networks_of_timm_with_patch_tokens(name, settings):
         encoder.intermediate(images, 4)
 
 
+def test_convolutional_networks_have_pooled_features_and_a_map():
+    network = timm.create_model("resnet18", num_classes=0).eval()
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        tokens = as_encoder(network)(images)
+        torch.testing.assert_close(tokens.cls, network(images))
+    assert tokens.patches.shape == (2, 2, 3, 512)
+    torch.testing.assert_close(tokens.cls, tokens.patches.mean((1, 2)))
+
+
 def test_networks_without_patch_tokens_are_refused():
-    with pytest.raises(TypeError, match=r"ResNet has no blocks of patch tokens"):
-        as_encoder(timm.create_model("resnet18", num_classes=0))
+    swin = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, depths=(1, 1, 1, 1))
+    with pytest.raises(TypeError, match=r"gives features \[1, 7, 7, 768\], not a map"):
+        as_encoder(swin)(torch.randn(1, 3, 224, 224))
 
 
 def test_any_function_is_an_encoder():

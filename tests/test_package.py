@@ -23,6 +23,7 @@ HOUSE = {"training", "evaluation", "data", "backbones", "extract", "duplicates",
 TOP = {"recipes", "commands", "__main__"}  # stand on all of these, and on the public names
 BASE = {
     "assignments",
+    "devices",
     "factored_logits",
     "files",
     "kept_types",
@@ -139,7 +140,8 @@ def test_arrows_point_one_way(path):
             "kept_types": set(),
             "progress": set(),
             "torch_files": {"torch_pickles"},
-            "slices": set(),
+            "devices": set(),
+            "slices": {"devices"},
             "unit_rows": set(),
             "factored_logits": set(),
             "assignments": {"factored_logits", "slices"},
@@ -285,3 +287,11 @@ def test_import_is_cheap():
     assert min(costs) <= 150
     assert cost["parts"] == []  # ``import sslkit`` alone reads no module of it
     assert cost["heavy"] == []  # nor do all components together need these
+
+
+@pytest.mark.parametrize("package", ["sslkit", "sslkit.training"])
+def test_no_module_hides_a_public_name(package):
+    """Importing a module puts it into its package under its own name, before any lazy one."""
+    found = importlib.import_module(package)
+    folder = Path(found.__file__).parent
+    assert not [name for name in found.__all__ if (folder / f"{name}.py").exists()]

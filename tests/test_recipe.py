@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sslkit.recipes.franca.presets import PRESETS
 from sslkit.recipes.franca.recipe import Franca, FrancaNetwork, high_resolution, schedule
-from sslkit.recipes.franca.settings import Losses, Masks
+from sslkit.recipes.franca.settings import Masks
+from sslkit.recipes.shared import Losses
 from sslkit.training import Run
 from sslkit.training.checkpoint import Checkpoints
 from sslkit.training.settings import SettingsError

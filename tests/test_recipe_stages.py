@@ -15,7 +15,7 @@ from sslkit import backbones
 from sslkit.commands.main import run as sslkit_command
 from sslkit.evaluation.floor import Pixels
 from sslkit.rasa import load_rasa
-from sslkit.recipes.franca.evaluation import online_knn
+from sslkit.recipes.shared import online_knn
 from sslkit.training import Run
 from sslkit.training.checkpoint import Checkpoints
 from sslkit.training.data import open_sources
@@ -276,5 +276,7 @@ def test_broken_images_do_not_stop_the_scores_of_pixels(tmp_path: Path) -> None:
     sources = open_sources(settings)
     for pixels in (Pixels(), Pixels(standardised=False)):
         with pytest.warns(UserWarning, match="could not be read"):
-            [score] = online_knn(pixels, Run(settings, ALONE), sources, 32).values()
+            [score] = online_knn(
+                pixels, Run(settings, ALONE), sources, 32, settings.evaluation
+            ).values()
         assert 0 <= score <= 1

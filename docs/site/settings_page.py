@@ -7,6 +7,7 @@ from typing import Any
 
 from sslkit.recipes.franca import settings as franca
 from sslkit.recipes.franca.presets import PRESETS
+from sslkit.recipes.shared import settings as shared
 from sslkit.training import settings as engine
 
 PAGE = "settings.md"
@@ -32,8 +33,11 @@ def markdown() -> str:
     """The page: a table for each section of the settings."""
     presets = {name: preset for name, preset in PRESETS.items() if name != "vitb14_in21k"}
     described = descriptions(ast.parse(inspect.getsource(engine)))
+    described |= descriptions(ast.parse(inspect.getsource(shared)))
     own = descriptions(ast.parse(inspect.getsource(franca)))
-    described |= own | {"Settings": described["RunSettings"] | own["Settings"]}
+    for name, base in (("Settings", "RunSettings"), ("Evaluation", "Evaluation")):
+        own[name] = described[base] | own[name]
+    described |= own
     default = PRESETS["vitb14_in21k"]
     sections = [("", default)] + [
         (field.name, getattr(default, field.name))

@@ -63,15 +63,22 @@ def save(
     heads = heads or {}
     tensors = {name: t.detach().contiguous() for name, t in encoder.state_dict().items()}
     _check_names(heads, tensors)
-    header = {HEADER_KEY: _describe(encoder, heads), **_check_metadata(metadata or {})}
+    header = {HEADER_KEY: _describe(encoder, heads), **check_metadata(metadata or {}, HEADER_KEY)}
     for head, module in heads.items():
         for name, tensor in module.state_dict().items():
             tensors[f"{head}.{name}"] = tensor.detach().contiguous()
+    write_tensors(path, tensors, header)
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], header: Mapping[str, str]
+) -> None:
+    """Write a safetensors file with a header, complete or not at all; make its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         mode = temporary.stat().st_mode  # by the umask; safetensors makes files for the owner alone
-        safetensors.torch.save_file(tensors, temporary, metadata=header)
+        safetensors.torch.save_file(tensors, temporary, metadata=dict(header))
         temporary.chmod(mode)
 
 
@@ -164,9 +171,10 @@ def _check_names(heads: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) 
             )
 
 
-def _check_metadata(metadata: Mapping[str, str]) -> Mapping[str, str]:
-    if HEADER_KEY in metadata:
-        raise ValueError(f"metadata: the key {HEADER_KEY!r} is reserved")
+def check_metadata(metadata: Mapping[str, str], reserved: str) -> Mapping[str, str]:
+    """Return text for a header, if it is text and leaves the ``reserved`` key alone."""
+    if reserved in metadata:
+        raise ValueError(f"metadata: the key {reserved!r} is reserved")
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"metadata must map str to str, got {key!r}: {value!r}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sslkit.backbones.cnn import CNN_KEY
 from sslkit.backbones.encoder import ViTEncoder
 from sslkit.backbones.encoder_file import HEADER_KEY, parse_header
 from sslkit.backbones.factory import Size, as_pair, create
@@ -137,6 +138,11 @@ def load_pretrained(
         }
         return _fresh(os.fspath(path_or_name), of_network, of_file, seed)
     file = open_weights(path_or_name)
+    if CNN_KEY in file.header:
+        raise ValueError(
+            f"{file.name} holds a convolutional network, not a Vision Transformer: "
+            "sslkit.backbones.load_cnn reads it"
+        )
     stated = Stated(num_heads, architecture, as_pair("file_img_size", file_img_size))
     described = parse_header(file.name, file.header) if HEADER_KEY in file.header else None
     if described is None:

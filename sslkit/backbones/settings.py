@@ -135,6 +135,21 @@ NETWORK: Mapping[str, _Rule] = {
 }
 """Arguments of `sslkit.backbones.create` that a file may state."""
 
+CNN: Mapping[str, _Rule] = {
+    "name": NETWORK["name"],
+    "in_chans": NETWORK["in_chans"],
+    # timm's ResNet
+    "layers": _sequence(_integer(1, MOST_BLOCKS), 1, 8),
+    "channels": _sequence(_WIDTH, 1, 8),
+    "output_stride": _integer(1, 32),
+    **dict.fromkeys(("cardinality", "base_width", "stem_width"), _WIDTH),
+    "stem_type": _one_of("", "deep", "deep_tiered"),
+    **dict.fromkeys(("replace_stem_pool", "avg_down", "zero_init_last"), _BOOL),
+    **dict.fromkeys(("act_layer", "norm_layer"), _LAYER),
+    **dict.fromkeys(("drop_rate", "drop_path_rate", "drop_block_rate"), _SHARE),
+}
+"""Arguments of `sslkit.backbones.create_cnn` that a file may state."""
+
 HEAD: Mapping[str, _Rule] = {
     "in_dim": _WIDTH,
     "num_prototypes": _integer(1, 1 << 24),
@@ -157,7 +172,7 @@ def check_settings(where: str, settings: Any, rules: Mapping[str, _Rule]) -> dic
     Args:
         where: the file and the part of it, the beginning of the message.
         settings: the settings as the file has them.
-        rules: `NETWORK`, `HEAD` or `FOLDED_NORM`.
+        rules: `NETWORK`, `CNN`, `HEAD` or `FOLDED_NORM`.
 
     Raises:
         ValueError: a value is of another kind or out of its range, or files may not state it.

@@ -27,7 +27,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sslkit.backbones import Tokens, ViTEncoder
+from sslkit.backbones import CNNEncoder, Tokens, ViTEncoder
 
 
 def as_encoder(
@@ -48,7 +48,8 @@ def as_encoder(
         patch_size: of a function, in pixels; needed where a protocol pads images to it.
 
     Raises:
-        TypeError: a network of timm without a grid of patch tokens (Swin, ConvNeXt, ...).
+        TypeError: a network of timm that has neither blocks nor feature maps. One whose maps are
+            not [B, D, H, W] (Swin, ...) is refused when it sees its first images.
 
     >>> import torch
     >>> def colours(images):
@@ -66,7 +67,7 @@ def as_encoder(
             except (TypeError, ValueError):
                 return TimmEncoder(model)
         if type(model).__module__.startswith("timm.models"):
-            return TimmEncoder(model)
+            return TimmEncoder(model) if hasattr(model, "blocks") else CNNEncoder(model)
     return FunctionEncoder(model, patch_size=patch_size)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from sslkit import backbones
+from sslkit.backbones.cnn import is_cnn_file
 from sslkit.evaluation.floor import ColourAndPosition
 from sslkit.files import file_digest
 
@@ -24,7 +25,7 @@ def open_model(spec: str, *, seed: int = 0, floor_patch_size: int = 8) -> Model:
 
     Args:
         spec: what `sslkit.backbones.load_pretrained` reads (a file, a folder, ``hf:ORG/NAME``,
-            ``timm:NAME``, ``random:NAME``), or ``floor``:
+            ``timm:NAME``, ``random:NAME``), a file of `sslkit.backbones.save_cnn`, or ``floor``:
             `sslkit.evaluation.floor.ColourAndPosition`.
         seed: seed of fresh weights.
         floor_patch_size: patch size of the floor, in pixels.
@@ -42,6 +43,8 @@ def open_model(spec: str, *, seed: int = 0, floor_patch_size: int = 8) -> Model:
     if rest == "floor":
         floor = ColourAndPosition(floor_patch_size)
         return Model(name or "floor", floor, f"floor of {floor_patch_size} pixels")
+    if is_cnn_file(rest):
+        return Model(name or Path(rest).stem, backbones.load_cnn(rest), file_digest(Path(rest)))
     loaded = backbones.load_pretrained(rest, seed=seed)
     kind, _, what = rest.partition(":")
     if kind == "random":

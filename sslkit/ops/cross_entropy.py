@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from sslkit.assignments import Assignments, check_logits, check_temperature, compute_dtype
+from sslkit.devices import device_type
 from sslkit.factored_logits import FactoredLogits, Logits
 from sslkit.ops import cross_entropy_torch
 from sslkit.ops.cross_entropy_columns import (
@@ -307,7 +308,7 @@ def _gradient_comes_first(
     return (
         impl != "triton"
         and target_rows is None
-        and student_logits.device.type == "cpu"
+        and device_type(student_logits.device) == "cpu"
         and student_logits.dtype in (torch.float32, torch.float64)
         and student_logits.requires_grad
         and torch.is_grad_enabled()

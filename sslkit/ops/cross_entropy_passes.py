@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sslkit.devices import is_planned
 from sslkit.ops import cross_entropy_torch
-from sslkit.ops.cross_entropy_columns import Columns, RowStatistics
+from sslkit.ops.cross_entropy_columns import Columns, RowStatistics, new_results
 from sslkit.ops.dispatch import resolve
 
 MAX_TARGETS_TRITON = 16
@@ -42,6 +43,29 @@ class Passes(Protocol):
         """Write ``grad [M, K]`` of the student's logits; it may be those logits themselves."""
 
 
+class _NoKernels:
+    """Passes of the Triton body on a machine that is only planned: results, and no kernel."""
+
+    def num_parts(self, num_columns: int) -> int:
+        return 1
+
+    def compute_partials(
+        self, columns: Columns, student_parts: Tensor, target_parts: Tensor
+    ) -> None:
+        pass
+
+    def finish(
+        self, columns: Columns, student_parts: Tensor, target_parts: Tensor
+    ) -> tuple[Tensor, RowStatistics]:
+        losses, *statistics = new_results(columns)
+        return losses, RowStatistics(*statistics)
+
+    def write_gradient(
+        self, grad_losses: Tensor, columns: Columns, statistics: RowStatistics, grad: Tensor
+    ) -> None:
+        pass
+
+
 def choose_passes(impl: str, op: str, columns: Columns) -> Passes:
     """The body that `resolve` chooses, which knows what Triton cannot take."""
     unsupported = None
@@ -53,6 +77,8 @@ def choose_passes(impl: str, op: str, columns: Columns) -> Passes:
     elif columns.target.dtype == torch.float64:
         unsupported = "kernels compute in float32 and the targets are float64"
     if resolve(impl, op, columns.student, unsupported=unsupported) == "triton":
+        if is_planned():
+            return _NoKernels()
         from sslkit.ops import cross_entropy_triton
 
         return cross_entropy_triton

@@ -17,6 +17,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from sslkit.devices import device_type, is_planned
+
 Body = Literal["torch", "triton"]
 Impl = Literal["auto", "torch", "triton"]
 
@@ -46,15 +48,16 @@ def resolve(impl: str, op: str, tensor: Tensor, *, unsupported: str | None = Non
     if impl not in get_args(Impl):
         raise ValueError(f"{op}: impl must be one of {get_args(Impl)}, got {impl!r}")
     body: Body = "torch"
-    if impl == "triton" or (impl == "auto" and tensor.is_cuda):
-        problem = triton_problem() or _tensor_problem(tensor) or unsupported
+    if impl == "triton" or (impl == "auto" and device_type(tensor.device) == "cuda"):
+        missing = None if is_planned() else triton_problem()
+        problem = missing or _tensor_problem(tensor) or unsupported
         if problem is None:
             body = "triton"
         elif impl == "triton":
             raise RuntimeError(
                 f"{op}: impl='triton' cannot run: {problem}; use impl='auto' or impl='torch'"
             )
-        elif triton_problem() is not None:
+        elif missing is not None:
             _warn_once(f"sslkit runs its PyTorch bodies on the GPU, which are slower: {problem}")
     for recording in _recordings:
         recording.append((op, body))
@@ -100,13 +103,13 @@ def interpreting() -> bool:
 
     Triton reads the variable when a kernel is defined, so set it before the first one is used.
     """
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET") == "1" and not is_planned()
 
 
 def _tensor_problem(tensor: Tensor) -> str | None:
     if tensor.dtype == torch.float64:
         return "kernels compute in float32 and the input is float64"
-    if not tensor.is_cuda and not interpreting():
+    if device_type(tensor.device) != "cuda" and not interpreting():
         return f"the input is on {tensor.device}, and kernels need a CUDA device"
     return None
 

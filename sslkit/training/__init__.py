@@ -31,6 +31,7 @@ _HOME = {
     "read_metrics": "sslkit.training.metrics",
     "require_finite": "sslkit.training.finite",
     "set_hyperparameters": "sslkit.training.optim",
+    "standardise": "sslkit.training.batch_norm",
     "track": "sslkit.progress",
     "train": "sslkit.training.loop",
 }
@@ -59,6 +60,7 @@ __all__ = [
     "read_metrics",
     "require_finite",
     "set_hyperparameters",
+    "standardise",
     "track",
     "train",
 ]
@@ -66,6 +68,7 @@ __all__ = [
 if TYPE_CHECKING:
     from sslkit.files import atomic_write
     from sslkit.progress import TrainingProgress, track
+    from sslkit.training.batch_norm import standardise
     from sslkit.training.checkpoint import CheckpointError, Checkpoints
     from sslkit.training.finite import NonFiniteLoss, require_finite
     from sslkit.training.loop import Method, train
@@ -88,7 +91,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(
             f"module 'sslkit.training' has no attribute {name!r}; it has {__all__}"
         )
-    return getattr(import_module(_HOME[name]), name)
+    # Kept: to import sslkit.training.distribute puts the module where the function belongs.
+    globals()[name] = found = getattr(import_module(_HOME[name]), name)
+    return found
 
 
 def __dir__() -> list[str]:

@@ -1,8 +1,10 @@
 """Settings that cannot work, found before anything is computed, each in words."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from typing import Any
+
+import torch
 
 from sslkit.training.settings import RunSettings, flag
 
@@ -57,6 +59,22 @@ def not_divisible(settings: RunSettings, batches: Iterable[str], world_size: int
         for name, value in _values(settings, batches).items()
         if value % (world_size * max(settings.accumulation, 1))
     ]
+
+
+def unbuildable(parts: Mapping[str, Callable[[], Any]]) -> list[str]:
+    """Problems that parts find with their own settings.
+
+    Args:
+        parts: by the flag to blame, what builds a part. It is built on the meta device.
+    """
+    problems = []
+    for name, build in parts.items():
+        try:
+            with torch.device("meta"):
+                build()
+        except (ValueError, TypeError) as error:
+            problems.append(f"{name}: {error}")
+    return problems
 
 
 def check_run(settings: RunSettings, world_size: int) -> list[str]:

@@ -82,6 +82,8 @@ class Recipe(Generic[S]):
         check: problems of the settings with a number of processes, each in words.
         default: name of the preset that is taken when none is named.
         from_weights: for a recipe with ``--init-from``, what weights decide; None: no such setting.
+        method: builds what the first training stage trains, a `sslkit.training.Method`, for
+            ``sslkit plan``.
     """
 
     presets: Mapping[Any, S]
@@ -89,6 +91,7 @@ class Recipe(Generic[S]):
     check: Callable[[S, int], list[str]]
     default: str = "demo"
     from_weights: FromWeights[S] | None = None
+    method: Callable[[Run[S]], Any] | None = None
 
     @property
     def training(self) -> list[str]:

@@ -45,7 +45,11 @@ class Method(Protocol):
         """Take one optimizer step, counted from 0; ``watch``: report the usage of prototypes."""
 
     def state(self) -> dict[str, Any]:
-        """Tensors by name, in nested dicts, that the next step depends on."""
+        """Tensors by name, in nested dicts, that the next step depends on.
+
+        Those of the network that is trained are under ``"student"``: a run that is resumed with
+        another network is refused by their shapes.
+        """
 
     def encoder(self) -> nn.Module:
         """The encoder in its present state, for evaluation, on the CPU.

@@ -6,7 +6,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslkit.training.parallel import (
     Kind,
@@ -74,7 +76,9 @@ def distribute(
 ) -> Replica:
     """Share networks of one structure over the processes of a run, as its settings say.
 
-    Call it before the optimizer is made: sharded parameters are other tensors.
+    Call it before the optimizer is made: sharded parameters are other tensors. Layers of batch
+    normalisation take the mean and variance over the images of all processes, which PyTorch can do
+    on GPUs.
 
     Args:
         networks: the student first, then its teacher, if there is one.
@@ -83,10 +87,13 @@ def distribute(
         float32: names of the submodules that compute in float32 whatever the precision is.
 
     Raises:
-        SettingsError: ``hsdp_replicas`` is set and the networks are not sharded.
+        SettingsError: ``hsdp_replicas`` is set and the networks are not sharded; or several
+            processes on CPUs have a network with batch normalisation.
     """
     student, settings, parallel = networks[0], run.settings, run.parallel
     skeleton = _without_weights(student)
+    for network in networks:
+        synchronise_batch_norms_(network, parallel)
     if settings.compile_blocks:
         for network in networks:
             for name in blocks:
@@ -109,6 +116,24 @@ def distribute(
             dtype=torch.bfloat16 if run.in_bfloat16 else None,
         )
     return Replica(student, parallel, kind, skeleton)
+
+
+def synchronise_batch_norms_(network: nn.Module, parallel: Parallel) -> None:
+    """Let batch normalisation use the images of all processes. ``network`` is not a layer of it.
+
+    Raises:
+        SettingsError: the processes compute on CPUs, where PyTorch has no such layer.
+    """
+    layers = [name for name, m in network.named_modules() if isinstance(m, _BatchNorm)]
+    if parallel.group is None or not layers:
+        return
+    if parallel.device.type == "cpu":
+        raise SettingsError(
+            f"batch normalisation ({layers[0]}) cannot take the images of {parallel.world_size} "
+            "processes together on CPUs, so that the result would depend on their number: use one "
+            "process, GPUs, or a network with norm_layer='groupnorm'"
+        )
+    convert_sync_batchnorm(network, parallel.group)
 
 
 def _without_weights(network: nn.Module) -> nn.Module:

@@ -1,12 +1,11 @@
 """Settings of Franca that cannot work, each in words."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from sslkit import CyclicMaskGenerator, MatryoshkaProjector, backbones
+from sslkit.backbones import ViTEncoder
 from sslkit.backbones.settings import HEAD, NETWORK, check_settings
 from sslkit.data import MultiCrop
 from sslkit.files import parse_json
@@ -17,6 +16,7 @@ from sslkit.training.checks import (
     not_shares,
     too_large,
     too_small,
+    unbuildable,
 )
 from sslkit.training.optim import parameter_groups
 
@@ -100,35 +100,35 @@ def _refused_targets(settings: Settings, world_size: int) -> list[str]:
 
 def _refused_by_parts(settings: Settings) -> list[str]:
     """What the parts themselves find wrong with the settings that they are made from."""
-    problems = []
+    crops, model = settings.crops, settings.model
 
-    def attempt(name: str, make: Callable[[], Any]) -> Any:
-        try:
-            with torch.device("meta"):
-                return make()
-        except (ValueError, TypeError) as error:
-            problems.append(f"{name}: {error}")
+    def network() -> ViTEncoder:
+        _check_network(model)
+        encoder = backbones.create(**model.backbone_arguments(crops.global_size))
+        MatryoshkaProjector(encoder.embed_dim, **model.head_arguments())
+        return encoder
 
     def optimizer() -> None:
-        groups = parameter_groups(encoder, **settings.optim.group_arguments())
+        groups = parameter_groups(network(), **settings.optim.group_arguments())
         torch.optim.AdamW(groups, lr=0.0, betas=settings.optim.betas)
 
-    crops, model = settings.crops, settings.model
-    attempt("--crops", lambda: MultiCrop(**vars(crops), channels=model.in_chans))
-    attempt("--masks", lambda: CyclicMaskGenerator((2, 2), **vars(settings.masks)))
-    if not attempt("--model", lambda: _check_network(model)):
-        return problems
-    encoder = attempt(
-        "--model", lambda: backbones.create(**model.backbone_arguments(crops.global_size))
+    problems = unbuildable(
+        {
+            "--crops": lambda: MultiCrop(**vars(crops), channels=model.in_chans),
+            "--masks": lambda: CyclicMaskGenerator((2, 2), **vars(settings.masks)),
+            "--model": network,
+        }
     )
-    if encoder is not None:
-        attempt("--model", lambda: MatryoshkaProjector(encoder.embed_dim, **model.head_arguments()))
-        attempt("--optim", optimizer)
-        attempt("--crops or --highres", lambda: _check_sizes(settings, encoder.patch_size))
-    return problems
+    if any(problem.startswith("--model") for problem in problems):
+        return problems
+    more = {
+        "--optim": optimizer,
+        "--crops or --highres": lambda: _check_sizes(settings, network().patch_size),
+    }
+    return problems + unbuildable(more)
 
 
-def _check_network(model: Model) -> bool:
+def _check_network(model: Model) -> None:
     """Raise ValueError if an exported encoder could not state these settings."""
     more = parse_json(model.backbone_settings, "backbone_settings")
     check_settings("backbone_settings", more, NETWORK)
@@ -141,7 +141,6 @@ def _check_network(model: Model) -> bool:
     }
     for bottleneck in (model.dino_bottleneck_dim, model.ibot_bottleneck_dim):
         check_settings("heads", {**head, "bottleneck_dim": bottleneck}, HEAD)
-    return True
 
 
 def _check_sizes(settings: Settings, patch_size: tuple[int, int]) -> None:

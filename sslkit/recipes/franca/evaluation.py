@@ -1,8 +1,6 @@
-"""Scores of a run's encoders: k-NN during training, and the comparison of all stages at the end."""
+"""The comparison of all stages of a run, and the features that RASA is fitted on."""
 
 import json
-import warnings
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,12 +13,9 @@ from sslkit.data.crops import random_crop
 from sslkit.evaluation.features import Features, Unsuitable, evenly_spaced, extract
 from sslkit.evaluation.floor import Pixels
 from sslkit.evaluation.in_context import in_context_segmentation
-from sslkit.evaluation.knn import knn_predict
-from sslkit.evaluation.labels import with_labels
 from sslkit.evaluation.matryoshka import matryoshka_curve
 from sslkit.evaluation.position import position_probe
-from sslkit.evaluation.scores import Score, bootstrap
-from sslkit.evaluation.subject import Subject
+from sslkit.evaluation.scores import Score
 from sslkit.files import atomic_write
 from sslkit.recipes.franca.exports import (
     finished_stages,
@@ -29,33 +24,20 @@ from sslkit.recipes.franca.exports import (
     make_encoder,
 )
 from sslkit.recipes.franca.settings import Settings
+from sslkit.recipes.shared.evaluation import (
+    PIXELS,
+    interval,
+    knn_hits,
+    knn_score,
+    labelled_features,
+    online_knn,
+    subject,
+)
 from sslkit.training.data import Sources, open_sources
 from sslkit.training.run import Run
 from sslkit.training.settings import SettingsError
 
 SCORES = ("knn", "online_knn", "matryoshka", "in_context", "position_r2")
-
-
-def online_knn(
-    encoder: nn.Module, run: Run[Settings], sources: Sources, size: int
-) -> dict[str, float]:
-    """k-NN accuracy of an encoder on a sample of the images, as ``{"knn/20": 0.9}``.
-
-    Args:
-        encoder: any token encoder.
-        run: the run, whose settings say how many images are sampled.
-        sources: the data; without classes or labels there is no score.
-        size: pixels a side of an image.
-    """
-    options = run.settings.evaluation
-    if not sources.labelled:
-        return {}
-    images = subject(encoder, run, sources, size, (options.online_train, options.online_test))
-    train, test = (images.features(split, "cls") for split in Sources._fields)
-    if not _have_labels(train, test):
-        warnings.warn("no online k-NN: none of the sampled images has a label", stacklevel=2)
-        return {}
-    return {f"knn/{options.knn}": _knn_hits(train, test, train.cls, test.cls, options.knn).value}
 
 
 def compare_stages(run: Run[Settings]) -> None:
@@ -67,10 +49,8 @@ def compare_stages(run: Run[Settings]) -> None:
     torch.manual_seed(settings.seed)
     untrained = make_encoder(settings.model, settings.crops.global_size)  # as before training
     first_size, last_size = (settings.global_size(stage) for stage in ("pretrain", last))
-    # Pixels are what features have to beat.
     contestants: dict[str, tuple[nn.Module, int]] = {
-        "raw pixels": (Pixels(standardised=False), first_size),
-        "standardised pixels": (Pixels(), first_size),
+        **{name: (pixels, first_size) for name, pixels in PIXELS.items()},
         "random init": (untrained, first_size),
     }
     if settings.init_from:
@@ -85,27 +65,27 @@ def compare_stages(run: Run[Settings]) -> None:
     for name, (encoder, size) in contestants.items():
         print(f"evaluate: {name}")
         encoder = encoder.to(run.parallel.device)
-        images = subject(encoder, run, sources, size, (options.num_train, options.num_test))
-        labelled = sources.labelled
-        if labelled:
-            train, test = (images.features(split, "cls") for split in Sources._fields)
-            labelled = _have_labels(train, test)
-        if labelled:
-            measured["knn"][name] = _knn_hits(train, test, train.cls, test.cls, k=options.knn)
+        counts = (options.num_train, options.num_test)
+        images = subject(encoder, run, sources, size, counts, options)
+        splits = labelled_features(images, sources)
+        if splits is not None:
+            train, test = splits
+            measured["knn"][name] = knn_score(train, test, options.knn)
             results["chance"]["knn"] = 1 / sources.train.num_classes
             # What the curve of the online score has to be compared with.
-            online = online_knn(encoder, run, sources, size) if name in floor else {}
+            online = online_knn(encoder, run, sources, size, options) if name in floor else {}
             results["online_knn"] |= dict.fromkeys([name], *online.values()) if online else {}
         if isinstance(encoder, Pixels):
             continue
-        if labelled:
+        if splits is not None:
+            train, test = splits
             results["matryoshka"][name] = matryoshka_curve(
                 train.cls,
                 test.cls,
                 score=partial(_knn_accuracy, train, test, k=options.knn),
                 sizes=settings.model.nesting_dims or None,
             )
-        images = subject(encoder, run, sources, size, 2 * (options.num_dense,))
+        images = subject(encoder, run, sources, size, 2 * (options.num_dense,), options)
         train, test = (images.features(split, "patches", view="dense") for split in Sources._fields)
         probe = position_probe(train.patches, test.patches)
         measured["position_r2"][name] = Score.mean(probe.r2_by_image(), percent=False)
@@ -125,7 +105,7 @@ def compare_stages(run: Run[Settings]) -> None:
                 measured["in_context"][name] = Score.of_confusion(segmented.confusions)
     results |= {kind: {m: s.value for m, s in by.items()} for kind, by in measured.items()}
     results["intervals"] = {
-        kind: {m: _interval(s, run) for m, s in by.items()} for kind, by in measured.items()
+        kind: {m: interval(s, run) for m, s in by.items()} for kind, by in measured.items()
     }
     results["test_images"] = {
         kind: score.num_items for kind, by in measured.items() for score in by.values()
@@ -159,30 +139,6 @@ def crop_features(run: Run[Settings], encoder: ViTEncoder, size: int) -> Tensor:
     ).patches
 
 
-# ---------------------------------------------------------------------------- parts of it
-
-
-def subject(
-    encoder: nn.Module, run: Run[Settings], sources: Sources, size: int, counts: Sequence[int]
-) -> Subject:
-    """An encoder and ``counts`` images of each split, in the views that evaluations use."""
-    settings = run.settings
-    parameters = list(encoder.parameters())
-    return Subject(
-        type(encoder).__name__,
-        encoder,
-        sources._asdict(),
-        identity={},
-        global_size=size,
-        dense_size=size,
-        resize_over_crop=settings.evaluation.resize_over_crop,
-        limits=dict(zip(Sources._fields, counts, strict=True)),
-        batch_size=settings.evaluation.batch_size,
-        device=str(parameters[0].device) if parameters else "cpu",
-        seed=settings.seed,
-    )
-
-
 def _require_export_of(run: Run[Settings], stage: str) -> None:
     """Refuse settings that make another encoder than the exported one, before building it."""
     settings = run.settings
@@ -195,28 +151,7 @@ def _require_export_of(run: Run[Settings], stage: str) -> None:
         )
 
 
-def _knn_hits(
-    train: Features, test: Features, train_cls: Tensor, test_cls: Tensor, k: int
-) -> Score:
-    """Top-1 accuracy of weighted k-NN, whose value for each test image can be resampled."""
-    labels, test_cls = with_labels(test.labels, test_cls, name="test_labels")
-    return Score.mean(knn_predict(train_cls, train.labels, test_cls, ks=(k,))[k] == labels)
-
-
 def _knn_accuracy(
     train: Features, test: Features, train_cls: Tensor, test_cls: Tensor, k: int
 ) -> float:
-    return _knn_hits(train, test, train_cls, test_cls, k=k).value
-
-
-def _have_labels(*splits: Features) -> bool:
-    """Whether each split has an image with a label."""
-    return all(bool((features.labels >= 0).any()) for features in splits)
-
-
-def _interval(score: Score, run: Run[Settings]) -> list[float]:
-    """95 % interval, [low, high], of a score. All models share the resamples of test images."""
-    generator = torch.Generator().manual_seed(run.settings.seed)
-    found = bootstrap(score, generator=generator)
-    assert found is not None
-    return [found.low, found.high]
+    return knn_hits(train, test, train_cls, test_cls, k=k).value

@@ -1,13 +1,13 @@
 """Franca's presets: values of its settings, each with its source. A preset is never behaviour."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from sslkit.recipes.franca.settings import (
-    Crops,
     Evaluation,
     HighRes,
     Init,
-    Losses,
     Model,
     Optim,
     PresetName,
@@ -15,6 +15,14 @@ from sslkit.recipes.franca.settings import (
     Settings,
     Targets,
 )
+from sslkit.recipes.shared import CIFAR10, DEMO, SMOKE, Crops, Losses
+
+
+def _small(values: Mapping[str, Any], *, num_dense: int) -> dict[str, Any]:
+    """The arguments of `Settings` that a small preset of every recipe has."""
+    evaluation = Evaluation(**vars(values["evaluation"]), num_dense=num_dense)
+    return {**values, "evaluation": evaluation}
+
 
 # The defaults of the sections are ViT-B on ImageNet-21K. Each value of model, crops, masks,
 # targets, losses and optim is in the released configuration (24f8c60: configs/train, and
@@ -64,18 +72,10 @@ PRESETS: dict[PresetName, Settings] = {
     # Two CPU cores, minutes: 32 px views of 48 px scenes, and every part of the method. Changed for
     # short runs of small batches (docs/cifar10.md): as many prototypes as the batch has rows, a
     # sharper teacher, a faster average, a shorter warm-up, a full learning rate for the patch
-    # embedding, less iBOT, larger local crops, and a blur as wide as 2 of 224 pixels.
+    # embedding, less iBOT.
     "demo": Settings(
         preset="demo",
-        data="scenes",
-        steps=210,
-        batch_size=48,
-        workers=1,
-        scene_size=48,
-        num_scenes=4000,
-        log_every=10,
-        checkpoint_every=100,
-        keep_every=0,
+        **_small(DEMO, num_dense=300),
         model=Model(
             backbone="sslkit_vit_tiny",
             drop_path_rate=0.0,
@@ -83,14 +83,6 @@ PRESETS: dict[PresetName, Settings] = {
             hidden_dim=256,
             dino_bottleneck_dim=64,
             ibot_bottleneck_dim=64,
-        ),
-        crops=Crops(
-            global_size=32,
-            global_scale=(0.5, 1.0),
-            local_size=16,
-            local_scale=(0.2, 0.5),
-            num_local=4,
-            blur_sigma=(0.1, 0.3),
         ),
         targets=Targets(temperature=0.04),
         losses=Losses(ibot=0.2),
@@ -115,60 +107,23 @@ PRESETS: dict[PresetName, Settings] = {
             freeze_prototypes=0.02,
         ),
         rasa=Rasa(num_images=500),
-        evaluation=Evaluation(
-            num_train=3000,
-            num_test=1000,
-            num_dense=300,
-            online_train=1000,
-            online_test=500,
-            online_every=70,
-            resize_over_crop=1.0,
-        ),
     ),
 }
-# Two CPU cores, under 40 minutes on 20,000 images of CIFAR-10: 24 px views of 32 px images.
 PRESETS["cifar10"] = replace(
     PRESETS["demo"],
     preset="cifar10",
-    data="cifar10.npz",
-    steps=2000,
-    batch_size=64,
-    log_every=20,
-    checkpoint_every=200,
-    crops=replace(PRESETS["demo"].crops, global_size=24, local_size=12, blur_sigma=(0.1, 2.0)),
+    **_small(CIFAR10, num_dense=500),
     highres=replace(
         PRESETS["demo"].highres, steps=100, global_size=32, local_size=12, batch_size=64
-    ),
-    evaluation=Evaluation(
-        num_train=20_000,
-        num_test=4_000,
-        num_dense=500,
-        online_train=5_000,
-        online_test=2_000,
-        online_every=85,
-        resize_over_crop=1.0,
     ),
 )
 PRESETS["smoke"] = replace(
     PRESETS["demo"],
     preset="smoke",
-    steps=12,
-    batch_size=16,
-    num_scenes=200,
-    log_every=2,
-    checkpoint_every=6,
+    **_small(SMOKE, num_dense=50),
     model=replace(PRESETS["demo"].model, backbone="sslkit_vit_micro", num_prototypes=64),
     highres=replace(PRESETS["demo"].highres, steps=4, batch_size=16),
     rasa=replace(PRESETS["demo"].rasa, num_images=64),
-    evaluation=Evaluation(
-        num_train=150,
-        num_test=50,
-        num_dense=50,
-        online_train=100,
-        online_test=50,
-        online_every=6,
-        resize_over_crop=1.0,
-    ),
 )
 # Thousands of your own photographs, one GPU, from scratch: a ViT-S. The values are reasoned, from
 # what was measured at small size here (docs/cifar10.md, docs/log.md) and from DINO's ViT-S (arXiv

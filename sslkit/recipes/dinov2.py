@@ -1,0 +1,1 @@
+../../examples/dinov2_recipe.py

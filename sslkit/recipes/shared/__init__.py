@@ -1,0 +1,54 @@
+"""What several recipes share: sections of settings, small presets, two stages, and scores.
+
+Each public name is imported from its own module on first use, as in `sslkit.training`: settings and
+presets do not need PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "CIFAR10": "presets",
+    "DEMO": "presets",
+    "SMOKE": "presets",
+    "Crops": "settings",
+    "Evaluation": "settings",
+    "Losses": "settings",
+    "Settings": "stages",
+    "evaluate_encoders": "evaluation",
+    "online_knn": "evaluation",
+    "rates": "stages",
+    "two_stages": "stages",
+}
+
+__all__ = [
+    "CIFAR10",
+    "DEMO",
+    "SMOKE",
+    "Crops",
+    "Evaluation",
+    "Losses",
+    "Settings",
+    "evaluate_encoders",
+    "online_knn",
+    "rates",
+    "two_stages",
+]
+
+if TYPE_CHECKING:
+    from sslkit.recipes.shared.evaluation import evaluate_encoders, online_knn
+    from sslkit.recipes.shared.presets import CIFAR10, DEMO, SMOKE
+    from sslkit.recipes.shared.settings import Crops, Evaluation, Losses
+    from sslkit.recipes.shared.stages import Settings, rates, two_stages
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(
+            f"module 'sslkit.recipes.shared' has no attribute {name!r}; it has {__all__}"
+        )
+    return getattr(import_module(f"sslkit.recipes.shared.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

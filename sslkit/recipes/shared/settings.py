@@ -1,0 +1,55 @@
+"""Sections that the settings of several recipes have."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Multi-crop (DINOv2 and the released configuration; for the blur, docs/faithfulness.md)."""
+
+    global_size: int = 224
+    """Pixels a side of the two views that student and teacher see."""
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    """Share of an image's area that such a view covers, from and to."""
+    local_size: int = 98
+    """Pixels a side of the small views, which the student alone sees."""
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    """Share of an image's area that these cover; the smaller, the harder to tell what it is."""
+    num_local: int = 8
+    """Small views of an image; each adds a comparison with the teacher, and time."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the blur in pixels of the view, from and to; small views lose more."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Weights of the three terms; with nesting levels, DINO and iBOT are sums over them."""
+
+    dino: float = 1.0
+    """Weight of the DINO loss: class tokens predict the teacher's targets of other views."""
+    ibot: float = 1.0
+    """Weight of the iBOT loss: masked patches predict the teacher's targets at their places."""
+    koleo: float = 0.1
+    """Weight of KoLeo, which pushes the class tokens of different images apart."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """k-NN and a linear classifier, on frozen features."""
+
+    num_train: int = 100_000
+    """Images of the training split that k-NN looks its neighbours up in."""
+    num_test: int = 10_000
+    """Held-out images that it classifies."""
+    batch_size: int = 64
+    """Images a forward pass."""
+    knn: int = 20
+    """Neighbours that vote."""
+    resize_over_crop: float = 256 / 224
+    """Evaluation views: shorter side resized to this multiple of the crop."""
+    online_every: int = 12_500
+    """Steps between two k-NN scores of the encoder during training; 0: none."""
+    online_train: int = 20_000
+    """Images that these look neighbours up in."""
+    online_test: int = 2_000
+    """Held-out images that these classify."""

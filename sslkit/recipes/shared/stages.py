@@ -1,0 +1,162 @@
+"""A recipe of two stages, pretraining with AdamW and evaluation, for a method and its network."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from sslkit import schedules
+from sslkit.data import MultiCrop
+from sslkit.recipes.shared.evaluation import evaluate_encoders, online_knn
+from sslkit.recipes.shared.settings import Crops, Evaluation
+from sslkit.training.checks import not_positive, not_shares, too_large, too_small, unbuildable
+from sslkit.training.command import Recipe, Stage
+from sslkit.training.data import open_sources
+from sslkit.training.loop import Method, train
+from sslkit.training.run import Run
+from sslkit.training.settings import RunSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings):
+    """What both stages read, besides what the engine reads. A method adds its own settings."""
+
+    stages: tuple[Literal["pretrain", "evaluate"], ...] = ("pretrain", "evaluate")
+    """Each needs the results of those before it, from this call or an earlier one."""
+    lr: float = 1.5e-3
+    """Highest learning rate of AdamW. After the warm-up it falls to 1e-6 along a cosine."""
+    lr_warmup: float = 0.05
+    """Share of the steps over which the learning rate first rises linearly from 0."""
+    weight_decay: tuple[float, float] = (0.04, 0.2)
+    """Weight decay at the first and last step, a cosine between; biases and norms have none."""
+    max_norm: float = 3.0
+    """Largest gradient norm of each submodule of the network."""
+    freeze_prototypes: float = 0.02
+    """Share of the steps during which the last layers keep their initial value."""
+    crops: Crops = field(default_factory=Crops)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def two_stages(
+    make_method: Callable[[Run[Any]], Method],
+    make_network: Callable[[Any], nn.Module],
+    *,
+    presets: Mapping[str, S],
+    load: Callable[[Path], nn.Module],
+    check: Callable[[S, int], Iterable[str]] = lambda settings, world_size: (),
+) -> Recipe[S]:
+    """A recipe that pretrains, then scores the encoder by k-NN and a linear classifier.
+
+    Args:
+        make_method: makes the method of a run at its first step.
+        make_network: makes the network that it trains, whose encoder is ``network.backbone``.
+        presets: settings by name.
+        load: reads the encoder that the method exports.
+        check: problems of the method's own settings with a number of processes, each in words.
+    """
+
+    def problems(settings: S, world_size: int) -> list[str]:
+        parts = {
+            "--crops": lambda: MultiCrop(**vars(settings.crops)),
+            "network": lambda: make_network(settings),
+        }
+        return [*_problems(settings), *unbuildable(parts), *check(settings, world_size)]
+
+    stages = {
+        "pretrain": Stage(
+            partial(_pretrain, make_method, make_network), steps=lambda settings: settings.steps
+        ),
+        "evaluate": Stage(
+            partial(_evaluate, make_network, load), result="results.json", section="evaluation"
+        ),
+    }
+    return Recipe(presets, stages, problems)
+
+
+class Rates(NamedTuple):
+    """What `sslkit.training.set_hyperparameters` sets at each step."""
+
+    lr: float
+    last_layer_lr: float
+    weight_decay: float
+
+
+def rates(step: int, settings: Settings) -> Rates:
+    """Learning rates and weight decay of a step, counted from 0."""
+    total = settings.steps
+    lr = schedules.warmup_cosine(
+        step,
+        peak=settings.lr,
+        final=1e-6,
+        total_steps=total,
+        warmup_steps=round(settings.lr_warmup * total),
+    )
+    frozen = round(settings.freeze_prototypes * total)
+    start, end = settings.weight_decay
+    return Rates(
+        lr=lr,
+        last_layer_lr=lr * schedules.unfreeze(step, freeze_steps=frozen),
+        weight_decay=schedules.cosine(step, start=start, end=end, total_steps=total),
+    )
+
+
+def _pretrain(
+    make_method: Callable[[Run[Any]], Method],
+    make_network: Callable[[Any], nn.Module],
+    run: Run[Settings],
+) -> None:
+    settings, sources = run.settings, open_sources(run.settings)
+    train(
+        partial(make_method, run),
+        run,
+        stage="pretrain",
+        network=partial(make_network, settings),
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        sources=sources,
+        crops=MultiCrop(**vars(settings.crops)),
+        # Somewhat past the warm-up: an untrained network shows the signs of a collapsed one.
+        grace_steps=round(1.25 * settings.lr_warmup * settings.steps),
+        online=partial(
+            online_knn,
+            run=run,
+            sources=sources,
+            size=settings.crops.global_size,
+            options=settings.evaluation,
+        ),
+        online_every=settings.evaluation.online_every,
+    )
+
+
+def _evaluate(
+    make_network: Callable[[Any], Any], load: Callable[[Path], nn.Module], run: Run[Settings]
+) -> None:
+    settings = run.settings
+    torch.manual_seed(settings.seed)
+    encoders = {
+        "random init": make_network(settings).backbone,  # as before training
+        "pretrain": run.read_export("pretrain", load),
+    }
+    size = settings.crops.global_size
+    evaluate_encoders(run, encoders, size=size, options=settings.evaluation)
+
+
+def _problems(settings: Settings) -> list[str]:
+    counts = ("num_train", "num_test", "online_train", "online_test", "batch_size", "knn")
+    least = {f"evaluation.{name}": 1.0 for name in counts} | {"evaluation.online_every": 0.0}
+    sizes = ("crops.global_size", "crops.local_size", "evaluation.batch_size")
+    most = {**dict.fromkeys(sizes, 1 << 13), "crops.num_local": 256, "evaluation.knn": 200}
+    positive = ("lr", "max_norm", "evaluation.resize_over_crop")
+    return [
+        *too_small(settings, least),
+        *too_large(settings, most),
+        *not_shares(settings, ("lr_warmup", "freeze_prototypes")),
+        *not_positive(settings, positive),
+    ]

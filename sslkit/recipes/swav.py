@@ -1,0 +1,1 @@
+../../examples/swav_recipe.py
