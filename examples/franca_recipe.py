@@ -231,9 +231,11 @@ def schedule(step: int, s: Settings) -> Schedule:
 class Franca:
     """Student, teacher, targets and losses of one stage; `sslkit.training.train` drives it."""
 
-    def __init__(self, stage: str, settings: Settings, run: Run[Settings]) -> None:
-        s = settings
-        self.stage, self.settings, self.run, self.parallel = stage, settings, run, run.parallel
+    def __init__(
+        self, run: Run[Settings], stage: str = "pretrain", settings: Settings | None = None
+    ) -> None:
+        s = run.settings if settings is None else settings
+        self.stage, self.settings, self.run, self.parallel = stage, s, run, run.parallel
         build = partial(FrancaNetwork, s.model, run.settings.crops.global_size)
         if stage == "highres":
             pretrained = run.last_checkpoint("pretrain", network=build)
@@ -352,7 +354,7 @@ def train_stage(
     if s.accumulation > 1 and s.losses.koleo > 0:
         run.say("accumulation: KoLeo sees the neighbours within each micro-batch alone")
     train(
-        partial(Franca, stage, s, run),
+        partial(Franca, run, stage, s),
         run,
         stage=stage,
         network=partial(FrancaNetwork, s.model, size),
@@ -390,11 +392,7 @@ STAGES = {
     "report": Stage(report.write_report, result="report.md"),
 }
 RECIPE = Recipe(
-    presets.PRESETS,
-    STAGES,
-    checks.check,
-    from_weights=initial.FROM_WEIGHTS,
-    method=lambda run: Franca("pretrain", run.settings, run),
+    presets.PRESETS, STAGES, checks.check, from_weights=initial.FROM_WEIGHTS, method=Franca
 )
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def tiny(**sections: dict[str, Any] | Any) -> Settings:
 
 def method(settings: Settings, parallel: Parallel = ALONE) -> Franca:
     """The pretraining of ``settings`` in this process, at its first step."""
-    return Franca("pretrain", settings, Run(settings, parallel))
+    return Franca(Run(settings, parallel))
 
 
 def masks(own: Franca, step: int, images: Batch) -> Tensor:

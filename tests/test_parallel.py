@@ -47,7 +47,7 @@ BEGINNING_STEPS = range(1, 6)
 
 
 def method(settings: Any, parallel: Parallel = ALONE) -> Any:
-    return Franca("pretrain", settings, Run(settings, parallel))
+    return Franca(Run(settings, parallel))
 
 
 def whole(tensor: Tensor) -> Tensor:

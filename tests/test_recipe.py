@@ -361,7 +361,7 @@ def test_a_stage_has_a_drop_path_of_its_own() -> None:
 def test_unfinished_pretraining_cannot_be_continued_at_high_resolution(tmp_path: Any) -> None:
     settings = tiny(output=tmp_path, highres={"global_size": 48, "local_size": 16})
     with pytest.raises(SettingsError, match="no finished pretrain: run --stages pretrain"):
-        Franca("highres", high_resolution(settings), Run(settings, ALONE))
+        Franca(Run(settings, ALONE), "highres", high_resolution(settings))
 
 
 def test_the_high_resolution_stage_resamples_positions_with_antialiasing(tmp_path: Any) -> None:
@@ -374,7 +374,7 @@ def test_the_high_resolution_stage_resamples_positions_with_antialiasing(tmp_pat
     checkpoints.wait()
     (tmp_path / "pretrain.safetensors").touch()
 
-    own = Franca("highres", high_resolution(settings), Run(settings, ALONE))
+    own = Franca(Run(settings, ALONE), "highres", high_resolution(settings))
     grid = stored[:, 1:].unflatten(1, (8, 8)).movedim(-1, 1)
     expected = F.interpolate(grid, size=(12, 12), mode="bicubic", antialias=True)
     expected = torch.cat([stored[:, :1], expected.flatten(2).mT], dim=1)

@@ -91,9 +91,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(
             f"module 'sslkit.training' has no attribute {name!r}; it has {__all__}"
         )
-    # Kept: to import sslkit.training.distribute puts the module where the function belongs.
-    globals()[name] = found = getattr(import_module(_HOME[name]), name)
-    return found
+    return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
