@@ -3,7 +3,6 @@
 import ast
 import importlib
 import json
-import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -242,17 +241,6 @@ def test_the_front_door_has_these_names_and_no_others():
     assert sorted(sslkit.__all__) == PUBLIC_NAMES["sslkit"]
     with pytest.raises(AttributeError, match=r"no attribute 'DinoLoss'; it has \[.*'DINOLoss'"):
         sslkit.DinoLoss  # noqa: B018
-
-
-LAZY = [path for path in PACKAGE.rglob("__init__.py") if "def __getattr__(" in path.read_text()]
-
-
-@pytest.mark.parametrize("path", LAZY, ids=relative_name)
-def test_no_module_takes_the_place_of_a_name_that_is_looked_up_late(path):
-    """Importing a module sets an attribute of its package, and no lookup follows."""
-    package = importlib.import_module(".".join(path.parent.relative_to(ROOT).parts))
-    modules = {name for _, name, _ in pkgutil.iter_modules([str(path.parent)])}
-    assert not modules & set(package.__all__)
 
 
 IMPORT_COST = """
