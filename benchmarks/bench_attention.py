@@ -39,7 +39,7 @@ def set_up(size: Size, device: torch.device) -> SimpleNamespace:
 
 
 def work(size: Size, device: torch.device) -> Work:
-    """Forward 4 n² d flops a head, backward 2.5 times that (it recomputes the scores)."""
+    """Forward 4 n² d flops a head, backward 2.5 times that (it recomputes the logits)."""
     runs = ((size["n"], size["crops"]), (size["n_local"], size["crops_local"]))
     tokens = sum(n * count for n, count in runs)
     pairs = sum(n * n * count for n, count in runs)

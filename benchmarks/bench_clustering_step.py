@@ -5,8 +5,8 @@
 `clustering_step` is Franca's iBOT branch as released: nested heads (an extra linear layer, a last
 GELU, weight-normed prototypes) at five levels for student and teacher, and all gradients.
 
-The plan writes the scores once and reads them as `ibot_levels` does; the products add one write for
-each of the two score matrices and two reads of the gradient: 12 passes. `sslkit, factored` never
+The plan writes the logits once and reads them as `ibot_levels` does; the products add one write for
+each of the two logit matrices and two reads of the gradient: 12 passes. `sslkit, factored` never
 writes them (`FactoredLogits`): nine products of their size in place of four, and little memory.
 `sslkit, level by level` finishes a level, its backward included, before it begins the next.
 """
@@ -53,7 +53,7 @@ def set_up_head(size: Size, device: torch.device) -> SimpleNamespace:
 
 
 def work_head(size: Size, device: torch.device) -> Work:
-    """Four products: two of scores, two of gradients."""
+    """Four products: two of logits, two of gradients."""
     B, K, D = size["B"], size["K"], size["D"]
     matrices = 12 * B * K + 6 * K * D + 8 * B * D
     return Work(
@@ -83,7 +83,7 @@ ONE_HEAD = Operation(
     },
     set_up=set_up_head,
     reference=reference_head,
-    # bfloat16 scores carry 2^-9 of themselves into the exponent, times 1 / TEACHER_TEMP
+    # bfloat16 logits carry 2^-9 of themselves into the exponent, times 1 / TEACHER_TEMP
     tolerance={"cpu": 1e-4, "cuda": 2e-2},
     work=work_head,
 )
@@ -100,8 +100,8 @@ def head_contestant(case: SimpleNamespace, loss) -> Contestant:
 def ours_head(student: Tensor, prototypes: Tensor, teacher: Tensor, others: Tensor) -> Tensor:
     with torch.no_grad():
         targets = SinkhornKnopp()(teacher @ others.t(), TEACHER_TEMP)
-    scores = student @ prototypes.t()
-    return soft_cross_entropy(scores, STUDENT_TEMP, targets, overwrite_logits=True).mean()
+    logits = student @ prototypes.t()
+    return soft_cross_entropy(logits, STUDENT_TEMP, targets, overwrite_logits=True).mean()
 
 
 @ONE_HEAD.contestant("sslkit")
@@ -113,8 +113,8 @@ def _(case):
 def _(case):
     def loss(student: Tensor, prototypes: Tensor, teacher: Tensor, others: Tensor) -> Tensor:
         targets = SinkhornKnopp()(FactoredLogits(teacher, others), TEACHER_TEMP)
-        scores = FactoredLogits(student, prototypes)
-        return soft_cross_entropy(scores, STUDENT_TEMP, targets).mean()
+        logits = FactoredLogits(student, prototypes)
+        return soft_cross_entropy(logits, STUDENT_TEMP, targets).mean()
 
     return head_contestant(case, loss)
 
@@ -160,7 +160,7 @@ def set_up_step(size: Size, device: torch.device) -> SimpleNamespace:
     with torch.no_grad():
         for prototypes in student.prototypes:
             prototypes.weight.normal_()
-        for head in student.heads:  # scores of deviation ~0.3: the textbook's exp overflows at 4.4
+        for head in student.heads:  # logits of deviation ~0.3: the textbook's exp overflows at 4.4
             linears = [layer for layer in head if isinstance(layer, nn.Linear)]
             for layer in linears:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -183,12 +183,14 @@ def set_up_step(size: Size, device: torch.device) -> SimpleNamespace:
 
 
 def work_step(size: Size, device: torch.device) -> Work:
-    """Three products of student layers, one of the teacher's; 12 passes over the scores."""
+    """Three products of student layers, one of the teacher's; 12 passes over the logits."""
     M, K, D, h, b = (size[name] for name in ("M", "K", "D", "hidden", "bottleneck"))
-    scores = M * sum(nested(K))
+    num_logits = M * sum(nested(K))
     weights = sum(m * m + m * h + h * h + h * b for m in nested(D)) + b * sum(nested(K))
     s = logit_dtype(device).itemsize
-    return Work(bytes=12 * scores * s + 4 * 4 * weights, flops=4 * 2 * M * weights, exps=7 * scores)
+    return Work(
+        bytes=12 * num_logits * s + 4 * 4 * weights, flops=4 * 2 * M * weights, exps=7 * num_logits
+    )
 
 
 def reference_step(case: SimpleNamespace) -> list[Tensor]:
@@ -200,10 +202,10 @@ def reference_step(case: SimpleNamespace) -> list[Tensor]:
 
 def textbook_step(student, teacher, x: Tensor, teacher_x: Tensor, masks: Tensor) -> Tensor:
     with torch.no_grad():
-        targets = [textbook.sinkhorn(scores, TEACHER_TEMP) for scores in teacher(teacher_x)]
+        targets = [textbook.sinkhorn(logits, TEACHER_TEMP) for logits in teacher(teacher_x)]
     return sum(
-        textbook.ibot_loss(scores, probs, masks, STUDENT_TEMP)
-        for scores, probs in zip(student(x), targets, strict=True)
+        textbook.ibot_loss(logits, probs, masks, STUDENT_TEMP)
+        for logits, probs in zip(student(x), targets, strict=True)
     )
 
 
@@ -248,7 +250,7 @@ def ours_step(
     with torch.no_grad():
         targets = sinkhorn_many(teacher(teacher_x, factored=factored), TEACHER_TEMP)
     levels = zip(student(x, factored=factored), targets, strict=True)
-    return sum(ibot(scores, t, masks) for scores, t in levels)
+    return sum(ibot(logits, t, masks) for logits, t in levels)
 
 
 @CLUSTERING_STEP.contestant("sslkit")
@@ -273,10 +275,10 @@ def _(case):
     def level_loss(level: int, x: Tensor) -> Tensor:
         with case.autocast():
             with torch.no_grad():
-                scores = case.teacher.prototypes[level](case.teacher.heads[level](case.teacher_x))
-                targets = sinkhorn(scores, TEACHER_TEMP)
-            scores = case.student.prototypes[level](case.student.heads[level](x))
-            return ibot(scores, targets, case.masks)
+                logits = case.teacher.prototypes[level](case.teacher.heads[level](case.teacher_x))
+                targets = sinkhorn(logits, TEACHER_TEMP)
+            logits = case.student.prototypes[level](case.student.heads[level](x))
+            return ibot(logits, targets, case.masks)
 
     def call(x: Tensor) -> list[Tensor]:
         losses = []
@@ -300,7 +302,7 @@ def _(case):
 
 
 def on_device(case: SimpleNamespace, loss, student, teacher, x: Tensor, teacher_x: Tensor, _):
-    """`loss` with the masks where the scores are."""
+    """`loss` with the masks where the logits are."""
     return loss(student, teacher, x, teacher_x, case.device_masks)
 
 

@@ -1,11 +1,11 @@
-"""Scores to loss and gradient: what follows the heads' last matrix product.
+"""Logits to loss and gradient: what follows the heads' last matrix product.
 
 `ibot_levels` is Franca's: Sinkhorn-Knopp over each of five nested levels and the iBOT loss of each,
-forward and backward; as in the recipe the scores are known to be cosines and the gradient takes
+forward and backward; as in the recipe the logits are known to be cosines and the gradient takes
 their place. `ibot_centred` and `dino_centred` have the EMA centre of DINO in the place of
 Sinkhorn, which is all that lightly's losses know, and include its update.
 
-The plan for an element: Sinkhorn reads the teacher's score three times, the loss reads it and the
+The plan for an element: Sinkhorn reads the teacher's logit three times, the loss reads it and the
 student's once forward and once backward and writes the gradient.
 """
 
@@ -34,7 +34,7 @@ GLOBAL_VIEWS, ALL_VIEWS = 2, 10
 
 
 def fresh(case: SimpleNamespace) -> tuple[list[Tensor]]:
-    """The student's scores as leaves without gradients."""
+    """The student's logits as leaves without gradients."""
     return ([leaf(x) for x in case.student],)
 
 
@@ -81,7 +81,7 @@ IBOT_LEVELS = Operation(
 
 
 def passes(count: int, elements: int, device: torch.device) -> Work:
-    """Of reading or writing every score; Sinkhorn and loss take 3 + 2 + 2 exponentials of one."""
+    """Of reading or writing every logit; Sinkhorn and loss take 3 + 2 + 2 exponentials of one."""
     return Work(bytes=count * elements * logit_dtype(device).itemsize, exps=(count - 1) * elements)
 
 
@@ -106,7 +106,7 @@ def _(case):
 
     def call(student: list[Tensor]) -> list[Tensor]:
         targets = sinkhorn_many(case.teacher, TEACHER_TEMP, bound=1.0)
-        terms = [  # scores are a product's result, never leaves: views stand in for it
+        terms = [  # logits are a product's result, never leaves: views stand in for it
             loss(s.view_as(s), t, case.masks) for s, t in zip(student, targets, strict=True)
         ]
         return gradients(student, sum(terms))

@@ -1,6 +1,6 @@
 """Sinkhorn-Knopp: balanced assignments of B rows to K prototypes, three iterations.
 
-The plan reads the scores once an iteration and writes K numbers: no assignment is written, the
+The plan reads the logits once an iteration and writes K numbers: no assignment is written, the
 loss forms them as it reads. Peers write [B, K], birder's CAPI over its input, and so does `sslkit,
 written out`.
 """

@@ -100,14 +100,14 @@ def measure_padding() -> None:
     )
     features = F.layer_norm(torch.randn(rows, 384, generator=generator), (384,))
     with torch.no_grad():
-        (scores,) = head(torch.cat([features, features.new_zeros(room - rows, 384)]))
-        for spread in (1.0, 4.0):  # of the scores, in units of the temperature
-            logits = scores / scores[:rows].std() * spread * 0.07
+        (raw,) = head(torch.cat([features, features.new_zeros(room - rows, 384)]))
+        for spread in (1.0, 4.0):  # of the logits, in units of the temperature
+            logits = raw / raw[:rows].std() * spread * 0.07
             clean = SinkhornKnopp()(logits[:rows], 0.07).probs()
             padded = SinkhornKnopp()(logits, 0.07).probs()[:rows]
             distance = 0.5 * (clean - padded).abs().sum(1)
             print(
-                f"padding, scores of {spread:g} temperatures: total variation of a target "
+                f"padding, logits of {spread:g} temperatures: total variation of a target "
                 f"{distance.mean():.2e} in the mean, {distance.max():.2e} at most"
             )
 
@@ -119,7 +119,7 @@ def measure_sinkhorn() -> None:
         below, above = torch.tensor([0.999 * limit, 1.001 * limit]) / temperature
         assert math.isfinite(below.exp())
         assert math.isinf(above.exp())
-        print(f"Sinkhorn: exp overflows float32 from a score of {limit:.2f} at {temperature}")
+        print(f"Sinkhorn: exp overflows float32 from a logit of {limit:.2f} at {temperature}")
     logits = torch.randn(64, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with_sum, without = (plain_sinkhorn(logits, divide) for divide in (True, False))
     difference = (with_sum - without).abs().max()

@@ -1,7 +1,7 @@
 """The formulas as papers and released code write them: eager, one tensor a step.
 
 What DINOv2 and Franca run: `exp`, alternating sums and divisions of the whole matrix (with the
-constants K and B, which cancel), targets and log-softmax written out. Score matrices are raised to
+constants K and B, which cancel), targets and log-softmax written out. Logit matrices are raised to
 float32 first, as their code does; float64 stays, so that the same lines are the oracle.
 """
 
