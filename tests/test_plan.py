@@ -252,6 +252,14 @@ def test_command(capsys):
     assert "does not fit" not in out
 
 
+@pytest.mark.parametrize("name", ["dinov2", "swav"])
+def test_command_plans_other_methods(name, capsys):
+    main([name, "--gpus", "1", "--batch-size", "16"])
+    out = capsys.readouterr().out
+    assert f"{name} demo on 1 H100, none" in out
+    assert "activations" in out
+
+
 def test_command_says_what_would_fit(capsys):
     words = ["--preset", "smoke", "--gpus", "2", "--parallel", "ddp", "--memory", "0.18"]
     words += ["--reserve", "0", "--model.num-prototypes", "16384"]

@@ -137,7 +137,7 @@ def _plan(recipe: Any, settings: Any, gpus: int, hardware: Any) -> tuple[Any, st
         partial(
             empty_batch,
             crops=MultiCrop(**vars(settings.crops)),
-            channels=getattr(settings.model, "in_chans", 3),
+            channels=getattr(getattr(settings, "model", None), "in_chans", 3),
         ),
         images=settings.batch_size,
         world_size=gpus,
@@ -207,7 +207,7 @@ def _changes(settings: Any, gpus: int) -> Iterator[tuple[str, Any]]:
     """Settings that need less and less memory, and the options for them."""
     words: list[str] = []
     for name in ("factored", "activation_checkpointing"):
-        if getattr(settings.model, name, True) is False:
+        if getattr(getattr(settings, "model", None), name, True) is False:
             settings = replace(settings, model=replace(settings.model, **{name: True}))
             words.append(f"--model.{name.replace('_', '-')}")
             yield " ".join(words), settings

@@ -77,7 +77,7 @@ def two_stages(
             partial(_evaluate, make_network, load), result="results.json", section="evaluation"
         ),
     }
-    return Recipe(presets, stages, problems)
+    return Recipe(presets, stages, problems, method=make_method)
 
 
 class Rates(NamedTuple):
