@@ -301,6 +301,8 @@ class Franca:
                 terms = self.loss(student, own, masks)
                 (weighted_sum(terms, s.losses) / len(micro)).backward()
             watched.add(terms, share=1 / len(micro))
+        features = student.cls.detach()
+        del student  # its logits, before the optimizer's work space
         norms = clip_gradients(dict(self.student.named_children()), s.optim.max_norm)
         means = watched.means(norms)  # raises an error for NaN
         self.optimizer.step()
@@ -312,7 +314,7 @@ class Franca:
             hyperparameters=now._asdict(),
             gradient_norms=norms,
             usage=usage(targets) if watch else {},
-            features=student.cls.detach(),
+            features=features,
             row_shares={"ibot": means["masked images"].item()},
         )
 
@@ -331,8 +333,7 @@ class Franca:
 
     def encoder(self) -> nn.Module:
         """The teacher's encoder."""
-        encoder: nn.Module = self.replica.whole(self.teacher.module, "backbone")
-        return encoder
+        return self.replica.whole(self.teacher.module, "backbone")
 
     def export(self, path: Path, description: dict[str, str]) -> None:
         """Write the teacher's encoder and heads, which --init-from takes."""
