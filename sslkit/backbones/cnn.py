@@ -183,4 +183,7 @@ def load_cnn(path: str | os.PathLike[str]) -> CNNEncoder:
 def is_cnn_file(path: str | os.PathLike[str]) -> bool:
     """Whether :func:`save_cnn` wrote a file, by its header."""
     path = Path(path)
-    return path.suffix == ".safetensors" and path.is_file() and CNN_KEY in read_header(path)
+    try:
+        return path.suffix == ".safetensors" and path.is_file() and CNN_KEY in read_header(path)
+    except ValueError:  # not a safetensors file; whoever reads it says what it is
+        return False
