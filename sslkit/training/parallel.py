@@ -235,7 +235,8 @@ def shard_(
     else:
         names = ("replicate", "shard")
         mesh = init_device_mesh(kind, (replicas, world // replicas), mesh_dim_names=names)
-    # Inputs stay as they are: the residual stream is float32, as autocast has it elsewhere.
+    # Inputs stay as they are. The embeddings are the root's and have its dtype, so the residual
+    # stream does too; under autocast alone it is float32.
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
