@@ -283,9 +283,13 @@ def test_a_run_of_two_goes_on_alone_and_in_shards(undisturbed: Path, tmp_path: P
     assert set(steps.values()) == {24 + 2}
     own, other = last_state(output), last_state(undisturbed)
     for name, value in own.items():
-        # AdamW divides gradients by their size: of what is near zero it keeps the rounding.
-        distance = (value - other[name]).norm() / other[name].norm().clamp(min=1e-3)
-        assert distance < 1e-3, name
+        # AdamW divides gradients by their size: of what is near zero it keeps the rounding. That of
+        # the keys' bias is zero, as a softmax over keys does not change with it.
+        pairs = [(value, other[name])]
+        if name.endswith("attn.qkv.bias"):
+            pairs = list(zip(value.chunk(3), other[name].chunk(3), strict=True))[::2]
+        for a, b in pairs:
+            assert (a - b).norm() / b.norm().clamp(min=1e-3) < 1e-3, name
 
 
 @needs_proc

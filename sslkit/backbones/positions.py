@@ -49,6 +49,9 @@ def resample_positions(
     if method == "dinov2":
         scale = (H + 0.1) / grid.shape[2], (W + 0.1) / grid.shape[3]
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+    elif method == "antialias" and W == 1:
+        # PyTorch's antialiasing is wrong for results of one column (2.9 to 2.14), not of one row.
+        grid = F.interpolate(grid.mT, size=(W, H), mode="bicubic", antialias=True).mT
     else:
         grid = F.interpolate(grid, size=(H, W), mode="bicubic", antialias=method == "antialias")
     return rearrange(grid, "1 d h w -> 1 h w d").to(positions.dtype)

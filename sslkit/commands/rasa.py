@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast
 
 import tyro
 
@@ -82,8 +82,9 @@ class Fold:
 
 def main(arguments: Sequence[str]) -> None:
     """Fit a projector, or fold one into a model."""
+    either = Union[Fit, Fold]  # noqa: UP007 - tyro 0.9 knows no other union
     chosen: Fit | Fold = tyro.cli(
-        cast(Any, Annotated[Fit | Fold, tyro.conf.arg(name="")]),
+        cast(Any, Annotated[either, tyro.conf.arg(name="")]),
         args=arguments,
         prog="sslkit rasa",
         description="Remove position from the patch tokens of any ViT.",
