@@ -351,7 +351,7 @@ def train_stage(
 ) -> None:
     """Train one stage with the settings that it makes of those of the run."""
     s = settings_of(run.settings)
-    sources, size = open_sources(s), s.crops.global_size
+    sources, size = open_sources(run), s.crops.global_size
     if s.accumulation > 1 and s.losses.koleo > 0:
         run.say("accumulation: KoLeo sees the neighbours within each micro-batch alone")
     train(

@@ -245,6 +245,17 @@ def test_a_file_that_changes_before_the_first_checkpoint_is_refused(
         main(["--output", str(tmp_path / "run"), "--resume"])
 
 
+def test_data_may_be_corrected_before_the_first_checkpoint(file: Path, tmp_path: Path) -> None:
+    """The exported first weights alone are not a run that has begun."""
+    output = tmp_path / "run"
+    begin(output, file)
+    (output / "pretrain.safetensors").unlink()
+    shutil.rmtree(output / "pretrain")
+    assert (output / "init.safetensors").exists()
+    assert (output / "data.json").exists()
+    begin(output, file, "--num-scenes", "61")
+
+
 # --------------------------------------------------------------------------------------- preset
 
 

@@ -273,7 +273,7 @@ def test_broken_images_do_not_stop_the_scores_of_pixels(tmp_path: Path) -> None:
         write_images(tmp_path / label, 12)
     words = ("--data", str(tmp_path), "--test-fraction", "0.4", "--evaluation.knn", "3")
     settings = parse(smoke(tmp_path, *words))
-    sources = open_sources(settings)
+    sources = open_sources(Run(settings, ALONE))
     for pixels in (Pixels(), Pixels(standardised=False)):
         with pytest.warns(UserWarning, match="could not be read"):
             [score] = online_knn(

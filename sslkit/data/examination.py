@@ -22,7 +22,7 @@ from sslkit.data.hugging_face import HuggingFaceStream, open_stream
 from sslkit.data.image_source import Source, known_labels
 from sslkit.data.labels import NO_LABEL
 from sslkit.data.sample_stream import SampleStream
-from sslkit.data.sources import open_source
+from sslkit.data.sources import is_stream, open_source
 from sslkit.data.splits import Split
 from sslkit.data.unreadable import Unreadable
 from sslkit.data.workers import WorkerLoader
@@ -172,11 +172,12 @@ def examine(
             counted.num_images = counted.num_read
         return counted
 
-    is_stream = data.startswith("hf-stream:")
     options: dict[str, Any] = {"test_fraction": test_fraction, "seed": seed}
-    whole: Source | HuggingFaceStream = (
-        open_stream(data, **options) if is_stream else open_source(data, split="train", **options)
-    )
+    whole: Source | HuggingFaceStream
+    if is_stream(data):
+        whole = open_stream(data, **options)
+    else:
+        whole = open_source(data, split="train", **options)
     train = tally("train", whole)
     held_out = open_source(data, split="test", **options)
     test = tally("test", held_out)

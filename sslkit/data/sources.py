@@ -52,6 +52,11 @@ _ACCEPTED = (
 )
 
 
+def is_stream(spec: str) -> bool:
+    """Whether the training images that ``spec`` names can be read in one order only."""
+    return spec.startswith("hf-stream:")
+
+
 def open_source(
     spec: str | os.PathLike[str],
     *,
@@ -119,7 +124,7 @@ def open_source(
         # Scene i is a function of (seed, i), and different seeds share no scene.
         scene_seed = seed if split == "train" else sample_seed(seed, 1)
         return Scenes(num_scenes, size=scene_size, seed=scene_seed)
-    if text.startswith("hf-stream:"):
+    if is_stream(text):
         if split == "train":
             raise ValueError(
                 f"data {text!r} is a stream, which has no length; open it with open_stream and "

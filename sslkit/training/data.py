@@ -5,8 +5,9 @@ from typing import Literal, NamedTuple
 
 from sslkit.data import Source, StreamSource, open_source, open_stream, train_test_split
 from sslkit.data.fingerprint import changes, fingerprints
+from sslkit.data.sources import is_stream
 from sslkit.files import read_json_object
-from sslkit.training.run import holds_training
+from sslkit.training.run import Run, has_begun
 from sslkit.training.settings import RunSettings, SettingsError
 
 
@@ -22,12 +23,13 @@ class Sources(NamedTuple):
         return self.train.num_classes > 1
 
 
-def open_sources(settings: RunSettings) -> Sources:
+def open_sources(run: Run[RunSettings]) -> Sources:
     """Open both splits of ``--data``; for a stream, two halves of what it holds out for tests.
 
     Raises:
         SettingsError: the data cannot be opened, or are not those that the run began with.
     """
+    settings = run.settings
 
     def opened(split: Literal["train", "test"]) -> Source:
         return open_source(
@@ -46,7 +48,7 @@ def open_sources(settings: RunSettings) -> Sources:
             sources = Sources(opened("train"), opened("test"))
     except (OSError, ImportError, RuntimeError, ValueError) as error:
         raise SettingsError(f"--data: {error}") from error
-    _require_same(settings, sources)
+    _require_same(run, sources)
     return sources
 
 
@@ -58,20 +60,16 @@ def open_training_images(settings: RunSettings, sources: Sources) -> Source | St
     return open_stream(settings.data, test_fraction=fraction, seed=seed)
 
 
-def is_stream(data: str) -> bool:
-    """Whether ``--data`` can be read in one order only."""
-    return data.startswith("hf-stream:")
-
-
 def describe_sources(sources: Sources) -> str:
     """What the data are, as the text of ``data.json``."""
     return json.dumps(fingerprints(sources._asdict()), indent=1)
 
 
-def _require_same(settings: RunSettings, sources: Sources) -> None:
+def _require_same(run: Run[RunSettings], sources: Sources) -> None:
     """Refuse images or classes other than those that the run in --output began with."""
-    path = settings.output / "data.json"
-    if settings.accept_changes or not (path.exists() and holds_training(settings.output)):
+    settings, path = run.settings, run.output / "data.json"
+    begun = any(has_begun(run.output, name) for name in run.stage_names)
+    if settings.accept_changes or not (path.exists() and begun):
         return
     stored = read_json_object(path, "restore it, or remove it")
     if found := changes(stored, fingerprints(sources._asdict())):

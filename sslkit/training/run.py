@@ -148,11 +148,6 @@ def has_begun(output: Path, stage: str) -> bool:
     return bool(checkpoints.paths()) or (output / f"{stage}.safetensors").exists()
 
 
-def holds_training(output: Path) -> bool:
-    """Whether any stage has left a checkpoint or its file in the folder of a run."""
-    return any(output.glob("*/checkpoints/step_*")) or any(output.glob("*.safetensors"))
-
-
 def require_fit(checkpoints: Checkpoints, path: Path, network: Callable[[], nn.Module]) -> None:
     """Raise SettingsError for a checkpoint of another student, before this one takes memory."""
     with torch.device("meta"):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sslkit.files import atomic_write
-from sslkit.training.run import holds_training
+from sslkit.training.run import has_begun
 from sslkit.training.settings import RunSettings, SettingsError, as_json, from_json
 
 S = TypeVar("S", bound=RunSettings)
@@ -55,7 +55,8 @@ def write_settings(settings: RunSettings, stage_names: Sequence[str]) -> None:
         stage_names: all stages of the recipe, in order.
     """
     stored = read_settings(settings.output, settings)
-    if stored is not None and (settings.resume or holds_training(settings.output)):
+    begun = any(has_begun(settings.output, name) for name in stage_names)
+    if stored is not None and (settings.resume or begun):
         asked = {*stored.stages, *settings.stages}
         stages = tuple(name for name in stage_names if name in asked)
         settings = replace(settings, stages=stages)

@@ -43,7 +43,7 @@ SCORES = ("knn", "online_knn", "matryoshka", "in_context", "position_r2")
 def compare_stages(run: Run[Settings]) -> None:
     """Score the untrained encoder and those of all stages, in ``results.json``."""
     settings, options = run.settings, run.settings.evaluation
-    sources = open_sources(settings)
+    sources = open_sources(run)
     last = last_trained(run)
     _require_export_of(run, last)
     torch.manual_seed(settings.seed)
@@ -126,7 +126,7 @@ def crop_features(run: Run[Settings], encoder: ViTEncoder, size: int) -> Tensor:
         [B, H, W, D] in float16.
     """
     options, device = run.settings.rasa, run.parallel.device
-    images = open_sources(run.settings).train
+    images = open_sources(run).train
     return extract(
         encoder.to(device),
         images,

@@ -46,7 +46,7 @@ def write_report(run: Run[Settings]) -> None:
     last = last_trained(run)
     results = read_results(path, finished_stages(run))
     rows = summary(results, last, settings.evaluation.knn)
-    sources = open_sources(settings)
+    sources = open_sources(run)
     figures = {
         **training_pictures(run, results, last),
         **view_pictures(run, sources.train),

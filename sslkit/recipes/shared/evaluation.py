@@ -40,7 +40,7 @@ def evaluate_encoders(
         size: pixels a side of an image.
         options: how many images, and how many neighbours.
     """
-    sources = open_sources(run.settings)
+    sources = open_sources(run)
     measured: dict[str, dict[str, Score]] = {"knn": {}, "linear": {}}
     for name, encoder in {**PIXELS, **encoders}.items():
         run.say(f"evaluate: {name}")

@@ -112,7 +112,7 @@ def _pretrain(
     make_network: Callable[[Any], nn.Module],
     run: Run[Settings],
 ) -> None:
-    settings, sources = run.settings, open_sources(run.settings)
+    settings, sources = run.settings, open_sources(run)
     train(
         partial(make_method, run),
         run,
