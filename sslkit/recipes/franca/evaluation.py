@@ -1,6 +1,5 @@
 """The comparison of all stages of a run, and the features that RASA is fitted on."""
 
-import json
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,6 @@ from sslkit.evaluation.in_context import in_context_segmentation
 from sslkit.evaluation.matryoshka import matryoshka_curve
 from sslkit.evaluation.position import position_probe
 from sslkit.evaluation.scores import Score
-from sslkit.files import atomic_write
 from sslkit.recipes.franca.exports import (
     finished_stages,
     last_trained,
@@ -26,12 +24,12 @@ from sslkit.recipes.franca.exports import (
 from sslkit.recipes.franca.settings import Settings
 from sslkit.recipes.shared.evaluation import (
     PIXELS,
-    interval,
     knn_hits,
     knn_score,
     labelled_features,
     online_knn,
     subject,
+    write_results,
 )
 from sslkit.training.data import Sources, open_sources
 from sslkit.training.run import Run
@@ -60,7 +58,7 @@ def compare_stages(run: Run[Settings]) -> None:
         size = first_size if stage == "pretrain" else last_size
         contestants[stage] = (load_encoder(run, stage), size)
 
-    results: dict[str, Any] = {name: {} for name in (*SCORES, "chance")}
+    results: dict[str, Any] = {name: {} for name in ("online_knn", "matryoshka", "chance")}
     measured: dict[str, dict[str, Score]] = {"knn": {}, "in_context": {}, "position_r2": {}}
     for name, (encoder, size) in contestants.items():
         print(f"evaluate: {name}")
@@ -103,15 +101,7 @@ def compare_stages(run: Run[Settings]) -> None:
                 print(f"evaluate: no in-context segmentation: {error}")
             else:
                 measured["in_context"][name] = Score.of_confusion(segmented.confusions)
-    results |= {kind: {m: s.value for m, s in by.items()} for kind, by in measured.items()}
-    results["intervals"] = {
-        kind: {m: interval(s, run) for m, s in by.items()} for kind, by in measured.items()
-    }
-    results["test_images"] = {
-        kind: score.num_items for kind, by in measured.items() for score in by.values()
-    }
-    with atomic_write(run.output / "results.json") as file:
-        file.write(json.dumps(results, indent=2).encode())
+    write_results(run, measured, **results)
 
 
 def crop_features(run: Run[Settings], encoder: ViTEncoder, size: int) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,24 +58,34 @@ def evaluate_encoders(
             break
         measured["knn"][name] = knn_score(*splits, options.knn)
         measured["linear"][name] = linear_score(*splits, images.generator())
-    results = {
-        **{
-            kind: {name: score.value for name, score in by.items()} for kind, by in measured.items()
-        },
-        "intervals": {
-            kind: {name: interval(score, run) for name, score in by.items()}
-            for kind, by in measured.items()
-        },
-        "test_images": {
-            kind: score.num_items for kind, by in measured.items() for score in by.values()
-        },
-        "chance": {kind: 1 / sources.train.num_classes for kind, by in measured.items() if by},
-    }
-    with atomic_write(run.output / "results.json") as file:
-        file.write(json.dumps(results, indent=2).encode())
+    chance = {kind: 1 / sources.train.num_classes for kind, by in measured.items() if by}
+    write_results(run, measured, chance=chance)
     for kind, by in measured.items():
         for name, score in by.items():
             run.say(f"{kind}: {name} {100 * score.value:.1f} %")
+
+
+def write_results(
+    run: Run[RunSettings], measured: Mapping[str, Mapping[str, Score]], **others: Any
+) -> None:
+    """Write ``results.json``: scores with their intervals and numbers of test images.
+
+    Args:
+        run: the run, in whose folder the file is.
+        measured: scores by kind and encoder.
+        **others: further results, by name.
+    """
+    results = {
+        **others,
+        **{kind: {name: s.value for name, s in by.items()} for kind, by in measured.items()},
+        "intervals": {
+            kind: {name: _interval(s, run) for name, s in by.items()}
+            for kind, by in measured.items()
+        },
+        "test_images": {kind: s.num_items for kind, by in measured.items() for s in by.values()},
+    }
+    with atomic_write(run.output / "results.json") as file:
+        file.write(json.dumps(results, indent=2).encode())
 
 
 def online_knn(
@@ -175,7 +186,7 @@ def linear_score(train: Features, test: Features, generator: torch.Generator) ->
     return Score.mean(predicted == labels)
 
 
-def interval(score: Score, run: Run[RunSettings]) -> list[float]:
+def _interval(score: Score, run: Run[RunSettings]) -> list[float]:
     """95 % interval, [low, high], of a score. All models share the resamples of test images."""
     generator = torch.Generator().manual_seed(run.settings.seed)
     found = bootstrap(score, generator=generator)
