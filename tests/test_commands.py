@@ -179,3 +179,14 @@ def test_a_stopped_recipe_says_how_it_is_continued(
     said = capsys.readouterr().out
     assert "saved at step 3" in said
     assert said.endswith(f": {launcher}sslkit run franca --output '{output}' --resume\n")
+
+
+def test_help_of_a_recipe_has_the_values_of_the_preset(capsys):
+    for words in (["--preset", "vitb14_in21k"], ["--preset=vitb14_in21k"]):
+        with pytest.raises(SystemExit) as stopped:
+            run(["run", "franca", *words, "--help"])
+        assert stopped.value.code == 0
+        printed = capsys.readouterr().out
+        assert re.search(r"all processes and micro-batches\.\W+\(default: 2048\)", printed), words
+    status, said = refusal(capsys, "run", "franca", "--preset", "demmo", "--help")
+    assert (status, "no preset 'demmo': did you mean demo?" in said) == (2, True)

@@ -1,9 +1,9 @@
 """`sslkit run RECIPE`: train a recipe of this package, from images to report."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
 
 import tyro
@@ -17,6 +17,13 @@ Train a recipe of this package, from images to report.
 {recipes}
 
 sslkit run RECIPE --help lists its settings. sslkit cp RECIPE FILE.py copies its file."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The preset whose values a help text shows."""
+
+    preset: str = "demo"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -40,12 +47,14 @@ def show_settings(name: str, arguments: Sequence[str]) -> None:
 
     They are then read without PyTorch. Other recipes have to be imported as a whole.
     """
-    module = f"sslkit.recipes.{name}.presets"
     if not (_folder() / name / "presets.py").exists():
         return
-    presets = import_module(module).PRESETS
-    asked = [after for word, after in pairwise(arguments) if word == "--preset"]
-    default = presets.get(asked[0] if asked else "demo", presets["demo"])
+    presets = import_module(f"sslkit.recipes.{name}.presets").PRESETS
+    words = [word for word in arguments if word not in ("-h", "--help")]
+    asked, _ = tyro.cli(_Asked, args=words, return_unknown_args=True)
+    if asked.preset not in presets:
+        refuse("preset", asked.preset, list(presets), f"sslkit run {name} --help")
+    default = presets[asked.preset]
     tyro.cli(type(default), default=default, args=arguments, prog=f"sslkit run {name}")
 
 
