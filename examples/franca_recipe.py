@@ -388,9 +388,9 @@ STAGES = {
         steps=lambda s: s.highres.steps,
         section="highres",
     ),
-    "rasa": Stage(rasa, section="rasa"),
+    "rasa": Stage(rasa, files=("rasa_projector.safetensors",), section="rasa"),
     "evaluate": Stage(evaluation.compare_stages, result="results.json", section="evaluation"),
-    "report": Stage(report.write_report, result="report.md"),
+    "report": Stage(report.write_report, result="report.md", files=("figures",)),
 }
 RECIPE = Recipe(
     presets.PRESETS, STAGES, checks.check, from_weights=initial.FROM_WEIGHTS, method=Franca

@@ -20,8 +20,9 @@ import tyro
 from sslkit.commands.main import refuse
 from sslkit.commands.run import module_of, recipes
 
+GIB = 1 << 30
 UNITS = {
-    **dict.fromkeys(("memory", "reserve"), 1 << 30),
+    **dict.fromkeys(("memory", "reserve"), GIB),
     **dict.fromkeys(("flops", "float32_flops"), 1e12),
     **dict.fromkeys(("bandwidth", "intra_bandwidth", "inter_bandwidth"), 1e9),
     **dict.fromkeys(("utilisation", "gpus_per_node"), 1),
@@ -154,7 +155,7 @@ def _report(plan: Any, settings: Any, gpus: int, hardware: Any) -> str:
     """Memory, work, traffic and time, and what they assume."""
     from sslkit.training.plan import duration
 
-    seconds, GIB = duration(plan, hardware), 1 << 30
+    seconds = duration(plan, hardware)
     per_gpu = plan.images // gpus // settings.accumulation
     days = seconds.total * settings.steps / 86400
     rows = [
@@ -224,4 +225,4 @@ def _changes(settings: Any, gpus: int) -> Iterator[tuple[str, Any]]:
 
 
 def _gib(size: float) -> str:
-    return f"{size / (1 << 30):.1f}"
+    return f"{size / GIB:.1f}"

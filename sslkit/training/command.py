@@ -42,6 +42,7 @@ class Stage:
     Attributes:
         run: what it does.
         result: the file in the output folder that it leaves; ``<name>.safetensors`` by default.
+        files: further files and folders that it leaves there.
         steps: for a training stage, its optimizer steps, from the settings. All processes take
             part in it. A stage without steps runs in the main process alone.
         section: the section of the settings that this stage alone reads. It may change until the
@@ -50,6 +51,7 @@ class Stage:
 
     run: Callable[[Run[Any]], None]
     result: str = ""
+    files: tuple[str, ...] = ()
     steps: Callable[[Any], int] | None = None
     section: str = ""
 
@@ -154,9 +156,9 @@ def run(recipe: Recipe[S], settings: S) -> None:
     except ValueError as error:
         raise SettingsError(f"--device {settings.device}: {error}") from error
     again = parallel.any(restarted())
-    results = map(recipe.result, recipe.stages)
-    others = ("init.safetensors", "rasa_projector.safetensors", "figures")
-    files = (*recipe.stages, *results, *others, "settings.json", "data.json")
+    files = ["settings.json", "data.json", "init.safetensors"]
+    for name, stage in recipe.stages.items():
+        files += [name, recipe.result(name), *stage.files]
     try:  # what is left of the job before a restart may still be ending
         with own_folder(settings.output, files, parallel, patience=120.0 if again else 0.0):
             parallel = run_stages(recipe, settings, parallel, again=again)
