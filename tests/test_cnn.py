@@ -98,6 +98,11 @@ def test_other_kinds_of_files_are_refused(tmp_path: Path) -> None:
     backbones.save(backbones.create("sslkit_vit_micro"), path)
     with pytest.raises(ValueError, match=re.escape(f"its header has no '{CNN_KEY}'")):
         backbones.load_cnn(path)
+    with pytest.raises(FileNotFoundError, match=r"no encoder file at .*nowhere"):
+        backbones.load_cnn(tmp_path / "nowhere.safetensors")
+    path.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="is not a readable safetensors file"):
+        backbones.load_cnn(path)
     with pytest.raises(ValueError, match=r"use create_cnn"):
         backbones.save_cnn(backbones.CNNEncoder(small().network), path)
 

@@ -1,7 +1,7 @@
 """Convolutional networks of timm (ResNet, ConvNeXt, ...) as token encoders, and their files.
 
 The patches of such an encoder are the positions of its last feature map, and its class token is
-the pooled map. There are no masks: a convolution has no token to put in the place of a patch.
+the pooled map. There are no masks: a convolution has no token to put instead of a patch.
 
 A file holds the tensors of the network and, in its header under ``sslkit.cnn``, the JSON text
 ``{"version": 1, "settings": {...}}`` with the arguments of :func:`create_cnn`.
@@ -154,7 +154,7 @@ def load_cnn(path: str | os.PathLike[str]) -> CNNEncoder:
     >>> load_cnn(path).settings["layers"]
     [1, 1, 1, 1]
     """
-    if not is_cnn_file(path):
+    if CNN_KEY not in read_header(Path(path)):
         raise ValueError(f"{path} was not written by save_cnn: its header has no {CNN_KEY!r}")
     file = open_weights(path)
     where = f"{file.name}: {CNN_KEY}"
@@ -185,5 +185,5 @@ def is_cnn_file(path: str | os.PathLike[str]) -> bool:
     path = Path(path)
     try:
         return path.suffix == ".safetensors" and path.is_file() and CNN_KEY in read_header(path)
-    except ValueError:  # not a safetensors file; whoever reads it says what it is
+    except ValueError:  # not a safetensors file: its reader says what it is
         return False

@@ -328,7 +328,7 @@ def _remarks(found: Examination, preset: PresetName, side: int, machine: Machine
     if machine.num_gpus > 1:
         yield (
             f"to use all {machine.num_gpus} GPUs, write `torchrun --standalone --nproc-per-node "
-            f"{machine.num_gpus} -m sslkit` in place of `sslkit`"
+            f"{machine.num_gpus} -m sslkit` instead of `sslkit`"
         )
 
 
