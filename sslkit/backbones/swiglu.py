@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from sslkit.ops.swiglu import swiglu
+
 
 def swiglu_hidden_dim(hidden_features: int) -> int:
     """Two thirds of an MLP's hidden size, rounded up to a multiple of 8: the same parameters.
@@ -47,5 +49,10 @@ class FusedSwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., D]``."""
-        x1, x2 = self.w12(x).chunk(2, dim=-1)
-        return self.drop(self.w3(self.drop(self.act(x1) * x2)))
+        x = self.w12(x)
+        if isinstance(self.act, nn.SiLU):
+            gated = swiglu(x)
+        else:
+            x1, x2 = x.chunk(2, dim=-1)
+            gated = self.act(x1) * x2
+        return self.drop(self.w3(self.drop(gated)))
