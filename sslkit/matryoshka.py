@@ -38,7 +38,11 @@ class MatryoshkaProjector(nn.Module):
     orthogonal to them. Their length, ``0.02 sqrt(b)`` at the start, decides how far a step of the
     optimizer turns them. Both norms are computed in float32 at least, for vectors of any length;
     zeros stay zeros (`sslkit.unit_rows`). The logits have the precision of the surrounding
-    autocast: call the projector outside of it for float32 logits.
+    autocast; with ``float32_logits`` only the MLPs do.
+
+    The layers of all levels that are of one shape are computed together, as batched products, so
+    the levels share one graph: sum their losses, or give ``retain_graph=True`` to all but the last
+    backward pass.
 
     Args:
         in_dim: D, the size of the features.
@@ -57,6 +61,9 @@ class MatryoshkaProjector(nn.Module):
             are unbounded. Prototypes start at length 1. Here they are one weight, in the release a
             learned length times a learned direction (weight norm), so an optimizer moves them
             differently.
+        float32_logits: leave autocast before the normalisation and the product with the prototypes,
+            so that logits are float32. They are divided by temperatures down to .04: rounded to
+            bfloat16 they change Sinkhorn's targets by about a hundredth.
 
     Attributes:
         heads: the L MLPs, coarse to fine.
@@ -87,6 +94,7 @@ class MatryoshkaProjector(nn.Module):
         bottleneck_dim: int = 256,
         num_layers: int = 3,
         normalize: bool = True,
+        float32_logits: bool = False,
     ) -> None:
         super().__init__()
         sizes = {
@@ -104,6 +112,7 @@ class MatryoshkaProjector(nn.Module):
         self.in_dim = in_dim
         self.nesting = nesting
         self.normalize = normalize
+        self.float32_logits = float32_logits
         self.nesting_dims = _checked_nesting_dims(in_dim, nesting_dims)
         self.num_prototypes_per_level = _prototypes_per_level(num_prototypes, self.nesting_dims)
 
@@ -140,9 +149,34 @@ class MatryoshkaProjector(nn.Module):
         """
         if x.ndim == 0 or x.shape[-1] != self.in_dim:
             raise ValueError(f"x must be [..., D={self.in_dim}] features, got {tuple(x.shape)}")
+        levels = self._bottlenecks(x)
+        if not self.float32_logits:
+            return self._logits(levels, factored)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._logits(levels.to(torch.promote_types(x.dtype, torch.float32)), factored)
+
+    def _bottlenecks(self, x: Tensor) -> Tensor:
+        """Features [..., D] to the outputs of all MLPs, [L, ..., bottleneck_dim]."""
+        own = 3 if self.nesting == "slice_linear" else 2  # modules up to the first hidden layer
+        heads = [cast(nn.Sequential, head) for head in self.heads]
+        z = torch.stack([head[:own](x) for head in heads])
+        levels, *leading, _ = z.shape
+        z = z.flatten(1, -2) if leading else z[:, None]  # [L, rows, hidden_dim]
+        for layers in zip(*(head[own:] for head in heads), strict=True):
+            if all(isinstance(layer, nn.Linear) for layer in layers):
+                weights = torch.stack([layer.weight for layer in layers])  # [L, out, in]
+                biases = torch.stack([layer.bias for layer in layers])
+                z = torch.baddbmm(biases[:, None], z, weights.mT)
+            elif all(isinstance(layer, nn.GELU) for layer in layers):
+                z = layers[0](z)
+            else:  # a user's own
+                z = torch.stack([layer(part) for layer, part in zip(layers, z, strict=True)])
+        return z.view(levels, *leading, z.shape[-1])
+
+    def _logits(self, bottlenecks: Tensor, factored: bool) -> tuple[Logits, ...]:
         return tuple(
-            _factored(cast(nn.Linear, prototypes), head(x)) if factored else prototypes(head(x))
-            for head, prototypes in zip(self.heads, self.prototypes, strict=True)
+            _factored(cast(nn.Linear, prototypes), z) if factored else prototypes(z)
+            for z, prototypes in zip(bottlenecks, self.prototypes, strict=True)
         )
 
     def extra_repr(self) -> str:

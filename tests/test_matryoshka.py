@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from sslkit.factored_logits import written
 from sslkit.matryoshka import CosineLinear, MatryoshkaProjector
 from tests.oracles.matryoshka import scores
 
@@ -74,10 +75,11 @@ def test_levels_share_no_parameter():
     module = projector()
     for level, scores_ in enumerate(module(torch.randn(4, 7))):
         module.zero_grad()
-        scores_.square().sum().backward()
+        scores_.square().sum().backward(retain_graph=True)
         for other in range(3):
             own = [*module.heads[other].parameters(), *module.prototypes[other].parameters()]
-            assert all((p.grad is not None) == (other == level) for p in own)
+            live = [p.grad is not None and bool(p.grad.any()) for p in own]
+            assert live == [other == level] * len(own)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e6])
@@ -267,3 +269,30 @@ def test_bad_settings(settings, message):
 def test_bad_features(shape):
     with pytest.raises(ValueError, match=r"x must be \[..., D=7\] features, got "):
         projector()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_float32_logits_leave_autocast_after_the_mlps(factored: bool) -> None:
+    arguments = {"hidden_dim": 32, "bottleneck_dim": 16}
+    head = MatryoshkaProjector(64, 128, float32_logits=True, **arguments)
+    plain = MatryoshkaProjector(64, 128, **arguments)
+    plain.load_state_dict(head.state_dict())
+    x = torch.randn(10, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        levels = [written(logits) for logits in head(x, factored=factored)]
+        rounded = plain(x)
+    exact = copy.deepcopy(plain).double()(x.double())
+    for logits, low, right in zip(levels, rounded, exact, strict=True):
+        assert (logits.dtype, low.dtype) == (torch.float32, torch.bfloat16)
+        assert (logits - right).norm() < (low - right).norm()
+        assert (logits - right).abs().max() < 0.02  # the MLPs are rounded
+
+
+def test_a_layer_of_the_users_own_is_called() -> None:
+    head = MatryoshkaProjector(16, 32, nesting_dims=(8, 16), hidden_dim=8, bottleneck_dim=4)
+    x = torch.randn(5, 16)
+    before = head(x)
+    head.heads[1][3] = nn.Sequential(head.heads[1][3], nn.Dropout(1.0))  # zeros
+    after = head(x)
+    assert torch.allclose(before[0], after[0], atol=1e-6)
+    assert not torch.allclose(before[1], after[1], atol=1e-2)
