@@ -74,7 +74,7 @@ class Network(nn.Module):
         super().__init__()
         self.backbone = backbones.create(s.backbone, img_size=s.crops.global_size)
         D = self.backbone.embed_dim
-        sizes: dict[str, Any] = {"hidden_dim": 256, "bottleneck_dim": 64}
+        sizes: dict[str, Any] = {"hidden_dim": 256, "bottleneck_dim": 64, "float32_logits": True}
         self.dino_head = MatryoshkaProjector(D, s.num_prototypes, nesting_dims=(D,), **sizes)
         self.ibot_head = MatryoshkaProjector(D, s.num_prototypes, nesting_dims=(D,), **sizes)
 
@@ -83,9 +83,8 @@ class Network(nn.Module):
         hidden = [masks if hide else None, *(None for _ in crops[1:])]
         tokens = self.backbone.forward_many(crops, hidden)
         cls = [t.cls.to(torch.float32, copy=True) for t in tokens]  # FSDP cannot follow a view
-        with torch.autocast(masks.device.type, enabled=False):
-            (dino,) = self.dino_head(torch.cat(cls))
-            (ibot,) = self.ibot_head(tokens[0].patches[masks].float())
+        (dino,) = self.dino_head(torch.cat(cls))
+        (ibot,) = self.ibot_head(tokens[0].patches[masks].float())
         return Outputs(cls[0], dino, ibot)
 
 
@@ -106,7 +105,7 @@ class DINOv2:
         self.koleo = KoLeoLoss(group=self.parallel.group)
         networks, parts = (self.student, self.teacher.module), ["dino_head", "ibot_head"]
         self.replica = distribute(networks, run, blocks=["backbone.vit.blocks"], float32=parts)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.student), lr=0.0)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.student), lr=0.0, fused=True)
         grid = self.student.backbone.grid_size
         self.draw = CyclicMaskGenerator(grid, kind="block", shift=False, mask_ratio=s.mask_ratio)
 

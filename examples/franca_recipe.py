@@ -71,7 +71,9 @@ class FrancaNetwork(nn.Module):
     def __init__(self, model: Model, global_size: int) -> None:
         super().__init__()
         self.backbone = backbones.create(**model.backbone_arguments(global_size))
-        head = partial(MatryoshkaProjector, self.backbone.embed_dim, **model.head_arguments())
+        # Logits are divided by temperatures down to .04, so they are float32 in any precision.
+        arguments = {**model.head_arguments(), "float32_logits": True}
+        head = partial(MatryoshkaProjector, self.backbone.embed_dim, **arguments)
         self.dino_head = head(bottleneck_dim=model.dino_bottleneck_dim)
         self.ibot_head = head(bottleneck_dim=model.ibot_bottleneck_dim)
         self.factored = model.factored
@@ -88,10 +90,8 @@ class FrancaNetwork(nn.Module):
         with torch.no_grad() if frozen else nullcontext():
             tokens = self.backbone.forward_many(crops, hidden)
         cls = [t.cls.to(torch.float32, copy=True) for t in tokens]  # FSDP cannot follow a view
-        # Logits are divided by temperatures down to .04, so the heads compute in float32.
-        with torch.autocast(masks.device.type, enabled=False):
-            dino = self.dino_head(torch.cat(cls), factored=self.factored)
-            ibot = self.ibot_head(tokens[0].patches[masks].float(), factored=self.factored)
+        dino = self.dino_head(torch.cat(cls), factored=self.factored)
+        ibot = self.ibot_head(tokens[0].patches[masks].float(), factored=self.factored)
         return Outputs(cls[0], dino, ibot)
 
 
@@ -258,7 +258,7 @@ class Franca:
         )
         options = s.optim.group_arguments()
         groups = parameter_groups(self.student, parts=["backbone"], **options)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=s.optim.betas)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=s.optim.betas, fused=True)
         if stage == "highres":  # the position embedding, which changed shape, starts afresh
             fitting = {n: m for n, m in moments(self.optimizer).items() if "pos_embed" not in n}
             run.load_(pretrained, {"optimizer": fitting})

@@ -86,7 +86,7 @@ class SwAV:
         self.replica = distribute(
             [self.network], run, blocks=["backbone.network"], float32=["head"]
         )
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.network), lr=0.0)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.network), lr=0.0, fused=True)
 
     def step(self, step: int, batch: Batch, *, watch: bool = False) -> StepReport:
         """Take one optimizer step, counted from 0."""

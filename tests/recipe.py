@@ -69,7 +69,7 @@ def stored_settings(output: Path) -> Settings:
 def smoke(output: Path | str, *arguments: str) -> list[str]:
     """The command line of a run of seconds: 8 images of 32 px a step, two local crops."""
     tiny = "--batch-size 8 --scene-size 32 --num-scenes 60 --crops.num-local 2 --workers 0"
-    tiny += " --highres.batch-size 8 --evaluation.online-every 0 --log-every 1"
+    tiny += " --precision float32 --highres.batch-size 8 --evaluation.online-every 0 --log-every 1"
     return ["--preset", "smoke", "--output", str(output), *tiny.split(), *arguments]
 
 

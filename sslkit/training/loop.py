@@ -27,6 +27,7 @@ from sslkit.training.checkpoint import step_of
 from sslkit.training.data import Sources, describe_sources, open_training_images
 from sslkit.training.metrics import MetricsWriter
 from sslkit.training.monitor import CollapseMonitor, feature_std
+from sslkit.training.precision import explain
 from sslkit.training.run import Run, require_fit
 from sslkit.training.run_files import write_file, write_settings
 from sslkit.training.settings import SettingsError, as_json
@@ -118,6 +119,7 @@ def train(
         require_fit(checkpoints, latest, network)
     if start > steps:
         raise SettingsError(f"{stage} has {steps} steps, but {latest} is further")
+    run.say(f"{stage}: {explain(settings.precision, parallel.device)}")
     method = make_method()
     if latest is not None:
         run.load_(latest, method.state(), partial=False)

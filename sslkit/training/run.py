@@ -12,6 +12,7 @@ from sslkit.data.seeds import sample_seed
 from sslkit.files import DamagedFile
 from sslkit.training.checkpoint import Checkpoints, checkpoint_group
 from sslkit.training.parallel import Parallel
+from sslkit.training.precision import has_fast_bfloat16
 from sslkit.training.settings import RunSettings, SettingsError
 
 S = TypeVar("S", bound=RunSettings, covariant=True)
@@ -54,7 +55,7 @@ class Run(Generic[S]):
     @property
     def in_bfloat16(self) -> bool:
         """Whether encoders compute in bfloat16."""
-        automatic = self.parallel.device.type == "cuda"
+        automatic = has_fast_bfloat16(self.parallel.device)
         choices = {"auto": automatic, "bfloat16": True, "float32": False}
         return choices[self.settings.precision]
 

@@ -47,7 +47,7 @@ class RunSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where networks compute; auto: a GPU where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Encoder precision; auto: bfloat16 autocast on a GPU, float32 on a CPU."""
+    """auto: bfloat16 autocast on GPUs and on CPUs with AMX tiles, float32 on other CPUs."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """How processes share the work; auto: ddp, or fsdp where a GPU would be too small for it."""
     hsdp_replicas: int = 1
