@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from sslkit.commands.main import refuse, table
+from sslkit.command_line import refuse
+from sslkit.commands.main import table
+from sslkit.evaluation.options import OPTIONS
 
 if TYPE_CHECKING:
     from sslkit.evaluation.models import Model
@@ -23,33 +25,10 @@ Score models on data, side by side, as a table and a report.
 
 sslkit evaluate PROTOCOL --help says more."""
 
-# The first lines of the protocols' options, which cannot be imported without PyTorch.
+# By name: what it is.
 SUMMARIES = {
     "all": "Every protocol that the data and the models are fit for.",
-    "knn": "k-NN accuracy of the class token, or of the mean patch token.",
-    "linear": "Linear classification: the best of a grid of heads on class and mean patch tokens.",
-    "logistic": "Logistic regression on the class token, its penalty chosen on held-out training "
-    "images.",
-    "robustness": "Accuracy of ImageNet's (--data) linear head on its variants, each a folder of "
-    "classes.",
-    "ood": "Out-of-distribution detection: AUROC of six scores, over near and far sets.",
-    "in-context": "In-context segmentation: masks read off a memory of labelled training patches.",
-    "linear-segmentation": "Linear segmentation: one linear layer from patch tokens to classes.",
-    "overclustering": "Overclustering: k-means clusters of the test patches against their classes.",
-    "lost": "Object discovery with LOST: CorLoc of one box an image, from the keys of a block.",
-    "tokencut": "Object discovery with TokenCut: CorLoc of one box an image, from the keys of a "
-    "block.",
-    "correspondence": "Key points found again on another object of the class (SPair-71k): PCK, "
-    "mean over classes.",
-    "depth": "Depth: a linear probe on the patch and class tokens of the last blocks.",
-    "feat2gs": "Feat2GS: write the features of the test images, the views of one scene, for its "
-    "training.",
-    "pca": "Principal components of patch features as colours: a picture, without a score.",
-    "attention": "Where the class token looks: a picture of attention maps, without a score.",
-    "cluster-entropy": "Do clusters of patch features stand for content (1) or for a place in the "
-    "image (0)?",
-    "position": "How well patch tokens tell where in the image they are.",
-    "matryoshka": "Another protocol's first score by the number of features kept.",
+    **{name: str(options.__doc__) for name, options in OPTIONS.items()},
 }
 _NEED_MORE = ("robustness", "ood", "matryoshka", "feat2gs")  # than the data alone: not in `all`
 _GLOBAL_SIZE, _DENSE_OVER_GLOBAL = 224, 2
@@ -201,18 +180,14 @@ def main(arguments: Sequence[str]) -> None:
     chosen, *words = arguments
     if chosen not in SUMMARIES:
         refuse("protocol", chosen, list(SUMMARIES), "sslkit evaluate --help")
-    # The options of a protocol stand beside its mathematics.
-    from sslkit.data.decode import UnreadableImage
-    from sslkit.evaluation.protocols import PROTOCOLS
-
     flat = tyro.conf.arg(name="")
     fields: list[tuple[str, Any]] = [("run", Annotated[Run, flat])]
     if chosen == "all":  # --linear.num-steps 1000
-        protocols = [name for name in PROTOCOLS if name not in _NEED_MORE]
-        fields += [(_field(name), PROTOCOLS[name].Options) for name in protocols]
+        protocols = [name for name in OPTIONS if name not in _NEED_MORE]
+        fields += [(_field(name), OPTIONS[name]) for name in protocols]
     else:
         protocols = [chosen]
-        fields.append((_field(chosen), Annotated[PROTOCOLS[chosen].Options, flat]))
+        fields.append((_field(chosen), Annotated[OPTIONS[chosen], flat]))
     settings: Any = tyro.cli(
         dataclasses.make_dataclass("Settings", fields, frozen=True),
         args=words,
@@ -220,6 +195,8 @@ def main(arguments: Sequence[str]) -> None:
         description=SUMMARIES[chosen],
     )
     options = {name: getattr(settings, _field(name)) for name in protocols}
+    from sslkit.data.decode import UnreadableImage
+
     try:
         evaluate(settings.run, options, skip_unsuitable=chosen == "all")
     except UnreadableImage as error:
