@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -83,12 +83,14 @@ class Run:
 
 def subjects(run: Run) -> "list[Subject]":
     """One for each model, and for each of its nesting sizes."""
+    from sslkit.data.annotated.open import open_annotated
+    from sslkit.data.sources import Split, source_arguments
     from sslkit.evaluation.models import open_model
     from sslkit.evaluation.subject import Subject
     from sslkit.rasa import load_rasa
     from sslkit.training.parallel import local_device
 
-    sources = {split: _open(run, split) for split in ("train", "test")}
+    sources = {split: open_annotated(**source_arguments(run, split)) for split in get_args(Split)}
     models = [
         open_model(spec, seed=run.seed, floor_patch_size=run.floor_patch_size)
         for spec in run.weights
@@ -154,22 +156,10 @@ def _problems(run: Run, models: "Sequence[Model]", sizes: dict[str, int]) -> lis
     return problems
 
 
-def _open(run: Run, split: Literal["train", "test"]) -> Any:
-    from sslkit.data.annotated.open import open_annotated
-
-    return open_annotated(
-        run.data,
-        split=split,
-        seed=run.seed,
-        scene_size=(run.scene_size, run.scene_size),
-        num_scenes=run.num_scenes,
-    )
-
-
 def _identity(run: Run) -> str:
-    path = Path(run.data)
-    name = str(path.resolve()) if path.exists() else run.data
-    return f"{name}, scenes {run.num_scenes} of {run.scene_size}, seed {run.seed}"
+    from sslkit.data.local import resolved
+
+    return f"{resolved(run.data)}, scenes {run.num_scenes} of {run.scene_size}, seed {run.seed}"
 
 
 def main(arguments: Sequence[str]) -> None:
