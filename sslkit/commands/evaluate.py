@@ -90,7 +90,9 @@ def subjects(run: Run) -> "list[Subject]":
     from sslkit.rasa import load_rasa
     from sslkit.training.parallel import local_device
 
-    sources = {split: open_annotated(**source_arguments(run, split)) for split in get_args(Split)}
+    sources: dict[str, Any] = {
+        split: open_annotated(**source_arguments(run, split)) for split in get_args(Split)
+    }
     models = [
         open_model(spec, seed=run.seed, floor_patch_size=run.floor_patch_size)
         for spec in run.weights
