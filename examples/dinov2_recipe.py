@@ -12,25 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-from einops import rearrange
-from torch import Tensor, nn
-
-from sslkit import backbones, schedules
-from sslkit.assignments import Assignments, usage
-from sslkit.command_line import run_command
-from sslkit.data import Batch
-from sslkit.data.batch_masks import sharded_masks
-from sslkit.losses import DINOLoss, KoLeoLoss, iBOTLoss
-from sslkit.masking import CyclicMaskGenerator
-from sslkit.matryoshka import MatryoshkaProjector
 from sslkit.recipes import shared
-from sslkit.targets import Targets
-from sslkit.teacher import EMATeacher
-from sslkit.training import Run, StepReport, Watched, distribute, micro_batches
-from sslkit.training.checks import not_shares
-from sslkit.training.command import main
-from sslkit.training.optim import clip_gradients, moments, parameter_groups, set_hyperparameters
+from sslkit.training.script import begin, run_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +40,23 @@ class Settings(shared.Settings):
 PRESETS = {"demo": Settings(preset="demo", **shared.DEMO, losses=shared.Losses(ibot=0.2))}
 PRESETS["cifar10"] = replace(PRESETS["demo"], preset="cifar10", **shared.CIFAR10)
 PRESETS["smoke"] = replace(PRESETS["demo"], preset="smoke", **shared.SMOKE, num_prototypes=64)
+
+if __name__ == "__main__":
+    begin(PRESETS, __file__)  # answers --help: the imports below take seconds
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from sslkit import CyclicMaskGenerator, EMATeacher, MatryoshkaProjector, Targets, backbones
+from sslkit.assignments import Assignments, usage
+from sslkit.data import Batch
+from sslkit.data.batch_masks import sharded_masks
+from sslkit.losses import DINOLoss, KoLeoLoss, iBOTLoss
+from sslkit.schedules import cosine
+from sslkit.training import Run, StepReport, Watched, distribute, micro_batches
+from sslkit.training.checks import not_shares
+from sslkit.training.optim import clip_gradients, moments, parameter_groups, set_hyperparameters
 
 
 class Outputs(NamedTuple):
@@ -131,8 +131,8 @@ class DINOv2:
         s, parallel = self.run.settings, self.parallel
         rates = shared.rates(step, s)._asdict()
         (start, end), (cold, warm) = s.momentum, s.temperature
-        momentum = schedules.cosine(step, start=start, end=end, total_steps=s.steps)
-        temperature = schedules.cosine(step, start=cold, end=warm, total_steps=s.steps)
+        momentum = cosine(step, start=start, end=end, total_steps=s.steps)
+        temperature = cosine(step, start=cold, end=warm, total_steps=s.steps)
         set_hyperparameters(self.optimizer, **rates)
         seed = partial(self.run.seed, "masks")
         masks = sharded_masks(self.draw, batch, step=step, seed=seed, ranks=parallel)
@@ -196,4 +196,4 @@ def check(s: Settings, world_size: int) -> list[str]:
 RECIPE = shared.two_stages(DINOv2, Network, presets=PRESETS, load=backbones.load, check=check)
 
 if __name__ == "__main__":
-    run_command(partial(main, RECIPE))
+    run_recipe(RECIPE)

@@ -10,7 +10,6 @@ processes, checkpoints, resuming, metrics and the command line are in `sslkit.tr
 idea, copy this file and change the section that the idea belongs to.
 """
 
-import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,8 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports take seconds
+from sslkit.recipes.franca.presets import PRESETS
+from sslkit.recipes.franca.settings import Model, Settings
+from sslkit.training.script import begin, run_recipe
+
+if __name__ == "__main__":
+    begin(PRESETS, __file__)  # answers --help: the imports below take seconds
 
 import torch
 from einops import rearrange
@@ -39,15 +42,13 @@ from sslkit import (
     schedules,
 )
 from sslkit.assignments import usage
-from sslkit.command_line import run_command
 from sslkit.data import Batch, MultiCrop
 from sslkit.data.batch_masks import MaskGenerator, sharded_masks
 from sslkit.factored_logits import Logits
-from sslkit.recipes.franca import checks, evaluation, exports, initial, presets, report
-from sslkit.recipes.franca.settings import Model, Settings
+from sslkit.recipes.franca import checks, evaluation, exports, initial, report
 from sslkit.recipes.shared import Losses, online_knn
 from sslkit.training import Run, StepReport, Watched, distribute, micro_batches, train
-from sslkit.training.command import Recipe, Stage, main
+from sslkit.training.command import Recipe, Stage
 from sslkit.training.data import open_sources
 from sslkit.training.optim import clip_gradients, moments, parameter_groups, set_hyperparameters
 from sslkit.training.parallel import joined
@@ -392,9 +393,7 @@ STAGES = {
     "evaluate": Stage(evaluation.compare_stages, result="results.json", section="evaluation"),
     "report": Stage(report.write_report, result="report.md", files=("figures",)),
 }
-RECIPE = Recipe(
-    presets.PRESETS, STAGES, checks.check, from_weights=initial.FROM_WEIGHTS, method=Franca
-)
+RECIPE = Recipe(PRESETS, STAGES, checks.check, from_weights=initial.FROM_WEIGHTS, method=Franca)
 
 if __name__ == "__main__":
-    run_command(partial(main, RECIPE))
+    run_recipe(RECIPE)

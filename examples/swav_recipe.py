@@ -7,24 +7,11 @@ Swapped prediction: each crop predicts the prototypes that the image's other cro
 
 import json
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-
-from sslkit import DINOLoss, MatryoshkaProjector, Targets, backbones
-from sslkit.assignments import usage
-from sslkit.command_line import run_command
-from sslkit.data import Batch
 from sslkit.recipes import shared
-from sslkit.training import Run, StepReport, Watched, distribute, micro_batches, standardise
-from sslkit.training.checks import not_positive, too_small
-from sslkit.training.command import main
-from sslkit.training.optim import clip_gradients, moments, parameter_groups, set_hyperparameters
-from sslkit.training.parallel import joined
+from sslkit.training.script import begin, run_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +39,21 @@ PRESETS = {"demo": Settings(preset="demo", **shared.DEMO)}
 PRESETS["cifar10"] = replace(PRESETS["demo"], preset="cifar10", **shared.CIFAR10)
 PRESETS["smoke"] = replace(PRESETS["demo"], preset="smoke", **shared.SMOKE, queue=64)
 
+if __name__ == "__main__":
+    begin(PRESETS, __file__)  # answers --help: the imports below take seconds
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from sslkit import DINOLoss, MatryoshkaProjector, Targets, backbones
+from sslkit.assignments import usage
+from sslkit.data import Batch
+from sslkit.training import Run, StepReport, Watched, distribute, micro_batches, standardise
+from sslkit.training.checks import not_positive, too_small
+from sslkit.training.optim import clip_gradients, moments, parameter_groups, set_hyperparameters
+from sslkit.training.parallel import joined
+
 
 class Network(nn.Module):
     """A ResNet and a projection head, whose last layer is the prototypes."""
@@ -60,8 +62,8 @@ class Network(nn.Module):
         super().__init__()
         self.backbone = backbones.create_cnn(s.backbone, **json.loads(s.backbone_settings))
         D = self.backbone.embed_dim
-        head = partial(MatryoshkaProjector, num_layers=2, hidden_dim=256, bottleneck_dim=64)
-        self.head = head(D, s.num_prototypes, nesting_dims=(D,))
+        sizes: dict[str, Any] = {"num_layers": 2, "hidden_dim": 256, "bottleneck_dim": 64}
+        self.head = MatryoshkaProjector(D, s.num_prototypes, nesting_dims=(D,), **sizes)
 
     def forward(self, crops: list[Tensor], group: ProcessGroup | None) -> tuple[Tensor, Any]:
         """Crops [V * B, C, g, g], then the local ones, to features and logits of all of them."""
@@ -77,16 +79,14 @@ class SwAV:
     def __init__(self, run: Run[Settings]) -> None:
         s, self.run, self.parallel = run.settings, run, run.parallel
         torch.manual_seed(s.seed)
-        self.network = Network(s).to(self.parallel.device)
+        network = self.network = Network(s).to(self.parallel.device)
         options: dict[str, Any] = {"queue": s.queue, "factored": True, "group": run.parallel.group}
-        self.targets = Targets({"swav": self.network.head.prototypes[0]}, **options, bound=1.0)
+        self.targets = Targets({"swav": network.head.prototypes[0]}, **options, bound=1.0)
         self.targets.to(self.parallel.device)
         self.num_prototypes = self.targets.num_prototypes
         self.loss = DINOLoss()  # every crop predicts the assignments of the global crops but itself
-        self.replica = distribute(
-            [self.network], run, blocks=["backbone.network"], float32=["head"]
-        )
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.network), lr=0.0, fused=True)
+        self.replica = distribute([network], run, blocks=["backbone.network"], float32=["head"])
+        self.optimizer = torch.optim.AdamW(parameter_groups(network), lr=0.0, fused=True)
 
     def step(self, step: int, batch: Batch, *, watch: bool = False) -> StepReport:
         """Take one optimizer step, counted from 0."""
@@ -146,4 +146,4 @@ def check(s: Settings, world_size: int) -> list[str]:
 RECIPE = shared.two_stages(SwAV, Network, presets=PRESETS, load=backbones.load_cnn, check=check)
 
 if __name__ == "__main__":
-    run_command(partial(main, RECIPE))
+    run_recipe(RECIPE)

@@ -1,10 +1,11 @@
-"""How a command ends when it is interrupted or its output cannot be written."""
+"""How a command ends when it is refused or interrupted, or its output cannot be written."""
 
+import difflib
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 
@@ -40,6 +41,14 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     if not _discard_unwritable_output() and not status:
         status = "error: standard output could not be written"
     sys.exit(status)
+
+
+def refuse(what: str, name: str, names: Sequence[str], where: str) -> NoReturn:
+    """Exit with status 2 and one line: which names there are, and which one may be meant."""
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)};"
+    print(f"error: no {what} {name!r}: {hint} {where} says what there is", file=sys.stderr)
+    sys.exit(2)
 
 
 def describe(error: OSError) -> str:

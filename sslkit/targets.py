@@ -209,7 +209,7 @@ class Targets(nn.Module):
         by_term: dict[str, Logits] = {}
         for name, terms in self._terms.items():
             given, place, single = logits[name], f"{where}[{name!r}]", terms == [name]
-            levels = [given] if isinstance(given, Tensor | FactoredLogits) else list(given)
+            levels = [given] if isinstance(given, (Tensor, FactoredLogits)) else list(given)
             if isinstance(given, Sequence) == single or len(levels) != len(terms):
                 expected = (
                     "logits [rows, K]: this head was given as one layer"

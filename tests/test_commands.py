@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from sslkit.commands import extract, throughput
+from sslkit.commands.evaluate import SUMMARIES
 from sslkit.commands.main import COMMANDS, run, summary
 from sslkit.commands.run import module_of, recipes
 from sslkit.data import MultiCrop
 from sslkit.extract import Extraction
+from sslkit.recipes.franca.presets import PRESETS
 from sslkit.training import command as recipe_command
 from sslkit.training.loop import Stopped
+from sslkit.training.script import presets_of
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "sslkit" / "commands"
@@ -25,19 +28,19 @@ FOLDER = ROOT / "sslkit" / "commands"
 HEAVY = ("torch", "timm", "torchvision", "numpy", "matplotlib", "sklearn", "PIL")
 
 HELP = """
-import json, sys
-from sslkit.commands.main import run
+import json, runpy, sys
+name, *sys.argv = sys.argv[1:]
 try:
-    run(sys.argv[1:])
+    (runpy.run_path if name.endswith(".py") else runpy.run_module)(name, run_name="__main__")
 finally:
     print(json.dumps(sorted(set(sys.modules) & {heavy})), file=sys.stderr)
 """
 
 
-def loaded_by(*words: str) -> tuple[str, list[str]]:
-    """What a command prints, and the heavy packages that it has then loaded."""
+def loaded_by(*words: str, program: Path | str = "sslkit") -> tuple[str, list[str]]:
+    """What a module or a script prints, and the heavy packages that it has then loaded."""
     script = HELP.format(heavy=set(HEAVY))
-    command = [sys.executable, "-c", script, *words]
+    command = [sys.executable, "-c", script, str(program), str(program), *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(done.stderr)
@@ -57,13 +60,75 @@ def test_every_file_is_a_command_and_is_listed():
 @pytest.mark.parametrize(
     "words",
     [(name,) for name in COMMANDS]
-    + [("run", "franca"), ("rasa", "fit"), ("rasa", "fold"), ("export", "timm")],
+    + [("rasa", "fit"), ("rasa", "fold"), ("export", "timm")]
+    + [("run", name) for name in recipes()]
+    + [("evaluate", name) for name in SUMMARIES],
     ids=" ".join,
 )
 def test_help_loads_nothing_heavy(words):
     printed, loaded = loaded_by(*words, "--help")
     assert loaded == []
     assert f"usage: sslkit {' '.join(words)}" in printed
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_help_of_a_script_loads_nothing_heavy(name):
+    printed, loaded = loaded_by("--help", "--preset", "smoke", program=recipes()[name].resolve())
+    assert loaded == []
+    assert f"usage: {ROOT}/examples/{name}_recipe.py" in printed
+    by_name, _ = loaded_by("run", name, "--help", "--preset", "smoke")
+    assert printed.splitlines()[1:] == by_name.splitlines()[1:]
+
+
+FIELD = """
+@dataclass(frozen=True, kw_only=True)
+class Mine(Settings):
+    whitening: float = 0.5
+
+{name} = {{"demo": Mine(**vars(PRESETS["demo"]))}}
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "own", "heavy"), [("if __name__", "PRESETS", False), ("STAGES =", "OWN", True)]
+)
+def test_help_of_a_copy_has_its_own_settings(place, own, heavy, tmp_path):
+    """Those above `begin` are shown at once, others after the script's imports."""
+    text = recipes()["franca"].read_text()
+    for start, instead in {
+        "from dataclasses import ": "from dataclasses import dataclass, ",
+        place: FIELD.format(name=own) + place,
+        "RECIPE = Recipe(PRESETS,": f"RECIPE = Recipe({own},",
+    }.items():
+        text = text.replace(f"\n{start}", f"\n{instead}", 1)
+    (copy := tmp_path / "mine.py").write_text(text)
+    printed, loaded = loaded_by("--help", program=copy)
+    assert "--whitening" in printed
+    assert ("torch" in loaded) == heavy
+
+
+@pytest.mark.parametrize(
+    ("line", "instead"),
+    [
+        ("RECIPE = Recipe(PRESETS, ", "RECIPE = Recipe({**PRESETS, 'mine': MINE}, "),
+        ("RECIPE = Recipe(PRESETS, ", "RECIPE = Recipe(dict(PRESETS, mine=MINE), "),
+        ("STAGES = ", "PRESETS['mine'] = MINE\nSTAGES = "),
+        ("STAGES = ", "from mine import PRESETS\nSTAGES = "),
+        ("RECIPE = ", "RECIPE = MINE\nRECIPE = "),
+        ("    run_recipe(RECIPE)", "    run_recipe(replace(RECIPE, presets=MINE))"),
+        ("    run_recipe(RECIPE)", "    run_recipe(MINE)"),
+        ("    begin(PRESETS, __file__)", "    pass"),
+    ],
+)
+def test_settings_are_unknown_where_a_script_may_change_them(line, instead, tmp_path):
+    script = tmp_path / "script.py"
+    text = recipes()["franca"].read_text()
+    script.write_text(text)
+    assert presets_of(script) == PRESETS
+    assert text.count(f"\n{line}") == 1
+    script.write_text(text.replace(f"\n{line}", f"\n{instead}"))
+    assert presets_of(script) is None
 
 
 def test_defaults_of_commands_are_those_of_the_parts():

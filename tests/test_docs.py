@@ -159,7 +159,7 @@ def understood(target: str) -> None:
         if target.endswith(".py"):
             assert (ROOT / target).is_file(), f"{target} is not in the repository"
             text = (ROOT / target).read_text()
-            if "parse_args" in text or "run_command" in text:
+            if "parse_args" in text or "run_recipe" in text:
                 runpy.run_path(str(ROOT / target), run_name="__main__")
         else:
             runpy.run_module(target, run_name="__main__")

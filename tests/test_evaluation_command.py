@@ -1,6 +1,7 @@
 """``sslkit evaluate``: models and data by name, one table, errors in one line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from safetensors.torch import save_file
 from sslkit import RASAProjector, backbones
 from sslkit.commands.evaluate import SUMMARIES
 from sslkit.commands.main import run as sslkit_command
+from sslkit.evaluation.linear_probe import LEARNING_RATES
 from sslkit.evaluation.models import open_model
+from sslkit.evaluation.options import OPTIONS
 from sslkit.evaluation.protocols import PROTOCOLS
 from sslkit.rasa import load_rasa
 from tests import released
@@ -167,10 +170,14 @@ def test_all_runs_what_it_can_and_says_what_it_cannot(tmp_path, weights):
         assert list((tmp_path / "figures").glob(f"{picture}*.png")), picture
 
 
+def test_every_protocol_has_options():
+    assert list(OPTIONS) == list(PROTOCOLS)
+    assert OPTIONS["linear"]().learning_rates == LEARNING_RATES  # written twice
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_every_protocol_has_words_and_help(protocol, capsys):
-    assert SUMMARIES[protocol] == PROTOCOLS[protocol].Options.__doc__.strip().splitlines()[0]
-    assert SUMMARIES[protocol].endswith((".", "?"))
+    assert re.fullmatch(r"[^\n]+[.?]", SUMMARIES[protocol])
     with pytest.raises(SystemExit) as stopped:
         main([protocol, "--help"])
     assert stopped.value.code == 0

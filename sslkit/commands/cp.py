@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from sslkit.commands.main import refuse
+from sslkit.command_line import refuse
 from sslkit.commands.run import recipes
 
 

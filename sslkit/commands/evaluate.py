@@ -5,11 +5,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tyro
 
-from sslkit.commands.main import refuse, table
+from sslkit.command_line import refuse
+from sslkit.commands.main import table
+from sslkit.evaluation.options import OPTIONS
 
 if TYPE_CHECKING:
     from sslkit.evaluation.models import Model
@@ -23,33 +25,10 @@ Score models on data, side by side, as a table and a report.
 
 sslkit evaluate PROTOCOL --help says more."""
 
-# The first lines of the protocols' options, which cannot be imported without PyTorch.
+# By name: what it is.
 SUMMARIES = {
     "all": "Every protocol that the data and the models are fit for.",
-    "knn": "k-NN accuracy of the class token, or of the mean patch token.",
-    "linear": "Linear classification: the best of a grid of heads on class and mean patch tokens.",
-    "logistic": "Logistic regression on the class token, its penalty chosen on held-out training "
-    "images.",
-    "robustness": "Accuracy of ImageNet's (--data) linear head on its variants, each a folder of "
-    "classes.",
-    "ood": "Out-of-distribution detection: AUROC of six scores, over near and far sets.",
-    "in-context": "In-context segmentation: masks read off a memory of labelled training patches.",
-    "linear-segmentation": "Linear segmentation: one linear layer from patch tokens to classes.",
-    "overclustering": "Overclustering: k-means clusters of the test patches against their classes.",
-    "lost": "Object discovery with LOST: CorLoc of one box an image, from the keys of a block.",
-    "tokencut": "Object discovery with TokenCut: CorLoc of one box an image, from the keys of a "
-    "block.",
-    "correspondence": "Key points found again on another object of the class (SPair-71k): PCK, "
-    "mean over classes.",
-    "depth": "Depth: a linear probe on the patch and class tokens of the last blocks.",
-    "feat2gs": "Feat2GS: write the features of the test images, the views of one scene, for its "
-    "training.",
-    "pca": "Principal components of patch features as colours: a picture, without a score.",
-    "attention": "Where the class token looks: a picture of attention maps, without a score.",
-    "cluster-entropy": "Do clusters of patch features stand for content (1) or for a place in the "
-    "image (0)?",
-    "position": "How well patch tokens tell where in the image they are.",
-    "matryoshka": "Another protocol's first score by the number of features kept.",
+    **{name: str(options.__doc__) for name, options in OPTIONS.items()},
 }
 _NEED_MORE = ("robustness", "ood", "matryoshka", "feat2gs")  # than the data alone: not in `all`
 _GLOBAL_SIZE, _DENSE_OVER_GLOBAL = 224, 2
@@ -104,12 +83,16 @@ class Run:
 
 def subjects(run: Run) -> "list[Subject]":
     """One for each model, and for each of its nesting sizes."""
+    from sslkit.data.annotated.open import open_annotated
+    from sslkit.data.sources import Split, source_arguments
     from sslkit.evaluation.models import open_model
     from sslkit.evaluation.subject import Subject
     from sslkit.rasa import load_rasa
     from sslkit.training.parallel import local_device
 
-    sources = {split: _open(run, split) for split in ("train", "test")}
+    sources: dict[str, Any] = {
+        split: open_annotated(**source_arguments(run, split)) for split in get_args(Split)
+    }
     models = [
         open_model(spec, seed=run.seed, floor_patch_size=run.floor_patch_size)
         for spec in run.weights
@@ -175,22 +158,10 @@ def _problems(run: Run, models: "Sequence[Model]", sizes: dict[str, int]) -> lis
     return problems
 
 
-def _open(run: Run, split: Literal["train", "test"]) -> Any:
-    from sslkit.data.annotated.open import open_annotated
-
-    return open_annotated(
-        run.data,
-        split=split,
-        seed=run.seed,
-        scene_size=(run.scene_size, run.scene_size),
-        num_scenes=run.num_scenes,
-    )
-
-
 def _identity(run: Run) -> str:
-    path = Path(run.data)
-    name = str(path.resolve()) if path.exists() else run.data
-    return f"{name}, scenes {run.num_scenes} of {run.scene_size}, seed {run.seed}"
+    from sslkit.data.local import resolved
+
+    return f"{resolved(run.data)}, scenes {run.num_scenes} of {run.scene_size}, seed {run.seed}"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -201,18 +172,14 @@ def main(arguments: Sequence[str]) -> None:
     chosen, *words = arguments
     if chosen not in SUMMARIES:
         refuse("protocol", chosen, list(SUMMARIES), "sslkit evaluate --help")
-    # The options of a protocol stand beside its mathematics.
-    from sslkit.data.decode import UnreadableImage
-    from sslkit.evaluation.protocols import PROTOCOLS
-
     flat = tyro.conf.arg(name="")
     fields: list[tuple[str, Any]] = [("run", Annotated[Run, flat])]
     if chosen == "all":  # --linear.num-steps 1000
-        protocols = [name for name in PROTOCOLS if name not in _NEED_MORE]
-        fields += [(_field(name), PROTOCOLS[name].Options) for name in protocols]
+        protocols = [name for name in OPTIONS if name not in _NEED_MORE]
+        fields += [(_field(name), OPTIONS[name]) for name in protocols]
     else:
         protocols = [chosen]
-        fields.append((_field(chosen), Annotated[PROTOCOLS[chosen].Options, flat]))
+        fields.append((_field(chosen), Annotated[OPTIONS[chosen], flat]))
     settings: Any = tyro.cli(
         dataclasses.make_dataclass("Settings", fields, frozen=True),
         args=words,
@@ -220,6 +187,8 @@ def main(arguments: Sequence[str]) -> None:
         description=SUMMARIES[chosen],
     )
     options = {name: getattr(settings, _field(name)) for name in protocols}
+    from sslkit.data.decode import UnreadableImage
+
     try:
         evaluate(settings.run, options, skip_unsuitable=chosen == "all")
     except UnreadableImage as error:

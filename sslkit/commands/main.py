@@ -5,15 +5,13 @@ and all that needs it inside their functions, so that ``--help`` answers at once
 """
 
 import ast
-import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
 
 from sslkit import __version__
-from sslkit.command_line import run_command
+from sslkit.command_line import refuse, run_command
 
 # In the order of --help.
 COMMANDS = (
@@ -65,14 +63,6 @@ def run(words: Sequence[str]) -> int:
             raise  # a recipe knows its users' mistakes: what is left is its programmer's
         sys.exit(f"error: {' '.join(str(error).split())}")
     return 0
-
-
-def refuse(what: str, name: str, names: Sequence[str], where: str) -> NoReturn:
-    """Exit with status 2 and one line: which names there are, and which one may be meant."""
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)};"
-    print(f"error: no {what} {name!r}: {hint} {where} says what there is", file=sys.stderr)
-    sys.exit(2)
 
 
 def table(summaries: Mapping[str, str]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn
 
 import tyro
 
-from sslkit.commands.main import refuse
+from sslkit.command_line import refuse
 from sslkit.commands.run import module_of, recipes
 
 GIB = 1 << 30

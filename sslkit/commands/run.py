@@ -1,14 +1,13 @@
 """`sslkit run RECIPE`: train a recipe of this package, from images to report."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
-import tyro
-
-from sslkit.commands.main import refuse, summary, table
+from sslkit.command_line import refuse
+from sslkit.commands.main import summary, table
+from sslkit.training.script import presets_of, show_help
 
 USAGE = """usage: sslkit run RECIPE ...
 
@@ -17,13 +16,6 @@ Train a recipe of this package, from images to report.
 {recipes}
 
 sslkit run RECIPE --help lists its settings. sslkit cp RECIPE FILE.py copies its file."""
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """The preset whose values a help text shows."""
-
-    preset: str = "demo"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -35,27 +27,14 @@ def main(arguments: Sequence[str]) -> None:
     name, *rest = arguments
     if name not in found:
         refuse("recipe", name, list(found), "sslkit run --help")
+    program = f"sslkit run {name}"
     if "--help" in rest or "-h" in rest:
-        show_settings(name, rest)
+        presets = presets_of(found[name])
+        if presets is not None:
+            show_help(presets, rest, program=program)
     from sslkit.training.command import main as run_recipe
 
-    run_recipe(import_module(module_of(found[name])).RECIPE, rest, program=f"sslkit run {name}")
-
-
-def show_settings(name: str, arguments: Sequence[str]) -> None:
-    """Print the settings of a recipe and exit, if they stand in a module of their own.
-
-    They are then read without PyTorch. Other recipes have to be imported as a whole.
-    """
-    if not (_folder() / name / "presets.py").exists():
-        return
-    presets = import_module(f"sslkit.recipes.{name}.presets").PRESETS
-    words = [word for word in arguments if word not in ("-h", "--help")]
-    asked, _ = tyro.cli(_Asked, args=words, return_unknown_args=True)
-    if asked.preset not in presets:
-        refuse("preset", asked.preset, list(presets), f"sslkit run {name} --help")
-    default = presets[asked.preset]
-    tyro.cli(type(default), default=default, args=arguments, prog=f"sslkit run {name}")
+    run_recipe(import_module(module_of(found[name])).RECIPE, rest, program=program)
 
 
 def recipes() -> dict[str, Path]:

@@ -1,6 +1,7 @@
-"""Names of data that stand for nothing but files of this machine."""
+"""Names of data that stand for files of this machine."""
 
 import os
+from pathlib import Path
 
 from sslkit.data.shards.urls import expand_shards, is_remote
 from sslkit.data.torchvision_images import torchvision_names
@@ -29,3 +30,9 @@ def is_local(spec: str | os.PathLike[str]) -> bool:
     if os.path.exists(os.path.expanduser(text)):
         return True
     return not any(is_remote(url) for url in expand_shards(text))
+
+
+def resolved(spec: str) -> str:
+    """The whole path of a file or a folder that is there; any other name as it is."""
+    path = Path(spec)
+    return str(path.resolve()) if path.exists() else spec

@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from sslkit.data.decode import MAX_SIDE, UnreadableImage
 from sslkit.data.hugging_face import (
@@ -55,6 +55,20 @@ _ACCEPTED = (
 def is_stream(spec: str) -> bool:
     """Whether the training images that ``spec`` names can be read in one order only."""
     return spec.startswith("hf-stream:")
+
+
+def source_arguments(settings: Any, split: Split) -> dict[str, Any]:
+    """Arguments of `open_source` and `open_annotated` from the settings of a command.
+
+    These have the fields ``data``, ``seed``, ``scene_size``, in pixels a side, and ``num_scenes``.
+    """
+    return {
+        "spec": settings.data,
+        "split": split,
+        "seed": settings.seed,
+        "scene_size": (settings.scene_size, settings.scene_size),
+        "num_scenes": settings.num_scenes,
+    }
 
 
 def open_source(

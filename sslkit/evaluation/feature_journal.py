@@ -88,7 +88,7 @@ class Rows:
         Raises:
             ValueError: rows of a line are missing, or have another checksum.
         """
-        self._check(lines, every=True)
+        self._check(lines, every=True, more=True)
         for token in self.shapes:
             if self.path(token).exists():
                 os.truncate(self.path(token), self.num_bytes(token, lines))
@@ -103,26 +103,24 @@ class Rows:
         Raises:
             ValueError: there are fewer or more rows than the lines say, or other ones.
         """
-        self._check(lines, every=check_all)
-        tokens = {}
-        for token in self.shapes:
-            path, promised = self.path(token), self.num_bytes(token, lines)
-            if path.stat().st_size != promised:
-                raise ValueError(
-                    f"{path} is {path.stat().st_size} bytes, its journal says {promised}: "
-                    f"remove {self.folder}"
-                )
-            kind = str(self.dtype).removeprefix("torch.")
-            array = np.memmap(path, kind, mode="c", shape=self.shape(token, lines))
-            tokens[token] = torch.from_numpy(array)
-        return tokens
+        self._check(lines, every=check_all, more=False)
+        kind = str(self.dtype).removeprefix("torch.")
+        arrays = {
+            token: np.memmap(self.path(token), kind, mode="c", shape=self.shape(token, lines))
+            for token in self.shapes
+        }
+        return {token: torch.from_numpy(array) for token, array in arrays.items()}
 
-    def _check(self, lines: Sequence[Mapping[str, Any]], *, every: bool) -> None:
-        """Raise a ValueError unless the lines' rows are there, with their checksums."""
+    def _check(self, lines: Sequence[Mapping[str, Any]], *, every: bool, more: bool) -> None:
+        """Raise a ValueError unless the lines' rows are there, with their checksums.
+
+        ``every``: the checksums of all lines, or of the first and the last. ``more``: whether more
+        rows may be there.
+        """
         for token in self.shapes:
             path, promised = self.path(token), self.num_bytes(token, lines)
             size = path.stat().st_size if path.exists() else 0
-            if size < promised:
+            if size < promised or (size > promised and not more):
                 raise ValueError(
                     f"{path} is {size} bytes, its journal says {promised}: remove {self.folder}"
                 )

@@ -155,14 +155,11 @@ class FeatureStore:
                 return None
             tokens = {} if rows is None else rows.open(lines, check_all=check_all)
         unreadable = [error for line in lines for error in line["unreadable"]]
-        features = Features(
-            tokens,
-            torch.tensor([grid for line in lines for grid in line["grids"]], dtype=torch.int64),
-            torch.tensor([label for line in lines for label in line["labels"]], dtype=torch.int64),
-            torch.tensor([index for line in lines for index in line["indices"]], dtype=torch.int64),
-            len(unreadable),
+        grids, labels, indices = (
+            torch.tensor([value for line in lines for value in line[name]], dtype=torch.int64)
+            for name in ("grids", "labels", "indices")
         )
-        return features, unreadable
+        return Features(tokens, grids, labels, indices, len(unreadable)), unreadable
 
     def described_there(self) -> dict[str, Any] | None:
         """Read what the folder's features are of; None if it has none."""
@@ -185,25 +182,18 @@ class FeatureStore:
 
     def _state(self) -> tuple[Rows | None, list[dict[str, Any]]]:
         """Rows, None before the first image that can be read, and the lines of the journal."""
-        shapes = self._shapes()
+        meta = self._meta()
+        if meta is not None:
+            require_same(meta["of"], self.described, f"the store {self.folder}", "folder")
         lines = read_journal(self.folder, self.indices)
-        if shapes is not None:
-            return Rows(self.folder, shapes, self.dtype), lines
+        if meta is not None:
+            return Rows(self.folder, meta["shapes"], self.dtype), lines
         if any(line["labels"] for line in lines) or any(self.folder.glob("*.f*")):
             raise ValueError(
                 f"{self.folder} has features but no meta.json, which says what they are: remove "
                 f"{self.folder}"
             )
         return None, lines
-
-    def _shapes(self) -> dict[str, list[int]] | None:
-        """Shapes of the tokens in meta.json; None if there is no such file."""
-        meta = self._meta()
-        if meta is None:
-            return None
-        require_same(meta["of"], self.described, f"the store {self.folder}", "folder")
-        shapes: dict[str, list[int]] = meta["shapes"]
-        return shapes
 
     def _meta(self) -> dict[str, Any] | None:
         path = self.folder / "meta.json"

@@ -19,6 +19,7 @@ from sslkit.evaluation.segmentation import (
     known_pixels,
     merge_clusters,
     predicted_masks,
+    require_a_mask_each,
     require_classes_of_both,
 )
 from sslkit.evaluation.tokens import Unsuitable
@@ -110,9 +111,8 @@ def build_memory(
     >>> memory.keys.shape, memory.labels.shape
     (torch.Size([48, 8]), torch.Size([48, 3]))
     """
-    B, H, W, _D = patches.shape
-    if len(masks) != B:
-        raise ValueError(f"there are {B} images of patches but {len(masks)} masks")
+    _B, H, W, _D = patches.shape
+    require_a_mask_each(patches, masks)
     if patches_per_image is not None and generator is None:
         raise ValueError("generator is needed to choose patches_per_image patches of an image")
     if patches_per_image is not None and patches_per_image < 1:
@@ -242,10 +242,7 @@ def in_context_segmentation(
     >>> in_context_segmentation(patches, masks, patches, masks, 2).mean_iou
     1.0
     """
-    if len(test_patches) != len(test_masks):
-        raise ValueError(
-            f"there are {len(test_patches)} images of patches but {len(test_masks)} masks to test"
-        )
+    require_a_mask_each(test_patches, test_masks, "to test")
     if reference_quirks:
         train_masks = train_masks.masked_fill(train_masks == ignore_index, 0)
     require_classes_of_both(

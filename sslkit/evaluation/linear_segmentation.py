@@ -16,6 +16,7 @@ from sslkit.evaluation.segmentation import (
     Segmentation,
     known_pixels,
     predicted_masks,
+    require_a_mask_each,
     require_classes_of_both,
     resize_masks,
 )
@@ -73,8 +74,9 @@ def fit_linear_segmentation(
     tensor([0, 1])
     """
     B, _H, _W, D = patches.shape
-    if len(masks) != B or B == 0:
-        raise ValueError(f"there are {B} images of patches but {len(masks)} masks to train on")
+    require_a_mask_each(patches, masks, "to train on")
+    if B == 0:
+        raise ValueError("there are no images of patches to train on")
     if batch_size < 1 or epochs < 1:
         raise ValueError(f"batch_size and epochs must be at least 1, got {batch_size}, {epochs}")
     size = (masks.shape[1], masks.shape[2]) if size is None else size
@@ -164,10 +166,7 @@ def linear_segmentation(
     >>> linear_segmentation(patches, masks, patches, masks, 2, lr=1.0, generator=generator).mean_iou
     1.0
     """
-    if len(test_patches) != len(test_masks):
-        raise ValueError(
-            f"there are {len(test_patches)} images of patches but {len(test_masks)} masks to test"
-        )
+    require_a_mask_each(test_patches, test_masks, "to test")
     require_classes_of_both(
         train_masks, test_masks, num_classes, class_names=class_names, ignore_index=ignore_index
     )

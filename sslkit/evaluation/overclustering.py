@@ -19,6 +19,7 @@ from sslkit.evaluation.segmentation import (
     classes_of_clusters,
     known_pixels,
     merge_clusters,
+    require_a_mask_each,
     require_classes,
     resize_masks,
 )
@@ -102,8 +103,7 @@ def overclustering(
     1.0
     """
     Q, H, W, _D = patches.shape
-    if len(masks) != Q:
-        raise ValueError(f"there are {Q} images of patches but {len(masks)} masks")
+    require_a_mask_each(patches, masks)
     if not num_classes <= num_clusters <= Q * H * W:
         raise ValueError(
             f"num_clusters={num_clusters} must be between num_classes={num_classes} and the number "

@@ -157,6 +157,16 @@ def require_classes(
     warnings.warn(found, stacklevel=stacklevel)
 
 
+def require_a_mask_each(patches: Tensor, masks: Tensor, purpose: str = "") -> None:
+    """Raise a ValueError unless there are as many images of patches as masks.
+
+    ``purpose``, such as ``"to test"``, ends the message.
+    """
+    if len(patches) != len(masks):
+        message = f"there are {len(patches)} images of patches but {len(masks)} masks {purpose}"
+        raise ValueError(message.rstrip())
+
+
 def require_classes_of_both(
     train_masks: Tensor,
     test_masks: Tensor,

@@ -169,7 +169,6 @@ def read_names(path: Path) -> list[tuple[int, str]]:
 
 def output_is_complete(output: Path, settings: Mapping[str, Any]) -> bool:
     """Whether the features are there already; a ValueError if they are of something else."""
-    require_format(output)
     if not description_path(output).exists():
         if output.exists():
             raise ValueError(f"{output} is there, but nothing says what it is of: remove it")

@@ -16,13 +16,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from sslkit.data.fingerprint import names_digest
+from sslkit.data.local import resolved
 from sslkit.data.sources import Source, Split, open_source
 from sslkit.evaluation.feature_journal import JOURNAL
 from sslkit.evaluation.feature_store import FeatureStore, require_same
@@ -99,12 +100,9 @@ class Extraction:
         for name in ("num_layers", "batch_size", "part_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name, choices in (
-            ("token", get_args(Token)),
-            ("view", ("crop", "padded")),
-            ("dtype", ("float32", "float16")),
-        ):
-            if getattr(self, name) not in choices:
+        types = get_type_hints(Extraction)
+        for name in ("token", "view", "dtype"):
+            if getattr(self, name) not in (choices := get_args(types[name])):
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.rasa is not None and self.token == "layer_cls":
             raise ValueError("rasa is of the final tokens: it cannot be applied to layer_cls")
@@ -155,11 +153,11 @@ def extract_to_file(
             job.check()
         complete = output_is_complete(output, job.settings)
         parallel.wait()
-        starts = [] if complete else job.starts[parallel.rank :: parallel.world_size]
-        total = sum(job.size(start) for start in starts)
+        parts = [] if complete else job.parts[parallel.rank :: parallel.world_size]
+        total = sum(map(len, parts))
         done = 0
-        for start in starts:
-            for count in job.make(start, parallel.device, num_workers):
+        for images in parts:
+            for count in job.make(images, parallel.device, num_workers):
                 done += count
                 if progress is not None:
                     progress(done, total)
@@ -185,6 +183,7 @@ class _Job:
 
     def __init__(self, extraction: Extraction, output: Path) -> None:
         self.extraction, self.output = extraction, output
+        self._want = _WANT[extraction.token]
         self.model: Model = open_model(extraction.weights, seed=extraction.seed)
         self.rasa: RASAProjector | None = None
         if extraction.rasa is not None:
@@ -196,10 +195,11 @@ class _Job:
         self.source: Source = open_source(
             extraction.data, split=extraction.split, test_fraction=0.0, seed=extraction.seed
         )
-        self.starts = range(0, len(self.source), extraction.part_size)
+        images, size = range(len(self.source)), extraction.part_size
+        self.parts = [images[start : start + size] for start in images[::size]]
         self.identity = {
             "weights": self.model.identity,
-            "data": _resolved(extraction.data),
+            "data": resolved(extraction.data),
             "split": extraction.split,
             "names": names_digest(self.source),
             "view": repr(self.transform),
@@ -213,17 +213,13 @@ class _Job:
             self.folder = extraction.cache / f"{'+'.join(self._want)}-{digest}"
 
     @property
-    def _want(self) -> tuple[str, ...]:
-        return _WANT[self.extraction.token]
-
-    @property
     def settings(self) -> dict[str, Any]:
         """What the output is of, as plain values."""
         extraction = self.extraction
         settings = {
             **asdict(extraction),
             **self.identity,
-            "weights": _resolved(extraction.weights),
+            "weights": resolved(extraction.weights),
             "weights_identity": self.model.identity,
             "nesting": list(extraction.nesting),
             "image_size": list(extraction.image_size),
@@ -234,21 +230,17 @@ class _Job:
         del settings["cache"]
         return settings
 
-    def size(self, start: int) -> int:
-        """How many images the part from image ``start`` has."""
-        return min(self.extraction.part_size, len(self.source) - start)
-
     def check(self) -> None:
         """Raise a ValueError if there are parts of something else."""
-        for store in map(self._store, self.starts):
+        for store in map(self._store, self.parts):
             there = store.described_there()
             if there is not None:
                 what = f"the unfinished {self.output} in {self.folder}"
                 require_same(there, store.described, what, "output")
 
-    def make(self, start: int, device: torch.device, num_workers: int) -> Iterator[int]:
+    def make(self, images: range, device: torch.device, num_workers: int) -> Iterator[int]:
         """Make what is missing of a part; gives how many images are done, batch after batch."""
-        yield from self._store(start).fill(
+        yield from self._store(images).fill(
             self.model.encoder.to(device),
             self.source,
             transform=self.transform,
@@ -256,37 +248,37 @@ class _Job:
             device=device,
             num_workers=num_workers,
         )
-        self._read(start)  # complains if it is damaged, or beyond the type of the output
+        self._read(images)  # complains if it is damaged, or beyond the type of the output
 
     def finish(self) -> dict[str, Any]:
         """The file of all parts."""
-        missing = [start for start in self.starts if self._store(start).read() is None]
+        missing = [images for images in self.parts if self._store(images).read() is None]
         if missing:
             raise RuntimeError(
-                f"{len(missing)} of {len(self.starts)} parts are not in {self.folder}: do all "
+                f"{len(missing)} of {len(self.parts)} parts are not in {self.folder}: do all "
                 "processes see that folder? Run the command again to make what is missing"
             )
         return write_features(
             self.output,
-            lambda: map(self._read, self.starts),
+            lambda: map(self._read, self.parts),
             nesting=self.extraction.nesting,
             name=self.source.name,
             settings=self.settings,
         )
 
-    def _store(self, start: int) -> FeatureStore:
+    def _store(self, images: range) -> FeatureStore:
         return FeatureStore(
-            self.folder / f"{start:08d}",
+            self.folder / f"{images.start:08d}",
             identity=self.identity,
             want=self._want,
-            indices=range(start, start + self.size(start)),
+            indices=images,
             num_layers=self.extraction.num_layers,
             dtype=torch.float32,
         )
 
-    def _read(self, start: int) -> Part:
+    def _read(self, images: range) -> Part:
         """A part as the output has it."""
-        found = self._store(start).read(check_all=True)
+        found = self._store(images).read(check_all=True)
         assert found is not None
         features, unreadable = found
         if not len(features):
@@ -309,12 +301,6 @@ class _Job:
         if max(nesting, default=0) > D:
             raise ValueError(f"nesting {max(nesting)} is more than the {D} features of a token")
         return tokens[..., : max(nesting, default=D)]
-
-
-def _resolved(text: str) -> str:
-    """The whole path of what is a path."""
-    path = Path(text)
-    return str(path.resolve()) if path.exists() else text
 
 
 def _transform(extraction: Extraction, model: Model) -> EvalTransform | PaddedView:

@@ -22,7 +22,7 @@ from sslkit.training.parallel import Parallel, restarted, start, stop
 from sslkit.training.run import Run, has_begun
 from sslkit.training.run_files import read_settings, write_settings
 from sslkit.training.run_folder import FolderError, own_folder
-from sslkit.training.settings import RunSettings, SettingsError, differences
+from sslkit.training.settings import DEFAULT_PRESET, RunSettings, SettingsError, differences
 
 S = TypeVar("S", bound=RunSettings)
 
@@ -79,10 +79,9 @@ class Recipe(Generic[S]):
     """A method that :func:`main` can run.
 
     Attributes:
-        presets: settings by name.
+        presets: settings by name; ``demo`` is taken when none is named.
         stages: in the order in which they run, by name.
         check: problems of the settings with a number of processes, each in words.
-        default: name of the preset that is taken when none is named.
         from_weights: for a recipe with ``--init-from``, what weights decide; None: no such setting.
         method: builds what the first training stage trains, a `sslkit.training.Method`, for
             ``sslkit plan``.
@@ -91,7 +90,6 @@ class Recipe(Generic[S]):
     presets: Mapping[Any, S]
     stages: Mapping[str, Stage]
     check: Callable[[S, int], list[str]]
-    default: str = "demo"
     from_weights: FromWeights[S] | None = None
     method: Callable[[Run[S]], Any] | None = None
 
@@ -297,11 +295,11 @@ def parse(recipe: Recipe[S], arguments: Sequence[str], *, program: str | None = 
     """
     words = [word for word in arguments if word not in ("-h", "--help")]
     first, _ = tyro.cli(_First, args=words, return_unknown_args=True)
-    default = recipe.presets[recipe.default]
+    default = recipe.presets[DEFAULT_PRESET]
     if first.preset is not None and first.preset not in recipe.presets:
         # Says which presets there are, and exits.
         tyro.cli(type(default), default=default, args=words, prog=program)
-    default = recipe.presets[first.preset or recipe.default]
+    default = recipe.presets[first.preset or DEFAULT_PRESET]
     stored = read_settings(first.output or default.output, default)
     if stored and (first.preset is None or (first.resume and first.preset == stored.preset)):
         default = stored

@@ -1,11 +1,11 @@
 """The data of a run: opened from its settings, and compared with what the run began with."""
 
 import json
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from sslkit.data import Source, StreamSource, open_source, open_stream, train_test_split
 from sslkit.data.fingerprint import changes, fingerprints
-from sslkit.data.sources import is_stream
+from sslkit.data.sources import Split, is_stream, source_arguments
 from sslkit.files import read_json_object
 from sslkit.training.run import Run, has_begun
 from sslkit.training.settings import RunSettings, SettingsError
@@ -31,15 +31,9 @@ def open_sources(run: Run[RunSettings]) -> Sources:
     """
     settings = run.settings
 
-    def opened(split: Literal["train", "test"]) -> Source:
-        return open_source(
-            settings.data,
-            split=split,
-            seed=settings.seed,
-            scene_size=(settings.scene_size, settings.scene_size),
-            num_scenes=settings.num_scenes,
-            test_fraction=settings.test_fraction,
-        )
+    def opened(split: Split) -> Source:
+        arguments = source_arguments(settings, split)
+        return open_source(**arguments, test_fraction=settings.test_fraction)
 
     try:
         if is_stream(settings.data):

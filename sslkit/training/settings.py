@@ -11,6 +11,8 @@ from sslkit.files import describe_value, parse_json
 
 T = TypeVar("T")
 
+DEFAULT_PRESET = "demo"  # of every recipe
+
 
 class SettingsError(ValueError):
     """Settings that contradict one another, or what is on the disk."""

@@ -1,6 +1,6 @@
 """Every protocol that the command line runs, by its name there.
 
-Each is a module with ``Options``, a frozen dataclass, and ``evaluate(subject, options)``.
+Each is a module with ``evaluate(subject, options)``. `sslkit.evaluation.options` has the options.
 """
 
 from typing import Any, Protocol
@@ -31,8 +31,6 @@ from sslkit.evaluation.subject import Subject
 
 class EvaluationProtocol(Protocol):
     """What a module of a protocol has."""
-
-    Options: type[Any]
 
     def evaluate(self, subject: Subject, options: Any, /) -> Outcome:
         """Run it on one model."""

@@ -1,25 +1,12 @@
 """Attention maps of a model: pictures of `sslkit.evaluation.attention.cls_attention`."""
 
-from dataclasses import dataclass
-
 import torch
 from einops import rearrange
 
 from sslkit.evaluation import figures as draw
+from sslkit.evaluation.options import Attention as Options
 from sslkit.evaluation.scores import Outcome
 from sslkit.evaluation.subject import Subject
-
-
-@dataclass(frozen=True)
-class Options:
-    """Where the class token looks: a picture of attention maps, without a score."""
-
-    num_images: int = 6
-    """Test images in the figure, evenly spaced."""
-    max_heads: int = 6
-    """Heads in the figure."""
-    block: int = -1
-    """Which block's attention; -1: the last."""
 
 
 def evaluate(subject: Subject, options: Options) -> Outcome:

@@ -1,22 +1,10 @@
 """Cluster-position entropy of a model, by `sslkit.evaluation.cluster_entropy`."""
 
-from dataclasses import dataclass
-
 from sslkit.evaluation import figures as draw
 from sslkit.evaluation.cluster_entropy import cluster_patches, position_entropy, shuffled
+from sslkit.evaluation.options import ClusterEntropy as Options
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
-
-
-@dataclass(frozen=True)
-class Options:
-    """Do clusters of patch features stand for content (1) or for a place in the image (0)?"""
-
-    num_clusters: int = 256
-    """Clusters that k-means finds among the patches of the test images; at most half as many as
-    there are images, so that most clusters have more patches than there are places."""
-    minimum_count: int | None = None
-    """Clusters of fewer patches are left out; default: as many as an image has patches."""
 
 
 def evaluate(subject: Subject, options: Options) -> Outcome:

@@ -16,26 +16,13 @@ from sslkit.evaluation.correspondence import (
     correct_keypoints,
     match_keypoints,
 )
+from sslkit.evaluation.options import Correspondence as Options
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
 from sslkit.progress import Mode, track
 
 _IMAGES_KEPT = 256
 """Feature maps kept for the next pairs: pairs of a class share images, and stand together."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """Key points found again on another object of the class (SPair-71k): PCK, mean over classes."""
-
-    image_size: int = 512
-    """Pixels a side of the square views; rounded to whole patches."""
-    alpha: float = 0.1
-    """A key point is found if it is this close, in terms of the larger side of the target's box."""
-    reference_quirks: bool = False
-    """Count as the published code of Probe3D does (see `match_keypoints`)."""
-    num_shown: int = 6
-    """Pairs in the figure; 0: no figure."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Depth errors of a model, by `sslkit.evaluation.depth`."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,27 +9,9 @@ from sslkit.evaluation import figures
 from sslkit.evaluation.depth import fit_depth_head, predict_depth
 from sslkit.evaluation.depth_errors import depth_errors
 from sslkit.evaluation.features import Features, evenly_spaced
+from sslkit.evaluation.options import Depth as Options
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
-
-
-@dataclass(frozen=True)
-class Options:
-    """Depth: a linear probe on the patch and class tokens of the last blocks."""
-
-    num_layers: int = 4
-    """Blocks whose tokens the probe reads; 1 where the encoder has no blocks to look into, and with
-    RASA or a nesting size, which are of the final tokens."""
-    max_depth: float = 10.0
-    """Metres; pixels beyond it are unknown."""
-    learning_rate: float = 5e-4
-    """The highest one of the schedule."""
-    epochs: int = 10
-    """Passes over the training images."""
-    batch_size: int = 8
-    """Images a step."""
-    reference_quirks: bool = False
-    """DINOv2's gradient loss, which compares the images of a batch."""
 
 
 def evaluate(subject: Subject, options: Options) -> Outcome:

@@ -1,25 +1,14 @@
 """PCA features of a model as files for Feat2GS, by `sslkit.evaluation.feat2gs`."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from einops import rearrange
 
 from sslkit.evaluation.feat2gs import pca_features, write_pca_features
+from sslkit.evaluation.options import Feat2GS as Options
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
-
-
-@dataclass(frozen=True)
-class Options:
-    """Feat2GS: write the features of the test images, the views of one scene, for its training."""
-
-    features: Path
-    """Folder to write to."""
-    dim: int = 256
-    """Principal components kept; all of them where a model has fewer features, or a scene fewer
-    patches."""
 
 
 def evaluate(subject: Subject, options: Options) -> Outcome:

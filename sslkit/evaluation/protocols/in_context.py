@@ -1,29 +1,12 @@
 """In-context segmentation with a model, by `sslkit.evaluation.in_context`."""
 
-from dataclasses import dataclass
-
 import torch
 
 from sslkit.evaluation.in_context import in_context_segmentation
+from sslkit.evaluation.options import InContext as Options
 from sslkit.evaluation.protocols.segmentation import masked_patches, segmentation_outcome
 from sslkit.evaluation.scores import Outcome
 from sslkit.evaluation.subject import Subject
-
-
-@dataclass(frozen=True)
-class Options:
-    """In-context segmentation: masks read off a memory of labelled training patches."""
-
-    patches_per_image: int | None = None
-    """Patches that each training image puts into the memory, rare classes first; default: all."""
-    num_neighbours: int = 30
-    """Memory patches that vote for each test patch."""
-    temperature: float = 0.02
-    """Divides the similarities."""
-    half: bool = True
-    """Keep the memory in float16."""
-    reference_quirks: bool = False
-    """Score as the published code does: matched classes, absent ones as 0, ignored as class 0."""
 
 
 def evaluate(subject: Subject, options: Options) -> Outcome:

@@ -1,24 +1,9 @@
 """k-NN accuracy of a model, by `sslkit.evaluation.knn`."""
 
-from dataclasses import dataclass
-from typing import Literal
-
 from sslkit.evaluation.knn import knn_predict
+from sslkit.evaluation.options import KNN as Options
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject, labelled
-
-
-@dataclass(frozen=True)
-class Options:
-    """k-NN accuracy of the class token, or of the mean patch token."""
-
-    token: Literal["cls", "mean_patch"] = "cls"
-    """The published protocol compares class tokens; those of a network that has seen few images
-    may follow the background, when the mean of its patch tokens does not."""
-    ks: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours that vote; of fewer training images, all of them."""
-    temperature: float = 0.07
-    """Divides the similarities."""
 
 
 def evaluate(subject: Subject, options: Options) -> Outcome:

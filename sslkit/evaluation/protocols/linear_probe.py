@@ -1,31 +1,15 @@
 """Linear probe of a model, by `sslkit.evaluation.linear_probe`."""
 
-from dataclasses import dataclass
-
 from sslkit.evaluation import figures
 from sslkit.evaluation.confusion import class_labels, confusion_of_classes
 from sslkit.evaluation.features import Features
 from sslkit.evaluation.linear_head import (
     head_inputs,
 )
-from sslkit.evaluation.linear_probe import LEARNING_RATES, LinearProbeResult, linear_probe
+from sslkit.evaluation.linear_probe import LinearProbeResult, linear_probe
+from sslkit.evaluation.options import LinearProbe as Options
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject, labelled
-
-
-@dataclass(frozen=True)
-class Options:
-    """Linear classification: the best of a grid of heads on class and mean patch tokens."""
-
-    num_steps: int = 12_500
-    """Steps of SGD."""
-    batch_size: int = 1024
-    """Items a step; the learning rates are scaled by a 256th of it."""
-    num_blocks: tuple[int, ...] = (1, 4)
-    """Heads read the class tokens of the last so many blocks, or of as many as there are (1 where
-    an encoder does not show its blocks, and after RASA or nesting)."""
-    learning_rates: tuple[float, ...] = LEARNING_RATES
-    """For a batch of 256."""
 
 
 def evaluate(subject: Subject, options: Options) -> Outcome:

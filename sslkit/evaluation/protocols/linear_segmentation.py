@@ -1,29 +1,10 @@
 """Linear segmentation with a model, by `sslkit.evaluation.linear_segmentation`."""
 
-from dataclasses import dataclass
-
 from sslkit.evaluation.linear_segmentation import linear_segmentation
+from sslkit.evaluation.options import LinearSegmentation as Options
 from sslkit.evaluation.protocols.segmentation import masked_patches, segmentation_outcome
 from sslkit.evaluation.scores import Outcome
 from sslkit.evaluation.subject import Subject
-
-
-@dataclass(frozen=True)
-class Options:
-    """Linear segmentation: one linear layer from patch tokens to classes."""
-
-    learning_rates: tuple[float, ...] = (0.01,)
-    """Learning rates; the one with the best test score is reported, as in the Franca paper."""
-    size: tuple[int, int] | None = (100, 100)
-    """Pixels at which the loss is taken; None: those of the dense view, as in the Franca paper."""
-    epochs: int = 25
-    """Passes over the training images."""
-    drop_epoch: int = 20
-    """Number of epochs after which the learning rate is divided by 10."""
-    batch_size: int = 60
-    """Images a step."""
-    reference_quirks: bool = False
-    """Score at --size, absent classes as 0, as the published code does."""
 
 
 def evaluate(subject: Subject, options: Options) -> Outcome:

@@ -1,25 +1,11 @@
 """Logistic regression on the class tokens of a model, by `sslkit.evaluation.logistic`."""
 
-from dataclasses import dataclass
-
 from sslkit.evaluation import figures
 from sslkit.evaluation.confusion import class_labels, confusion_of_classes
-from sslkit.evaluation.logistic import COSTS, Metric, logistic_regression, mean_per_class
+from sslkit.evaluation.logistic import COSTS, logistic_regression, mean_per_class
+from sslkit.evaluation.options import Logistic as Options
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject, labelled
-
-
-@dataclass(frozen=True)
-class Options:
-    """Logistic regression on the class token, its penalty chosen on held-out training images."""
-
-    metric: Metric = "accuracy"
-    """The literature reports the mean per class on aircraft, pets, caltech101 and flowers, and
-    accuracy on food101, cifar10, cifar100, sun397, cars, dtd and cub."""
-    max_iter: int = 1000
-    """L-BFGS iterations a fit."""
-    held_out: float = 0.1
-    """Share of the training images that chooses C."""
 
 
 def evaluate(subject: Subject, options: Options) -> Outcome:

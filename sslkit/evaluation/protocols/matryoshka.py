@@ -1,11 +1,12 @@
 """Matryoshka curve of a model: another protocol on the first features of its tokens."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import ModuleType
-from typing import Literal
 
 from sslkit.evaluation import figures
 from sslkit.evaluation.matryoshka import nesting_sizes
+from sslkit.evaluation.options import OPTIONS
+from sslkit.evaluation.options import Matryoshka as Options
 from sslkit.evaluation.protocols import (
     in_context,
     knn,
@@ -27,18 +28,6 @@ _PROTOCOLS: dict[str, ModuleType] = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """Another protocol's first score by the number of features kept."""
-
-    protocol: Literal[
-        "knn", "logistic", "in-context", "linear-segmentation", "overclustering", "position"
-    ] = "knn"
-    """With its default options."""
-    sizes: tuple[int, ...] = ()
-    """Features kept; empty: D/16, D/8, D/4, D/2, D."""
-
-
 def evaluate(subject: Subject, options: Options) -> Outcome:
     """The score at each size, the whole embedding first, and the curve.
 
@@ -48,7 +37,7 @@ def evaluate(subject: Subject, options: Options) -> Outcome:
     protocol = _PROTOCOLS[options.protocol]
     scores = {}
     for size in sorted(options.sizes or nesting_sizes(dim), reverse=True):
-        outcome = protocol.evaluate(replace(subject, nesting=size), protocol.Options())
+        outcome = protocol.evaluate(replace(subject, nesting=size), OPTIONS[options.protocol]())
         name, score = next(iter(outcome.scores.items()))
         scores[size] = score
     label = f"{options.protocol} {name}"

@@ -1,7 +1,6 @@
 """Out-of-distribution detection with a model, by `sslkit.evaluation.ood`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -13,29 +12,11 @@ from sslkit.evaluation import figures
 from sslkit.evaluation.confidences import ood_confidences
 from sslkit.evaluation.linear_probe import linear_probe
 from sslkit.evaluation.ood import auroc, fpr_at_95_tpr
+from sslkit.evaluation.options import OOD as Options
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject, labelled
 
 _SET = 2**32  # apart are the numbers of test items of two sets of images
-
-
-@dataclass(frozen=True)
-class Options:
-    """Out-of-distribution detection: AUROC of six scores, over near and far sets."""
-
-    near: tuple[str, ...] = ()
-    """Images of similar classes, each a folder or what --data takes (imglist:LIST for OpenOOD's
-    lists): all of it, or its test split. OpenOOD's for ImageNet are SSB-hard and NINCO."""
-    far: tuple[str, ...] = ()
-    """Images of other kinds. OpenOOD's for ImageNet: iNaturalist, Textures and OpenImage-O."""
-    k: int = 50
-    """The k-NN score is the distance to the k-th nearest training image."""
-    num_principal: int | None = None
-    """Dimension of ViM's principal space; default: 1000, 512 or half, as the features are wide."""
-    num_steps: int = 12_500
-    """Steps of SGD of the linear classifier of the class token that gives the logits."""
-    batch_size: int = 1024
-    """Items a step."""
 
 
 def evaluate(subject: Subject, options: Options) -> Outcome:

@@ -2,34 +2,16 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
+from sslkit.evaluation.options import Overclustering as Options
 from sslkit.evaluation.overclustering import matched_mean_iou, overclustering
 from sslkit.evaluation.protocols.segmentation import draw_segmentation, masked_patches
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.tokens import Unsuitable
-
-
-@dataclass(frozen=True)
-class Options:
-    """Overclustering: k-means clusters of the test patches against their classes."""
-
-    num_clusters: tuple[int, ...] = (500, 300, 0)
-    """Numbers of clusters, 0 being the number of classes; those above the patches' are left out."""
-    size: tuple[int, int] | None = (100, 100)
-    """Pixels at which clusters and masks are compared; None: those of the dense view."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """The score is the mean over one run of k-means for each."""
-    num_iterations: int = 100
-    """Iterations of k-means."""
-    num_restarts: int = 5
-    """Random starts of k-means; the one with the least distortion counts."""
-    reference_quirks: bool = False
-    """Fit to 256 patches a cluster, resize by corners, absent classes as 0, as published."""
 
 
 def evaluate(subject: Subject, options: Options) -> Outcome:

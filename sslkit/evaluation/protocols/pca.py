@@ -1,25 +1,12 @@
 """Principal components of a model's patches as colours, by `sslkit.evaluation.pca`."""
 
-from dataclasses import dataclass
-
 import torch
 
 from sslkit.evaluation import figures as draw
+from sslkit.evaluation.options import PCA as Options
 from sslkit.evaluation.pca import pca_maps
 from sslkit.evaluation.scores import Outcome
 from sslkit.evaluation.subject import Subject
-
-
-@dataclass(frozen=True)
-class Options:
-    """Principal components of patch features as colours: a picture, without a score."""
-
-    num_images: int = 9
-    """Test images in the figure, evenly spaced; their components are found together."""
-    threshold: float | None = 0.0
-    """Foreground threshold of the first component, in standard deviations; None: no split."""
-    clip: float = 0.01
-    """Share of patches at either end that the colours saturate on."""
 
 
 def evaluate(subject: Subject, options: Options) -> Outcome:

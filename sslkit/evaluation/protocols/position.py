@@ -1,21 +1,14 @@
 """Position probes of a model, by `sslkit.evaluation.position`."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from einops import reduce
 
 from sslkit.evaluation import figures
+from sslkit.evaluation.options import Position as Options
 from sslkit.evaluation.position import PositionProbe, position_probe
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject
-
-
-@dataclass(frozen=True)
-class Options:
-    """How well patch tokens tell where in the image they are."""
-
-    hidden_dim: int = 256
-    """Width of the two-layer probe's hidden layer; 0: the linear probe only."""
 
 
 def evaluate(subject: Subject, options: Options) -> Outcome:

@@ -1,13 +1,11 @@
 """Accuracy of a model on other test sets, by `sslkit.evaluation.robustness`."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from sslkit.data.sources import Source
 from sslkit.evaluation.linear_head import head_logits
-from sslkit.evaluation.protocols.linear_probe import Options as ProbeOptions
+from sslkit.evaluation.options import Robustness as Options
 from sslkit.evaluation.protocols.linear_probe import head_features, probe_subject
 from sslkit.evaluation.protocols.ood import whole_source
 from sslkit.evaluation.robustness import (
@@ -21,23 +19,6 @@ from sslkit.evaluation.robustness import (
 )
 from sslkit.evaluation.scores import Outcome, Score
 from sslkit.evaluation.subject import Subject, labelled
-
-
-@dataclass(frozen=True)
-class Options(ProbeOptions):
-    """Accuracy of ImageNet's (--data) linear head on its variants, each a folder of classes."""
-
-    imagenet_a: str | None = None
-    """ImageNet-A: folders by WordNet id."""
-    imagenet_r: str | None = None
-    """ImageNet-R: folders by WordNet id."""
-    imagenet_v2: str | None = None
-    """ImageNet-V2: folders 0 to 999."""
-    imagenet_sketch: str | None = None
-    """ImageNet-Sketch: folders by WordNet id."""
-    real: bool = True
-    """Also score the validation images by their ReaL labels, if their files have ImageNet's names
-    (ILSVRC2012_val_00000001.JPEG)."""
 
 
 def evaluate(subject: Subject, options: Options) -> Outcome:

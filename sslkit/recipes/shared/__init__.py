@@ -14,7 +14,7 @@ _HOME = {
     "Crops": "settings",
     "Evaluation": "settings",
     "Losses": "settings",
-    "Settings": "stages",
+    "Settings": "settings",
     "evaluate_encoders": "evaluation",
     "online_knn": "evaluation",
     "rates": "stages",
@@ -38,8 +38,8 @@ __all__ = [
 if TYPE_CHECKING:
     from sslkit.recipes.shared.evaluation import evaluate_encoders, online_knn
     from sslkit.recipes.shared.presets import CIFAR10, DEMO, SMOKE
-    from sslkit.recipes.shared.settings import Crops, Evaluation, Losses
-    from sslkit.recipes.shared.stages import Settings, rates, two_stages
+    from sslkit.recipes.shared.settings import Crops, Evaluation, Losses, Settings
+    from sslkit.recipes.shared.stages import rates, two_stages
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,9 @@
-"""Sections that the settings of several recipes have."""
+"""Settings of a recipe of two stages, and sections that the settings of several recipes have."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sslkit.training.settings import RunSettings
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,23 @@ class Evaluation:
     """Images that these look neighbours up in."""
     online_test: int = 2_000
     """Held-out images that these classify."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings):
+    """What both stages read, besides what the engine reads. A method adds its own settings."""
+
+    stages: tuple[Literal["pretrain", "evaluate"], ...] = ("pretrain", "evaluate")
+    """Each needs the results of those before it, from this call or an earlier one."""
+    lr: float = 1.5e-3
+    """Highest learning rate of AdamW. After the warm-up it falls to 1e-6 along a cosine."""
+    lr_warmup: float = 0.05
+    """Share of the steps over which the learning rate first rises linearly from 0."""
+    weight_decay: tuple[float, float] = (0.04, 0.2)
+    """Weight decay at the first and last step, a cosine between; biases and norms have none."""
+    max_norm: float = 3.0
+    """Largest gradient norm of each submodule of the network."""
+    freeze_prototypes: float = 0.02
+    """Share of the steps during which the last layers keep their initial value."""
+    crops: Crops = field(default_factory=Crops)
+    evaluation: Evaluation = field(default_factory=Evaluation)

@@ -1,10 +1,9 @@
 """A recipe of two stages, pretraining with AdamW and evaluation, for a method and its network."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -12,34 +11,12 @@ from torch import nn
 from sslkit import schedules
 from sslkit.data import MultiCrop
 from sslkit.recipes.shared.evaluation import evaluate_encoders, online_knn
-from sslkit.recipes.shared.settings import Crops, Evaluation
+from sslkit.recipes.shared.settings import Settings
 from sslkit.training.checks import not_positive, not_shares, too_large, too_small, unbuildable
 from sslkit.training.command import Recipe, Stage
 from sslkit.training.data import open_sources
 from sslkit.training.loop import Method, train
 from sslkit.training.run import Run
-from sslkit.training.settings import RunSettings
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(RunSettings):
-    """What both stages read, besides what the engine reads. A method adds its own settings."""
-
-    stages: tuple[Literal["pretrain", "evaluate"], ...] = ("pretrain", "evaluate")
-    """Each needs the results of those before it, from this call or an earlier one."""
-    lr: float = 1.5e-3
-    """Highest learning rate of AdamW. After the warm-up it falls to 1e-6 along a cosine."""
-    lr_warmup: float = 0.05
-    """Share of the steps over which the learning rate first rises linearly from 0."""
-    weight_decay: tuple[float, float] = (0.04, 0.2)
-    """Weight decay at the first and last step, a cosine between; biases and norms have none."""
-    max_norm: float = 3.0
-    """Largest gradient norm of each submodule of the network."""
-    freeze_prototypes: float = 0.02
-    """Share of the steps during which the last layers keep their initial value."""
-    crops: Crops = field(default_factory=Crops)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-
 
 S = TypeVar("S", bound=Settings)
 
