@@ -137,6 +137,12 @@ def test_sorting_many_names():
         assert sort_naturally(texts) == sorted(texts, key=natural_order)
     long = [f"{'9' * draw.randint(0, 300)}x{i}" for i in range(50)]  # counts beyond a byte
     assert sort_naturally(long) == sorted(long, key=natural_order)
+    for prefix, suffix in itertools.product(("", "a", "a1", "1"), ("", ".png", "7.png", ".jp2")):
+        numbered = [f"{prefix}{i:0{i % 3}d}{suffix}" for i in (*range(60), *range(100, 160))]
+        for odd in ("", "x", f"{prefix}x{suffix}", f"{prefix}5.gif", f"{prefix}\u0663{suffix}"):
+            draw.shuffle(numbered)
+            texts = [*numbered, odd]
+            assert sort_naturally(texts) == sorted(texts, key=natural_order)
     many = [f"{i}_{i % 7}.png" for i in range(25_000)]
     draw.shuffle(many)
     assert sort_naturally(many) == sorted(many, key=natural_order)

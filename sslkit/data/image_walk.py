@@ -90,19 +90,21 @@ def stamp_of(status: os.stat_result) -> Stamp:
 
 def _entries(path: str, root: str) -> tuple[list[str], list[str], list[str]]:
     """Names of image files, of sub-folders to visit, and of links that lead nowhere."""
-    images, folders, dangling = [], [], []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            name = entry.name
-            if name.startswith("."):
-                continue
-            if _is_folder(entry):
-                if not entry.is_symlink() or _is_elsewhere(entry.path, root):
-                    folders.append(name)
-            elif _has_image_extension(name):
-                images.append(name)
-            elif entry.is_symlink() and not os.path.exists(entry.path):
-                dangling.append(name)
+    with os.scandir(path) as found:
+        entries = [entry for entry in found if not entry.name.startswith(".")]
+    files = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+    folders, dangling = [], []
+    for entry in entries if len(files) < len(entries) else ():
+        if entry.is_file(follow_symlinks=False):
+            continue
+        if _is_folder(entry):
+            if not entry.is_symlink() or _is_elsewhere(entry.path, root):
+                folders.append(entry.name)
+        elif _has_image_extension(entry.name) or os.path.exists(entry.path):
+            files.append(entry.name)
+        elif entry.is_symlink():
+            dangling.append(entry.name)
+    images = [name for name in files if name[name.rfind(".") :].lower() in _EXTENSIONS]
     return images, folders, dangling
 
 
@@ -129,13 +131,16 @@ def _has_image_extension(name: str) -> bool:
 
 def _told_apart(names: list[str]) -> tuple[list[str], list[str]]:
     """Images, and annotations of an image beside them, both in natural order."""
-    stems = [name[: name.rfind(".")] for name in names]
     # An annotation's name ends in a word, and few images' names do.
-    suspects = [i for i, stem in enumerate(stems) if stem[-1].isalpha()]
+    suspects = [name for name in names if name[name.rfind(".") - 1].isalpha()]
     annotations = []
     if suspects:
-        beside = set(stems)
-        annotations = [names[i] for i in suspects if is_annotation(stems[i], beside)]
+        beside = {_stem(name) for name in names}
+        annotations = [name for name in suspects if is_annotation(_stem(name), beside)]
     if annotations:
         names = list(set(names).difference(annotations))
     return sort_naturally(names), sort_naturally(annotations)
+
+
+def _stem(name: str) -> str:
+    return name[: name.rfind(".")]

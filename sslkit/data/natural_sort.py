@@ -1,5 +1,6 @@
 """Natural order of many file names at once."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +9,7 @@ from sslkit.data.labels import natural_order
 
 _BLOCK = 10_000  # names transformed together
 _FEW = 32
+_DIGITS = "0123456789"
 
 
 def sort_naturally(names: Sequence[str]) -> list[str]:
@@ -22,6 +24,9 @@ def sort_naturally(names: Sequence[str]) -> list[str]:
     if len(names) < _FEW:
         return sorted(names, key=natural_order)
     ordered = sorted(names)  # the order of names that differ in leading zeros alone
+    numbers = _numbers(ordered)
+    if numbers is not None:
+        return [ordered[i] for i in sorted(range(len(numbers)), key=numbers.__getitem__)]
     keys: list[bytes] = []
     for start in range(0, len(ordered), _BLOCK):
         block = _keys(ordered[start : start + _BLOCK])
@@ -29,6 +34,24 @@ def sort_naturally(names: Sequence[str]) -> list[str]:
             return sorted(names, key=natural_order)
         keys += block
     return [ordered[i] for i in sorted(range(len(keys)), key=keys.__getitem__)]
+
+
+def _numbers(ordered: Sequence[str]) -> list[int] | None:
+    """The numbers of sorted names that differ in one number alone, as most cameras write them."""
+    first, last = ordered[0], ordered[-1]
+    prefix = _common_start(first, last).rstrip(_DIGITS)  # of all between them, too
+    suffix = _common_start(first[::-1], last[::-1])[::-1].lstrip(_DIGITS)
+    start, length = len(prefix), len(prefix) + len(suffix)
+    middles = [name[start : len(name) - len(suffix)] for name in ordered]
+    are_digits = all(middles) and (text := "".join(middles)).isascii() and text.isdigit()
+    if are_digits and all(len(name) > length and name.endswith(suffix) for name in ordered):
+        return list(map(int, middles))
+    return None
+
+
+def _common_start(one: str, other: str) -> str:
+    pairs = zip(one, other, strict=False)
+    return one[: sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))]
 
 
 def _keys(names: Sequence[str]) -> list[bytes] | None:
