@@ -81,6 +81,7 @@ def measure(kind: str, folder: Path, cache: Path, checkout: Path) -> tuple[float
     done = subprocess.run(
         [sys.executable, "-c", _MEASURED, kind, str(folder)],
         env=_environment(cache, checkout),
+        cwd=checkout,  # the first place where `python -c` and `-m` look for modules
         check=True,
         capture_output=True,
         text=True,
@@ -93,15 +94,15 @@ def first_step(folder: Path, cache: Path, checkout: Path) -> dict[str, float]:
     """Seconds from the command to the end of the first step, and MB of both processes then."""
     with tempfile.TemporaryDirectory() as output:
         command = [
-            *(sys.executable, "-m", "sslkit", "run", "franca"),
+            *(sys.executable, "-c", "from sslkit.commands.main import main; main()"),
+            *("run", "franca"),
             *("--preset", "cifar10", "--data", str(folder), "--output", f"{output}/run"),
             *("--stages", "pretrain", "--batch-size", "4", "--log-every", "1"),
             *("--evaluation.online-every", "0"),
         ]
         start = time.perf_counter()
-        run = subprocess.Popen(
-            command, env=_environment(cache, checkout), stdout=subprocess.DEVNULL
-        )
+        environment = _environment(cache, checkout)
+        run = subprocess.Popen(command, env=environment, cwd=checkout, stdout=subprocess.DEVNULL)
         metrics = Path(output, "run", "pretrain", "metrics.jsonl")
         while not (metrics.exists() and metrics.stat().st_size):
             if run.poll() is not None:
