@@ -17,7 +17,7 @@ from PIL import Image
 
 from sslkit.data import open_source
 from sslkit.data.image_array import ImageArray
-from sslkit.data.image_source import item_key
+from sslkit.data.image_source import item_key, item_keys
 from sslkit.data.splits import Subset, choose_test, name_hash, train_test_split
 from sslkit.data.torchvision_images import TorchvisionImages
 
@@ -291,6 +291,15 @@ def test_parts_are_divided_independently():
 def test_what_cannot_be_divided(size, fraction, message):
     with pytest.raises(ValueError, match=message):
         train_test_split(ImageArray(np.zeros((size, 2, 2), np.uint8)), fraction, 0)
+
+
+def test_all_keys_are_the_key_of_each(tmp_path):
+    as_folder(tmp_path, range(30))
+    picture(0).save(tmp_path / "class1" / "\u00fcn\u00ef.png")
+    source = open_source(tmp_path, test_fraction=0)
+    assert [*item_keys(source)] == [source.key(i) for i in range(31)]
+    train, _ = train_test_split(source, 0.3, 0)
+    assert [*item_keys(train)] == [train.key(i) for i in range(len(train))]
 
 
 # --- names ----------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ def names_digest(source: Source) -> str:
     return found
 
 
-def digest(parts: Iterable[str | bytes]) -> str:
-    """SHA-256 of a sequence of texts, each with its length, in hexadecimal."""
+def digest(parts: Iterable[str | bytes | memoryview]) -> str:
+    """SHA-256 of a sequence of texts or bytes, each with its length, in hexadecimal."""
     found = hashlib.sha256()
     for part in parts:
         content = part.encode(errors="surrogateescape") if isinstance(part, str) else part

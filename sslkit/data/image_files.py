@@ -1,13 +1,14 @@
 """Image files by name as a source."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from sslkit.data.decode import MAX_SIDE, read_image
 from sslkit.data.labels import NO_LABEL, as_labels, check_num_classes
+from sslkit.data.listing import Listing
 from sslkit.data.string_table import StringTable
 
 
@@ -16,7 +17,7 @@ class ImageFiles:
 
     Args:
         folder: what the names in ``files`` are relative to.
-        files: the images.
+        files: the images. The names in a :class:`~sslkit.data.listing.Listing` are not checked.
         labels: the class of each image, -1 where there is none; default: no labels.
         class_names: the names of these classes, where known.
         num_classes: default: as many as there are names.
@@ -29,7 +30,7 @@ class ImageFiles:
     def __init__(
         self,
         folder: str | os.PathLike[str],
-        files: Sequence[str],
+        files: Sequence[str] | Listing,
         *,
         labels: Sequence[int] | np.ndarray | None = None,
         class_names: tuple[str, ...] | None = None,
@@ -37,15 +38,16 @@ class ImageFiles:
         max_side: int = MAX_SIDE,
     ):
         self.folder = os.fspath(folder)
-        for file in files:  # they may stand in a list from somebody else
-            if os.path.isabs(file) or ".." in file.replace("\\", "/").split("/"):
-                raise ValueError(f"the name {file!r} leads out of the folder {self.folder}")
+        if not isinstance(files, Listing):
+            for file in files:  # they may stand in a list from somebody else
+                if os.path.isabs(file) or ".." in file.replace("\\", "/").split("/"):
+                    raise ValueError(f"the name {file!r} leads out of the folder {self.folder}")
         self.max_side = max_side
         self.class_names = class_names
         self.num_classes = check_num_classes(
             len(class_names or ()) if num_classes is None else num_classes, of=self.folder
         )
-        self._files = StringTable(files)
+        self._files = files if isinstance(files, Listing) else StringTable(files)
         self._labels = None
         if labels is not None:
             checked = as_labels(
@@ -75,6 +77,10 @@ class ImageFiles:
     def key(self, index: int) -> str:
         """The path below the folder, with ``/`` between its parts on any platform."""
         return self._files[index].replace(os.sep, "/")
+
+    def keys(self) -> Iterator[str]:
+        """The key of each image."""
+        return (file.replace(os.sep, "/") for file in self._files)
 
     def names_digest(self) -> str:
         """A digest of the names relative to the folder, for :mod:`sslkit.data.fingerprint`."""

@@ -2,13 +2,17 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable
 
-from sslkit.data.annotation_names import are_images_and_annotations, is_annotation
+import numpy as np
+
+from sslkit.data.annotation_names import are_images_and_annotations
 from sslkit.data.decode import MAX_SIDE
 from sslkit.data.image_files import ImageFiles
 from sslkit.data.image_formats import IMAGE_EXTENSIONS
-from sslkit.data.labels import MAX_CLASSES, labels_by_name, natural_order
+from sslkit.data.labels import MAX_CLASSES, NO_LABEL, labels_by_name
+from sslkit.data.listing import list_images
 
 
 class ImageFolder(ImageFiles):
@@ -23,6 +27,8 @@ class ImageFolder(ImageFiles):
     When every image lies in a sub-folder of ``folder`` and there are at least two of these, and at
     most :data:`sslkit.data.labels.MAX_CLASSES`, they are the classes, numbered in natural order;
     images may lie deeper inside them. Otherwise there are no labels.
+
+    A long list of files is kept on the disk for later starts; see :mod:`sslkit.data.listing`.
 
     Args:
         folder: the folder to search.
@@ -44,23 +50,21 @@ class ImageFolder(ImageFiles):
         class_names: tuple[str, ...] | None = None,
         max_side: int = MAX_SIDE,
     ):
-        annotations: list[str] = []
-        files = list(walk_images(os.fspath(folder), annotations=annotations))
-        if annotations:
+        files = list_images(folder)
+        if files.num_annotations:
             warnings.warn(
-                f"{len(annotations)} files in {os.fspath(folder)!r} are passed over: by their "
-                f"names they annotate the image beside them, such as {annotations[0]}",
+                f"{files.num_annotations} files in {os.fspath(folder)!r} are passed over: by their "
+                f"names they annotate the image beside them, such as {files.first_annotation}",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        if not files:
+        if not len(files):
             raise FileNotFoundError(
                 f"no image in the folder {os.path.abspath(folder)!r} or below it; looked for "
                 f"files ending in {' '.join(IMAGE_EXTENSIONS)}"
             )
-        top_folders = [file.partition(os.sep)[0] if os.sep in file else None for file in files]
+        found = files.top_folders()
         if class_names is None:
-            found = tuple(dict.fromkeys(top_folders))
             if None not in found and are_images_and_annotations(map(str, found)):
                 raise ValueError(
                     f"the sub-folders {', '.join(map(str, found))} of {os.fspath(folder)!r} are "
@@ -70,51 +74,29 @@ class ImageFolder(ImageFiles):
                 )
             is_classes = None not in found and 2 <= len(found) <= MAX_CLASSES
             class_names = tuple(map(str, found)) if is_classes else ()
-        labels = None
+        super().__init__(folder, files, class_names=class_names or None, max_side=max_side)
+        self._listing = files
+        self._run_labels = None
         if class_names:
-            labels = labels_by_name(
-                top_folders, class_names, of=f"class folders of {os.fspath(folder)!r}"
+            self._run_labels = labels_by_name(
+                found, class_names, of=f"class folders of {os.fspath(folder)!r}"
             )
-        super().__init__(
-            folder, files, labels=labels, class_names=class_names or None, max_side=max_side
-        )
 
+    def label(self, index: int) -> int:
+        """The class of the image, which is not read; -1 where there is none."""
+        if self._run_labels is None:
+            return NO_LABEL
+        return int(self._run_labels[bisect_right(self._listing.starts, index) - 1])
 
-def walk_images(folder: str, *, annotations: list[str] | None = None) -> Iterator[str]:
-    """Paths relative to ``folder``, in natural order, each folder visited once (links may loop).
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Labels of all images, int64 [n], -1 for images without one; None if no image has one."""
+        if self._run_labels is None:
+            return None
+        return np.repeat(self._run_labels, np.diff(self._listing.starts, append=len(self)))
 
-    Annotations of an image beside them are left out, and added to ``annotations``.
-    """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    root = os.path.realpath(folder)
-
-    def is_wanted(parent: str, name: str) -> bool:
-        path = os.path.join(parent, name)
-        if name.startswith(".") or not os.path.islink(path):
-            return not name.startswith(".")
-        # Else a link that is added could give the images of a folder other names.
-        below = os.path.relpath(os.path.realpath(path), root).split(os.sep)
-        return any(part.startswith(".") for part in below)  # outside, or hidden there
-
-    visited: set[tuple[int, int]] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in visited:
-            folders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        folders[:] = sorted((f for f in folders if is_wanted(parent, f)), key=natural_order)
-        relative = os.path.relpath(parent, folder)
-        images = [
-            f for f in files if not f.startswith(".") and f.lower().endswith(IMAGE_EXTENSIONS)
-        ]
-        stems = {os.path.splitext(file)[0] for file in images}
-        for file in sorted(images, key=natural_order):
-            path = file if relative == "." else os.path.join(relative, file)
-            if not is_annotation(os.path.splitext(file)[0], stems):
-                yield path
-            elif annotations is not None:
-                annotations.append(path)
+    def division(
+        self, name: str, divide: Callable[[], tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return what ``divide`` returns, or earlier returned under this name for these images."""
+        return self._listing.division(name, divide)

@@ -1,5 +1,6 @@
 """What a source of images is, and what a stream of images is."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,11 +21,12 @@ class Source(Protocol):
     Some images may have labels and others none. A broken image raises
     :class:`~sslkit.data.decode.UnreadableImage`, and only that image is lost.
 
-    A source may also have the following, which `item_key` and `known_labels` use:
+    A source may also have the following, which `item_key`, `item_keys` and `known_labels` use:
 
     - ``key(index) -> str``: the image's name within the data set, which decides whether it is a
       training or a test image. It must not read the image, nor depend on the place of the data set
       or on the order in which it is listed.
+    - ``keys() -> Iterable[str]``: the keys of all images, faster than one by one.
     - ``labels``: int64 [n], -1 for images without one, or None if the images must be read for them.
     - ``epoch_order(seed)``: see :func:`sslkit.data.make_loader`.
     """
@@ -54,6 +56,14 @@ def item_key(source: Source, index: int) -> str:
     """
     key = getattr(source, "key", None)
     return source.name(index) if key is None else key(index)
+
+
+def item_keys(source: Source) -> Iterator[str]:
+    """The `item_key` of every image, in their order: by ``keys()`` where the source has that."""
+    keys = getattr(source, "keys", None)
+    if keys is not None:
+        return iter(keys())
+    return (item_key(source, i) for i in range(len(source)))
 
 
 def known_labels(source: Source) -> np.ndarray | None:

@@ -72,16 +72,22 @@ class SampleStream(Sampler[list[tuple[int, int]]]):
             for p in positions:
                 if order is None or p // self.num_images != epoch:
                     epoch = p // self.num_images
+                    order = None  # frees its memory first
                     order = self.permutation(epoch)
                 batch.append((epoch, int(order[p % self.num_images])))
             yield batch
 
     def permutation(self, epoch: int) -> Order:
-        """The order of the images in ``epoch``: int64 [num_images] without ``epoch_order``."""
+        """The order of the images in ``epoch``: int32 [num_images] without ``epoch_order``.
+
+        With 2**31 images and more, it is int64.
+        """
         seed = sample_seed(self.seed, PERMUTATION, epoch)
         if self.epoch_order is not None:
             return self.epoch_order(seed)
-        return torch.randperm(self.num_images, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        dtype = torch.int32 if self.num_images < 2**31 else torch.int64  # the same numbers
+        return torch.randperm(self.num_images, generator=generator, dtype=dtype)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from sslkit.data.hugging_face import (
     split_columns,
 )
 from sslkit.data.image_array import ImageArray, has_splits
-from sslkit.data.image_folder import ImageFolder, walk_images
+from sslkit.data.image_folder import ImageFolder
 from sslkit.data.image_source import Source, StreamItem, StreamReader, StreamSource
+from sslkit.data.image_walk import has_image
 from sslkit.data.scenes import Scenes
 from sslkit.data.seeds import sample_seed
 from sslkit.data.shards.source import TarShards
@@ -187,9 +188,9 @@ def _find_tar_shards(text: str, path: Path, split: Split) -> tuple[str | list[st
         means_shards = text.startswith("pipe:") or re.search(r"\.(tar|tgz|tbz2|txz)\b", text)
         return (text, False) if means_shards else None
     shards: dict[str, list[str]] = {}
-    for shard in sorted(path.glob("*.tar")):
-        shards.setdefault(re.split(r"[^a-z]", shard.name)[0], []).append(
-            os.path.join(path, shard.name)  # ./pipe:x.tar, not pipe:x.tar
+    for name in sorted(name for name in os.listdir(path) if name.endswith(".tar")):
+        shards.setdefault(re.split(r"[^a-z]", name)[0], []).append(
+            os.path.join(path, name)  # ./pipe:x.tar, not pipe:x.tar
         )
     test = own_test_split(shards)
     if test is not None:
@@ -202,9 +203,9 @@ def _find_parquet(text: str, path: Path) -> dict[str, list[str]] | None:
     """The Parquet files that ``text`` stands for, by their splits; None if there are none."""
     if not path.is_dir():
         return find_parquet(text)
-    if next(walk_images(text), None) is None:
+    if not has_image(os.fspath(path)):
         return find_parquet(text)
-    if any(path.glob("*.parquet")):
+    if any(name.endswith(".parquet") for name in os.listdir(path)):
         warnings.warn(
             f"{text!r} holds images, which are read, and Parquet files, which are not; give "
             f"'{text}/*.parquet' for these",
@@ -222,7 +223,7 @@ def _open_folder(folder: Path, split: Split, max_side: int) -> tuple[Source, boo
         listed = has_lists(folder)
         own_split = split if listed else None
         return ImagesAndMasks(folder, split=own_split, max_side=max_side), listed
-    children = {child.name for child in folder.iterdir() if child.is_dir()}
+    children = {child.name for child in os.scandir(folder) if child.is_dir()}
     test_folder = own_test_split(children)
     parts = [] if test_folder is None else [folder / "train", folder / test_folder]
     if parts and all(map(is_images_and_masks, parts)):

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslkit.data.fingerprint import digest, fingerprint
-from sslkit.data.image_source import Source, item_key, known_labels
+from sslkit.data.fingerprint import digest, names_digest
+from sslkit.data.image_source import Source, item_key, item_keys, known_labels
 from sslkit.data.seeds import sample_seed
 
 Split = Literal["train", "test"]
 
+_RULE = "BLAKE2b 1"  # to be changed with `name_hash` and `choose_test`: divisions are kept
 _TEST_NAMES = ("val", "valid", "validation", "test")
 
 
@@ -96,8 +97,8 @@ class Subset:
 
     def names_digest(self) -> str:
         """A digest of the whole source's names and of the indices."""
-        whole = fingerprint(self.source)["names"]
-        return digest([whole, self.indices.numpy().tobytes()])
+        indices = np.ascontiguousarray(self.indices.numpy()).view(np.uint8)
+        return digest([names_digest(self.source), indices.data])
 
     def _annotation(self, annotation: str, index: int) -> Any:
         return getattr(self.source, annotation)(int(self.indices[index]))
@@ -130,13 +131,18 @@ def train_test_split(source: Source, test_fraction: float, seed: int) -> tuple[S
     True
     """
     divisions = getattr(source, "divisions", 0)
-    keys = (item_key(source, i) for i in range(len(source)))
-    is_test = torch.from_numpy(
-        choose_test(keys, test_fraction, seed, of="images", divisions=divisions)
-    )
+
+    def divide() -> tuple[np.ndarray, np.ndarray]:
+        keys = item_keys(source)
+        is_test = choose_test(keys, test_fraction, seed, of="images", divisions=divisions)
+        return (~is_test).nonzero()[0], is_test.nonzero()[0]
+
+    # A source of millions of names may keep what it is divided into.
+    kept = getattr(source, "division", None)
+    name = f"{_RULE} {test_fraction!r} {seed} {divisions}"
     train, test = (
-        Subset(source, side.nonzero()[:, 0], divisions=divisions + 1)
-        for side in (~is_test, is_test)
+        Subset(source, torch.from_numpy(side), divisions=divisions + 1)
+        for side in (divide() if kept is None else kept(name, divide))
     )
     return train, test
 
@@ -157,7 +163,7 @@ def choose_test(
         ValueError: see `train_test_split`.
     """
     check_test_fraction(test_fraction)
-    hashes = np.array([name_hash(name, seed, divisions=divisions) for name in names])
+    hashes = _name_hashes(names, seed, divisions)
     if len(hashes) < 2:
         raise ValueError(
             f"cannot divide {len(hashes)} {of} into train and test; give at least 2 {of}"
@@ -187,9 +193,19 @@ def name_hash(name: str, seed: int, *, divisions: int = 0) -> float:
     >>> round(name_hash("cat/0001.png", seed=0), 4)
     0.072
     """
-    if not name.isascii():
-        name = unicodedata.normalize("NFC", name)
-    content = name.encode("utf-8", "surrogatepass")  # bytes of file names that are not UTF-8
+    return float(_name_hashes([name], seed, divisions)[0])
+
+
+def _name_hashes(names: Iterable[str], seed: int, divisions: int) -> np.ndarray:
+    """Hash n names by :func:`name_hash`, float64 [n]."""
     key = sample_seed(seed, divisions).to_bytes(8, "big")
-    digest = hashlib.blake2b(content, digest_size=8, key=key).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    begun = hashlib.blake2b(digest_size=8, key=key)
+    digests = bytearray()
+    for name in names:
+        if not name.isascii():
+            name = unicodedata.normalize("NFC", name)
+        one = begun.copy()
+        one.update(name.encode("utf-8", "surrogatepass"))  # bytes of file names that are not UTF-8
+        digests += one.digest()
+    hashes: np.ndarray = np.frombuffer(digests, ">u8") / 2**64
+    return hashes
