@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from sslkit.ops import attention, attention_cpu
+from sslkit.ops import attention, attention_cpu, attention_flops  # noqa: F401
 from sslkit.ops.attention import packed_attention
 from sslkit.ops.dispatch import record_bodies
 from sslkit.ops.packing import equal_runs

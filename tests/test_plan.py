@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sslkit.commands.plan import main
 from sslkit.data import MultiCrop
+from sslkit.ops import attention_flops  # noqa: F401
 from sslkit.ops.attention_cpu import by_products
 from sslkit.ops.dispatch import record_bodies
 from sslkit.recipes.franca.presets import PRESETS

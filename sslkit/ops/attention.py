@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from sslkit.devices import device_type
 from sslkit.ops import attention_cpu
@@ -290,18 +289,3 @@ def _differentiate_products(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[
 
 
 _products.register_autograd(_differentiate_products, setup_context=_save_operands)
-
-
-@register_flop_formula(torch.ops.sslkit.attention_products)
-def _products_flops(qkv_shape: Sequence[int], length: int, *_: object, **__: object) -> int:
-    T, _, h, d = qkv_shape
-    return 2 * 2 * T * length * h * d
-
-
-@register_flop_formula(torch.ops.sslkit.attention_products_backward)
-def _products_backward_flops(
-    _grad_shape: Sequence[int], operands_shape: Sequence[int], *_: object, **__: object
-) -> int:
-    _, crops, h, n, d = operands_shape
-    products = 4 if attention_cpu.keeps_weights(n, d) else 5
-    return products * 2 * crops * n * n * h * d
