@@ -1,6 +1,6 @@
 """FLOPs of attention by products, for PyTorch's `FlopCounterMode`: import this module to count them.
 
-A module of its own, because ``torch.utils.flop_counter`` imports Triton.
+It stands apart because ``torch.utils.flop_counter`` imports Triton.
 """
 
 from collections.abc import Sequence
