@@ -1,4 +1,4 @@
-"""FLOPs of attention by products, for PyTorch's `FlopCounterMode`: import this module to count them.
+"""FLOPs of attention by products, counted by `FlopCounterMode` once this module is imported.
 
 It stands apart because ``torch.utils.flop_counter`` imports Triton.
 """
