@@ -196,3 +196,75 @@ def _(case):
 
 
 test_attention = ATTENTION.as_test()
+
+
+# ---------------------------------------------------------------- one length on a CPU, by type
+
+TYPES = {16: torch.bfloat16, 32: torch.float32}
+
+
+def set_up_cpu(size: Size, device: torch.device) -> SimpleNamespace:
+    n, count, dtype = size["n"], size["crops"], TYPES[size["bits"]]
+    shape = (n * count, 3, size["heads"], size["d"])
+    return SimpleNamespace(
+        runs=((n, count),),
+        lengths=[n] * count,
+        qkv=torch.randn(shape, device=device).to(dtype),
+        grad=torch.randn(n * count, size["heads"], size["d"], device=device).to(dtype),
+        device=device,
+    )
+
+
+def one_length(n: int, crops: int, heads: int, d: int, bits: int) -> Size:
+    return {"n": n, "crops": crops, "heads": heads, "d": d, "bits": bits}
+
+
+CPU_SIZES = [
+    one_length(n, count, heads, d, bits)
+    for bits in TYPES
+    for n, count, heads, d in [
+        (10, 256, 4, 32),
+        (37, 128, 4, 32),
+        (65, 96, 4, 32),
+        (257, 16, 6, 64),
+        (1370, 2, 6, 64),
+    ]
+]
+
+
+def forward_contestant(case: SimpleNamespace, attend: Callable[[Tensor], Tensor]) -> Contestant:
+    return Contestant(lambda qkv: [attend(qkv).contiguous()], prepare=lambda: (case.qkv,))
+
+
+ATTENTION_CPU = Operation(
+    "attention_cpu",
+    "Attention of crops of one length on a CPU, forward and backward",
+    sizes={"cpu": CPU_SIZES, "cuda": [], "quick": [one_length(5, 3, 2, 4, 16)]},
+    set_up=set_up_cpu,
+    reference=reference,
+    tolerance={"cpu": 2e-2},
+)
+ATTENTION_CPU_FORWARD = Operation(
+    "attention_cpu_forward",
+    "Attention of crops of one length on a CPU, forward alone",
+    sizes=ATTENTION_CPU.sizes,
+    set_up=set_up_cpu,
+    reference=lambda case: [by_resolution(textbook.attention, case.runs, case.qkv.double())],
+    tolerance=ATTENTION_CPU.tolerance,
+)
+
+for operation, build in ((ATTENTION_CPU, contestant), (ATTENTION_CPU_FORWARD, forward_contestant)):
+    operation.contestants.update(
+        {
+            "sslkit": lambda case, build=build: build(
+                case, lambda qkv: packed_attention(qkv, case.lengths)
+            ),
+            "SDPA": lambda case, build=build: build(case, partial(by_resolution, sdpa, case.runs)),
+            "products": lambda case, build=build: build(
+                case, partial(by_resolution, textbook.attention, case.runs)
+            ),
+        }
+    )
+
+test_attention_cpu = ATTENTION_CPU.as_test()
+test_attention_cpu_forward = ATTENTION_CPU_FORWARD.as_test()

@@ -60,8 +60,25 @@ _STEPS = ("textbook", "birder Franca")
 _RECIPE = "sslkit, as in the recipe"
 _BOUNDED = "sslkit, bounded"
 _BY_LEVEL = "sslkit, level by level"
+_CPU_CROPS = {  # by tokens of a crop
+    10: "n=10 crops=256 heads=4 d=32",
+    37: "n=37 crops=128 heads=4 d=32",
+    65: "n=65 crops=96 heads=4 d=32",
+    257: "n=257 crops=16 heads=6 d=64",
+}
+_CPU_ATTENTION = [
+    Goal(operation, f"{size} bits={bits}", "times faster", 0.97, ("SDPA", "products"))
+    for operation in ("attention_cpu", "attention_cpu_forward")
+    for bits in (16, 32)
+    for size in _CPU_CROPS.values()
+] + [
+    Goal("attention_cpu", f"{size} bits=16", "times faster", 2, ("SDPA",))
+    for n, size in _CPU_CROPS.items()
+    if n >= 37
+]
 GOALS = {
     "cpu": [
+        *_CPU_ATTENTION,
         Goal("sinkhorn", "B=512 K=65536", "times faster", 3, _SINKHORNS, _BOUNDED),
         Goal("sinkhorn", "B=2048 K=16384", "times faster", 3, _SINKHORNS, _BOUNDED),
         Goal("ibot_levels", "M=512 K=32768", "times faster", 2.5, _LOSSES, _RECIPE),

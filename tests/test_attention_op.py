@@ -4,7 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
+from sslkit.ops import attention, attention_cpu, attention_flops  # noqa: F401
 from sslkit.ops.attention import packed_attention
 from sslkit.ops.dispatch import record_bodies
 from sslkit.ops.packing import equal_runs
@@ -165,3 +169,153 @@ def test_runs_in_the_type_of_autocast(dtype):
         out = packed_attention(qkv, [3, 2])
     expected = qkv if dtype == torch.float64 else qkv.bfloat16()
     assert torch.equal(out, packed_attention(expected, [3, 2]))
+
+
+# ------------------------------------------------------------------------- products on a CPU
+
+TYPES = [torch.float32, torch.bfloat16]
+
+
+def differentiate(attend, qkv, grad):
+    """The output, and the gradient of ``qkv`` ``[T, 3, h, d]``."""
+    qkv = qkv.detach().clone().requires_grad_()
+    out = attend(qkv)
+    return [out.detach(), *torch.autograd.grad(out, qkv, grad)]
+
+
+def plain(qkv, lengths):
+    """Softmax and two products, in the type of ``qkv``, all of it left to autograd."""
+    outputs = []
+    for crop in qkv.split(lengths):
+        q, k, v = crop.permute(1, 2, 0, 3)  # each [h, n, d]
+        outputs.append((torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("lengths", "d"),
+    [([1, 1, 1], 1), ([1, 9, 9, 37], 32), ([10] * 7, 32), ([65, 65], 64), ([30, 30, 200], 8)],
+)
+def test_products_are_as_precise_as_plain_ones(lengths, d, dtype):
+    """Crops of up to 3 d tokens, whose weights are kept, and longer ones; in float32 SDPA too."""
+    qkv, grad = random_qkv(lengths, 3, d, dtype=dtype), random_qkv(lengths, 3, d, seed=1)[:, 0]
+    grad = grad.to(dtype)
+    expected = packed_attention_gradient(qkv, grad, lengths)
+    found = differentiate(lambda x: packed_attention(x, lengths), qkv, grad)
+    usual = differentiate(lambda x: plain(x, lengths), qkv, grad)
+    for ours, theirs, exact in zip(found, usual, expected, strict=True):
+        assert ours.dtype == dtype
+        error, allowed = ((x.double() - exact).norm() for x in (ours, theirs))
+        assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps * exact.norm()
+
+
+@pytest.mark.parametrize("scratch", [1, 3 * 30 * 30])
+def test_weights_are_computed_again_in_groups(monkeypatch, scratch):
+    """Of one matrix, and of three, which do not divide the ten."""
+    lengths = [30] * 5
+    qkv = random_qkv(lengths, 2, 4, dtype=torch.bfloat16)
+    grad = random_qkv(lengths, 2, 4, seed=1, dtype=torch.bfloat16)[:, 0]
+    expected = differentiate(lambda x: packed_attention(x, lengths), qkv, grad)
+    monkeypatch.setattr(attention_cpu, "SCRATCH", scratch)
+    found = differentiate(lambda x: packed_attention(x, lengths), qkv, grad)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("length", [1, 12, 13, 100])
+def test_what_the_backward_keeps_is_at_most_twice_qkv(length):
+    lengths, kept = [length] * 3, {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    qkv = random_qkv(lengths, 2, 4, dtype=torch.bfloat16).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        packed_attention(qkv, lengths)
+    assert qkv.nbytes <= sum(kept.values()) <= 2 * qkv.nbytes
+
+
+def products(lengths, dtype, *, gradient):
+    """How many of the runs are left to products."""
+    qkv = random_qkv(lengths, dtype=dtype).requires_grad_(gradient)
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        packed_attention(qkv, lengths)
+    return names.count("sslkit::attention_products")
+
+
+def test_products_run_where_they_were_measured_to_be_faster():
+    lengths = [10, 37, 65, 257]
+    assert products(lengths, torch.bfloat16, gradient=True) == 4
+    assert products(lengths, torch.bfloat16, gradient=False) == 1
+    assert products(lengths, torch.float32, gradient=True) == 2
+    assert products(lengths, torch.float32, gradient=False) == 0
+    assert products(lengths, torch.float64, gradient=True) == 0
+
+
+@pytest.mark.parametrize("length", [5, 20])
+def test_registration_of_products(length):
+    qkv = random_qkv([length] * 3, 2, 4, dtype=torch.float32)
+    out, operands, weights = attention._products(qkv, length, 0.5)
+    ops = torch.ops.sslkit
+    torch.library.opcheck(ops.attention_products_backward.default, (out, operands, weights, 0.5))
+    torch.library.opcheck(ops.attention_products.default, (qkv.requires_grad_(), length, 0.5))
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 3], [20, 20]])
+def test_products_are_compiled_checkpointed_and_the_same_each_time(lengths):
+    qkv = random_qkv(lengths, dtype=torch.bfloat16)
+    grad = random_qkv(lengths, seed=1, dtype=torch.bfloat16)[:, 0]
+
+    def attend(x):
+        return packed_attention(x, lengths)
+
+    expected = differentiate(attend, qkv, grad)
+    for function in (
+        attend,
+        torch.compile(attend, fullgraph=True, backend="aot_eager"),
+        lambda x: checkpoint(attend, x, use_reentrant=False),
+    ):
+        for ours, first in zip(differentiate(function, qkv, grad), expected, strict=True):
+            assert torch.equal(ours, first)
+
+
+def test_products_under_autocast_and_of_no_crop():
+    qkv = random_qkv([5, 5, 20], dtype=torch.float32)
+    grad = random_qkv([5, 5, 20], seed=1, dtype=torch.bfloat16)[:, 0]
+
+    def attend(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return packed_attention(x, [5, 7, 20], counts=[2, 0, 1])
+
+    out, gradient = differentiate(attend, qkv, grad)
+    expected = differentiate(lambda x: packed_attention(x, [5, 5, 20]), qkv.bfloat16(), grad)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(gradient, expected[1].float())
+
+
+def test_products_read_any_memory_layout():
+    qkv = random_qkv([5, 5, 20], dtype=torch.bfloat16)
+    strided = qkv.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).requires_grad_()
+    assert not strided.is_contiguous()
+    out = packed_attention(strided, [5, 5, 20])
+    assert torch.equal(out, packed_attention(qkv.requires_grad_(), [5, 5, 20]))
+    (found,) = torch.autograd.grad(out.sum(), strided)
+    (expected,) = torch.autograd.grad(packed_attention(qkv, [5, 5, 20]).sum(), qkv)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("length", "backward"), [(12, 4), (13, 5)])
+def test_products_count_their_flops(length, backward):
+    qkv = random_qkv([length] * 2, 2, 4, dtype=torch.bfloat16).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        packed_attention(qkv, [length] * 2).sum().backward()
+    assert counter.get_total_flops() == (2 + backward) * 2 * 2 * length**2 * 2 * 4

@@ -5,14 +5,15 @@ one after the other, without padding, their tokens share every linear layer; att
 to know where a crop ends.
 
 The PyTorch body is one ``scaled_dot_product_attention`` for each run of equal lengths, plain
-differentiable PyTorch, so that what is saved for the backward is PyTorch's choice. Around it there
-are copies: the outputs of several runs are concatenated; backward, dQ, dK and dV of a run, and then
-the runs. The Triton body reads ``qkv`` and writes the packed result and the packed gradient.
+differentiable PyTorch, so that what is saved for the backward is PyTorch's choice. On a CPU it is
+explicit products where these are faster (`sslkit.ops.attention_cpu`). Around it there are copies:
+the outputs of several runs are concatenated; backward, dQ, dK and dV of a run, and then the runs.
+The Triton body reads ``qkv`` and writes the packed result and the packed gradient.
 
 Therefore ``sslkit::packed_attention`` is a composite op: no body of its own, but ops that autograd
 knows. Its body, which asks `resolve`, is run by each eager call, and under `torch.compile` while
 the graph is made; the Triton kernels are ops inside it, ``sslkit::packed_attention_triton`` and
-its ``_backward``.
+its ``_backward``, and so are the products, ``sslkit::attention_products`` and its ``_backward``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslkit.devices import device_type
+from sslkit.ops import attention_cpu
 from sslkit.ops.dispatch import Body, interpreting, resolve
 from sslkit.ops.packing import SINGLE_TILE_TOKENS, Runs, equal_runs
 
@@ -164,6 +167,14 @@ def _unsupported(qkv: Tensor, too_long: int | None) -> str | None:
 
 def _attend_torch(qkv: Tensor, length: int, count: int, scale: float) -> Tensor:
     """Attention inside ``count`` crops of one length: ``[T, 3, h, d] -> [T, h, d]``."""
+    if (
+        device_type(qkv.device) == "cpu"
+        and not torch.compiler.is_exporting()  # an exported program consists of standard ops
+        and attention_cpu.by_products(
+            qkv.dtype, length, gradient=torch.is_grad_enabled() and qkv.requires_grad
+        )
+    ):
+        return _products(qkv, length, scale)[0]
     q, k, v = qkv.unflatten(0, (count, length)).permute(2, 0, 3, 1, 4)  # each [count, h, n, d]
     out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).flatten(0, 1)
@@ -233,3 +244,48 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, Non
 
 
 _triton_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("sslkit::attention_products", mutates_args=())
+def _products(qkv: Tensor, length: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention_cpu.forward`: ``out``, and what its backward needs."""
+    return attention_cpu.forward(qkv, length, scale)
+
+
+@torch.library.custom_op("sslkit::attention_products_backward", mutates_args=())
+def _products_backward(grad: Tensor, operands: Tensor, weights: Tensor, scale: float) -> Tensor:
+    return attention_cpu.backward(grad, operands, weights, scale)
+
+
+@_products.register_fake
+def _(qkv: Tensor, length: int, _scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    T, _, h, d = qkv.shape
+    crops = T // length
+    kept = attention_cpu.keeps_weights(length, d)
+    return (
+        qkv.new_empty(T, h, d),
+        qkv.new_empty(3, crops, h, length, d),
+        qkv.new_empty((crops, h, length, length) if kept else (0,)),
+    )
+
+
+@_products_backward.register_fake
+def _(grad: Tensor, operands: Tensor, *_: object) -> Tensor:
+    T, h, d = grad.shape
+    return operands.new_empty(T, 3, h, d)
+
+
+def _save_operands(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    _, _, ctx.scale = inputs
+    _, operands, weights = output
+    ctx.mark_non_differentiable(operands, weights)
+    ctx.save_for_backward(operands, weights)
+
+
+def _differentiate_products(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None, None]:
+    return _products_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
+
+
+_products.register_autograd(_differentiate_products, setup_context=_save_operands)
