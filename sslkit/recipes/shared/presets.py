@@ -10,8 +10,8 @@ from typing import Any
 from sslkit.recipes.shared.settings import Crops, Evaluation
 
 # Two CPU cores, minutes: 32 px views of 48 px scenes. Larger local crops than in DINOv2, and a blur
-# as wide as 2 of 224 pixels. On two cores, the views are rendered between the steps: a worker beside
-# them would take a core from one of the step's two threads, and the other would wait for it.
+# as wide as 2 of 224 pixels. No worker: on two cores it would take one from one of the step's two
+# threads, for which the other waits. Rendering between the steps costs less.
 DEMO: dict[str, Any] = {
     "data": "scenes",
     "steps": 210,
