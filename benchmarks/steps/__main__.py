@@ -178,6 +178,7 @@ def run_race(
                 "data": data[race.name],
                 "folder": str(folder),
                 "warm_up": race.warm_up,
+                "rewarm": race.rewarm,
             }
             log = scratch / f"{race.name}-{number}.log"
             child = Child(script, arguments, trees[script], threads, log)

@@ -41,6 +41,9 @@ class Race:
     turn: int
     """Steps a turn; a turn of a whole training is one training."""
     warm_up: int
+    """Steps before the first turn."""
+    rewarm: int = field(default=0, kw_only=True)
+    """Untimed steps before each turn, where contestants give their memory back while they wait."""
     goals: Sequence[Goal] = field(default=())
 
 
@@ -122,12 +125,12 @@ def races(*, quick: bool) -> list[Race]:
                 "batch_size": few,
                 "crops": large,
             },
-            # Each takes gigabytes, so that there are few of them.
             contestants=_ours("step", ("auto", "float32"))
             | _old("step")
             | _lightly("step", "bfloat16"),
             turn=1,
             warm_up=2,
+            rewarm=1,
             goals=[Goal(3, (OLD,)), Goal(2, ("lightly, bfloat16",))],
         ),
         Race(
