@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
-.PHONY: demo test test-oldest test-slow lint types unit docs gallery smoke bench bench-gpu clean
+.PHONY: demo test test-oldest test-slow lint types unit docs gallery smoke bench bench-cpu bench-gpu clean
 
 demo: $(VENV)/recipe.installed
 	rm -rf $(DEMO)
@@ -55,7 +55,12 @@ smoke: $(VENV)/dev.installed
 bench: $(VENV)/dev.installed $(VENV)/peers.installed
 	$(BIN)/python -m benchmarks --device cpu $(FLAGS)
 
-# The same on a CUDA GPU, with the packages that $(PYTHON) has: nothing is installed.
+# Races of whole steps and trainings on a CPU, against an old commit and lightly.
+# FLAGS="--cifar10 FOLDER" trains on real images; `python -m benchmarks.steps --help` has the rest.
+bench-cpu: $(VENV)/recipe.installed $(VENV)/peers.installed
+	$(BIN)/python -m benchmarks.steps $(FLAGS)
+
+# The operations on a CUDA GPU, with the packages that $(PYTHON) has: nothing is installed.
 # FLAGS="--results DIR --docs FILE" writes elsewhere; `python -m benchmarks.render` renders later.
 bench-gpu:
 	$(PYTHON) -m benchmarks --device cuda $(FLAGS)

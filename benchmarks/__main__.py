@@ -45,7 +45,7 @@ def main() -> int:
         return int(status)
 
     files = sorted(results.glob("*.jsonl"))
-    render.write(files, docs)
+    render.write(files, docs, sorted((results / "steps").glob("*.jsonl")))
     if not options.quick:  # goals are about full sizes
         for file in files:
             reach.report(file)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from benchmarks.harness import OURS
 from benchmarks.machine import RESULTS, ROOT
 from benchmarks.reach import Row, check, read_rows
+from benchmarks.steps.reach import check_steps, read_step_rows
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 _BLUE, _GREY, _INK = "#2563a8", "#b8bec6", "#333333"
@@ -18,8 +19,9 @@ _INTRO = """\
 # Benchmarks
 
 Rendered by `python -m benchmarks.render` from [`benchmarks/results`](../benchmarks/results), to
-which `make bench` (CPU) and `make bench-gpu` (one CUDA GPU) append; one section a machine, the last
-race of each operation. `benchmarks/harness.py` says how the races are run. In short: one set-up
+which `make bench` (CPU), `make bench-cpu` (whole steps and trainings on a CPU) and `make bench-gpu`
+(one CUDA GPU) append; one section a machine, the last race of each operation.
+`benchmarks/harness.py` says how the races of operations are run. In short: one set-up
 feeds every contestant, every answer is checked against a float64 reference before anything is
 timed, contestants take turns in every round, and the time is the median over the rounds.
 
@@ -35,14 +37,19 @@ timed, contestants take turns in every round, and the time is the median over th
 """
 
 
-def write(files: Sequence[Path], page: Path) -> None:
-    """Render every results file into ``page`` and figures beside it, in a folder of its name."""
+def write(files: Sequence[Path], page: Path, steps: Sequence[Path] = ()) -> None:
+    """Render every results file into ``page`` and figures beside it, in a folder of its name.
+
+    ``steps``: files of `benchmarks.steps`, each a section before those of ``files``.
+    """
     figures = page.with_suffix("")
     figures.mkdir(parents=True, exist_ok=True)
     parts = [_INTRO]
+    for file in steps:
+        parts += _steps(read_step_rows(file))
     for file in files:
         parts += _machine(file.stem, read_rows(file), figures)
-    if not files:
+    if not files and not steps:
         parts.append("Nothing has been recorded yet.")
     page.write_text("\n".join(parts).rstrip() + "\n")
 
@@ -137,6 +144,54 @@ def _memory(count: float) -> str:
     return f"{count / 2**20:,.1f} MB" if count < 2**30 else f"{count / 2**30:,.2f} GB"
 
 
+# ------------------------------------------------------------------------- steps and trainings
+
+
+def _steps(rows: list[Row]) -> Iterator[str]:
+    """Whole steps and trainings on one machine."""
+    first = rows[0]
+    versions = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
+    yield f"## Whole steps and trainings: {first['hardware']}, {first['threads']} threads\n"
+    yield (
+        "`make bench-cpu`: each contestant is a process of its own, and all take turns in rounds "
+        f"(`benchmarks/steps`). {versions}.\n"
+    )
+    for _, group in groupby(rows, key=lambda row: row["race"]):
+        yield from step_lines(list(group))
+
+
+def step_lines(rows: list[Row]) -> Iterator[str]:
+    """One race of `benchmarks.steps`: its table and its goals."""
+    first = rows[0]
+    rates = ", ".join(f"{x / 1e12:.3g} TFLOP/s in {name}" for name, x in first["rates"].items())
+    yield f"### {first['title']}\n"
+    yield f"Race `{first['race']}`, commit {first['commit']}, {first['run'][:10]}.\n"
+    measured = [row for row in rows if "seconds" in row]
+    fastest = min((row["seconds"] for row in measured), default=0.0)
+    yield f"| {first['size']} | Time a step | Quartiles | x fastest | images/s | Loss |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    for row in measured:
+        low, high = map(_time, row["quartiles"])
+        kind = ", in bfloat16" if row["bfloat16"] and "bfloat16" not in row["contestant"] else ""
+        yield (
+            f"| {row['contestant']}{kind} | {_time(row['seconds'])} | {low} to {high} | "
+            f"{row['seconds'] / fastest:.2f} | {row['images_per_s']:.3g} | {row['loss']:.3f} |"
+        )
+    yield ""
+    if first["flops"]:
+        bound = first["flops"] / max(first["rates"].values())
+        yield (
+            f"Matrix products and attention of a step: {first['flops'] / 1e9:.3g} GFLOP, at least "
+            f"{_time(bound)} at the fastest rate of a product of 2048 x 2048 here ({rates}).\n"
+        )
+    for row in rows:
+        if "seconds" not in row:
+            reason = row.get("skipped") or f"failed: {' '.join(row['failed'].splitlines()[-2:])}"
+            yield f"Not raced: {row['contestant']} ({reason}).\n"
+    for outcome in check_steps(rows):
+        yield f"{outcome}\n"
+
+
 # ------------------------------------------------------------------------------------- figures
 
 
@@ -227,4 +282,4 @@ def roofline(rows: Sequence[Row], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(sorted(RESULTS.glob("*.jsonl")), PAGE)
+    write(sorted(RESULTS.glob("*.jsonl")), PAGE, sorted((RESULTS / "steps").glob("*.jsonl")))

@@ -280,3 +280,19 @@ def test_broken_images_do_not_stop_the_scores_of_pixels(tmp_path: Path) -> None:
                 pixels, Run(settings, ALONE), sources, 32, settings.evaluation
             ).values()
         assert 0 <= score <= 1
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_online_knn_encodes_in_the_precision_of_the_training(precision, tmp_path: Path) -> None:
+    settings = parse(smoke(tmp_path, "--device", "cpu", "--precision", precision))
+    run, products = Run(settings, ALONE), []
+
+    class Encoder(Pixels):
+        def forward(self, images):
+            products.append((images.flatten(1) @ images.flatten(1).T).dtype)
+            return super().forward(images)
+
+    [score] = online_knn(Encoder(), run, open_sources(run), 32, settings.evaluation).values()
+    assert set(products) == {getattr(torch, precision)}
+    assert 0 <= score <= 1
+    assert not torch.is_autocast_enabled("cpu")

@@ -131,8 +131,8 @@ def test_warning_comes_once_the_window_is_full_and_again_after_a_recovery():
             {"read": 1.0, "augment": 3.0},
             4,
             "Augmentation takes 75% of the loader's time: augment on the GPU (augment_on of "
-            "make_loader), and raise the number of workers to 3, one fewer than there are CPU "
-            "cores (4 would be needed)",
+            "make_loader), and raise the number of workers to 3, the number of CPU cores that the "
+            "model leaves (4 would be needed)",
         ),
         ({"read": 1.0, "augment": 3.0}, 3, ". 3 CPU cores leave no room for more workers"),
     ],
@@ -148,6 +148,12 @@ def test_batches_made_in_the_training_process():
     ((_, text),) = loop(watch, clock, 20, wait=1.0, model=2.0, read=1.0)
     assert "with 0 workers the loader makes 8 images/s, the model would take 4" in text
     assert text.endswith("or raise the number of workers to about 1")
+
+
+def test_a_model_on_all_cores_leaves_none_to_workers():
+    watch, clock = watched(num_workers=0, num_cores=2, model_cores=2)
+    ((_, text),) = loop(watch, clock, 20, wait=1.0, model=2.0, read=1.0)
+    assert text.endswith(". 2 CPU cores leave no room for more workers")
 
 
 def test_late_batches_of_a_fast_loader():

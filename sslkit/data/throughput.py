@@ -31,6 +31,7 @@ class DataWatch:
         threshold: share of the time spent waiting above which :meth:`warning` speaks.
         num_cores: CPU cores that this process and its workers have to themselves; by default all
             that the process may run on, divided by the processes that torchrun started here.
+        model_cores: how many of these the model keeps busy: one on a GPU, its threads on a CPU.
         clock: seconds, for tests.
 
     >>> clock = iter([0, 1, 1, 2, 5, 6]).__next__  # before and after each batch
@@ -51,6 +52,7 @@ class DataWatch:
         window: int = 50,
         threshold: float = 0.2,
         num_cores: int | None = None,
+        model_cores: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ):
         if window < 1:
@@ -60,6 +62,7 @@ class DataWatch:
         self.num_workers = num_workers
         self.threshold = threshold
         self.num_cores = available_cores() if num_cores is None else num_cores
+        self.model_cores = model_cores
         self._clock = clock
         self._steps: deque[_Step] = deque(maxlen=window)
         self._got_last: float | None = None
@@ -134,14 +137,14 @@ class DataWatch:
         )
 
     def _more(self, needed: int) -> str:
-        """Whether more workers would help; one core is the training loop's."""
-        room = self.num_cores - 1
+        """Whether more workers would help."""
+        room = self.num_cores - self.model_cores
         if needed <= room:
             return f", or raise the number of workers to about {needed}"
         if room > self.num_workers:
             return (
-                f", and raise the number of workers to {room}, one fewer than there are CPU cores "
-                f"({needed} would be needed)"
+                f", and raise the number of workers to {room}, the number of CPU cores that the "
+                f"model leaves ({needed} would be needed)"
             )
         return f". {self.num_cores} CPU cores leave no room for more workers"
 

@@ -143,7 +143,8 @@ def train(
         num_workers=settings.workers,
         augment_on=parallel.device if settings.augment_on == "device" else None,
     )
-    data = DataWatch(settings.workers)
+    on_cpu = parallel.device.type == "cpu"
+    data = DataWatch(settings.workers, model_cores=torch.get_num_threads() if on_cpu else 1)
     unreadable = UnreadableLog(num_images, threshold=settings.max_unreadable)
     monitor = CollapseMonitor(
         method.num_prototypes, grace_steps=grace_steps, loss_grace_steps=max(grace_steps, 100)

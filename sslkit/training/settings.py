@@ -43,7 +43,7 @@ class RunSettings:
     accumulation: int = 1
     """Micro-batches per step. Targets are balanced over all of them; only KoLeo differs."""
     workers: int = 8
-    """Processes that load images, for each training process."""
+    """Processes that load images, for each training process; 0: itself, fast on a few CPU cores."""
     augment_on: Literal["workers", "device"] = "workers"
     """Where views are rendered; `device` for a GPU that waits for its workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -93,6 +93,8 @@ def online_knn(
 ) -> dict[str, float]:
     """k-NN accuracy of an encoder on a sample of the images, as ``{"knn/20": 0.9}``.
 
+    The encoder has the precision of the training; the class tokens are compared in float32.
+
     Args:
         encoder: any token encoder.
         run: the run.
@@ -103,7 +105,8 @@ def online_knn(
     if not sources.labelled:
         return {}
     counts = (options.online_train, options.online_test)
-    splits = labelled_features(subject(encoder, run, sources, size, counts, options), sources)
+    with run.autocast():
+        splits = labelled_features(subject(encoder, run, sources, size, counts, options), sources)
     if splits is None:
         warnings.warn("no online k-NN: none of the sampled images has a label", stacklevel=2)
         return {}

@@ -10,12 +10,13 @@ from typing import Any
 from sslkit.recipes.shared.settings import Crops, Evaluation
 
 # Two CPU cores, minutes: 32 px views of 48 px scenes. Larger local crops than in DINOv2, and a blur
-# as wide as 2 of 224 pixels.
+# as wide as 2 of 224 pixels. No worker: on two cores it would take one from one of the step's two
+# threads, for which the other waits. Rendering between the steps costs less.
 DEMO: dict[str, Any] = {
     "data": "scenes",
     "steps": 210,
     "batch_size": 48,
-    "workers": 1,
+    "workers": 0,
     "scene_size": 48,
     "num_scenes": 4000,
     "log_every": 10,
@@ -61,6 +62,7 @@ SMOKE: dict[str, Any] = {
     **DEMO,
     "steps": 12,
     "batch_size": 16,
+    "workers": 1,
     "num_scenes": 200,
     "log_every": 2,
     "checkpoint_every": 6,

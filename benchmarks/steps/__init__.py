@@ -1,0 +1,1 @@
+"""Races of whole steps and whole trainings on a CPU: `python -m benchmarks.steps`."""
