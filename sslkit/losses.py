@@ -284,6 +284,7 @@ class KoLeoLoss(nn.Module):
     0, which costs -log(eps) and has gradient 0. With fewer than two rows the loss is 0.
 
     Computed in float32 whatever the type of x and inside autocast too (float64 stays float64).
+    Differentiable once.
 
     Args:
         group: process group over whose ranks' rows (uneven and empty ranks included) neighbours are
@@ -331,13 +332,34 @@ class KoLeoLoss(nn.Module):
             with torch.no_grad():
                 similarity = z @ everyone.T  # [B, rows of all ranks]
                 similarity.diagonal(offset=first).fill_(-torch.inf)
-                nearest = similarity.argmax(dim=-1)
-            distance = torch.linalg.vector_norm(z - everyone[nearest], dim=-1)
-            return -torch.log(distance + self.eps).sum() * (num_ranks / len(everyone))
+                nearest = similarity.max(dim=-1).indices  # on a CPU twice as fast as argmax
+            distance = _Distances.apply(z, everyone, nearest)
+            return torch.log(distance + self.eps).sum() * (-num_ranks / len(everyone))
 
     def extra_repr(self) -> str:
         """Settings shown by ``repr``."""
         return f"eps={self.eps}"
+
+
+class _Distances(torch.autograd.Function):
+    """``|x[i] - y[nearest[i]]|`` for each i; the gradient of a distance of 0 is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, nearest: Tensor) -> Tensor:
+        difference = x - y.index_select(0, nearest)
+        distance = torch.linalg.vector_norm(difference, dim=-1)
+        ctx.save_for_backward(difference, distance, nearest)
+        ctx.num_others = len(y)
+        return distance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        difference, distance, nearest = ctx.saved_tensors
+        factor = (grad / distance).masked_fill_(distance == 0, 0.0)
+        grad_x = difference * factor[:, None]
+        grad_y = grad_x.new_zeros(ctx.num_others, grad_x.shape[1])
+        return grad_x, grad_y.index_add_(0, nearest, grad_x, alpha=-1), None
 
 
 def _gather_rows(rows: Tensor, group: "ProcessGroup") -> tuple[Tensor, int]:

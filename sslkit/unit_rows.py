@@ -58,7 +58,7 @@ class _UnitRows(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         """The unit vectors, and the lengths [..., 1] of x, infinity for vectors of zeros."""
-        largest = x.abs().amax(dim=-1, keepdim=True)
+        largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
         power = power_of_two(largest)
         scaled = x / power
         length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
@@ -68,9 +68,14 @@ class _UnitRows(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*output)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_unit: Tensor, grad_length: Tensor) -> Tensor:
+    def backward(ctx: Any, grad_unit: Tensor | None, grad_length: Tensor | None) -> Tensor | None:
         unit, length = ctx.saved_tensors
-        across = grad_unit - unit * (unit * grad_unit).sum(dim=-1, keepdim=True)
-        return across / length + grad_length * unit
+        grad = None if grad_length is None else grad_length * unit
+        if grad_unit is None:
+            return grad
+        along = (unit * grad_unit).sum(dim=-1, keepdim=True)
+        across = torch.addcmul(grad_unit, unit, along, value=-1) / length
+        return across if grad is None else across + grad
