@@ -333,7 +333,7 @@ class KoLeoLoss(nn.Module):
                 similarity = z @ everyone.T  # [B, rows of all ranks]
                 similarity.diagonal(offset=first).fill_(-torch.inf)
                 nearest = similarity.max(dim=-1).indices  # on a CPU twice as fast as argmax
-            total = _SumOfLogDistances.apply(z, everyone, nearest, self.eps)
+            total = _SumOfLogDistances.apply(z, everyone.index_select(0, nearest), self.eps)
             return total * (-num_ranks / len(everyone))
 
     def extra_repr(self) -> str:
@@ -342,25 +342,23 @@ class KoLeoLoss(nn.Module):
 
 
 class _SumOfLogDistances(torch.autograd.Function):
-    """``Σ_i log(|x_i - y_nearest(i)| + eps)``; a distance of 0 has gradient 0."""
+    """``Σ_i log(|x_i - y_i| + eps)``; a distance of 0 has gradient 0."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, nearest: Tensor, eps: float) -> Tensor:
-        difference = x - y.index_select(0, nearest)
+    def forward(ctx: Any, x: Tensor, y: Tensor, eps: float) -> Tensor:
+        difference = x - y
         distance = torch.linalg.vector_norm(difference, dim=-1)
         floored = distance + eps
-        ctx.save_for_backward(difference, distance, floored, nearest)
-        ctx.num_others = len(y)
+        ctx.save_for_backward(difference, distance, floored)
         return floored.log().sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        difference, distance, floored, nearest = ctx.saved_tensors
-        factor = (grad / (floored * distance)).masked_fill_(distance == 0, 0.0)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        difference, distance, floored = ctx.saved_tensors
+        factor = (grad / (floored * distance)).masked_fill(distance == 0, 0.0)
         grad_x = difference * factor[:, None]
-        grad_y = grad_x.new_zeros(ctx.num_others, grad_x.shape[1])
-        return grad_x, grad_y.index_add_(0, nearest, grad_x, alpha=-1), None, None
+        return grad_x, -grad_x, None
 
 
 def _gather_rows(rows: Tensor, group: "ProcessGroup") -> tuple[Tensor, int]:

@@ -68,14 +68,10 @@ class _UnitRows(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*output)
-        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_unit: Tensor | None, grad_length: Tensor | None) -> Tensor | None:
+    def backward(ctx: Any, grad_unit: Tensor, grad_length: Tensor) -> Tensor:
         unit, length = ctx.saved_tensors
-        grad = None if grad_length is None else grad_length * unit
-        if grad_unit is None:
-            return grad
         along = (unit * grad_unit).sum(dim=-1, keepdim=True)
-        across = torch.addcmul(grad_unit, unit, along, value=-1) / length
-        return across if grad is None else across + grad
+        across = torch.addcmul(grad_unit, unit, along, value=-1)
+        return torch.addcmul(across / length, unit, grad_length)
