@@ -9,9 +9,12 @@ The plan writes the logits once and reads them as `ibot_levels` does; the produc
 each of the two logit matrices and two reads of the gradient: 12 passes. `sslkit, factored` never
 writes them (`FactoredLogits`): nine products of their size in place of four, and little memory.
 `sslkit, level by level` finishes a level, its backward included, before it begins the next.
+`clustering_step_bfloat16` is the same on a CPU with every contestant under autocast, as all are on
+a GPU anyway.
 """
 
 import copy
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -147,7 +150,7 @@ def _(case):
 # ------------------------------------------------------------------- the iBOT branch, five levels
 
 
-def set_up_step(size: Size, device: torch.device) -> SimpleNamespace:
+def set_up_step(size: Size, device: torch.device, *, bfloat16: bool = False) -> SimpleNamespace:
     M, K, D = size["M"], size["K"], size["D"]
     student = MatryoshkaProjector(
         D,
@@ -178,7 +181,9 @@ def set_up_step(size: Size, device: torch.device) -> SimpleNamespace:
         teacher_x=0.5 * torch.randn(M, D, device=device),
         masks=masks,
         device_masks=masks.to(device),
-        autocast=partial(torch.autocast, device.type, torch.bfloat16, device.type == "cuda"),
+        autocast=partial(
+            torch.autocast, device.type, torch.bfloat16, bfloat16 or device.type == "cuda"
+        ),
     )
 
 
@@ -341,5 +346,17 @@ def birder_head(case: SimpleNamespace, ours: MatryoshkaProjector) -> nn.Module:
     return head.to(case.x.device).requires_grad_(trained)
 
 
+CLUSTERING_STEP_BFLOAT16 = replace(
+    CLUSTERING_STEP,
+    name="clustering_step_bfloat16",
+    title=f"{CLUSTERING_STEP.title}, bfloat16 products",
+    sizes={**CLUSTERING_STEP.sizes, "cuda": []},
+    set_up=partial(set_up_step, bfloat16=True),
+    tolerance={"cpu": 2e-2},
+    work=None,  # the rate of a bfloat16 product is not measured on a CPU
+)
+
+
 test_one_head = ONE_HEAD.as_test()
 test_clustering_step = CLUSTERING_STEP.as_test()
+test_clustering_step_bfloat16 = CLUSTERING_STEP_BFLOAT16.as_test()

@@ -284,6 +284,7 @@ class KoLeoLoss(nn.Module):
     0, which costs -log(eps) and has gradient 0. With fewer than two rows the loss is 0.
 
     Computed in float32 whatever the type of x and inside autocast too (float64 stays float64).
+    Differentiable once.
 
     Args:
         group: process group over whose ranks' rows (uneven and empty ranks included) neighbours are
@@ -331,13 +332,33 @@ class KoLeoLoss(nn.Module):
             with torch.no_grad():
                 similarity = z @ everyone.T  # [B, rows of all ranks]
                 similarity.diagonal(offset=first).fill_(-torch.inf)
-                nearest = similarity.argmax(dim=-1)
-            distance = torch.linalg.vector_norm(z - everyone[nearest], dim=-1)
-            return -torch.log(distance + self.eps).sum() * (num_ranks / len(everyone))
+                nearest = similarity.max(dim=-1).indices  # on a CPU twice as fast as argmax
+            total = _SumOfLogDistances.apply(z, everyone.index_select(0, nearest), self.eps)
+            return total * (-num_ranks / len(everyone))
 
     def extra_repr(self) -> str:
         """Settings shown by ``repr``."""
         return f"eps={self.eps}"
+
+
+class _SumOfLogDistances(torch.autograd.Function):
+    """``Σ_i log(|x_i - y_i| + eps)``; a distance of 0 has gradient 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, eps: float) -> Tensor:
+        difference = x - y
+        distance = torch.linalg.vector_norm(difference, dim=-1)
+        floored = distance + eps
+        ctx.save_for_backward(difference, distance, floored)
+        return floored.log().sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        difference, distance, floored = ctx.saved_tensors
+        factor = (grad / (floored * distance)).masked_fill(distance == 0, 0.0)
+        grad_x = difference * factor[:, None]
+        return grad_x, -grad_x, None
 
 
 def _gather_rows(rows: Tensor, group: "ProcessGroup") -> tuple[Tensor, int]:

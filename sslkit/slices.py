@@ -8,6 +8,7 @@ speed (`chunks`).
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from sslkit.devices import device_type
 
@@ -44,6 +45,23 @@ def row_blocks(rows: int, row_length: int, device: torch.device) -> Iterator[sli
         return
     step = max(1, block_elements(device) // max(1, row_length))
     yield from _slices(rows, step)
+
+
+def widened(block: Tensor, tile: Tensor) -> Tensor:
+    """A block of logits in the type of ``tile``: itself, or, of 16-bit ones, a copy in ``tile``.
+
+    An element-wise operation on a CPU that mixes two types first makes a copy of its own, in memory
+    that is not in the cache.
+    """
+    return block if block.dtype == tile.dtype else tile.copy_(block)
+
+
+def narrow_(block: Tensor, tile: Tensor, factor: Tensor) -> None:
+    """Write ``tile * factor`` to ``block``, rounded to its type; the tile may be overwritten."""
+    if block.dtype == tile.dtype:
+        torch.mul(tile, factor, out=block)
+    else:
+        block.copy_(tile.mul_(factor))
 
 
 def chunks(length: int, other: int, device: torch.device) -> Iterator[slice]:

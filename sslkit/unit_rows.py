@@ -58,7 +58,7 @@ class _UnitRows(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         """The unit vectors, and the lengths [..., 1] of x, infinity for vectors of zeros."""
-        largest = x.abs().amax(dim=-1, keepdim=True)
+        largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
         power = power_of_two(largest)
         scaled = x / power
         length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
@@ -72,5 +72,6 @@ class _UnitRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_unit: Tensor, grad_length: Tensor) -> Tensor:
         unit, length = ctx.saved_tensors
-        across = grad_unit - unit * (unit * grad_unit).sum(dim=-1, keepdim=True)
-        return across / length + grad_length * unit
+        along = (unit * grad_unit).sum(dim=-1, keepdim=True)
+        across = torch.addcmul(grad_unit, unit, along, value=-1)
+        return torch.addcmul(across / length, unit, grad_length)

@@ -1,5 +1,7 @@
 """soft_cross_entropy against the loop: values, gradients, range, memory and errors."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -125,6 +127,29 @@ def test_overwriting_the_logits_changes_no_result(
     assert ran[0] == (name, "torch")
     expected = loss_and_gradient(student, *arguments, target_rows=rows, upstream=upstream)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.25, -0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_overwritten_sixteen_bit_logits_are_rounded_at_most_twice(dtype, upstream):
+    """Several blocks of rows. Float16 keeps to the backward, where a loss scale is known."""
+    M, K = 600, 1000
+    student, weights = normal(0, M, K).to(dtype), 0.5 + normal(1, M).abs()
+    targets = Assignments(normal(2, M, K).to(dtype), normal(3, K), 0.5)
+    with record_bodies() as ran:
+        losses, grad = loss_and_gradient(
+            student, targets, weights, upstream=torch.full((M,), upstream), overwrite_logits=True
+        )
+    once = dtype == torch.float16 or math.log2(abs(upstream)).is_integer()
+    assert ("soft_cross_entropy_over_logits_", "torch") in ran or dtype == torch.float16
+    exact_losses, exact = loss_and_gradient(
+        student.double(), targets, weights, upstream=torch.full((M,), upstream).double()
+    )
+    assert grad.dtype == dtype
+    torch.testing.assert_close(losses.double(), exact_losses, rtol=1e-5, atol=0)
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+    allowed = (0.51 if once else 1.02) * eps
+    torch.testing.assert_close(grad.double(), exact, rtol=allowed, atol=max(tiny * eps, 1e-6))
 
 
 @pytest.mark.parametrize("overwrite_logits", [False, True])

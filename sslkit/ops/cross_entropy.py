@@ -303,13 +303,15 @@ def _gradient_comes_first(
 ) -> bool:
     """Whether to write the gradient over the logits in the forward.
 
-    Compiled graphs take the functional ops, and 16-bit gradients would be rounded twice.
+    Compiled graphs take the functional ops. The gradient of bfloat16 logits is rounded to bfloat16
+    once more where the gradient of a loss is not a power of two. That of float16 logits could
+    underflow, as a loss scale comes with the backward.
     """
     return (
         impl != "triton"
         and target_rows is None
         and device_type(student_logits.device) == "cpu"
-        and student_logits.dtype in (torch.float32, torch.float64)
+        and student_logits.dtype in (torch.float32, torch.float64, torch.bfloat16)
         and student_logits.requires_grad
         and torch.is_grad_enabled()
         and not (row_weights is not None and row_weights.requires_grad)
@@ -331,5 +333,5 @@ class _LossAndGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         if not bool((grad_losses == 1.0).all()):
-            grad = grad.mul_(grad_losses[:, None])
+            cross_entropy_torch.scale_rows_(grad, grad_losses)
         return grad.detach(), *[None] * 6

@@ -21,7 +21,7 @@ from torch import Tensor
 from sslkit.assignments import compute_dtype
 from sslkit.ops.cross_entropy_columns import Columns, RowStatistics
 from sslkit.ops.exponentials import exp_, is_harmless, is_low
-from sslkit.slices import block_elements, row_blocks
+from sslkit.slices import block_elements, narrow_, row_blocks, widened
 
 # Fewest columns of a block of columns: shorter pieces of rows are slow to read.
 _MIN_COLUMNS = 512
@@ -98,10 +98,20 @@ def loss_over_logits(columns: Columns, row_weights: Tensor | None) -> Tensor:
             factor = row_factor[rows]
             if columns.target_bias is not None:  # q are weights e, and probabilities times W
                 factor = factor / target_sum
-            p.mul_(target_sum / student_sum).sub_(q)
-            torch.mul(p, factor, out=columns.student[rows])
+            torch.addcmul(q, p, target_sum / student_sum, value=-1, out=p)
+            narrow_(columns.student[rows], p, -factor)
     losses, _ = finish(columns, student_part[None], target_part[None, :, None])
     return losses * weights
+
+
+def scale_rows_(grad: Tensor, factors: Tensor) -> None:
+    """Multiply the rows of ``grad [M, K]``, as `loss_over_logits` left it, by ``factors [M]``."""
+    M, K = grad.shape
+    memory = None if grad.dtype == factors.dtype else factors.new_empty(0)
+    for rows in row_blocks(M, K, grad.device):
+        block = grad[rows]
+        tile = block if memory is None else memory.resize_(block.shape).copy_(block)
+        narrow_(block, tile, factors[rows, None])
 
 
 def _gradient_of_rows(
@@ -137,7 +147,7 @@ def _gradient_of_rows(
                 q.sub_(t_shift[rows])
             cut = cut or (rows.start == 0 and is_low(q))
             p.sub_(exp_(q, cut=cut))
-        torch.mul(p, row_factor[rows], out=grad[rows])
+        narrow_(grad[rows], p, row_factor[rows])
 
 
 def _blocks_read(
@@ -320,7 +330,7 @@ def _gradient_of_pairs(
         none.zero_()
         for rows in chosen.unbind(dim=1):
             p.sub_(torch.index_select(q, 0, rows, out=work))
-        torch.mul(p, row_factor, out=grad[:, at])
+        narrow_(grad[:, at], p, row_factor)
         if not all_have_targets:
             grad[:, at].masked_fill_(without, 0.0)
 
@@ -374,13 +384,15 @@ def _write_scaled_logits(
     ẑ ``[rows, 1]`` is subtracted from logits, where the largest one has exactly 0, at any scale.
     """
     scale = 1.0 / columns.student_temp
+    z = widened(z, out)
     if z_shift is not None:
         torch.sub(z, z_shift, out=out).mul_(scale)
     elif summand is not None:
         torch.add(summand, z, alpha=scale, out=out)
     else:
-        torch.mul(z if z.dtype == out.dtype else out.copy_(z), scale, out=out)
+        torch.mul(z, scale, out=out)
 
 
 def _write_scaled_targets(out: Tensor, columns: Columns, target: Tensor, bias: Tensor) -> None:
+    target = widened(target, out)
     torch.add(bias.to(out.dtype), target, alpha=1.0 / columns.target_temp, out=out)

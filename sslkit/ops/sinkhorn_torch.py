@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sslkit.assignments import compute_dtype
 from sslkit.ops.exponentials import CUT_OFF, SMALLEST_EXPONENT, exp_, is_harmless, is_low
-from sslkit.slices import row_blocks
+from sslkit.slices import row_blocks, widened
 
 
 def column_logsumexp(
@@ -101,6 +101,8 @@ def _exp_sum(
 ) -> Tensor:
     total = torch.zeros_like(bias)
     taken = _row_weights(logits, row_mask, like=total)
+    if logits.device.type == "cpu" and bool((bias == bias[0]).all()):
+        bias = bias[0]  # one number is faster to add than a vector
     for rows, tile in _row_tiles(logits, like=total):
         _write_scaled_logits(tile, logits, temperature, bias, rows, row_mask)
         total.addmv_(exp_(tile, cut=False).t(), taken[rows])
@@ -119,7 +121,7 @@ def _shifted_exp_sum(
     total = torch.zeros_like(column_max)
     taken = _row_weights(logits, row_mask, like=total)
     for rows, tile in _row_tiles(logits, like=total):
-        torch.sub(logits[rows], column_max, out=tile).mul_(1.0 / temperature)
+        torch.sub(widened(logits[rows], tile), column_max, out=tile).mul_(1.0 / temperature)
         if row_mask is not None:
             tile.masked_fill_(row_mask[rows, None], 0.0)
         total.addmv_(exp_(tile, cut=True).t(), taken[rows])
@@ -133,6 +135,10 @@ def _mass(logits: Tensor, temperature: float, bias: Tensor, row_mask: Tensor | N
     ``Σ_b exp(s_bk + u_k) = 1`` in the first pass on, they are not far above 0, and in most rows
     some are not far below. On a CPU, where looking at the row sums costs nothing, they decide; once
     one is out of range, this and all later rows are shifted, as they all are on a GPU.
+
+    On a CPU biases that lie within 60 of the largest, û, are taken out of the exponentials: row
+    sums and column sums of ``exp(s_bk + u_k)`` are products of ``exp(s_bk + û)`` with the factors
+    ``exp(u_k - û)``, of which one in every row is 1 and none is larger.
     """
     mass = torch.zeros_like(bias)
     taken = _row_weights(logits, row_mask, like=mass)
@@ -141,17 +147,24 @@ def _mass(logits: Tensor, temperature: float, bias: Tensor, row_mask: Tensor | N
             _write_scaled_logits(tile, logits, temperature, bias, rows, row_mask)
             mass.addmv_(torch.softmax(tile, dim=-1, out=tile).t(), taken[rows])
         return mass
+    lowest, highest = torch.aminmax(bias)
+    if highest - lowest <= -SMALLEST_EXPONENT:
+        inner, factors = highest, (bias - highest).exp_()
+    else:
+        inner, factors = bias, torch.ones_like(bias)
     shifted = cut = False
     cut_off = mass.new_zeros(())  # an entry that was cut off in all rows
     for rows, tile in _row_tiles(logits, like=mass):
-        _write_scaled_logits(tile, logits, temperature, bias, rows, row_mask)
+        _write_scaled_logits(tile, logits, temperature, inner, rows, row_mask)
         if rows.start == 0:
             cut = is_low(tile)
         if not shifted:
-            row_sums = exp_(tile, cut=cut).sum(dim=1)
+            row_sums = exp_(tile, cut=cut).mv(factors)
             shifted = not is_harmless(row_sums)
             if shifted:
-                _write_scaled_logits(tile, logits, temperature, bias, rows, row_mask)
+                mass.mul_(factors)
+                inner, factors = bias, torch.ones_like(bias)
+                _write_scaled_logits(tile, logits, temperature, inner, rows, row_mask)
         if shifted:
             cut = True
             tile.sub_(tile.amax(dim=1, keepdim=True))
@@ -160,7 +173,8 @@ def _mass(logits: Tensor, temperature: float, bias: Tensor, row_mask: Tensor | N
         mass.addmv_(tile.t(), weights)
         if cut:
             cut_off += weights.sum() * CUT_OFF
-    return mass.masked_fill_(mass <= 2.0 * cut_off, 0.0)  # unreachable prototypes: exactly 0
+    # Unreachable prototypes: exactly 0
+    return mass.masked_fill_(mass <= 2.0 * cut_off, 0.0).mul_(factors)
 
 
 def _row_weights(logits: Tensor, row_mask: Tensor | None, *, like: Tensor) -> Tensor:
@@ -187,7 +201,6 @@ def _write_scaled_logits(
     zero_rows: Tensor | None,
 ) -> None:
     """``logits[rows] / temperature + bias``, and 0 in ``zero_rows``, whatever they hold."""
-    # Adding in the bias's type promotes 16-bit logits inside the operation.
-    torch.add(bias, logits[rows], alpha=1.0 / temperature, out=tile)
+    torch.add(bias, widened(logits[rows], tile), alpha=1.0 / temperature, out=tile)
     if zero_rows is not None:
         tile.masked_fill_(zero_rows[rows, None], 0.0)
