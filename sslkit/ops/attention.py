@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from sslkit.ops.dispatch import Body, interpreting, resolve
 from sslkit.ops.packing import SINGLE_TILE_TOKENS, Runs, equal_runs
@@ -233,3 +234,20 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, Non
 
 
 _triton_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.sslkit.packed_attention_triton)
+def _count_flops(
+    qkv_shape: Sequence[int], lengths: Sequence[int], counts: Sequence[int], *_: Any, **__: Any
+) -> int:
+    """Two products of all pairs of tokens of a crop, for `torch.utils.flop_counter`."""
+    *_, h, d = qkv_shape
+    pairs = sum(n * n * count for n, count in zip(lengths, counts, strict=True))
+    return 2 * 2 * pairs * h * d
+
+
+@register_flop_formula(torch.ops.sslkit.packed_attention_triton_backward)
+def _count_backward_flops(_grad: Any, qkv_shape: Any, *args: Any, **_: Any) -> int:
+    """Five products: the scores once more, and those of the gradients."""
+    _out, _lse, lengths, counts, _scale = args
+    return 5 * int(_count_flops(qkv_shape, lengths, counts)) // 2
