@@ -206,16 +206,18 @@ class _Watch(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage, kind: str) -> None:
         key, size = id(storage), storage.nbytes()
-        if key in self._live and self._live[key][1] == size:
-            return
-        self._forget(key)
+        if key in self._live:
+            _, before, kind = self._live[key]
+            if before == size:
+                return
+            self._forget(key)
         self._live[key] = weakref.ref(storage, lambda _: self._forget(key)), size, kind
         self.now[kind] += size
         if self.now.total() > self.fullest.total():
             self.fullest = Counter(self.now)
 
     def _forget(self, key: int) -> None:
-        _, size, kind = self._live.pop(key, (None, 0, self.phase))
+        _, size, kind = self._live.pop(key)
         self.now[kind] -= size
 
 
