@@ -1,42 +1,46 @@
 """The plan of a step against the same step with real tensors."""
 
+import json
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sslkit.commands.plan import main
-from sslkit.data import MultiCrop
-from sslkit.ops import attention_flops  # noqa: F401
+from sslkit.commands.plan import FIGURES, least_seconds, main
 from sslkit.ops.attention_cpu import by_products
 from sslkit.ops.dispatch import record_bodies
 from sslkit.recipes.franca.presets import PRESETS
 from sslkit.recipes.franca.recipe import FrancaNetwork
 from sslkit.recipes.franca.settings import Settings
 from sslkit.training.parallel import Parallel
-from sslkit.training.plan import HARDWARE, Message, Operation, Plan, duration, empty_batch, measure
+from sslkit.training.plan import Plan, empty_batch, measure
 from tests import recipe
 from tests.recipe import ALONE, batches, tiny
 
-# 15 % are promised and at most 0.6 % are measured.
-TOLERANCE = 0.02
+TOLERANCE = 0.05  # 15 % are promised; docs/cluster.md has what was measured
 GIB = 1 << 30
 
 
 def plan(settings: Settings, *, world_size: int = 1, **options: Any) -> Plan:
     """The plan of a step of Franca."""
-    crops = MultiCrop(**vars(settings.crops))
     return measure(
         partial(recipe.method, settings),
-        partial(empty_batch, crops=crops),
-        images=settings.batch_size,
+        empty_batch(settings, settings.batch_size // world_size),
         world_size=world_size,
         **options,
     )
+
+
+def peak(plan: Plan) -> int:
+    """Bytes at the fullest moment."""
+    return sum(plan.memory.values())
 
 
 # -------------------------------------------------------------------------------------- memory
@@ -91,48 +95,66 @@ def case_settings(case: dict[str, Any]) -> Settings:
     )
 
 
-class Measured(NamedTuple):
-    """Bytes that PyTorch has allocated on the CPU since before the method was made."""
-
-    before: int
-    """When the second step begins."""
-    peak: int
-    """In the second step."""
-
-
-def measured(settings: Settings, parallel: Parallel = ALONE) -> Measured:
-    """The running sum of the allocations and releases that the profiler records."""
+def measured_peak(settings: Settings, parallel: Parallel = ALONE) -> int:
+    """Most bytes in the second step: allocations and releases that the profiler records."""
     crops, share = settings.crops, settings.batch_size // parallel.world_size
     batch = next(batches(share, global_size=crops.global_size, local_size=crops.local_size))
-    label = torch.profiler.record_function
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profiler:
         own = recipe.method(settings, parallel)
         own.step(0, batch)
-        with label("second"):
+        with torch.profiler.record_function("second"):
             own.step(1, batch)
     events = list(profiler.profiler.kineto_results.events())
     [start] = [event.start_ns() for event in events if event.name() == "second"]
-    before = now = top = 0
+    now = top = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         now += event.nbytes()
-        if event.start_ns() < start:
-            before = now
-        else:
+        if event.start_ns() >= start:
             top = max(top, now)
-    return Measured(before, top)
+    return top
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_memory_is_what_a_step_allocates(name):
-    """What lies there between steps, and the peak of a step, alone and beyond that."""
     settings = case_settings(CASES[name])
-    found, real = plan(settings, device="cpu"), measured(settings)
-    print(f"{name}: {real.peak / 1e6:.1f} MB measured, {found.peak / 1e6:.1f} MB planned")
-    assert found.between == pytest.approx(real.before, rel=TOLERANCE)
-    assert found.peak == pytest.approx(real.peak, rel=TOLERANCE)
-    assert found.peak - found.between == pytest.approx(real.peak - real.before, rel=TOLERANCE)
-    assert sum(found.kinds.values()) == found.peak
+    found, real = peak(plan(settings, device="cpu")), measured_peak(settings)
+    print(f"{name}: {real / 1e6:.1f} MB measured, {found / 1e6:.1f} MB planned")
+    assert found == pytest.approx(real, rel=TOLERANCE)
+
+
+SHARED = {
+    f"{parallel} {precision}": tiny(
+        batch_size=16,
+        parallel=parallel,
+        precision=precision,
+        model={"backbone": "vit_small_patch14_reg4_dinov2", "num_prototypes": 1024},
+        crops={"global_size": 42, "local_size": 14},
+    )
+    for parallel, precision in (("ddp", "float32"), ("fsdp", "float32"), ("fsdp", "bfloat16"))
+}
+
+
+def run_rank(rank: int, folder: Path) -> None:
+    """One of two processes: the peaks of `SHARED` to a file."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    parallel = Parallel(rank, 2, torch.device("cpu"), dist.group.WORLD)
+    peaks = {name: measured_peak(settings, parallel) for name, settings in SHARED.items()}
+    (folder / f"{rank}.json").write_text(json.dumps(peaks))
+    dist.destroy_process_group()
+
+
+def test_memory_of_two_processes_is_what_they_allocate(tmp_path):
+    mp.start_processes(run_rank, (tmp_path,), nprocs=2, start_method="forkserver")
+    real = json.loads((tmp_path / "0.json").read_text())
+    for name, settings in SHARED.items():
+        own = settings if settings.parallel == "fsdp" else replace(settings, parallel="none")
+        ddp = settings.parallel == "ddp"
+        found = peak(plan(own, world_size=2, ddp=ddp, device="cpu"))
+        print(f"{name}: {real[name] / 1e6:.1f} MB measured, {found / 1e6:.1f} MB planned")
+        assert found == pytest.approx(real[name], rel=TOLERANCE)
 
 
 def test_a_gpu_runs_its_own_bodies():
@@ -148,13 +170,12 @@ def test_a_gpu_runs_its_own_bodies():
     with record_bodies() as ran:
         factored = plan(replace(settings, model=replace(settings.model, factored=True)))
     assert ("linear_soft_cross_entropy", "triton") in ran
-    assert "logits" in written.kinds
-    assert "logits" not in factored.kinds
     # The student's logits are formed once more, the teacher's in each iteration and each loss.
     B, T, M = settings.batch_size, settings.targets.num_iterations, 2 * settings.batch_size * 32
     rows = 4 * B + (T + 1) * 2 * B + M + (T + 1) * M
     products = 2 * rows * settings.model.dino_bottleneck_dim * (62 + 125 + 250 + 500 + 1000)
-    assert factored.flops - written.flops == products
+    added = sum(factored.flops.values()) - sum(written.flops.values())
+    assert added == products
 
 
 def test_shards():
@@ -163,11 +184,12 @@ def test_shards():
     alone = plan(settings, world_size=4)
     sharded = plan(replace(settings, parallel="fsdp"), world_size=4)
     replicated = plan(settings, world_size=4, ddp=True)
-    assert sharded.num_trained == replicated.num_trained == alone.num_trained
-    assert alone.between == pytest.approx(20 * alone.num_trained, rel=0.01)
-    assert sharded.between == pytest.approx(alone.between / 4, rel=0.05)
-    assert replicated.peak - alone.peak == 4 * alone.num_trained
-    assert sharded.peak < alone.peak
+    assert sharded.num_parameters == replicated.num_parameters == alone.num_parameters
+    state = "weights and moments"
+    assert alone.memory[state] == pytest.approx(16 * alone.num_parameters, rel=0.01)
+    assert sharded.memory[state] == pytest.approx(alone.memory[state] / 4, rel=0.05)
+    assert peak(replicated) - peak(alone) == 4 * alone.num_parameters
+    assert peak(sharded) < peak(alone)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -183,10 +205,8 @@ def test_presets(name):
     found = plan(settings, world_size=gpus, ddp=gpus > 1)
     with torch.device("meta"):
         network = FrancaNetwork(settings.model, settings.crops.global_size)
-    assert found.num_trained == sum(p.numel() for p in network.parameters())
-    assert found.between < found.peak < 76 * GIB
-    assert len(found.phases) == 4
-    assert duration(found, HARDWARE["h100"]).total > 0
+    assert found.num_parameters == sum(p.numel() for p in network.parameters())
+    assert 16 * found.num_parameters < peak(found) < 76 * GIB
 
 
 # ------------------------------------------------------------------- products, traffic and time
@@ -210,38 +230,43 @@ def test_flops_are_what_pytorch_counts(options):
         count * n * n for count, n in lengths if not by_products(torch.float32, n, gradient=True)
     )
     flash = backbone.depth * 2 * pairs * backbone.embed_dim
-    assert plan(settings, device="cpu").flops == counter.get_total_flops() + flash
+    found = plan(settings, device="cpu").flops
+    assert sum(found.values()) == counter.get_total_flops() + flash
 
 
 def test_traffic():
     """Rings, written out for numbers that can be done by hand."""
-    settings = tiny(parallel="none", model={"num_prototypes": 64})
-    found = plan(settings, world_size=4, ddp=True)
-    sent = [message.bytes for message in found.messages]
-    assert all(message.ranks == (0, 1, 2, 3) for message in found.messages)
-    assert sent[-1] == 2 * 3 / 4 * 4 * found.num_trained
-    assert not found.messages[-1].exposed
+    settings = tiny(parallel="none", batch_size=16, losses={"koleo": 0.0})
+    few, many = (
+        plan(replace(settings, targets=replace(settings.targets, num_iterations=n)), world_size=4)
+        for n in (1, 3)
+    )
+    everyone = (0, 1, 2, 3)
+    assert set(few.traffic) == set(many.traffic) == {everyone}
     prototypes = 2 * (4 + 8 + 16 + 32 + 64)  # levels of both heads
-    assert sent.count(2 * 3 / 4 * 4 * prototypes) == 3  # one all-reduce for each iteration
+    one = 2 * 3 / 4 * 4 * prototypes  # an all-reduce for each iteration
+    assert many.traffic[everyone] - few.traffic[everyone] == pytest.approx(2 * one)
+    replicated = plan(settings, world_size=4, ddp=True)
+    alone = plan(settings, world_size=4)
+    gradients = 2 * 3 / 4 * 4 * alone.num_parameters
+    assert replicated.traffic[everyone] - alone.traffic[everyone] == pytest.approx(gradients)
 
 
-def test_duration():
-    """An operation waits for its products or its memory; a message, for the slowest link."""
-    h100 = HARDWARE["h100"]
-    product, copy = Operation(10**15, 10**6, in_half=True), Operation(0, 10**12, in_half=False)
-    assert h100.seconds(product) == pytest.approx(1e15 / (0.6 * 989e12))
-    assert h100.seconds(product._replace(in_half=False)) == pytest.approx(1e15 / 67e12)
-    assert h100.seconds(copy) == pytest.approx(1e12 / 3.35e12)
-    inside = Message(1e9, tuple(range(8)), exposed=True)
-    assert h100.sending(inside) == pytest.approx(1e9 / 450e9)
-    assert h100.sending(inside._replace(ranks=tuple(range(16)))) == pytest.approx(1e9 / 400e9)
-    across = inside._replace(ranks=(0, 8), exposed=False)
-    assert h100.sending(across) == pytest.approx(1e9 / 50e9)
-    found = Plan(8, 1, 1, {}, {}, (product, copy), (inside, across))
-    expected = duration(found, h100)
-    assert expected.total == pytest.approx(expected.computing + 1e9 / 450e9)
-    slow = duration(found, replace(h100, inter_bandwidth=1e6))
-    assert slow.total == pytest.approx(slow.overlapped + 1e9 / 450e9)
+def test_replicas_send_less_between_nodes():
+    """With HSDP weights are gathered among neighbours; replicas have the strides between these."""
+    settings = tiny(batch_size=8, parallel="fsdp", hsdp_replicas=2)
+    found = plan(settings, world_size=4)
+    assert {(0, 1), (0, 2)} <= set(found.traffic)
+    assert found.traffic[0, 1] > found.traffic[0, 2]
+
+
+def test_seconds():
+    """Products at the rate of their type, and traffic at that of its links."""
+    flops = {torch.bfloat16: 10**15, torch.float32: 10**13}
+    traffic = {tuple(range(8)): 1e9, (0, 8): 2e9}
+    products, sending = least_seconds(Plan(1, {}, flops, traffic), FIGURES["h100"])
+    assert products == pytest.approx((1e15 / 989e12 + 1e13 / 67e12) / 0.6)
+    assert sending == pytest.approx(1e9 / 450e9 + 2e9 / 50e9)
 
 
 # ------------------------------------------------------------------------------------- command
@@ -251,7 +276,7 @@ def test_command(capsys):
     main(["franca", "--preset", "smoke", "--gpus", "1", "--model.num-prototypes", "128"])
     out = capsys.readouterr().out
     assert "franca smoke on 1 H100, none" in out
-    for word in ("teacher", "activations", "optimizer", "TFLOP", "images/s", "days for 12 steps"):
+    for word in ("teacher", "activations", "moments", "TFLOP", "images/s", "days for 12 steps"):
         assert word in out
     assert "does not fit" not in out
 
@@ -264,15 +289,15 @@ def test_command_plans_other_methods(name, capsys):
     assert "activations" in out
 
 
-def test_command_says_what_would_fit(capsys):
-    words = ["--preset", "smoke", "--gpus", "2", "--parallel", "ddp", "--memory", "0.18"]
-    words += ["--reserve", "0", "--model.num-prototypes", "16384"]
+def test_command_chooses_the_parallelism_as_the_recipe_does(capsys):
+    """Whole networks may take a quarter of a GPU."""
+    words = ["--preset", "smoke", "--gpus", "2"]
     main(words)
+    assert "on 2 H100, ddp" in capsys.readouterr().out
+    main([*words, "--memory", "4.01", "--model.num-prototypes", "2000000"])
     out = capsys.readouterr().out
+    assert "on 2 H100, fsdp" in out
     assert "does not fit: " in out
-    advice = out.split("it fits with ")[1].split(" (")[0]
-    main([*words, *advice.split()])
-    assert "does not fit" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -284,9 +309,7 @@ def test_command_says_what_would_fit(capsys):
         ("--gpus 8 --hsdp-replicas 3", "--hsdp-replicas 3 does not divide"),
         ("--gpus 8 --hsdp-replicas 2 --parallel ddp", "--hsdp-replicas is for --parallel fsdp"),
         ("--gpus 2 --parallel none", "--parallel none"),
-        ("--utilisation 1.5", "--utilisation"),
-        ("--flops 0", "--flops must be above 0"),
-        ("--memory 2", "--reserve must be at least 0 and below --memory"),
+        ("--memory 4", "--memory must be above the 4 GiB"),
     ],
 )
 def test_command_refuses_what_is_impossible(arguments, problem, capsys):

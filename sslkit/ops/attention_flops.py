@@ -1,14 +1,15 @@
-"""FLOPs of attention by products, counted by `FlopCounterMode` once this module is imported.
+"""FLOPs of packed attention, counted by `FlopCounterMode` once this module is imported.
 
 It stands apart because ``torch.utils.flop_counter`` imports Triton.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from sslkit.ops import attention_cpu
+from sslkit.ops import attention, attention_cpu  # noqa: F401: its operations
 
 
 @register_flop_formula(torch.ops.sslkit.attention_products)
@@ -24,3 +25,18 @@ def _products_backward_flops(
     _, crops, h, n, d = operands_shape
     products = 4 if attention_cpu.keeps_weights(n, d) else 5
     return products * 2 * crops * n * n * h * d
+
+
+@register_flop_formula(torch.ops.sslkit.packed_attention_triton)
+def _triton_flops(
+    qkv_shape: Sequence[int], lengths: Sequence[int], counts: Sequence[int], *_: Any, **__: Any
+) -> int:
+    *_, h, d = qkv_shape
+    pairs = sum(n * n * count for n, count in zip(lengths, counts, strict=True))
+    return 2 * 2 * pairs * h * d
+
+
+@register_flop_formula(torch.ops.sslkit.packed_attention_triton_backward)
+def _triton_backward_flops(_grad: Any, qkv_shape: Any, *args: Any, **_: Any) -> int:
+    _out, _lse, lengths, counts, _scale = args
+    return 5 * int(_triton_flops(qkv_shape, lengths, counts)) // 2

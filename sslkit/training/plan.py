@@ -1,451 +1,225 @@
-"""Plan a training step for GPUs that are not here, by taking it on fake tensors.
+"""Measure what a training step needs on GPUs that are not here, by taking it on fake tensors.
 
-`measure` builds a method and lets it take an optimizer step. Its tensors are fake: they have shapes
-and types, but no memory. What the step allocates and frees is counted, and so are its products and
-the bytes that it sends. `duration` makes an expected time of these, with the figures of a GPU.
+Nothing here knows of the method. There are three kinds of tensors:
 
-A plan knows nothing of the method. Masks and other small tensors on the CPU are real; a number that
-the step reads from a fake tensor is 1, or True.
+- The host's, on the meta device: networks while they are built, and images.
+- The GPU's, which are fake and say that they are on the CPU: what ``to(device)`` makes of the
+  host's, and what is computed from these. They have no memory. They alone are counted.
+- Real ones: masks, random numbers, flags. They are small, and shapes depend on their values.
 """
 
 import warnings
 import weakref
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any, Literal, NamedTuple
-from unittest.mock import patch
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # collectives of fake tensors
-from torch import Tensor, nn
+import torch.testing._internal.distributed.fake_pg  # the backend "fake"
+from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
+from torch.utils.module_tracker import ModuleTracker
 
-from sslkit.data import Batch, MultiCrop
-from sslkit.data.crops import height_width
+from sslkit.data import Batch
 from sslkit.devices import planned_for
+from sslkit.ops import attention_flops  # noqa: F401: in the registry
 from sslkit.training.parallel import Parallel
 
-GIB = 1 << 30
-
-# ------------------------------------------------------------------------------- what is found
-
-
-class Operation(NamedTuple):
-    """One operation of a step: multiply-adds count as two, bytes are read and written."""
-
-    flops: int
-    bytes: int
-    in_half: bool
+STATE, TEACHER, FORWARD = "weights and moments", "images, teacher, targets", "activations"
+BACKWARD, UPDATE = "gradients, work of the backward", "work of the optimizer"
+ROOM = "gathered weights and gradients"
 
 
-class Message(NamedTuple):
-    """What a process sends in one collective, and the ranks of its group."""
+class Plan(NamedTuple):
+    """What one process needs for an optimizer step."""
 
-    bytes: float
-    ranks: tuple[int, ...]
-    exposed: bool
-    """Whether the step waits for it. Other traffic hides behind computation."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one process needs for an optimizer step. Memory is in bytes.
-
-    Attributes:
-        images: number of images of the step, over all processes.
-        num_trained: number of parameters that are trained.
-        between: memory between two steps.
-        kinds: memory at the fullest moment, by what it is for.
-        phases: memory at the fullest moment of each phase of the step.
-        operations: of the step, in order.
-        messages: of the step, in order.
-    """
-
-    images: int
-    num_trained: int
-    between: int
-    kinds: Mapping[str, int]
-    phases: Mapping[str, int]
-    operations: tuple[Operation, ...]
-    messages: tuple[Message, ...]
-
-    @property
-    def peak(self) -> int:
-        """Memory at the fullest moment."""
-        return max(self.phases.values())
-
-    @property
-    def flops(self) -> int:
-        """Matrix products and attention of this process."""
-        return sum(operation.flops for operation in self.operations)
+    num_parameters: int
+    """Number of weights of the student, over all processes."""
+    memory: Mapping[str, int]
+    """Bytes at the fullest moment, by what they were allocated for."""
+    flops: Mapping[torch.dtype, int]
+    """Twice the multiply-adds of matrix products and attention, by type."""
+    traffic: Mapping[tuple[int, ...], float]
+    """Bytes sent, by the ranks of the group."""
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """Figures of one GPU. Defaults are of data sheets or assumed, none is measured."""
-
-    memory: float
-    """Bytes."""
-    flops: float
-    """Dense bfloat16 products per second, at best."""
-    float32_flops: float
-    """Float32 products per second, without tensor cores."""
-    bandwidth: float
-    """Bytes per second between its memory and its cores."""
-    intra_bandwidth: float
-    """Bytes per second that a GPU sends to others of its node (NVLink, one direction)."""
-    inter_bandwidth: float
-    """Bytes per second that a GPU sends to other nodes (one network card each)."""
-    gpus_per_node: int = 8
-    utilisation: float = 0.6
-    """Share of ``flops`` that a bfloat16 product reaches: an assumption."""
-    reserve: float = 4 * GIB
-    """Bytes for CUDA, NCCL and fragmentation: an allowance."""
-
-    def seconds(self, operation: Operation) -> float:
-        """Time of an operation: of its products or its memory traffic, whichever takes longer."""
-        rate = self.flops * self.utilisation if operation.in_half else self.float32_flops
-        return max(operation.flops / rate, operation.bytes / self.bandwidth)
-
-    def sending(self, message: Message) -> float:
-        """Time of a message. A ring of neighbours leaves each node once, by all its cards."""
-        span = message.ranks[-1] - message.ranks[0] + 1
-        if span <= self.gpus_per_node:
-            return message.bytes / self.intra_bandwidth
-        cards = self.gpus_per_node if span == len(message.ranks) else 1
-        return message.bytes / min(self.intra_bandwidth, cards * self.inter_bandwidth)
-
-
-HARDWARE = {
-    "a100": Hardware(80 * GIB, 312e12, 19.5e12, 2.0e12, 300e9, 25e9),
-    "h100": Hardware(80 * GIB, 989e12, 67e12, 3.35e12, 450e9, 50e9),
-    "h200": Hardware(140 * GIB, 989e12, 67e12, 4.8e12, 450e9, 50e9),
-}
-
-
-class Duration(NamedTuple):
-    """Seconds of a step."""
-
-    computing: float
-    """All operations, one after the other."""
-    overlapped: float
-    """Traffic that hides behind them."""
-    exposed: float
-    """Traffic that everything waits for."""
-
-    @property
-    def total(self) -> float:
-        """Seconds of the whole step."""
-        return max(self.computing, self.overlapped) + self.exposed
-
-
-def duration(plan: Plan, hardware: Hardware) -> Duration:
-    """Expected time of a step."""
-    return Duration(
-        computing=sum(map(hardware.seconds, plan.operations)),
-        overlapped=sum(hardware.sending(m) for m in plan.messages if not m.exposed),
-        exposed=sum(hardware.sending(m) for m in plan.messages if m.exposed),
-    )
-
-
-# --------------------------------------------------------------------------------- measurement
+def empty_batch(settings: Any, images: int) -> Batch:
+    """Images as the recipe with these settings sees them, on the meta device."""
+    crops, model = settings.crops, getattr(settings, "model", None)
+    views = [
+        torch.empty(count, images, getattr(model, "in_chans", 3), side, side, device="meta")
+        for count, side in ((2, crops.global_size), (crops.num_local, crops.local_size))
+    ]
+    zeros = torch.zeros(images, dtype=torch.int64)
+    return Batch(*views, labels=zeros, epochs=zeros, indices=zeros, unreadable=())
 
 
 def measure(
     make_method: Callable[[Parallel], Any],
-    make_batch: Callable[[int], Batch],
+    batch: Batch | None,
     *,
-    images: int,
     world_size: int = 1,
     ddp: bool = False,
-    device: Literal["cuda", "cpu"] = "cuda",
+    device: str = "cuda",
 ) -> Plan:
     """Let a method take a step on fake tensors.
 
     Args:
-        make_method: builds the :class:`sslkit.training.Method` of the first process, on a CPU that
-            stands for the planned device. If it shards its networks, as `distribute` does with
-            ``parallel="fsdp"``, the sharded step is measured.
-        make_batch: makes a batch of this number of images, such as :func:`empty_batch`.
-        images: images of a step, over all processes.
+        make_method: builds the :class:`sslkit.training.Method` of the first process. If it shards
+            its networks, as `distribute` does with ``parallel="fsdp"``, that is measured.
+        batch: images of this process, from :func:`empty_batch`; None: the method is built, and
+            takes no step.
         world_size: number of processes.
         ddp: whether DistributedDataParallel averages the gradients. It does not run on fake
             tensors, so build the method with ``parallel="none"``. Its buckets, as large as the
             gradients, and their all-reduce are added to what is measured.
-        device: the planned device.
+        device: type of the planned device.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    # A CPU runs the bodies of all ops. On a GPU, kernels need no memory but their results, and only
-    # ops that cut logits into chunks have to run.
-    watch = _Watch(fake, bodies=("",) if device == "cpu" else ("factored_", "linear_"))
-    host = torch.device("meta" if device == "cuda" else "cpu")  # a GPU gets a copy of the batch
+    watch = _Watch()
+
+    def begin_update(optimizer: Optimizer, *_: Any) -> None:
+        watch.phase = UPDATE
+        for group in optimizer.param_groups:
+            group["foreach"] = device == "cuda"  # AdamW would look at the device: a CPU
+
     with ExitStack() as stack:
+        stack.callback(register_optimizer_step_pre_hook(begin_update).remove)
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(warnings.catch_warnings())
-        # A copied module asks its fake parameters whether they have memory.
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        group = stack.enter_context(_fake_group(world_size))
-        with fake, host:
-            batch = make_batch(images // world_size)
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # deepcopy
         stack.enter_context(planned_for(device))
-        stack.enter_context(_hooked(watch))
-        watch.ignored = {id(views.untyped_storage()) for views in batch.views}
+        if world_size > 1:  # none of the other processes exist
+            store = dist.HashStore()
+            dist.init_process_group("fake", rank=0, world_size=world_size, store=store)
+            stack.callback(dist.destroy_process_group)
+        group = dist.group.WORLD if world_size > 1 else None
         stack.enter_context(watch)
-        method = make_method(Parallel(0, world_size, torch.device("cpu"), group))
-        watch.prototypes = set(method.num_prototypes.values())
-        watch.phase = _UPDATE
-        method.state()  # makes the moments of the optimizer, as a resumed run does
-        parameters = watch.between_steps(foreach=device == "cuda")
-        between = watch.now
-        method.step(1, batch, watch=False)
-    num_trained = sum(p.numel() for p in parameters)
-    kinds, messages, buckets = watch.fullest, watch.messages, 0
+        with torch.device("meta"):
+            method = make_method(Parallel(0, world_size, torch.device("cpu"), group))
+            state = method.state()  # makes the moments of the optimizer, as a resumed run does
+        watch.phase, watch.fullest = TEACHER, Counter(watch.now)
+        if batch is not None:
+            method.step(1, batch, watch=False)
+    num_parameters = sum(x.numel() for x in state["student"].values())
     if ddp:
-        buckets = kinds["buckets of DDP"] = 4 * num_trained
-        sent = 2 * buckets * (world_size - 1) / world_size
-        messages.append(Message(sent, tuple(range(world_size)), exposed=False))
-    return Plan(
-        images=images,
-        num_trained=num_trained,
-        between=between + buckets,
-        kinds={kind: size for kind, size in kinds.items() if size > 0},
-        phases={phase: size + buckets for phase, size in watch.peaks.items()},
-        operations=tuple(watch.operations),
-        messages=tuple(messages),
-    )
+        watch.fullest["buckets of DDP"] = 4 * num_parameters
+        watch.traffic[tuple(range(world_size))] += 2 * 4 * num_parameters * (1 - 1 / world_size)
+    return Plan(num_parameters, watch.fullest, watch.flops, watch.traffic)
 
 
-def empty_batch(images: int, *, crops: MultiCrop, channels: int = 3) -> Batch:
-    """A batch of views that nobody looks at."""
-
-    def views(count: int, size: int | tuple[int, int]) -> Tensor:
-        return torch.empty(count, images, channels, *height_width(size))
-
-    labels = torch.zeros(images, dtype=torch.int64)
-    return Batch(
-        views(crops.num_global, crops.global_size),
-        views(crops.num_local, crops.local_size),
-        labels=labels,
-        epochs=labels,
-        indices=labels,
-        unreadable=(),
-    )
+def _attention_flops(products: int) -> Callable[..., int]:
+    """FLOPs of attention whose first argument is ``[..., n, d]``: its products have n * n * d."""
+    return lambda x, *_, **__: 2 * products * x.shape[-2] * x.numel()
 
 
-_TEACHER, _FORWARD, _BACKWARD, _UPDATE = (
-    "teacher and targets",
-    "student's forward",
-    "backward",
-    "optimizer and teacher's average",
-)
-_KINDS = {  # what a phase allocates, unless more is known
-    "": "teacher",
-    _TEACHER: "images, teacher's outputs",
-    _FORWARD: "activations",
-    _BACKWARD: "work space of the backward",
-    _UPDATE: "optimizer",
+_aten = torch.ops.aten
+_FLOPS: Mapping[Any, Callable[..., int]] = flop_registry | {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops(2),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_flops(5),
 }
-_aten, _c10d = torch.ops.aten, torch.ops.c10d
-_resize = torch.UntypedStorage.resize_
-_READS = (_aten._local_scalar_dense.default, _aten.item.default)
-_NUMBERS = (_aten.arange, _aten.linspace, _aten.scalar_tensor)  # computed where they are made
-_NO_TRAFFIC = (
-    *(_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty),
-    *(_aten.new_empty_strided, _aten.detach, _aten._unsafe_view, _aten.alias),
-)
-_COLLECTIVES = {  # the argument that has the bytes, and how often a ring sends them
-    _c10d.allreduce_.default: (0, 2),
-    _c10d.allgather_.default: (0, 1),
-    _c10d._allgather_base_.default: (0, 1),
-    _c10d._reduce_scatter_base_.default: (1, 1),
-}
+# These form logits chunk by chunk, so their bodies are measured. Other ops are one kernel on a GPU.
+_IN_CHUNKS = ("sslkit::factored_", "sslkit::linear_")
+
+
+class _FakeTensors(FakeTensorMode):
+    """The fake tensors of a plan. Copies of modules stay with it."""
+
+    def __deepcopy__(self, memo: object) -> "_FakeTensors":
+        return self
 
 
 class _Watch(TorchDispatchMode):
-    """Runs operations on fake tensors, and counts their memory, products and messages."""
+    """Adds up memory, products and traffic of fake tensors."""
 
-    def __init__(self, fake: FakeTensorMode, bodies: tuple[str, ...]) -> None:
-        """``bodies``: first letters of the ops of sslkit whose PyTorch bodies are run."""
+    def __init__(self) -> None:
         super().__init__()
-        self.fake, self.bodies = fake, bodies
-        self.phase = ""  # none: the networks are being built
-        self.optimizers: list[Optimizer] = []
-        self.prototypes: set[int] = set()
-        self.ignored: set[int] = set()
-        self.now = 0
-        self.fullest: dict[str, int] = {}
-        self.peaks: dict[str, int] = {}
-        self.operations: list[Operation] = []
-        self.messages: list[Message] = []
-        self._live: dict[int, tuple[weakref.ref[Any], int, str]] = {}
-        self._by_kind: dict[str, int] = defaultdict(int)
-
-    def between_steps(self, *, foreach: bool) -> list[Tensor]:
-        """Bring the trained parameters, which it returns, to where a step ends and one begins."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        parameters = [p for group in groups for p in group["params"]]
-        for group in groups:
-            group["foreach"] = foreach  # AdamW chooses by the device, but not for fake tensors
-        for p in parameters:
-            p.grad = torch.empty_like(p)
-            self._rename(p, "student")
-            self._rename(p.grad, "gradients")
-            p.register_post_accumulate_grad_hook(lambda p: self._rename(p.grad, "gradients"))
-        self.phase, self.fullest, self.peaks = _TEACHER, dict(self._by_kind), {_TEACHER: self.now}
-        self.operations, self.messages = [], []
-        return parameters
+        self.phase, self.now, self.fullest = STATE, Counter[str](), Counter[str]()
+        self.flops, self.traffic = Counter[Any](), Counter[Any]()
+        self._fake = _FakeTensors(allow_non_fake_inputs=True)
+        self._modules = ModuleTracker()  # knows when a backward pass runs
+        self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, str]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation of real tensors, or that of fake ones, which is noted."""
-        kwargs = kwargs or {}
+        """Run an operation, and count it if it has to do with fake tensors."""
+        kwargs, name = kwargs or {}, func._schema.name
         if DTensor in types:
             return NotImplemented  # it comes back as operations on the local tensors
-        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
-            return func(*args, **kwargs)  # DTensor finds out shapes with fake tensors of its own
         inputs = list(_tensors((*args, *kwargs.values())))
-        is_fake = any(isinstance(x, FakeTensor) for x in inputs)
-        if func in _READS and is_fake:
-            # While networks are built, True would let trunc_normal_ draw for ever.
-            return self.phase != "" if args[0].dtype == torch.bool else 1
-        if func in _COLLECTIVES:
-            self._note_message(func, args)
-        if not is_fake and (inputs or self.phase or func.overloadpacket in _NUMBERS):
-            out = func(*args, **kwargs)
-            if func is _c10d.allgather_.default:  # all processes have what this one has
-                for part, own in zip(args[0][0], args[1] * len(args[0][0]), strict=True):
-                    part.copy_(own)
-            return out
-        self._follow(inputs)
-        name = func._schema.name
-        if name in OPDEFS and name.removeprefix("sslkit::").startswith(self.bodies):
+        fakes = [x for x in inputs if isinstance(x, FakeTensor) and x.fake_mode is self._fake]
+        if name == "aten::_local_scalar_dense" and (fakes or args[0].is_meta):
+            return bool(fakes)  # what is computed is finite, and no file of a run is there
+        # What FSDP gathers into is floating numbers, and masks are not.
+        room = name == "aten::empty" and (kwargs.get("dtype") or torch.float32).is_floating_point
+        comes = room or (name == "aten::_to_copy" and args[0].is_meta)
+        comes = comes and kwargs.get("device") == torch.device("cpu")
+        if name == "prim::device" or not (fakes or comes):
+            return func(*args, **kwargs)
+        if self._modules.is_bw:
+            self.phase = BACKWARD
+        elif self.phase not in (STATE, UPDATE) and torch.is_grad_enabled():
+            self.phase = FORWARD if any(x.requires_grad for x in inputs) else self.phase
+        if name == "aten::split" and self.phase == STATE:
+            # FSDP cuts weights into as many pieces as there are processes, and keeps the first.
+            shapes = torch.empty(args[0].shape, device="meta").split(*args[1:])
+            dim = args[2] if len(args) > 2 else 0
+            return [args[0].narrow(dim, 0, shapes[0].shape[dim]), *shapes[1:]]
+        if name.startswith(_IN_CHUNKS):
             with self:
-                return self._keep(OPDEFS[name]._init_fn(*args, **kwargs))
-        if _is_composite(func):
+                return OPDEFS[name]._init_fn(*args, **kwargs)
+        if name.startswith("aten::") and not func.has_kernel_for_dispatch_key("CPU"):
             with self:
-                return func.decompose(*args, **kwargs)
-        if func is _aten.index.Tensor:  # the number of rows of a mask is known: it is real
-            args = (args[0], [i for index in args[1] for i in _as_numbers(index)])
-        with self.fake:
+                if (out := func.decompose(*args, **kwargs)) is not NotImplemented:
+                    return out
+        if name == "aten::index":  # the number of rows of a mask is known: it is real
+            is_mask = [i is not None and i.dtype == torch.bool for i in args[1]]
+            rows = [
+                i.nonzero().unbind(1) if m else (i,) for i, m in zip(args[1], is_mask, strict=True)
+            ]
+            args = (args[0], sum(rows, ()))
+        with self._fake:
             out = func(*args, **kwargs)
-        if self.phase and not func.is_view and func.overloadpacket not in _NO_TRAFFIC:
-            outputs = list(_tensors((out,)))
-            moved = sum(x.numel() * x.itemsize for x in (*inputs, *outputs))
-            in_half = any(x.itemsize == 2 for x in inputs)
-            self.operations.append(Operation(_flops(func, args, kwargs, out), moved, in_half))
-        return self._keep(out)
-
-    def _follow(self, inputs: Iterable[Tensor]) -> None:
-        """Tell from an operation in which phase of the step it is."""
-        if torch._C._current_graph_task_id() != -1:
-            self.phase = _BACKWARD
-        elif self.phase not in ("", _UPDATE) and torch.is_grad_enabled():
-            self.phase = _FORWARD if any(x.requires_grad for x in inputs) else self.phase
-
-    def _note_message(self, func: Any, args: tuple[Any, ...]) -> None:
-        which, times = _COLLECTIVES[func]
-        size = sum(x.numel() * x.itemsize for x in _tensors((args[which],)))
-        group = next(x for x in args if isinstance(x, torch.ScriptObject))
-        ranks = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
-        n = len(ranks)
-        of_weights = func in (_c10d._allgather_base_.default, _c10d._reduce_scatter_base_.default)
-        exposed = not of_weights and self.phase != _BACKWARD
-        self.messages.append(Message(times * size * (n - 1) / n, tuple(ranks), exposed))
-
-    def _keep(self, out: Any) -> Any:
-        """Count the memory of results until it is released."""
+        if count := _FLOPS.get(func.overloadpacket):
+            self.flops[fakes[0].dtype] += count(*args, **kwargs, out_val=out)
+        if name.startswith("c10d::"):
+            size = max(sum(x.nbytes for x in _tensors((arg,))) for arg in args)
+            group = next(x for x in args if isinstance(x, torch.ScriptObject))
+            ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
+            times = 2 if name == "c10d::allreduce_" else 1  # in a ring
+            self.traffic[ranks] += times * size * (1 - 1 / len(ranks))
+        if room or name.startswith("c10d::"):  # FSDP has resized other room without an operation
+            for reference, _, kind in list(self._live.values()):
+                if kind == ROOM and (storage := reference()) is not None:
+                    self._count(storage, ROOM)
         for x in _tensors((out,)):
-            if isinstance(x, FakeTensor) and x.device.type != "meta":
-                is_logits = (
-                    self.phase in (_TEACHER, _FORWARD)
-                    and x.ndim == 2
-                    and x.shape[1] in self.prototypes
-                )
-                self._add(x.untyped_storage(), "logits" if is_logits else _KINDS[self.phase])
+            if x.device.type != "meta":
+                self._count(x.untyped_storage(), ROOM if room else self.phase)
         return out
 
-    def _add(self, storage: torch.UntypedStorage, kind: str) -> None:
+    def _count(self, storage: torch.UntypedStorage, kind: str) -> None:
         key, size = id(storage), storage.nbytes()
-        if key in self._live or key in self.ignored or size == 0:
-            return
-        self._live[key] = weakref.ref(storage, lambda _: self._remove(key)), size, kind
-        self._by_kind[kind] += size
-        self.now += size
-        if self.now > max(self.peaks.values(), default=0):
-            self.fullest = dict(self._by_kind)
-        self.peaks[self.phase] = max(self.now, self.peaks.get(self.phase, 0))
-
-    def _remove(self, key: int) -> None:
         if key in self._live:
-            _, size, kind = self._live.pop(key)
-            self._by_kind[kind] -= size
-            self.now -= size
+            _, before, kind = self._live[key]
+            if before == size:
+                return
+            self._forget(key)
+        self._live[key] = weakref.ref(storage, lambda _: self._forget(key)), size, kind
+        self.now[kind] += size
+        if self.now.total() > self.fullest.total():
+            self.fullest = Counter(self.now)
 
-    def _rename(self, tensor: Tensor | None, kind: str) -> None:
-        """Say what the memory of a tensor is for."""
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if local is not None and (key := id(local.untyped_storage())) in self._live:
-            reference, size, before = self._live[key]
-            self._live[key] = reference, size, kind
-            self._by_kind[before] -= size
-            self._by_kind[kind] += size
-
-    def resize_(self, storage: torch.UntypedStorage, size: int) -> Any:
-        """Count what FSDP gathers and frees, without an operation."""
-        self._remove(id(storage))
-        out = _resize(storage, size)
-        self._add(storage, "gathered weights")
-        return out
-
-
-@contextmanager
-def _hooked(watch: _Watch) -> Iterator[None]:
-    """Let ``watch`` see what is not an operation of PyTorch: optimizers, resized storages."""
-    add_group = Optimizer.add_param_group
-
-    def add_param_group(optimizer: Optimizer, group: dict[str, Any]) -> None:
-        if optimizer not in watch.optimizers:
-            watch.optimizers.append(optimizer)
-        add_group(optimizer, group)
-
-    def begin_update(*_: Any) -> None:
-        watch.phase = _UPDATE
-
-    handle = register_optimizer_step_pre_hook(begin_update)
-    # Fake parameters are made on the planned device, and `to` could not exchange them.
-    with (
-        patch.object(nn.Module, "to", lambda module, *_args, **_kwargs: module),
-        patch.object(Optimizer, "add_param_group", add_param_group),
-        patch.object(torch.UntypedStorage, "resize_", lambda x, size: watch.resize_(x, size)),
-    ):
-        try:
-            yield
-        finally:
-            handle.remove()
-
-
-@contextmanager
-def _fake_group(world_size: int) -> Iterator[dist.ProcessGroup | None]:
-    """A process group of this size, none of whose other processes exist."""
-    if world_size == 1:
-        yield None
-        return
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    try:
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
+    def _forget(self, key: int) -> None:
+        _, size, kind = self._live.pop(key)
+        self.now[kind] -= size
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -455,39 +229,3 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
-
-
-@cache
-def _is_composite(func: Any) -> bool:
-    """Whether an operation has no kernel, and consists of others."""
-    has = partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
-    return (
-        func.namespace == "aten"
-        and not func.is_view
-        and has("CompositeImplicitAutograd")
-        and not has("CPU")
-    )
-
-
-def _as_numbers(index: Tensor | None) -> Iterable[Tensor | None]:
-    """Rows of an index; those of a mask are looked up in it."""
-    if index is None or index.dtype != torch.bool:
-        return [index]
-    return index.nonzero(as_tuple=True)
-
-
-def _flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
-    """Multiply-adds of an operation, twice; 0 for all but matrix products and attention."""
-    name = func.overloadpacket.__name__
-    if "scaled_dot_product" in name and "attention" in name:
-        shapes = [x.shape for x in _tensors(args)]
-        if "backward" in name:
-            return int(sdpa_backward_flop_count(*shapes[:4]))
-        return int(sdpa_flop_count(*shapes[:3]))
-    if "packed_attention_triton" in name:
-        backward = "backward" in name
-        (*_, h, d), (lengths, counts) = args[0].shape, args[4:6] if backward else args[1:3]
-        pairs = sum(n * n * count for n, count in zip(lengths, counts, strict=True))
-        return int((5 if backward else 2) * 2 * pairs * h * d)
-    count = flop_registry.get(func.overloadpacket)
-    return 0 if count is None else int(count(*args, **kwargs, out_val=out))
