@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from sslkit.ops import attention, attention_cpu  # noqa: F401: its operations
+from sslkit.ops import attention, attention_cpu  # noqa: F401
 
 
 @register_flop_formula(torch.ops.sslkit.attention_products)

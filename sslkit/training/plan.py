@@ -30,7 +30,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from sslkit.data import Batch
 from sslkit.devices import planned_for
-from sslkit.ops import attention_flops  # noqa: F401: in the registry
+from sslkit.ops import attention_flops  # noqa: F401
 from sslkit.training.parallel import Parallel
 
 STATE, TEACHER, FORWARD = "weights and moments", "images, teacher, targets", "activations"
