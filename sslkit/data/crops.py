@@ -2,10 +2,11 @@
 
 A view is a random resized crop, then flip, colour jitter, grey, blur, solarising and
 normalisation, in this order. What to do is drawn first (:meth:`MultiCrop.draw`, plain numbers)
-and done afterwards (:meth:`MultiCrop.render`), so that a view can be inspected or repeated.
+and done afterwards (:meth:`MultiCrop.render_all`, or for many images at once
+:meth:`MultiCrop.resize` and :meth:`MultiCrop.render_resized`), so that a view can be inspected or
+repeated.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,48 +14,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as vision
 
-from sslkit.data import pixels
 from sslkit.data.channels import with_channels
-from sslkit.data.normalisation import normalisation
+from sslkit.data.rendering import JITTER_ORDERS, Look, View, by_view, render_resized
+from sslkit.data.resizing import resize_box
 from sslkit.data.unreadable import UnusableData
 
 Size = int | tuple[int, int]
 
 _CROP_ATTEMPTS = 10  # torchvision's: then the largest central crop of an allowed aspect ratio
-_JITTER_ORDERS = tuple(itertools.permutations(range(4)))
-JITTER = (
-    pixels.adjust_brightness_,
-    pixels.adjust_contrast_,
-    pixels.adjust_saturation_,
-    pixels.shift_hue_,
-)
-"""What the numbers in ``View.jitter_order`` stand for."""
 _DRAWS_PER_VIEW = 13 + 2 * _CROP_ATTEMPTS  # as MultiCrop._draw_one unpacks them
-
-
-class View(NamedTuple):
-    """What one view does to its image.
-
-    Attributes:
-        box: (top, left, height, width) of the crop in source pixels.
-        flip: mirror left and right.
-        jitter: factors of (brightness, contrast, saturation) and hue shift in turns, or None.
-        jitter_order: the order in which these four (0..3) are applied.
-        grey: drop the colour.
-        blur_sigma: in pixels of the view, or None for no blur.
-        solarise: invert the bright half.
-    """
-
-    box: tuple[int, int, int, int]
-    flip: bool
-    jitter: tuple[float, float, float, float] | None
-    jitter_order: tuple[int, ...]
-    grey: bool
-    blur_sigma: float | None
-    solarise: bool
 
 
 class Crops(NamedTuple):
@@ -163,21 +132,60 @@ class MultiCrop:
 
     def render_all(self, image: Tensor, views: Sequence[View]) -> Crops:
         """The given views of ``image`` uint8 [C, h, w], the global ones first, normalised."""
-        channels = len(image)
-        mean, std = normalisation(channels, self.mean, self.std)
-        scale, shift = (1 / (255 * std)).flatten().tolist(), (-mean / std).flatten()
-        groups = []
-        for size, group in (
-            (self.global_size, views[: self.num_global]),
-            (self.local_size, views[self.num_global :]),
-        ):
-            out = torch.empty(len(group), channels, *height_width(size))
-            for view, target in zip(group, out, strict=True):
-                rendered = self.render(image, view, size)
-                for c in range(channels):  # a pass each; one broadcast over channels takes longer
-                    torch.add(shift[c], rendered[c], alpha=scale[c], out=target[c])
+        batch = self.render_resized([self.resize(image, views)], [views])
+        return Crops(batch.globals_[:, 0], batch.locals_[:, 0])
+
+    def render(self, image: Tensor, view: View, size: Size) -> Tensor:
+        """One view of ``image`` uint8 [C, h, w]: float32 [C, *size], values in 0..255."""
+        resized = resize_box(image, view.box, height_width(size))
+        out = torch.empty(1, *resized.shape)
+        render_resized([resized], [view], self.look(size)._replace(normalised=False), out)
+        return out[0]
+
+    def resize(self, image: Tensor, views: Sequence[View]) -> list[Tensor]:
+        """The boxes of the views of ``image`` uint8 [C, h, w]: V of uint8 [C, *size].
+
+        This is the first half of the rendering, which needs the image;
+        :meth:`render_resized` is the second, for the views of many images at once.
+        """
+        # All views are cut from it, and rows of channels-last images are copied fastest.
+        image = image[None].contiguous(memory_format=torch.channels_last)[0]
+        sizes = [self.size_of(v) for v in range(len(views))]
+        return [resize_box(image, view.box, size) for view, size in zip(views, sizes, strict=True)]
+
+    def render_resized(
+        self,
+        resized: Sequence[Sequence[Tensor]],
+        views: Sequence[Sequence[View]],
+        empty: Callable[..., Tensor] = torch.empty,
+    ) -> Crops:
+        """The views of B images: ``globals_`` [V_g, B, C, h, w], ``locals_`` [V_l, B, C, h, w].
+
+        Args:
+            resized: by :meth:`resize`, for each image.
+            views: the same views, for each image.
+            empty: makes the float32 tensors, from their shape.
+        """
+        groups, channels = [], resized[0][0].shape[0]
+        for first, last in ((0, self.num_global), (self.num_global, len(views[0]))):
+            size = self.size_of(first)
+            out = empty(last - first, len(views), channels, *size)
+            render_resized(
+                by_view([row[first:last] for row in resized]),
+                by_view([row[first:last] for row in views]),
+                self.look(size),
+                out.flatten(0, 1),
+            )
             groups.append(out)
         return Crops(*groups)
+
+    def look(self, size: Size) -> Look:
+        """Blur and normalisation of views of this size."""
+        return Look(self.blur_taps(min(height_width(size))), self.mean, self.std)
+
+    def size_of(self, view: int) -> tuple[int, int]:
+        """(height, width) of view number ``view``."""
+        return height_width(self.global_size if view < self.num_global else self.local_size)
 
     def draw(self, height: int, width: int, *, generator: torch.Generator) -> list[View]:
         """Choose the global views, then the local ones, for an image of ``height`` x ``width``.
@@ -188,36 +196,12 @@ class MultiCrop:
         draws = torch.rand(num_views, _DRAWS_PER_VIEW, dtype=torch.float64, generator=generator)
         return [self._draw_one(i, height, width, row) for i, row in enumerate(draws.tolist())]
 
-    def render(self, image: Tensor, view: View, size: Size) -> Tensor:
-        """One view of ``image`` uint8 [C, h, w]: float32 [C, *size], values in 0..255."""
-        top, left, height, width = view.box
-        box = image[None, :, top : top + height, left : left + width]
-        x = vision.resize(
-            box.contiguous(memory_format=torch.channels_last),  # resized a quarter faster
-            size=list(height_width(size)),
-            interpolation=InterpolationMode.BICUBIC,
-            antialias=True,
-        )[0]
-        if view.flip:
-            x = x.flip(-1)
-        x = x.to(torch.float32, memory_format=torch.contiguous_format)
-        if view.jitter is not None:
-            for i in view.jitter_order:
-                x = JITTER[i](x, view.jitter[i])
-        if view.grey:
-            x = pixels.to_grey_(x)
-        if view.blur_sigma is not None:
-            x = pixels.gaussian_blur(x, self.blur_taps(min(x.shape[1:])), view.blur_sigma)
-        if view.solarise:
-            x = pixels.solarise(x)
-        return x
-
     def _draw_one(self, index: int, height: int, width: int, draws: list[float]) -> View:
         """View ``index`` from uniform numbers in [0, 1), each with one use."""
         down, right, flip, jitter, brightness, contrast, saturation, hue, *rest = draws
         order, grey, blur, sigma, solarise, *shape_draws = rest
         is_global = index < self.num_global
-        view_height, view_width = height_width(self.global_size if is_global else self.local_size)
+        view_height, view_width = self.size_of(index)
         box = _draw_box(
             height,
             width,
@@ -237,7 +221,7 @@ class MultiCrop:
             box=box,
             flip=flip < self.flip_probability,
             jitter=factors if jitter < self.jitter_probability else None,
-            jitter_order=_JITTER_ORDERS[int(order * len(_JITTER_ORDERS))],
+            jitter_order=JITTER_ORDERS[int(order * len(JITTER_ORDERS))],
             grey=grey < self.grey_probability,
             blur_sigma=_between(*self.blur_sigma, sigma) if blur < blur_probability else None,
             solarise=is_global and index > 0 and solarise < self.solarise_probability,

@@ -19,7 +19,15 @@ from sslkit.data.crops import MultiCrop
 from sslkit.data.decode import UnreadableImage
 from sslkit.data.image_source import MAX_REPLACEMENTS, Source, StreamReader, StreamSource
 from sslkit.data.sample_stream import PERMUTATION, REPLACEMENT, VIEWS, Positions, SampleStream
-from sslkit.data.samples import Batch, DrawnBatch, DrawnSample, Sample, collate, collate_drawn
+from sslkit.data.samples import (
+    Batch,
+    DrawnBatch,
+    DrawnSample,
+    ResizedSample,
+    Sample,
+    collate_drawn,
+    collate_resized,
+)
 from sslkit.data.seeds import sample_seed
 from sslkit.data.unreadable import TooManyUnreadable, Unreadable
 from sslkit.data.workers import WorkerLoader
@@ -98,6 +106,21 @@ class MultiCropDataset(Dataset[Sample]):
             augment_seconds=time.perf_counter() - start,
         )
 
+    def resize(self, drawn: DrawnSample) -> ResizedSample:
+        """The drawn views, cut and resized."""
+        start = time.perf_counter()
+        resized = self.crops.resize(drawn.image, drawn.views)
+        return ResizedSample(
+            resized=resized,
+            views=drawn.views,
+            label=drawn.label,
+            epoch=drawn.epoch,
+            index=drawn.index,
+            unreadable=drawn.unreadable,
+            read_seconds=drawn.read_seconds,
+            augment_seconds=drawn.augment_seconds + time.perf_counter() - start,
+        )
+
     def render(self, drawn: DrawnSample) -> Sample:
         """The drawn views as float32 crops."""
         start = time.perf_counter()
@@ -113,14 +136,16 @@ class MultiCropDataset(Dataset[Sample]):
         )
 
 
-class _Drawn(Dataset[DrawnSample]):
-    """The samples of a dataset before rendering."""
+class _Unrendered(Dataset[ResizedSample | DrawnSample]):
+    """The samples of a dataset before their views are rendered: resized, or only drawn."""
 
-    def __init__(self, dataset: MultiCropDataset):
+    def __init__(self, dataset: MultiCropDataset, *, resized: bool):
         self.dataset = dataset
+        self.resized = resized
 
-    def __getitem__(self, key: tuple[int, int]) -> DrawnSample:
-        return self.dataset.drawn(key)
+    def __getitem__(self, key: tuple[int, int]) -> ResizedSample | DrawnSample:
+        drawn = self.dataset.drawn(key)
+        return self.dataset.resize(drawn) if self.resized else drawn
 
 
 def make_loader(
@@ -155,8 +180,8 @@ def make_loader(
         pin_memory: None pins it when CUDA is available.
         augment_on: render the views on this device, where the batch then is, in the process that
             iterates: the workers only decode and draw. The views are those of ``None``, which
-            renders them in the workers, up to rounding (:mod:`sslkit.data.device_crops`). Meant for
-            a GPU whose loader is too slow; a CPU renders slower this way.
+            renders them in the workers, up to rounding (:mod:`sslkit.data.resizing`). Meant for a
+            GPU whose loader is too slow; a CPU renders slower this way.
 
     >>> from sslkit.data.image_array import ImageArray
     >>> images = ImageArray(torch.zeros(10, 16, 16, 3, dtype=torch.uint8).numpy())
@@ -165,11 +190,9 @@ def make_loader(
     >>> batch.global_crops.shape, batch.local_crops.shape
     (torch.Size([2, 4, 3, 16, 16]), torch.Size([3, 4, 3, 8, 8]))
     """
-    drawn = augment_on is not None
+    resized = augment_on is None
     settings: dict[str, Any] = {
-        "collate_fn": (
-            partial(collate_drawn, num_global=dataset.crops.num_global) if drawn else collate
-        ),
+        "collate_fn": partial(collate_resized if resized else collate_drawn, crops=dataset.crops),
         "num_workers": num_workers,
         "prefetch_factor": prefetch_batches if num_workers else None,
         "pin_memory": torch.cuda.is_available() if pin_memory is None else pin_memory,
@@ -178,7 +201,7 @@ def make_loader(
     }
     if isinstance(dataset.source, StreamSource):
         positions = Positions(batch_size, start_sample, rank, world_size)
-        batches = _StreamBatches(dataset, positions, drawn=drawn)
+        batches = _StreamBatches(dataset, positions, resized=resized)
         return WorkerLoader(batches, batch_size=None, **settings)
     stream = SampleStream(
         len(dataset.source),
@@ -189,26 +212,25 @@ def make_loader(
         world_size=world_size,
         epoch_order=getattr(dataset.source, "epoch_order", None),
     )
-    samples = _Drawn(dataset) if drawn else dataset
-    return WorkerLoader(samples, batch_sampler=stream, **settings)
+    return WorkerLoader(_Unrendered(dataset, resized=resized), batch_sampler=stream, **settings)
 
 
 def _render(crops: MultiCrop, device: torch.device | str, drawn: DrawnBatch) -> Batch:
     return drawn.render(crops, device)
 
 
-class _StreamBatches(IterableDataset[list[Sample | DrawnSample]]):
+class _StreamBatches(IterableDataset[list[ResizedSample | DrawnSample]]):
     """The batches of a rank over a stream; worker w of n makes every n-th of them, from w on.
 
     A loader takes the batches of its workers in turn, which puts them back in order.
     """
 
-    def __init__(self, dataset: MultiCropDataset, positions: Positions, *, drawn: bool):
+    def __init__(self, dataset: MultiCropDataset, positions: Positions, *, resized: bool):
         self.dataset = dataset
         self.positions = positions
-        self.drawn = drawn
+        self.resized = resized
 
-    def __iter__(self) -> Iterator[list[Sample | DrawnSample]]:
+    def __iter__(self) -> Iterator[list[ResizedSample | DrawnSample]]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         seed = sample_seed(self.dataset.seed, PERMUTATION)
@@ -216,7 +238,7 @@ class _StreamBatches(IterableDataset[list[Sample | DrawnSample]]):
         for positions in itertools.islice(self.positions, first, None, step):
             yield [self._sample(reader, position) for position in positions]
 
-    def _sample(self, reader: StreamReader, position: int) -> Sample | DrawnSample:
+    def _sample(self, reader: StreamReader, position: int) -> ResizedSample | DrawnSample:
         start = time.perf_counter()
         item = reader.read(position)
         drawn = self.dataset.draw(
@@ -227,4 +249,4 @@ class _StreamBatches(IterableDataset[list[Sample | DrawnSample]]):
             unreadable=tuple(Unreadable(at, e.name, e.reason) for at, e in item.unreadable),
             read_seconds=time.perf_counter() - start,
         )
-        return drawn if self.drawn else self.dataset.render(drawn)
+        return self.dataset.resize(drawn) if self.resized else drawn

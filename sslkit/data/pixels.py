@@ -1,139 +1,176 @@
-"""Pixel operations of the augmentations, on float images [..., C, h, w] with values in 0..255.
+"""Pixel operations of the augmentations, on float32 images [N, C, h, w] with values in 0..255.
 
 They define the same maps as ``torchvision.transforms.v2.functional`` on float images (the tests
-compare them) in fewer passes over the pixels; hue, for one, is several times faster. Names that
-end in an underscore change their argument and return it.
+compare them) in fewer passes over the pixels. All change the images, and return them.
 
-A factor is a number, or for a batch of images [N, C, h, w] a tensor [N, 1, 1, 1] with one value an
-image.
+``factors`` holds the parameters of the operation, [F, N, 1, 1, 1]: F numbers for each image, as
+:func:`operation_factors` gives them. ``scratch`` is memory for intermediate results.
 
-Brightness, contrast, blur and solarising take any number of channels. Saturation, hue and grey
-are defined for RGB; any other number of channels passes through them unchanged, as one channel
-does in torchvision.
+An image's result does not depend on the images beside it. Brightness, contrast, blur and solarising
+take any number of channels. Saturation, hue and grey are defined for RGB; any other number of
+channels passes through them unchanged, as one channel does in torchvision.
 """
 
 import math
-from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, threshold
+from torch.nn.functional import threshold_
 
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as in torchvision
-# What each of (R, G, B) adds to the hue, in turns, so that 0 is the hue furthest from the channel.
-_HUE_OFFSETS = (1 / 2, 1 / 6, -1 / 6)
+_HUES = (0, 2, -2)  # of red, green and blue, in sixths of the circle
 _NEGLIGIBLE = 1e-6
+_SOLARISE_LEVEL = 128.0
+_JUST_BELOW = 127.99999237060547  # the largest float32 below the level
 
 
-def adjust_brightness_(image: Tensor, factor: float | Tensor) -> Tensor:
-    """``clip(factor * image)``."""
-    return image.mul_(factor).clamp_(0, 255)
+class Scratch:
+    """Memory for intermediate results, used again and again.
+
+    Fresh memory costs more than the arithmetic: a page fault for every 4 KiB.
+    """
+
+    def __init__(self, device: torch.device):
+        self._memory = torch.empty(0, device=device)
+
+    def take(self, *shape: int) -> Tensor:
+        """Uninitialised float32 of this shape, valid until the next call."""
+        numel = math.prod(shape)
+        if self._memory.numel() < numel:
+            self._memory = self._memory.new_empty(numel)
+        return self._memory[:numel].view(shape)
 
 
-def adjust_contrast_(image: Tensor, factor: float | Tensor) -> Tensor:
-    """``clip(factor * image + (1 - factor) * m)``, m the mean luma (or mean of all channels)."""
-    grey = _luma(image) if image.shape[-3] == 3 else image
+def adjust_brightness_(images: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
+    """``clip(f * image)``."""
+    return images.mul_(factors[0]).clamp_(max=255)
+
+
+def adjust_contrast_(images: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
+    """``clip(f * image + (1 - f) * m)``, m the mean luma (or mean of all channels)."""
     # Rows first: a one-step mean of a large image is split among threads, and its last bit would
     # depend on how many there are.
-    mean = grey.mean(dim=-1).mean(dim=(-1, -2))[..., None, None, None]
-    return image.mul_(factor).add_((1 - factor) * mean).clamp_(0, 255)
+    means = images.mean(dim=-1, keepdim=True).mean(dim=-2, keepdim=True)  # [N, C, 1, 1]
+    if images.shape[1] == 3:
+        mean = _luma_(means, torch.empty_like(means[:, :1]))
+    else:
+        mean = means.mean(dim=1, keepdim=True)
+    return images.mul_(factors[0]).add_(mean.sub_(mean * factors[0])).clamp_(0, 255)
 
 
-def adjust_saturation_(image: Tensor, factor: float | Tensor) -> Tensor:
-    """``clip(factor * image + (1 - factor) * luma)`` for RGB."""
-    if image.shape[-3] != 3:
-        return image
-    grey = _luma(image)
-    return image.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 255)
+def adjust_saturation_(images: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
+    """``clip(f * image + (1 - f) * luma)`` for RGB."""
+    N, C, h, w = images.shape
+    if C != 3:
+        return images
+    grey = _luma_(images, scratch.take(N, 1, h, w))
+    return torch.lerp(grey, images, factors[0], out=images).clamp_(0, 255)
 
 
-def shift_hue_(image: Tensor, turns: float | Tensor) -> Tensor:
-    """Rotate the hue of RGB by ``turns`` (1 = the whole circle), in the HSV hexagon.
+def shift_hue_(images: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
+    """Rotate the hue of RGB, in the HSV hexagon, by the shifts of :func:`operation_factors`.
 
-    With V the largest channel, C = V - smallest channel, and h the hue in turns, the new image is
-    ``V - C * clip(2 - 6 * d, 0, 1)``, where d is the distance on the circle between
-    ``h + turns`` and the hue furthest from the channel (1/2 for red, 5/6 for green, 1/6 for blue).
+    With V the largest and m the smallest channel, C = V - m and h the hue in sixths of the circle,
+    a channel whose own hue is h_c becomes ``clip(V + C - C * d, m, V)``, where d is the distance on
+    the circle between h + shift and h_c. With ``z = h + shift - h_c`` in -6..6, d is
+    ``3 - ||z| - 3|``. All is multiplied by C beforehand, so that nothing is divided.
     """
-    if image.shape[-3] != 3:
-        return image
-    red, green, blue = image.split(1, dim=-3)
-    value, low = torch.maximum(green, blue), torch.minimum(green, blue)
-    torch.maximum(value, red, out=value)
-    torch.minimum(low, red, out=low)
-    chroma = value - low
-    # With (r, g, b) = (image - low) / chroma, one of them 0 and one 1, the hue from red to cyan
-    # (g >= b) is 1 - r + g + b sixths of the circle, and its mirror image where g < b. Selecting
-    # the formula of each sixth by torch.where takes three times as long.
-    sixths = (green + blue).sub_(red).add_(value).sub_(low, alpha=2)
-    sixths.div_(chroma.clamp(min=1e-6)).copysign_(green - blue)
-    base, scratch = value.sub_(chroma, alpha=2), low
-    for channel, offset in zip((red, green, blue), _HUE_OFFSETS, strict=True):
-        distance = sixths.add(6 * (turns + offset)).mul_(1 / 6)
-        distance.sub_(torch.round(distance, out=scratch)).abs_().clamp_(1 / 6, 1 / 3)
-        torch.addcmul(base, distance, chroma, value=6, out=channel)
-    return image
+    N, C, h, w = images.shape
+    if C != 3:
+        return images
+    value, low, chroma, hue, base, far, distance = scratch.take(7, N, 1, h, w)
+    red, green, blue = images.split(1, dim=1)
+    torch.amax(images, dim=1, keepdim=True, out=value)
+    torch.amin(images, dim=1, keepdim=True, out=low)
+    torch.sub(value, low, out=chroma)
+    # C * h in -3C..3C. Of the channels less m, one is 0 and one is C. From red to cyan (g >= b),
+    # C * h is C - r + g + b, and its mirror image where g < b.
+    torch.add(green, blue, out=hue).sub_(red).add_(value).sub_(low, alpha=2)
+    hue.copysign_(torch.sub(green, blue, out=distance))
+    torch.sub(value, chroma, alpha=2, out=base)
+    torch.mul(chroma, 3, out=far)
+    for channel, shift in zip((red, green, blue), factors, strict=True):
+        torch.addcmul(hue, chroma, shift, out=distance)
+        distance.abs_().sub_(far).abs_().add_(base)
+        torch.clamp(distance, low, value, out=channel)
+    return images
 
 
-def to_grey_(image: Tensor) -> Tensor:
+def to_grey_(images: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
     """Every channel of RGB becomes the luma."""
-    return image.copy_(_luma(image)) if image.shape[-3] == 3 else image
+    N, C, h, w = images.shape
+    return images.copy_(_luma_(images, scratch.take(N, 1, h, w))) if C == 3 else images
 
 
-def gaussian_blur(image: Tensor, kernel_size: int, sigma: float | Tensor) -> Tensor:
-    """Convolve with a Gaussian of ``kernel_size`` x ``kernel_size`` taps, edges reflected.
+def gaussian_blur_(images: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
+    """Convolve both axes, one after the other, with F taps for each image, edges reflected."""
+    N, C, h, w = images.shape
+    radius = len(factors) // 2
+    if radius == 0:
+        return images
+    padded, rows = scratch.take(2, N, C, h + 2 * radius, w + 2 * radius)
+    torch.ops.aten.reflection_pad2d.out(images, [radius] * 4, out=padded)
+    # A shift of the whole image in memory shifts every row: long runs instead of short rows. What
+    # crosses from one row to the next lands in the margins.
+    taps = factors.view(len(factors), N, 1)
+    step = padded.shape[-1]
+    source, target = padded.view(N, -1), rows.view(N, -1)
+    for stride in (1, step):
+        length = source.shape[1] - 2 * radius * stride
+        total = torch.mul(source[:, :length], taps[0], out=target[:, :length])
+        for k in range(1, len(taps)):
+            total.addcmul_(source[:, k * stride : k * stride + length], taps[k])
+        source, target = total, source
+    return images.copy_(padded[..., :h, :w])
 
-    ``sigma`` is in pixels; the taps are ``exp(-x**2 / (2 sigma**2))`` at integer x, scaled to sum
-    to 1. The two axes are convolved one after the other.
+
+def solarise_(images: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
+    """Invert the values from 128 upwards: ``255 - image`` there."""
+    # 255 - 2 * bright is 0 below the level; torch.where takes five times as long.
+    bright = threshold_(scratch.take(*images.shape).copy_(images), _JUST_BELOW, 127.5)
+    return images.add_(bright.mul_(-2).add_(255))
+
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SOLARISE = range(7)
+OPERATIONS = (
+    adjust_brightness_,
+    adjust_contrast_,
+    adjust_saturation_,
+    shift_hue_,
+    to_grey_,
+    gaussian_blur_,
+    solarise_,
+)
+"""The operations by number."""
+
+
+def hue_shifts(turns: float) -> tuple[float, float, float]:
+    """The factors of :func:`shift_hue_`: ``6 * turns - h_c`` of red, green, blue, within -3..3.
+
+    >>> hue_shifts(0.25)
+    (1.5, -0.5, -2.5)
     """
-    taps = gaussian_taps(kernel_size, sigma)
-    radius = len(taps) // 2
-    height, width = image.shape[-2:]
-    padded = pad(image, (radius, radius, radius, radius), mode="reflect")
-    rows = _weighted_sum([padded[..., i : i + width] for i in range(len(taps))], taps)
-    return _weighted_sum([rows[..., i : i + height, :] for i in range(len(taps))], taps)
+    red, green, blue = ((6 * turns - hue + 3) % 6 - 3 for hue in _HUES)
+    return red, green, blue
 
 
-def gaussian_taps(kernel_size: int, sigma: float | Tensor) -> Sequence[float | Tensor]:
-    """``exp(-x**2 / (2 sigma**2))`` at the integers around 0, scaled to sum to 1.
+def gaussian_taps(kernel_size: int, sigma: float) -> list[float]:
+    """``exp(-x**2 / (2 sigma**2))`` at ``kernel_size`` integers around 0, scaled to sum to 1.
 
-    There are ``kernel_size`` of them, less those that weigh under a millionth of the middle one
-    where ``sigma`` is a number. Those change no digit that matters, and the smallest are denormal,
-    which a CPU multiplies by at a tenth of its speed.
+    Those that weigh under a millionth of the middle one are 0. They change no digit that matters,
+    and the smallest are denormal, which a CPU multiplies by at a tenth of its speed.
 
-    >>> [round(tap, 3) for tap in gaussian_taps(5, 1.0)], len(gaussian_taps(5, 0.3))
-    ([0.054, 0.244, 0.403, 0.244, 0.054], 3)
+    >>> [round(tap, 3) for tap in gaussian_taps(5, 1.0)]
+    [0.054, 0.244, 0.403, 0.244, 0.054]
     """
     radius = kernel_size // 2
-    if isinstance(sigma, Tensor):
-        exponents = [-0.5 * (x / sigma) ** 2 for x in range(-radius, radius + 1)]
-        weights = torch.stack(exponents).exp_()
-        weights = weights.masked_fill_(weights < _NEGLIGIBLE, 0)
-        return list(weights / weights.sum(dim=0))
-    radius = min(radius, int(sigma * math.sqrt(-2 * math.log(_NEGLIGIBLE))))
     taps = [math.exp(-0.5 * (x / sigma) ** 2) for x in range(-radius, radius + 1)]
+    taps = [tap if tap >= _NEGLIGIBLE else 0.0 for tap in taps]
     return [tap / sum(taps) for tap in taps]
 
 
-def solarise(image: Tensor, level: float = 128) -> Tensor:
-    """Invert the values from ``level`` upwards: ``255 - image`` there."""
-    # 255 - 2 * bright is 0 below the level; torch.where takes five times as long.
-    just_below = float(np.nextafter(np.float32(level), np.float32(0)))
-    bright = threshold(image, just_below, 127.5)
-    return bright.mul_(-2).add_(255).add_(image)
-
-
-def _luma(image: Tensor) -> Tensor:
-    """Of RGB [..., 3, h, w], as [..., 1, h, w]."""
-    red, green, blue = image.split(1, dim=-3)
-    return red.mul(_LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
-
-
-def _weighted_sum(images: list[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
-    total = images[0] * weights[0]
-    for image, weight in zip(images[1:], weights[1:], strict=True):
-        if isinstance(weight, Tensor):
-            total.addcmul_(image, weight)
-        else:
-            total.add_(image, alpha=weight)
-    return total
+def _luma_(images: Tensor, out: Tensor) -> Tensor:
+    """The luma of RGB [N, 3, h, w], written to ``out`` [N, 1, h, w]."""
+    red, green, blue = images.split(1, dim=1)
+    torch.mul(red, _LUMA[0], out=out)
+    return out.add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])

@@ -1,9 +1,11 @@
 """Samples and batches of views, and how samples become a batch.
 
-The views of a sample are rendered where it is made (:class:`Sample`), or only drawn there and
-rendered with those of the whole batch on another device (:class:`DrawnSample`).
+Views are rendered for a whole batch at once. On a CPU, the boxes of the views are cut from an image
+and resized when it is read (:class:`ResizedSample`), so that a process keeps no large images; on
+another device, they are cut from the images of the batch (:class:`DrawnSample`).
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import default_collate, get_worker_info
 
-from sslkit.data.crops import Crops, MultiCrop, View
-from sslkit.data.device_crops import PackedViews, pack_views, render_batch
+from sslkit.data.crops import Crops, MultiCrop, height_width
+from sslkit.data.rendering import PackedViews, View, pack_views, render_boxes
 from sslkit.data.unreadable import Unreadable, UnusableData
 
 
@@ -40,6 +42,14 @@ class DrawnSample(_Shown):
     """One image, uint8 [C, h, w], and the views drawn for it."""
 
     image: Tensor
+    views: list[View]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizedSample(_Shown):
+    """The views drawn for one image, cut and resized by :meth:`MultiCrop.resize`."""
+
+    resized: list[Tensor]
     views: list[View]
 
 
@@ -125,10 +135,10 @@ class DrawnBatch(NamedTuple):
         global_views, local_views = (
             views.to(device, non_blocking=True) for views in (self.global_views, self.local_views)
         )
-        views = render_batch(images, crops, global_views, local_views)
+        global_size, local_size = height_width(crops.global_size), height_width(crops.local_size)
         return Batch(
-            views.globals_,
-            views.locals_,
+            render_boxes(images, global_views, crops.look(global_size), global_size),
+            render_boxes(images, local_views, crops.look(local_size), local_size),
             labels,
             epochs,
             indices,
@@ -154,8 +164,22 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-def collate_drawn(samples: Sequence[DrawnSample], *, num_global: int) -> DrawnBatch:
-    """Stack samples whose first ``num_global`` views are global ones; see :class:`DrawnBatch`.
+def collate_resized(samples: Sequence[ResizedSample], *, crops: MultiCrop) -> Batch:
+    """Render the views of the samples, and stack the rest.
+
+    Raises:
+        ValueError: the images have different numbers of channels.
+    """
+    start = time.perf_counter()
+    _check_channels([sample.resized[0].shape[0] for sample in samples])
+    views = crops.render_resized(
+        [sample.resized for sample in samples], [sample.views for sample in samples], _empty
+    )
+    return Batch(views.globals_, views.locals_, **_stack_rest(samples, start))
+
+
+def collate_drawn(samples: Sequence[DrawnSample], *, crops: MultiCrop) -> DrawnBatch:
+    """Stack samples; see :class:`DrawnBatch`.
 
     Raises:
         ValueError: the images have different numbers of channels.
@@ -170,10 +194,14 @@ def collate_drawn(samples: Sequence[DrawnSample], *, num_global: int) -> DrawnBa
     for sample, target in zip(samples, images, strict=True):
         _, h, w = sample.image.shape
         target[:, :h, :w] = sample.image
+    number = crops.num_global
+    global_taps, local_taps = (
+        crops.look(size).blur_taps for size in (crops.global_size, crops.local_size)
+    )
     return DrawnBatch(
         images,
-        pack_views([sample.views[:num_global] for sample in samples]),
-        pack_views([sample.views[num_global:] for sample in samples]),
+        pack_views([sample.views[:number] for sample in samples], global_taps),
+        pack_views([sample.views[number:] for sample in samples], local_taps),
         **_stack_rest(samples, start),
     )
 
@@ -196,8 +224,16 @@ def _stack_views(crops: list[Tensor]) -> Tensor:
     return rearrange(views, "(v b) c h w -> v b c h w", v=num_views)
 
 
-def _stack_rest(samples: Sequence[Sample | DrawnSample], start: float) -> dict[str, Any]:
-    """What the two kinds of batch have in common; stacking began at the time ``start``."""
+def _empty(*shape: int) -> Tensor:
+    """Uninitialised float32; in a worker, in the shared memory that a batch is sent in."""
+    if get_worker_info() is None or 0 in shape:
+        return torch.empty(shape)
+    storage = torch.UntypedStorage._new_shared(4 * math.prod(shape), device="cpu")
+    return torch.empty(0).set_(storage, 0, shape)
+
+
+def _stack_rest(samples: Sequence[_Shown], start: float) -> dict[str, Any]:
+    """What all kinds of batch have in common; stacking began at the time ``start``."""
     stacked = {
         "labels": torch.tensor([sample.label for sample in samples]),
         "epochs": torch.tensor([sample.epoch for sample in samples]),

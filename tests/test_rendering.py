@@ -1,4 +1,4 @@
-"""Views of a batch at once: MultiCrop's of one image after the other, by the same draws."""
+"""Views rendered together, on a CPU and by the way of a GPU, whatever the batch they are in."""
 
 import itertools
 
@@ -6,18 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sslkit.data import device_crops, pixels
-from sslkit.data.crops import MultiCrop, View
-from sslkit.data.device_crops import (
-    bicubic_weights,
-    pack_views,
-    render_batch,
-    render_views,
-    resize_boxes,
-)
+from sslkit.data import rendering, resizing
+from sslkit.data.crops import Crops, MultiCrop, height_width
 from sslkit.data.image_array import ImageArray
 from sslkit.data.loader import MultiCropDataset, make_loader
 from sslkit.data.normalisation import IMAGENET_STD
+from sslkit.data.rendering import View, pack_views, render_boxes
+from sslkit.data.resizing import bicubic_weights, resize_boxes
 
 CROPS = MultiCrop(global_size=(24, 40), local_size=(16, 10), num_local=3)
 SHAPES = ((50, 70), (90, 31), (24, 40), (130, 130), (3, 55))
@@ -56,12 +51,26 @@ def drawn(channels=3, crops=CROPS, repeats=4):
 
 
 def packed(views, crops=CROPS):
+    """The global views, and the local ones."""
     number = crops.num_global
-    return pack_views([row[:number] for row in views]), pack_views([row[number:] for row in views])
+    groups = [row[:number] for row in views], [row[number:] for row in views]
+    sizes = crops.global_size, crops.local_size
+    return [
+        pack_views(group, crops.look(size).blur_taps)
+        for group, size in zip(groups, sizes, strict=True)
+    ]
+
+
+def render_batch(images, crops, packed_globals, packed_locals):
+    """As a GPU does."""
+    groups = []
+    for group, size in (packed_globals, crops.global_size), (packed_locals, crops.local_size):
+        groups.append(render_boxes(images, group, crops.look(size), height_width(size)))
+    return Crops(*groups)
 
 
 def one_by_one(images, views, crops=CROPS):
-    """What MultiCrop renders: [V_g, B, C, h, w] and [V_l, B, C, h, w]."""
+    """What a CPU renders, image after image: [V_g, B, C, h, w] and [V_l, B, C, h, w]."""
     each = [crops.render_all(image, row) for image, row in zip(images, views, strict=True)]
     return torch.stack([e.globals_ for e in each], 1), torch.stack([e.locals_ for e in each], 1)
 
@@ -95,7 +104,7 @@ def test_weights_are_torchs(length, size):
 def test_resizing_equals_uint8_interpolation(channels, size):
     images, views = drawn(channels)
     views = [[view._replace(flip=False) for view in row] for row in views]
-    whole = pack_views(views)
+    whole = pack_views(views, 3)
     result = resize_boxes(padded(images), whole.boxes, whole.flips, size)
     expected = [
         torch.stack([CROPS.render(image, PLAIN._replace(box=view.box), size) for view in row])
@@ -110,32 +119,13 @@ def test_resizing_equals_uint8_interpolation(channels, size):
 def test_workspace_does_not_matter(monkeypatch):
     images, views = drawn(repeats=1)
     whole = render_batch(padded(images), CROPS, *packed(views))
-    monkeypatch.setattr(device_crops, "_WORKSPACE_BYTES", 1)  # an image at a time
+    monkeypatch.setattr(resizing, "_WORKSPACE_BYTES", 1)  # an image at a time
     parts = render_batch(padded(images), CROPS, *packed(views))
     assert_same_up_to_resizing(parts.globals_, whole.globals_)
     assert_same_up_to_resizing(parts.locals_, whole.locals_)
 
 
 # --- pixel operations ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("channels", [1, 3, 5])
-@pytest.mark.parametrize(
-    ("operation", "values"),
-    [
-        (pixels.adjust_brightness_, [0.3, 1.0, 1.7]),
-        (pixels.adjust_contrast_, [0.0, 0.7, 1.4]),
-        (pixels.adjust_saturation_, [0.0, 0.9, 1.2]),
-        (pixels.shift_hue_, [-0.5, 0.0, 0.3]),
-        (lambda image, sigma: pixels.gaussian_blur(image, 5, sigma), [0.1, 0.4, 2.0]),
-    ],
-    ids=["brightness", "contrast", "saturation", "hue", "blur"],
-)
-def test_one_factor_an_image(operation, values, channels):
-    images = torch.rand(3, channels, 12, 15, generator=seeded(0)) * 255
-    result = operation(images.clone(), torch.tensor(values).view(3, 1, 1, 1))
-    for image, value, got in zip(images, values, result, strict=True):
-        torch.testing.assert_close(got, operation(image.clone(), value), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -157,8 +147,8 @@ def test_every_operation(choice, channels):
     images = [smooth_image(40, 30, channels, seed) for seed in range(3)]
     plain = PLAIN._replace(box=(4, 3, 30, 24))
     views = [[plain], [plain._replace(**choice)], [plain._replace(**choice)]]
-    result = render_views(padded(images), CROPS, pack_views(views), (20, 18))
     crops = MultiCrop(global_size=(20, 18), num_global=1, num_local=0)
+    result = render_batch(padded(images), crops, *packed(views, crops)).globals_
     expected, _ = one_by_one(images, views, crops)
     std = IMAGENET_STD if channels == 3 else (sum(IMAGENET_STD) / 3,) * channels
     assert_same_up_to_resizing(result, expected, std)
@@ -217,6 +207,23 @@ def test_gpu_renders_the_same_and_is_not_waited_for():
     again = render_batch(batch, CROPS, *on_gpu)
     assert torch.equal(again.globals_, result.globals_)
     assert torch.equal(again.locals_, result.locals_)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("views_at_once", [1, 3, 1000])
+def test_a_view_does_not_depend_on_those_beside_it(channels, views_at_once, monkeypatch):
+    crops = MultiCrop(global_size=(13, 11), local_size=(9, 7), num_local=3, jitter=(1, 1, 1, 0.5))
+    images, views = drawn(channels, crops)
+    expected = one_by_one(images, views, crops)
+    view_bytes = 4 * channels * 13 * 11
+    monkeypatch.setattr(rendering, "_CHUNK_BYTES", views_at_once * view_bytes)
+    for number in (1, 2, 7, len(images)):
+        for first in range(0, len(images) - number + 1, number):
+            part = slice(first, first + number)
+            resized = [crops.resize(i, v) for i, v in zip(images[part], views[part], strict=True)]
+            result = crops.render_resized(resized, views[part])
+            assert torch.equal(result.globals_, expected[0][:, part])
+            assert torch.equal(result.locals_, expected[1][:, part])
 
 
 # --- loader --------------------------------------------------------------------------------------
