@@ -77,9 +77,13 @@ def test_time_is_told_apart(num_workers, augment_on):
             return super().__getitem__(index)
 
     class SlowCrops(MultiCrop):
-        def render_all(self, image, views):
-            time.sleep(0.1)
-            return super().render_all(image, views)
+        def resize(self, image, views):
+            time.sleep(0.05)
+            return super().resize(image, views)
+
+        def render_resized(self, *arguments):
+            time.sleep(0.25)
+            return super().render_resized(*arguments)
 
     crops = SlowCrops(global_size=12, local_size=8, num_local=1)
     data = MultiCropDataset(Slow(5, (2,)), crops)

@@ -3,8 +3,9 @@
 They define the same maps as ``torchvision.transforms.v2.functional`` on float images (the tests
 compare them) in fewer passes over the pixels. All change the images, and return them.
 
-``factors`` holds the parameters of the operation, [F, N, 1, 1, 1]: F numbers for each image, as
-:func:`operation_factors` gives them. ``scratch`` is memory for intermediate results.
+``factors`` holds the parameters of the operation, [F, N, 1, 1, 1]: F numbers for each image. These
+are one factor for brightness, contrast and saturation, :func:`hue_shifts`, :func:`gaussian_taps`,
+and none for grey and solarising. ``scratch`` is memory for intermediate results.
 
 An image's result does not depend on the images beside it. Brightness, contrast, blur and solarising
 take any number of channels. Saturation, hue and grey are defined for RGB; any other number of
@@ -19,6 +20,7 @@ from torch.nn.functional import threshold_
 
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as in torchvision
 _HUES = (0, 2, -2)  # of red, green and blue, in sixths of the circle
+_BLOCK_PIXELS = 25600  # so that the planes of a block fit a CPU's cache
 _NEGLIGIBLE = 1e-6
 _SOLARISE_LEVEL = 128.0
 _JUST_BELOW = 127.99999237060547  # the largest float32 below the level
@@ -48,11 +50,11 @@ def adjust_brightness_(images: Tensor, factors: Tensor, scratch: Scratch) -> Ten
 
 def adjust_contrast_(images: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
     """``clip(f * image + (1 - f) * m)``, m the mean luma (or mean of all channels)."""
-    # Rows first: a one-step mean of a large image is split among threads, and its last bit would
-    # depend on how many there are.
-    means = images.mean(dim=-1, keepdim=True).mean(dim=-2, keepdim=True)  # [N, C, 1, 1]
+    # Columns first: a one-step mean of a large image is split among threads, and its last bit
+    # would depend on how many there are.
+    means = images.mean(dim=-2, keepdim=True).mean(dim=-1, keepdim=True)  # [N, C, 1, 1]
     if images.shape[1] == 3:
-        mean = _luma_(means, torch.empty_like(means[:, :1]))
+        mean = _luma(means, torch.empty_like(means[:, :1]))
     else:
         mean = means.mean(dim=1, keepdim=True)
     return images.mul_(factors[0]).add_(mean.sub_(mean * factors[0])).clamp_(0, 255)
@@ -63,12 +65,12 @@ def adjust_saturation_(images: Tensor, factors: Tensor, scratch: Scratch) -> Ten
     N, C, h, w = images.shape
     if C != 3:
         return images
-    grey = _luma_(images, scratch.take(N, 1, h, w))
+    grey = _luma(images, scratch.take(N, 1, h, w))
     return torch.lerp(grey, images, factors[0], out=images).clamp_(0, 255)
 
 
 def shift_hue_(images: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
-    """Rotate the hue of RGB, in the HSV hexagon, by the shifts of :func:`operation_factors`.
+    """Rotate the hue of RGB, in the HSV hexagon, by the shifts of :func:`hue_shifts`.
 
     With V the largest and m the smallest channel, C = V - m and h the hue in sixths of the circle,
     a channel whose own hue is h_c becomes ``clip(V + C - C * d, m, V)``, where d is the distance on
@@ -78,50 +80,54 @@ def shift_hue_(images: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
     N, C, h, w = images.shape
     if C != 3:
         return images
-    value, low, chroma, hue, base, far, distance = scratch.take(7, N, 1, h, w)
-    red, green, blue = images.split(1, dim=1)
-    torch.amax(images, dim=1, keepdim=True, out=value)
-    torch.amin(images, dim=1, keepdim=True, out=low)
-    torch.sub(value, low, out=chroma)
-    # C * h in -3C..3C. Of the channels less m, one is 0 and one is C. From red to cyan (g >= b),
-    # C * h is C - r + g + b, and its mirror image where g < b.
-    torch.add(green, blue, out=hue).sub_(red).add_(value).sub_(low, alpha=2)
-    hue.copysign_(torch.sub(green, blue, out=distance))
-    torch.sub(value, chroma, alpha=2, out=base)
-    torch.mul(chroma, 3, out=far)
-    for channel, shift in zip((red, green, blue), factors, strict=True):
-        torch.addcmul(hue, chroma, shift, out=distance)
-        distance.abs_().sub_(far).abs_().add_(base)
-        torch.clamp(distance, low, value, out=channel)
+    pixels = images.view(N, 3, 1, h * w)
+    step = max(_BLOCK_PIXELS // N, 1)
+    for first in range(0, h * w, step):
+        red, green, blue = pixels[..., first : first + step].unbind(1)
+        value, low, chroma, hue, base, distance = scratch.take(6, *red.shape)
+        torch.maximum(torch.maximum(red, green, out=value), blue, out=value)
+        torch.minimum(torch.minimum(red, green, out=low), blue, out=low)
+        torch.sub(value, low, out=chroma)
+        # C * h in -3C..3C. Of the channels less m, one is 0 and one is C. From red to cyan
+        # (g >= b), C * h is C - r + g + b, and its mirror image where g < b.
+        torch.add(green, blue, out=hue).sub_(red).add_(value).sub_(low, alpha=2)
+        hue.copysign_(torch.sub(green, blue, out=distance))
+        torch.sub(value, chroma, alpha=2, out=base)
+        for channel, shift in zip((red, green, blue), factors[..., 0], strict=True):
+            torch.addcmul(hue, chroma, shift, out=distance)
+            distance.abs_().sub_(chroma, alpha=3).abs_().add_(base)
+            torch.clamp(distance, low, value, out=channel)
     return images
 
 
 def to_grey_(images: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
     """Every channel of RGB becomes the luma."""
     N, C, h, w = images.shape
-    return images.copy_(_luma_(images, scratch.take(N, 1, h, w))) if C == 3 else images
+    return images.copy_(_luma(images, scratch.take(N, 1, h, w))) if C == 3 else images
 
 
 def gaussian_blur_(images: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
     """Convolve both axes, one after the other, with F taps for each image, edges reflected."""
-    N, C, h, w = images.shape
+    N, _, h, w = images.shape
     radius = len(factors) // 2
     if radius == 0:
         return images
-    padded, rows = scratch.take(2, N, C, h + 2 * radius, w + 2 * radius)
-    torch.ops.aten.reflection_pad2d.out(images, [radius] * 4, out=padded)
     # A shift of the whole image in memory shifts every row: long runs instead of short rows. What
     # crosses from one row to the next lands in the margins.
+    step = w + 2 * radius
     taps = factors.view(len(factors), N, 1)
-    step = padded.shape[-1]
-    source, target = padded.view(N, -1), rows.view(N, -1)
-    for stride in (1, step):
-        length = source.shape[1] - 2 * radius * stride
-        total = torch.mul(source[:, :length], taps[0], out=target[:, :length])
-        for k in range(1, len(taps)):
-            total.addcmul_(source[:, k * stride : k * stride + length], taps[k])
-        source, target = total, source
-    return images.copy_(padded[..., :h, :w])
+    for channel in images.split(1, dim=1):
+        padded, rows = scratch.take(2, N, 1, h + 2 * radius, step)
+        torch.ops.aten.reflection_pad2d.out(channel, [radius] * 4, out=padded)
+        source, target = padded.view(N, -1), rows.view(N, -1)
+        for stride in (1, step):
+            length = source.shape[1] - 2 * radius * stride
+            total = torch.mul(source[:, :length], taps[0], out=target[:, :length])
+            for k in range(1, len(taps)):
+                total.addcmul_(source[:, k * stride : k * stride + length], taps[k])
+            source, target = total, source
+        channel.copy_(padded[..., :h, :w])
+    return images
 
 
 def solarise_(images: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
@@ -166,10 +172,11 @@ def gaussian_taps(kernel_size: int, sigma: float) -> list[float]:
     radius = kernel_size // 2
     taps = [math.exp(-0.5 * (x / sigma) ** 2) for x in range(-radius, radius + 1)]
     taps = [tap if tap >= _NEGLIGIBLE else 0.0 for tap in taps]
-    return [tap / sum(taps) for tap in taps]
+    total = sum(taps)
+    return [tap / total for tap in taps]
 
 
-def _luma_(images: Tensor, out: Tensor) -> Tensor:
+def _luma(images: Tensor, out: Tensor) -> Tensor:
     """The luma of RGB [N, 3, h, w], written to ``out`` [N, 1, h, w]."""
     red, green, blue = images.split(1, dim=1)
     torch.mul(red, _LUMA[0], out=out)

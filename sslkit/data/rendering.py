@@ -8,6 +8,7 @@ is known on the CPU.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
@@ -69,20 +70,40 @@ class Look(NamedTuple):
     std: tuple[float, ...] | None
     normalised: bool = True
 
+    def normaliser(self, channels: int) -> tuple[list[float], Tensor]:
+        """What values in 0..255 are multiplied by, and what is added, for each channel."""
+        if not self.normalised:
+            return [1.0] * channels, torch.zeros(channels)
+        mean, std = normalisation(channels, self.mean, self.std)
+        return (1 / (255 * std)).flatten().tolist(), (-mean / std).flatten()
+
+
+class Step(NamedTuple):
+    """One pixel operation on some of N views.
+
+    Attributes:
+        operation: index of :data:`sslkit.data.pixels.OPERATIONS`.
+        count: how many views it concerns.
+        first: the first of these views if they follow one another, or None.
+        width: how many factors each of them has.
+    """
+
+    operation: int
+    count: int
+    first: int | None
+    width: int
+
 
 class Plan(NamedTuple):
     """The pixel operations of N views, in the order in which they are applied.
 
     Attributes:
-        steps: of each step, the number of the operation (an index of
-            :data:`sslkit.data.pixels.OPERATIONS`), how many views it concerns, and how many factors
-            each of them has.
+        steps: the operations.
         rows: int64 [R], the views that the steps concern, one step after the other.
-        factors: float32, the factors of the steps, [F, number of views] each, one step after the
-            other.
+        factors: float32, the factors of the steps, [width, count] each, one step after the other.
     """
 
-    steps: tuple[tuple[int, int, int], ...]
+    steps: tuple[Step, ...]
     rows: Tensor
     factors: Tensor
 
@@ -96,8 +117,9 @@ def plan(views: Sequence[View], blur_taps: int) -> Plan:
     """Sort the pixel operations of ``views``, with Gaussians of ``blur_taps`` taps.
 
     >>> view = View((0, 0, 8, 8), False, (1.1, 0.9, 1.2, 0.0), (3, 1, 0, 2), True, None, False)
-    >>> plan([view, view._replace(jitter=None)], blur_taps=3).steps
-    ((3, 1, 3), (1, 1, 1), (0, 1, 1), (2, 1, 1), (4, 2, 0))
+    >>> planned = plan([view, view._replace(jitter=None)], blur_taps=3)
+    >>> [step.operation for step in planned.steps], planned.rows.tolist()
+    ([3, 1, 0, 2, 4], [0, 0, 0, 0, 0, 1])
     """
     at_place: list[list[int]] = [[] for _ in range(_JITTERS**2)]
     grey, blur, solarise = [], [], []
@@ -111,27 +133,28 @@ def plan(views: Sequence[View], blur_taps: int) -> Plan:
             blur.append(n)
         if view.solarise:
             solarise.append(n)
-    steps, rows, factors = [], [], []
+    steps: list[Step] = []
+    rows: list[int] = []
+    factors: list[float] = []
 
-    def append(operation: int, concerned: list[int], values: list[float], width: int) -> None:
+    def append(operation: int, concerned: list[int], by_factor: Sequence[Sequence[float]]) -> None:
         if concerned:
-            steps.append((operation, len(concerned), width))
+            first, count = concerned[0], len(concerned)
+            adjacent = concerned[-1] - first == count - 1
+            steps.append(Step(operation, count, first if adjacent else None, len(by_factor)))
             rows.extend(concerned)
-            factors.extend(values)
+            factors.extend(value for values in by_factor for value in values)
 
     for i, concerned in enumerate(at_place):
-        operation = i % _JITTERS
-        values = [jitter[operation] for n in concerned if (jitter := views[n].jitter)]
-        if operation == HUE:
-            shifts = [hue_shifts(turns) for turns in values]
-            append(HUE, concerned, [shift for each in zip(*shifts) for shift in each], 3)
-        else:
-            append(operation, concerned, values, 1)
-    append(GREY, grey, [], 0)
+        if concerned:
+            operation = i % _JITTERS
+            values = [jitter[operation] for n in concerned if (jitter := views[n].jitter)]
+            shifts = [*zip(*map(hue_shifts, values), strict=True)]
+            append(operation, concerned, shifts if operation == HUE else [values])
+    append(GREY, grey, [])
     taps = [gaussian_taps(blur_taps, sigma) for n in blur if (sigma := views[n].blur_sigma)]
-    by_tap = [each for each in zip(*taps, strict=True) if any(each)]
-    append(BLUR, blur, [tap for each in by_tap for tap in each], len(by_tap))
-    append(SOLARISE, solarise, [], 0)
+    append(BLUR, blur, [each for each in zip(*taps, strict=True) if any(each)])
+    append(SOLARISE, solarise, [])
     return Plan(
         tuple(steps),
         torch.tensor(rows, dtype=torch.int64),
@@ -188,24 +211,35 @@ def render_resized(
         resized: N of uint8 [C, h, w], by :func:`sslkit.data.resizing.resize_box`.
         views: what to do to each; their boxes are not used.
         look: blur and normalisation.
-        out: float32 [N, C, h, w], contiguous; the views are written to it.
+        out: float32 [N, C, h, w]; the views are written to it.
     """
+    if not resized:
+        return
+    num_views, *shape = out.shape
+    # As many at once as fit the cache. Neighbours in this order have most operations in common.
+    step = min(max(_CHUNK_BYTES // (4 * math.prod(shape)), 1), num_views)
+    order = sorted(range(num_views), key=lambda n: _sort_key(views[n]))
+    scale, shift = look.normaliser(shape[0])
     scratch, gathered = Scratch(out.device), Scratch(out.device)
-    num_views, channels, height, width = out.shape
-    # As many at once as fit the cache.
-    step = max(_CHUNK_BYTES // (4 * channels * height * width), 1)
+    memory, targets = torch.empty(step, *shape), out.unbind()
     for first in range(0, num_views, step):
-        part = slice(first, first + step)
-        chunk, chosen = out[part], views[part]
-        for target, pixels, view in zip(chunk.unbind(), resized[part], chosen, strict=True):
-            target.copy_(pixels.flip(-1) if view.flip else pixels)
-        _apply_(chunk, plan(chosen, look.blur_taps), scratch, gathered)
-        _normalise_(chunk, look)
+        chosen = order[first : first + step]
+        chunk = memory[: len(chosen)]
+        rows = chunk.unbind()
+        for n, row in zip(chosen, rows, strict=True):
+            row.copy_(resized[n].flip(-1) if views[n].flip else resized[n])
+        _apply_(chunk, plan([views[n] for n in chosen], look.blur_taps), scratch, gathered)
+        _normalise_(chunk, scale, shift)
+        for n, row in zip(chosen, rows, strict=True):
+            targets[n].copy_(row)
 
 
-def render_boxes(
-    images: Tensor, packed: PackedViews, look: Look, size: tuple[int, int]
-) -> Tensor:
+def _sort_key(view: View) -> tuple[object, ...]:
+    order = () if view.jitter is None else view.jitter_order
+    return (order, view.grey, view.blur_sigma is not None, view.solarise)
+
+
+def render_boxes(images: Tensor, packed: PackedViews, look: Look, size: tuple[int, int]) -> Tensor:
     """V views of each of B images, rendered on their device: float32 [V, B, C, *size].
 
     Args:
@@ -217,32 +251,28 @@ def render_boxes(
     views = resize_boxes(images, packed.boxes, packed.flips, size)
     rows = views.flatten(0, 1)
     _apply_(rows, packed.plan, Scratch(rows.device), Scratch(rows.device))
-    _normalise_(rows, look)
+    _normalise_(rows, *look.normaliser(rows.shape[1]))
     return views
 
 
 def _apply_(views: Tensor, planned: Plan, scratch: Scratch, gathered: Scratch) -> None:
     """The planned operations on N views, float32 [N, C, h, w] in 0..255."""
-    N, C, h, w = views.shape
+    shape = views.shape[1:]
     row, factor = 0, 0
-    for operation, count, width in planned.steps:
+    for operation, count, first, width in planned.steps:
         factors = planned.factors[factor : factor + width * count].view(width, count, 1, 1, 1)
-        if count == N:
-            OPERATIONS[operation](views, factors, scratch)
+        if first is not None:
+            OPERATIONS[operation](views[first : first + count], factors, scratch)
         else:
             rows = planned.rows[row : row + count]
-            some = torch.index_select(views, 0, rows, out=gathered.take(count, C, h, w))
+            some = torch.index_select(views, 0, rows, out=gathered.take(count, *shape))
             views.index_copy_(0, rows, OPERATIONS[operation](some, factors, scratch))
         row += count
         factor += width * count
 
 
-def _normalise_(views: Tensor, look: Look) -> None:
-    """Views [N, C, h, w] in 0..255, normalised as images in 0..1."""
-    if not look.normalised:
-        return
-    mean, std = normalisation(views.shape[1], look.mean, look.std)
-    scale, shift = (1 / (255 * std)).flatten().tolist(), (-mean / std).flatten()
-    for c, channel in enumerate(views.unbind(1)):
-        # The shift stays on the CPU: a GPU takes one number without waiting for it.
-        torch.add(shift[c], channel, alpha=scale[c], out=channel)
+def _normalise_(views: Tensor, scale: Sequence[float], shift: Tensor) -> None:
+    """``scale * view + shift`` by channel, of views [N, C, h, w]."""
+    for channel, a, b in zip(views.unbind(1), scale, shift, strict=True):
+        # b stays on the CPU: a GPU takes one number without waiting for it.
+        torch.add(b, channel, alpha=a, out=channel)
