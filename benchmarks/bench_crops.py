@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -106,9 +106,9 @@ def torchvision_batches(source, transforms: list, num_global: int, batch: int) -
         start += batch
 
 
-def sslkit_batches(data: ModuleType, source, crops: MultiCrop, batch: int) -> Iterator:
-    theirs = data.MultiCrop(**vars(crops))  # the class of that checkout
-    return iter(data.make_loader(data.MultiCropDataset(source, theirs), batch_size=batch))
+def sslkit_batches(data: ModuleType, source, settings: dict, batch: int) -> Iterator:
+    dataset = data.MultiCropDataset(source, data.MultiCrop(**settings))
+    return iter(data.make_loader(dataset, batch_size=batch))
 
 
 def race(raced: dict[str, Iterator], batch: int, batches: int, rounds: int) -> dict[str, list]:
@@ -148,7 +148,8 @@ def main() -> int:
 
 def run(workload: str, old: ModuleType, folder: Path, options: argparse.Namespace) -> None:
     thumbnails = workload == "thumbnails"
-    crops = MultiCrop(**vars(PRESETS["cifar10"].crops)) if thumbnails else MultiCrop()
+    settings = vars(PRESETS["cifar10"].crops) if thumbnails else {}
+    crops = MultiCrop(**settings)
     count, size, batch, batches = (256, (32, 32), 64, 2) if thumbnails else (16, (375, 500), 8, 1)
     scenes = Scenes(count, size=size)
     files = folder / workload
@@ -162,8 +163,8 @@ def run(workload: str, old: ModuleType, folder: Path, options: argparse.Namespac
     now, before, peer = "sslkit", f"sslkit at {options.against}", "torchvision v2"
     for name, source in (("decoded", decoded), ("from files", from_files)):
         raced = {
-            now: sslkit_batches(sslkit.data, source, crops, batch),
-            before: sslkit_batches(old, source, crops, batch),
+            now: sslkit_batches(sslkit.data, source, settings, batch),
+            before: sslkit_batches(old, source, settings, batch),
             peer: torchvision_batches(source, pipelines, crops.num_global, batch),
         }
         speeds = race(raced, batch, batches, options.rounds)

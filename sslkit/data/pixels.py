@@ -16,7 +16,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold_
+from torch.nn.functional import threshold
 
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as in torchvision
 _HUES = (0, 2, -2)  # of red, green and blue, in sixths of the circle
@@ -133,7 +133,8 @@ def gaussian_blur_(images: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
 def solarise_(images: Tensor, factors: Tensor, scratch: Scratch) -> Tensor:
     """Invert the values from 128 upwards: ``255 - image`` there."""
     # 255 - 2 * bright is 0 below the level; torch.where takes five times as long.
-    bright = threshold_(scratch.take(*images.shape).copy_(images), _JUST_BELOW, 127.5)
+    copy = scratch.take(*images.shape).copy_(images)
+    bright = threshold(copy, _JUST_BELOW, 127.5, inplace=True)
     return images.add_(bright.mul_(-2).add_(255))
 
 

@@ -83,13 +83,13 @@ class Step(NamedTuple):
 
     Attributes:
         operation: index of :data:`sslkit.data.pixels.OPERATIONS`.
-        count: how many views it concerns.
+        num_views: how many it concerns.
         first: the first of these views if they follow one another, or None.
         width: how many factors each of them has.
     """
 
     operation: int
-    count: int
+    num_views: int
     first: int | None
     width: int
 
@@ -100,7 +100,7 @@ class Plan(NamedTuple):
     Attributes:
         steps: the operations.
         rows: int64 [R], the views that the steps concern, one step after the other.
-        factors: float32, the factors of the steps, [width, count] each, one step after the other.
+        factors: float32, the factors of the steps, [width, num_views] each, one step after the other.
     """
 
     steps: tuple[Step, ...]

@@ -229,7 +229,7 @@ def _empty(*shape: int) -> Tensor:
     if get_worker_info() is None or 0 in shape:
         return torch.empty(shape)
     storage = torch.UntypedStorage._new_shared(4 * math.prod(shape), device="cpu")
-    return torch.empty(0).set_(storage, 0, shape)
+    return torch.empty(0).set_(storage).view(shape)
 
 
 def _stack_rest(samples: Sequence[_Shown], start: float) -> dict[str, Any]:
