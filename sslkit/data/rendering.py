@@ -100,7 +100,7 @@ class Plan(NamedTuple):
     Attributes:
         steps: the operations.
         rows: int64 [R], the views that the steps concern, one step after the other.
-        factors: float32, the factors of the steps, [width, num_views] each, one step after the other.
+        factors: float32, the factors of the steps, [width, num_views] each, in the same order.
     """
 
     steps: tuple[Step, ...]
