@@ -155,9 +155,11 @@ def test_ceilings_are_positive_rates() -> None:
     assert slow_exp.seconds(Work(bytes=8, flops=2, exps=3)) == 1 + 3
 
 
+GOAL = next(goal for goal in reach.GOALS["cpu"] if goal.operation == "sinkhorn")
+
+
 def goal_rows(seconds: dict[str, float]) -> list[dict[str, Any]]:
-    goal = reach.GOALS["cpu"][0]
-    common = {"device": "cpu", "operation": goal.operation, "size": goal.size, "run": "1"}
+    common = {"device": "cpu", "operation": GOAL.operation, "size": GOAL.size, "run": "1"}
     measured = [{"contestant": n, "seconds": s, "peak_bytes": 1} for n, s in seconds.items()]
     absent = {"contestant": "birder Franca", "skipped": "not installed"}
     return [{**common, **row} for row in (*measured, absent)]
@@ -173,7 +175,8 @@ def goal_rows(seconds: dict[str, float]) -> list[dict[str, Any]]:
     ],
 )
 def test_a_goal_is_checked_against_the_best_that_was_measured(seconds, verdict, value) -> None:
-    outcome = next(reach.check(goal_rows(seconds)))
+    outcomes = reach.check(goal_rows(seconds))
+    outcome = next(each for each in outcomes if each.goal == GOAL)
     assert (outcome.verdict, outcome.value) == (verdict, value)
     assert "birder Franca" in str(outcome)  # named, for it was not raced
 

@@ -52,7 +52,8 @@ def test_timm(weights, tmp_path, capsys):
     call = capsys.readouterr().out.strip()
     vit = eval(call, {"timm": timm}).eval()
     images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(vit(images), load(weights).eval()(images).cls)
+    with torch.no_grad():
+        assert torch.equal(vit(images), load(weights).eval()(images).cls)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: timm" in card
     assert "| k-NN accuracy | 0.4000 |" in card

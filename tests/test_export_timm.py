@@ -66,6 +66,7 @@ def test_timm_computes_the_same(case, tmp_path):
         torch.testing.assert_close(vit(images), tokens.cls, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
 def test_other_ways_into_timm(tmp_path):
     """A file by overlay, and a classifier on other channels and another size."""
     encoder = network("sslkit_vit_micro")

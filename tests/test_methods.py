@@ -38,7 +38,7 @@ METHODS: dict[str, Any] = {
 SHORT = "--preset smoke --device cpu --workers 0 --steps 5 --batch-size 8 --scene-size 32"
 SHORT += " --num-scenes 60 --crops.num-local 2 --log-every 1 --checkpoint-every 2"
 SHORT += " --evaluation.num-train 20 --evaluation.num-test 10 --evaluation.knn 5"
-SHORT += " --evaluation.online-every 0"
+SHORT += " --evaluation.online-every 0 --precision float32"
 ONE_BLOCK = {"dinov2": ["--backbone", "sslkit_vit_micro"]}
 BOTH = ["dinov2", "swav"]
 

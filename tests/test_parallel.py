@@ -146,14 +146,14 @@ def check_beginnings(parallel: Parallel, folder: Path) -> None:
 
 
 def check_half_precision(parallel: Parallel) -> None:
-    """Blocks gathered in bfloat16 compute what autocast computes; heads and scores are float32."""
+    """Blocks gathered in bfloat16 compute what autocast computes; weights of heads are float32."""
     images = share(batch(IMAGES), parallel.rank, parallel.world_size)
     settings = replace(PROBLEMS["sinkhorn"], precision="bfloat16")
     ddp = method(replace(settings, parallel="ddp"), parallel).step(STEP, images)
     own = method(replace(settings, parallel="fsdp"), parallel)
     used: dict[str, set[torch.dtype]] = {"block": set(), "head": set()}
     for network in (own.student, own.teacher.module):
-        mlp, head = network.backbone.vit.blocks[0].mlp, network.dino_head.heads[0]
+        mlp, head = network.backbone.vit.blocks[0].mlp, network.dino_head.heads[0][1]
         for kind, module in (("block", mlp), ("head", head)):
             module.register_forward_pre_hook(
                 lambda m, _, kind=kind: used[kind].update(p.dtype for p in m.parameters())

@@ -102,12 +102,9 @@ def matryoshka_projector(steps: int = 800, pixels: int = 240) -> Figure:
     head, generator = network.head, torch.Generator().manual_seed(1)
     points = points_in_groups(600, generator)
     features = network.encoder(points).detach().requires_grad_()
-    reads = torch.stack(
-        [
-            torch.autograd.grad(logits.square().sum(), features)[0].abs().sum(0) > 0
-            for logits in head(features)
-        ]
-    )
+    totals = [logits.square().sum() for logits in head(features)]
+    gradients = [torch.autograd.grad(x, features, retain_graph=True)[0] for x in totals]
+    reads = torch.stack([gradient.abs().sum(0) > 0 for gradient in gradients])
     panels = figure.subplots(2, 2).ravel()
     show(panels[0], reads.numpy(), cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
     panels[0].set_xticks([m - 1 for m in head.nesting_dims], head.nesting_dims)

@@ -13,16 +13,16 @@ from sslkit.ops import attention, attention_cpu  # noqa: F401
 
 
 @register_flop_formula(torch.ops.sslkit.attention_products)
-def _products_flops(qkv_shape: Sequence[int], length: int, *_: object, **__: object) -> int:
-    T, _, h, d = qkv_shape
+def _products_flops(qkv_shape: Sequence[int], length: int, *_: Any, **__: Any) -> int:
+    T, _three, h, d = qkv_shape
     return 2 * 2 * T * length * h * d
 
 
 @register_flop_formula(torch.ops.sslkit.attention_products_backward)
 def _products_backward_flops(
-    _grad_shape: Sequence[int], operands_shape: Sequence[int], *_: object, **__: object
+    _grad_shape: Sequence[int], operands_shape: Sequence[int], *_: Any, **__: Any
 ) -> int:
-    _, crops, h, n, d = operands_shape
+    _three, crops, h, n, d = operands_shape
     products = 4 if attention_cpu.keeps_weights(n, d) else 5
     return products * 2 * crops * n * n * h * d
 
@@ -31,7 +31,7 @@ def _products_backward_flops(
 def _triton_flops(
     qkv_shape: Sequence[int], lengths: Sequence[int], counts: Sequence[int], *_: Any, **__: Any
 ) -> int:
-    *_, h, d = qkv_shape
+    h, d = qkv_shape[-2:]
     pairs = sum(n * n * count for n, count in zip(lengths, counts, strict=True))
     return 2 * 2 * pairs * h * d
 
