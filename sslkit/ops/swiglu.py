@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sslkit.devices import device_type
+
 _WORKING_SET = 2**21
 """Bytes that a block of rows may take on a CPU: what stays in the L2 caches of two cores."""
 
@@ -34,7 +36,7 @@ def swiglu(x: Tensor) -> Tensor:
     """
     if x.shape[-1] % 2:
         raise ValueError(f"x must be [..., 2 * h], got {tuple(x.shape)}")
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if device_type(x.device) != "cpu" or torch.compiler.is_compiling():
         a, b = x.chunk(2, dim=-1)
         return F.silu(a) * b
     if torch.is_grad_enabled() and x.requires_grad:

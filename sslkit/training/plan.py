@@ -88,7 +88,8 @@ def measure(
     def begin_update(optimizer: Optimizer, *_: Any) -> None:
         watch.phase = UPDATE
         for group in optimizer.param_groups:
-            group["foreach"] = device == "cuda"  # AdamW would look at the device: a CPU
+            if not group.get("fused"):
+                group["foreach"] = device == "cuda"  # AdamW would look at the device: a CPU
 
     with ExitStack() as stack:
         stack.callback(register_optimizer_step_pre_hook(begin_update).remove)
