@@ -59,12 +59,7 @@ CASES = {
     "factored": {"batch_size": 32, "num_prototypes": 4096, "factored": True},
     "factored-prototypes": {"batch_size": 8, "num_prototypes": 32768, "factored": True},
     "accumulation": {"batch_size": 16, "num_prototypes": 8192, "accumulation": 2},
-    "accumulation-factored": {
-        "batch_size": 64,
-        "num_prototypes": 8192,
-        "accumulation": 4,
-        "factored": True,
-    },
+    "accumulation-factored": {"batch_size": 16, "accumulation": 2, "factored": True},
     "narrow": {"batch_size": 64, "num_prototypes": 4096, "backbone": "sslkit_vit_micro"},
     "drop-path": {"batch_size": 64, "drop_path_rate": 0.1, "backbone": "sslkit_vit_micro"},
     "unbounded": {"batch_size": 16, "num_prototypes": 1024, "normalize": False},

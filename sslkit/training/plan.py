@@ -10,7 +10,7 @@ Nothing here knows of the method. There are three kinds of tensors:
 
 import warnings
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # collectives of fake tensors
 import torch.testing._internal.distributed.fake_pg  # the backend "fake"
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -54,12 +55,12 @@ class Plan(NamedTuple):
 def empty_batch(settings: Any, images: int) -> Batch:
     """Images as the recipe with these settings sees them, on the meta device."""
     crops, model = settings.crops, getattr(settings, "model", None)
-    views = [
+    global_crops, local_crops = (
         torch.empty(count, images, getattr(model, "in_chans", 3), side, side, device="meta")
         for count, side in ((2, crops.global_size), (crops.num_local, crops.local_size))
-    ]
+    )
     zeros = torch.zeros(images, dtype=torch.int64)
-    return Batch(*views, labels=zeros, epochs=zeros, indices=zeros, unreadable=())
+    return Batch(global_crops, local_crops, zeros, zeros, zeros, ())
 
 
 def measure(
@@ -98,7 +99,7 @@ def measure(
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # deepcopy
         stack.enter_context(planned_for(device))
         if world_size > 1:  # none of the other processes exist
-            store = dist.HashStore()
+            store = HashStore()
             dist.init_process_group("fake", rank=0, world_size=world_size, store=store)
             stack.callback(dist.destroy_process_group)
         group = dist.group.WORLD if world_size > 1 else None
@@ -143,7 +144,8 @@ class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.phase, self.now, self.fullest = STATE, Counter[str](), Counter[str]()
-        self.flops, self.traffic = Counter[Any](), Counter[Any]()
+        self.flops = Counter[torch.dtype]()
+        self.traffic = defaultdict[tuple[int, ...], float](float)
         self._fake = _FakeTensors(allow_non_fake_inputs=True)
         self._modules = ModuleTracker()  # knows when a backward pass runs
         self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, str]] = {}
