@@ -32,13 +32,13 @@ LONGEST = {
 }
 """Longest crop for which products are faster, by type and by whether a gradient is needed.
 
-From ``python -m benchmarks -k attention_cpu`` on an Intel Xeon with AMX, one thread, torch 2.14.1:
-ms of SDPA, plain products and these products, forward and backward in bfloat16, which are ahead at
-every length: 13.0, 6.9, 5.5 at 10 tokens, 112, 12.4, 11.5 at 37, 72, 16.5, 14.7 at 65. In float32:
-10.9, 12.2, 9.2 at 10 tokens, 22.6, 18.8, 17.2 at 37; from 65 on SDPA is level or ahead. Forward
-alone in bfloat16: 3.3, 2.6, 2.2 at 10 tokens; at 37 the order changed between runs, and from 65 on
-SDPA is ahead, as it is in float32 at all lengths. Processors without AMX were not measured, nor
-were other types, which SDPA takes.
+From the sizes of ``python -m benchmarks -k attention_cpu`` on a 2-core Intel Xeon with AMX, torch
+2.14.1, one thread: ms of SDPA, plain products and these products, forward and backward in bfloat16:
+13.0, 6.9, 5.5 at 10 tokens, 112, 12.4, 11.5 at 37, 72, 16.5, 14.7 at 65, 126, 69.5, 69.6 at 257. In
+float32: 10.9, 12.2, 9.2 at 10 tokens, 22.6, 18.8, 17.2 at 37; from 65 on SDPA is level or ahead.
+Forward alone, two threads: 1.8, 1.3, 1.2 in bfloat16 at 10 tokens; at 37 plain products are ahead
+by an eighth in both types, and from 65 on SDPA is. Processors without AMX were not measured; other
+types go to SDPA.
 """
 
 
