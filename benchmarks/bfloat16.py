@@ -50,8 +50,8 @@ def _in_float64(forward: Callable[..., Any], x: Tensor, **options: Any) -> Any:
     return forward(x.double(), **options)
 
 
-def bfloat16(network: FrancaNetwork) -> FrancaNetwork:
-    """The network as the recipe runs it under autocast."""
+def unchanged(network: FrancaNetwork) -> FrancaNetwork:
+    """The network of the recipe."""
     return network
 
 
@@ -110,8 +110,8 @@ def errors(steps: int) -> None:
     exact = float64(copy.deepcopy(own.student).train())
     targets, gradient = outputs_and_gradient(own, exact, views, masks, autocast=False)
     kinds: dict[str, tuple[bool, Callable[[FrancaNetwork], FrancaNetwork]]] = {
-        "float32": (False, bfloat16),
-        "bfloat16, as in the recipe": (True, bfloat16),
+        "float32": (False, unchanged),
+        "bfloat16, as in the recipe": (True, unchanged),
         "bfloat16, heads in float32": (True, float32_heads),
         "bfloat16, logits too": (True, bfloat16_logits),
     }

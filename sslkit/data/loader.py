@@ -110,30 +110,13 @@ class MultiCropDataset(Dataset[Sample]):
         """The drawn views, cut and resized."""
         start = time.perf_counter()
         resized = self.crops.resize(drawn.image, drawn.views)
-        return ResizedSample(
-            resized=resized,
-            views=drawn.views,
-            label=drawn.label,
-            epoch=drawn.epoch,
-            index=drawn.index,
-            unreadable=drawn.unreadable,
-            read_seconds=drawn.read_seconds,
-            augment_seconds=drawn.augment_seconds + time.perf_counter() - start,
-        )
+        return ResizedSample(resized=resized, views=drawn.views, **drawn.known(since=start))
 
     def render(self, drawn: DrawnSample) -> Sample:
         """The drawn views as float32 crops."""
         start = time.perf_counter()
         crops = self.crops.render_all(drawn.image, drawn.views)
-        return Sample(
-            crops=crops,
-            label=drawn.label,
-            epoch=drawn.epoch,
-            index=drawn.index,
-            unreadable=drawn.unreadable,
-            read_seconds=drawn.read_seconds,
-            augment_seconds=drawn.augment_seconds + time.perf_counter() - start,
-        )
+        return Sample(crops=crops, **drawn.known(since=start))
 
 
 class _Unrendered(Dataset[ResizedSample | DrawnSample]):

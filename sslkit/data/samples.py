@@ -8,7 +8,7 @@ another device, they are cut from the images of the batch (:class:`DrawnSample`)
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,12 @@ class _Shown:
     unreadable: tuple[Unreadable, ...]
     read_seconds: float
     augment_seconds: float
+
+    def known(self, *, since: float) -> dict[str, Any]:
+        """These fields by name, with the time from ``since`` until now added to the last."""
+        values = {field.name: getattr(self, field.name) for field in fields(_Shown)}
+        values["augment_seconds"] += time.perf_counter() - since
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)

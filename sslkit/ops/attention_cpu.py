@@ -32,13 +32,13 @@ LONGEST = {
 }
 """Longest crop for which products are faster, by type and by whether a gradient is needed.
 
-From the sizes of ``python -m benchmarks -k attention_cpu`` on a 2-core Intel Xeon with AMX, torch
-2.14.1, one thread: ms of SDPA, plain products and these products, forward and backward in bfloat16:
-13.0, 6.9, 5.5 at 10 tokens, 112, 12.4, 11.5 at 37, 72, 16.5, 14.7 at 65, 126, 69.5, 69.6 at 257. In
-float32: 10.9, 12.2, 9.2 at 10 tokens, 22.6, 18.8, 17.2 at 37; from 65 on SDPA is level or ahead.
-Forward alone in bfloat16, two threads: 1.8, 1.3, 1.2 at 10 tokens; plain products are 1.3 times as
-fast as SDPA at 37, and SDPA is ahead from 65 on. In float32 the two are level at 37. Processors
-without AMX were not measured; other types go to SDPA.
+From ``python -m benchmarks -k attention_cpu`` on a 2-core Intel Xeon with AMX, two threads, torch
+2.14.1 (docs/benchmarks.md): ms of SDPA, plain products and these products, forward and backward in
+bfloat16: 6.5, 3.2, 2.7 at 10 tokens, 55, 5.9, 6.0 at 37, 46, 8.3, 7.7 at 65, 42, 20.6, 21.4 at 257,
+71, 125, 66 at 1370. In float32: 3.2, 3.7, 2.5 at 10 tokens, 6.4, 5.4, 5.0 at 37; from 65 on SDPA is
+ahead of plain products. Forward alone in bfloat16, SDPA and plain products: 1.7, 1.3 at 10 tokens,
+2.5, 1.9 at 37, 2.3, 2.7 at 65. In float32 SDPA is ahead or level. Processors without AMX were not
+measured; other types go to SDPA.
 """
 
 
