@@ -12,8 +12,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
     GPUs, and CPUs with AMX tiles. With AVX512-BF16 alone a step of the preset `cifar10` takes 1.25
     times as long in bfloat16 as in float32 (``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python -m
-    benchmarks.steps --only step``, which keeps oneDNN from the tiles); with them, .72 times (without
-    the variable). Both on a 2-core Intel Xeon with AMX, torch 2.14.1, Python 3.11.
+    benchmarks.steps --only step``, which keeps oneDNN from the tiles); with them, and without the
+    variable, .72 times. Both on a 2-core Intel Xeon with AMX, torch 2.14.1, Python 3.11.
     """
     if device.type == "cpu":
         return torch.cpu._is_amx_tile_supported()
