@@ -16,6 +16,15 @@ class DamagedFile(ValueError):
     """A file does not hold what it should; the message names it and says what to do."""
 
 
+def cache_folder(name: str) -> Path:
+    """The folder ``sslkit/NAME`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. It may not exist."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # does not count by the XDG specification
+        base = os.path.expanduser("~/.cache")
+    # A user without a home has "~" still in it; as in containers, it is the root folder then.
+    return Path("/", base.removeprefix("~/"), "sslkit", name)
+
+
 def parse_json(text: str | bytes, name: str, remedy: str = "") -> Any:
     """Parse a JSON text that anybody may have written.
 

@@ -171,8 +171,9 @@ def test_runs_in_the_type_of_autocast(dtype):
     assert torch.equal(out, packed_attention(expected, [3, 2]))
 
 
-# ------------------------------------------------------------------------- products on a CPU
+# ----------------------------------------------- on a CPU: the body in C, and explicit products
 
+BODIES = pytest.mark.parametrize("impl", ["c", "torch"])
 TYPES = [torch.float32, torch.bfloat16]
 
 
@@ -197,12 +198,13 @@ def plain(qkv, lengths):
     ("lengths", "d"),
     [([1, 1, 1], 1), ([1, 9, 9, 37], 32), ([10] * 7, 32), ([65, 65], 64), ([30, 30, 200], 8)],
 )
-def test_products_are_as_precise_as_plain_ones(lengths, d, dtype):
+@BODIES
+def test_is_as_precise_as_plain_products(impl, lengths, d, dtype):
     """Crops of up to 3 d tokens, whose weights are kept, and longer ones; in float32 SDPA too."""
     qkv, grad = random_qkv(lengths, 3, d, dtype=dtype), random_qkv(lengths, 3, d, seed=1)[:, 0]
     grad = grad.to(dtype)
     expected = packed_attention_gradient(qkv, grad, lengths)
-    found = differentiate(lambda x: packed_attention(x, lengths), qkv, grad)
+    found = differentiate(lambda x: packed_attention(x, lengths, impl=impl), qkv, grad)
     usual = differentiate(lambda x: plain(x, lengths), qkv, grad)
     for ours, theirs, exact in zip(found, usual, expected, strict=True):
         assert ours.dtype == dtype
@@ -216,15 +218,20 @@ def test_weights_are_computed_again_in_groups(monkeypatch, scratch):
     lengths = [30] * 5
     qkv = random_qkv(lengths, 2, 4, dtype=torch.bfloat16)
     grad = random_qkv(lengths, 2, 4, seed=1, dtype=torch.bfloat16)[:, 0]
-    expected = differentiate(lambda x: packed_attention(x, lengths), qkv, grad)
+
+    def attend(x):
+        return packed_attention(x, lengths, impl="torch")
+
+    expected = differentiate(attend, qkv, grad)
     monkeypatch.setattr(attention_cpu, "SCRATCH", scratch)
-    found = differentiate(lambda x: packed_attention(x, lengths), qkv, grad)
+    found = differentiate(attend, qkv, grad)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.parametrize(("impl", "factor"), [("c", 1), ("torch", 2)])
 @pytest.mark.parametrize("length", [1, 12, 13, 100])
-def test_what_the_backward_keeps_is_at_most_twice_qkv(length):
+def test_what_the_backward_keeps_is_at_most_so_many_times_qkv(impl, factor, length):
     lengths, kept = [length] * 3, {}
 
     def keep(x):
@@ -233,8 +240,8 @@ def test_what_the_backward_keeps_is_at_most_twice_qkv(length):
 
     qkv = random_qkv(lengths, 2, 4, dtype=torch.bfloat16).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        packed_attention(qkv, lengths)
-    assert qkv.nbytes <= sum(kept.values()) <= 2 * qkv.nbytes
+        packed_attention(qkv, lengths, impl=impl)
+    assert qkv.nbytes <= sum(kept.values()) <= factor * qkv.nbytes
 
 
 def products(lengths, dtype, *, gradient):
@@ -248,7 +255,7 @@ def products(lengths, dtype, *, gradient):
             return func(*args, **(kwargs or {}))
 
     with Names():
-        packed_attention(qkv, lengths)
+        packed_attention(qkv, lengths, impl="torch")
     return names.count("sslkit::attention_products")
 
 
@@ -270,13 +277,14 @@ def test_registration_of_products(length):
     torch.library.opcheck(ops.attention_products.default, (qkv.requires_grad_(), length, 0.5))
 
 
+@BODIES
 @pytest.mark.parametrize("lengths", [[5, 5, 3], [20, 20]])
-def test_products_are_compiled_checkpointed_and_the_same_each_time(lengths):
+def test_is_compiled_checkpointed_and_the_same_each_time(impl, lengths):
     qkv = random_qkv(lengths, dtype=torch.bfloat16)
     grad = random_qkv(lengths, seed=1, dtype=torch.bfloat16)[:, 0]
 
     def attend(x):
-        return packed_attention(x, lengths)
+        return packed_attention(x, lengths, impl=impl)
 
     expected = differentiate(attend, qkv, grad)
     for function in (
@@ -288,34 +296,120 @@ def test_products_are_compiled_checkpointed_and_the_same_each_time(lengths):
             assert torch.equal(ours, first)
 
 
-def test_products_under_autocast_and_of_no_crop():
+@BODIES
+def test_under_autocast_and_of_no_crop(impl):
     qkv = random_qkv([5, 5, 20], dtype=torch.float32)
     grad = random_qkv([5, 5, 20], seed=1, dtype=torch.bfloat16)[:, 0]
 
     def attend(x):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return packed_attention(x, [5, 7, 20], counts=[2, 0, 1])
+            return packed_attention(x, [5, 7, 20], counts=[2, 0, 1], impl=impl)
 
     out, gradient = differentiate(attend, qkv, grad)
-    expected = differentiate(lambda x: packed_attention(x, [5, 5, 20]), qkv.bfloat16(), grad)
+
+    def in_bfloat16(x):
+        return packed_attention(x, [5, 5, 20], impl=impl)
+
+    expected = differentiate(in_bfloat16, qkv.bfloat16(), grad)
     assert torch.equal(out, expected[0])
     assert torch.equal(gradient, expected[1].float())
 
 
-def test_products_read_any_memory_layout():
+@BODIES
+def test_body_reads_any_memory_layout(impl):
+    def attend(x):
+        return packed_attention(x, [5, 5, 20], impl=impl)
+
     qkv = random_qkv([5, 5, 20], dtype=torch.bfloat16)
     strided = qkv.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).requires_grad_()
     assert not strided.is_contiguous()
-    out = packed_attention(strided, [5, 5, 20])
-    assert torch.equal(out, packed_attention(qkv.requires_grad_(), [5, 5, 20]))
+    out = attend(strided)
+    assert torch.equal(out, attend(qkv.requires_grad_()))
     (found,) = torch.autograd.grad(out.sum(), strided)
-    (expected,) = torch.autograd.grad(packed_attention(qkv, [5, 5, 20]).sum(), qkv)
+    (expected,) = torch.autograd.grad(attend(qkv).sum(), qkv)
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("length", "backward"), [(12, 4), (13, 5)])
-def test_products_count_their_flops(length, backward):
+@pytest.mark.parametrize(
+    ("impl", "length", "backward"), [("torch", 12, 4), ("torch", 13, 5), ("c", 13, 5)]
+)
+def test_body_counts_its_flops(impl, length, backward):
     qkv = random_qkv([length] * 2, 2, 4, dtype=torch.bfloat16).requires_grad_()
     with FlopCounterMode(display=False) as counter:
-        packed_attention(qkv, [length] * 2).sum().backward()
+        packed_attention(qkv, [length] * 2, impl=impl).sum().backward()
     assert counter.get_total_flops() == (2 + backward) * 2 * 2 * length**2 * 2 * 4
+
+
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=3),
+    h=st.integers(1, 3),
+    d=st.integers(1, 40),
+    scale=st.sampled_from([None, 0.0, -1.0]),
+    magnitude=st.sampled_from([0.0, 1.0, 30.0]),
+)
+def test_c_is_right_at_any_size(lengths, h, d, scale, magnitude):
+    """Sizes that fill vectors and blocks of rows, and sizes that do not."""
+    qkv = random_qkv(lengths, h, d, dtype=torch.float32, magnitude=magnitude)
+    grad = random_qkv(lengths, h, d, seed=1, dtype=torch.float32)[:, 0]
+    found = differentiate(lambda x: packed_attention(x, lengths, scale=scale, impl="c"), qkv, grad)
+    expected = packed_attention_gradient(qkv, grad, lengths, scale)
+    for ours, exact in zip(found, expected, strict=True):
+        # An exponent of 1000 is wrong by 1000 times the relative error of its product.
+        error = 1e-6 * max(1, magnitude**2) * exact.norm() + 1e-6
+        assert (ours.double() - exact).norm() <= error
+
+
+def test_c_is_the_same_with_any_number_of_threads():
+    qkv = random_qkv([20] * 5, dtype=torch.float32)
+    grad = random_qkv([20] * 5, seed=1, dtype=torch.float32)[:, 0]
+
+    def attend(x):
+        return packed_attention(x, [20] * 5, impl="c")
+
+    one, threads = differentiate(attend, qkv, grad), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        three = differentiate(attend, qkv, grad)
+    finally:
+        torch.set_num_threads(threads)
+    for ours, first in zip(three, one, strict=True):
+        assert torch.equal(ours, first)
+
+
+def test_c_keeps_nan_and_infinity_inside_their_crop():
+    qkv = random_qkv([5, 5, 5, 5], dtype=torch.float32)
+    qkv[2, 0], qkv[7, 1], qkv[12, 2] = float("nan"), float("inf"), float("-inf")
+    out = packed_attention(qkv, [5] * 4, impl="c")
+    assert torch.equal(out.isfinite(), plain(qkv, [5] * 4).isfinite())
+    assert out[15:].isfinite().all()
+
+
+def test_c_has_a_longest_crop():
+    qkv = random_qkv([513], dtype=torch.float32)
+    with record_bodies() as ran:
+        out = packed_attention(qkv, [513])
+    assert set(ran) == {("packed_attention", "torch")}
+    assert out.isfinite().all()
+    with pytest.raises(RuntimeError, match="crops of up to 512 tokens, not of 513; use impl='auto"):
+        packed_attention(qkv, [513], impl="c")
+
+
+def test_c_is_chosen_where_it_is_fastest(monkeypatch):
+    def bodies(dtype):
+        with record_bodies() as ran:
+            packed_attention(random_qkv([10, 10, 100, 3], dtype=dtype), [10, 10, 100, 3])
+        return [body for _, body in ran]
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert bodies(torch.float32) == bodies(torch.bfloat16) == ["c", "c", "c"]
+    assert bodies(torch.float64) == ["torch", "torch", "torch"]
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert bodies(torch.float32) == ["c", "c", "c"]
+    assert bodies(torch.bfloat16) == ["c", "torch", "c"]
+
+
+def test_registration_of_c():
+    qkv = random_qkv([5] * 3, 2, 4, dtype=torch.float32)
+    ops, grad = torch.ops.sslkit, qkv[:, 0].contiguous()
+    torch.library.opcheck(ops.packed_attention_c_backward.default, (grad, qkv, [5], [3], 0.5))
+    torch.library.opcheck(ops.packed_attention_c.default, (qkv.requires_grad_(), [5], [3], 0.5))

@@ -37,7 +37,9 @@ def test_dispatch(name):
     assert {body for _, body in ran} == {"torch"}
     for x, y in zip(auto, explicit, strict=True):
         assert torch.equal(x, y)
-    with pytest.raises(ValueError, match=r"impl must be one of.*'auto', 'torch', 'triton'.*'cuda'"):
+    with pytest.raises(
+        ValueError, match=r"impl must be one of.*'auto', 'torch', 'c', 'triton'.*'cuda'"
+    ):
         CALLS[name](impl="cuda")
 
 

@@ -20,10 +20,10 @@ from sslkit.data.fingerprint import fingerprint
 from sslkit.data.image_folder import ImageFolder
 from sslkit.data.image_formats import IMAGE_EXTENSIONS
 from sslkit.data.labels import natural_order
-from sslkit.data.listing import Listing, cache_folder, list_images
+from sslkit.data.listing import Listing, list_images
 from sslkit.data.natural_sort import sort_naturally
 from sslkit.data.splits import name_hash
-from sslkit.files import DamagedFile
+from sslkit.files import DamagedFile, cache_folder
 
 LONG_AGO = 1_500_000_000
 FILES = [
@@ -456,7 +456,7 @@ def test_a_cache_that_cannot_be_written(folder, tmp_path, monkeypatch, kind, sca
         monkeypatch.setenv("XDG_CACHE_HOME", "relative")
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)
         monkeypatch.setattr(Path, "mkdir", fail(OSError(30, "Read-only file system")))
-        assert cache_folder() == Path("/.cache/sslkit/listings")
+        assert cache_folder("listings") == Path("/.cache/sslkit/listings")
     elif kind == "a full disk":
         monkeypatch.setattr(listing, "atomic_write", fail(OSError(28, "No space left on device")))
     else:

@@ -1,5 +1,7 @@
 """The gate of SwiGLU: equal to its formula in float64, for any shape and type."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sslkit.ops import swiglu as module
+from sslkit.ops.c_kernels import TYPES
+from sslkit.ops.dispatch import record_bodies
 from sslkit.ops.swiglu import swiglu
 
 
@@ -26,24 +29,25 @@ def result_and_gradient(f, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 @given(
     st.lists(st.integers(0, 5), min_size=0, max_size=3),
-    st.integers(1, 7),
+    st.integers(1, 7) | st.sampled_from([256, 300]),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
     st.sampled_from([1e-3, 1.0, 30.0]),
-    st.integers(1, 400),
+    st.sampled_from(["c", "torch"]),
 )
 def test_equals_the_formula(
-    shape: list[int], hidden: int, dtype: torch.dtype, scale: float, working_set: int
+    shape: list[int], hidden: int, dtype: torch.dtype, scale: float, impl: str
 ) -> None:
+    if dtype not in TYPES:
+        impl = "auto"
+
     generator = torch.Generator().manual_seed(0)
     x = (scale * torch.randn(*shape, 2 * hidden, generator=generator)).to(dtype)
     grad = torch.randn(*shape, hidden, generator=generator).to(dtype)
     exact = result_and_gradient(formula, x.double(), grad.double())
     plain = result_and_gradient(formula, x, grad)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_WORKING_SET", working_set)  # blocks of one row and of many
-        found = result_and_gradient(swiglu, x, grad)
-        with torch.no_grad():
-            inference = swiglu(x)
+    found = result_and_gradient(partial(swiglu, impl=impl), x, grad)
+    with torch.no_grad():
+        inference = swiglu(x, impl=impl)
     assert inference.dtype == found[0].dtype == dtype
     if not x.numel():
         return
@@ -83,3 +87,24 @@ def test_compiles_in_one_graph_to_the_same_numbers() -> None:
 def test_odd_features_are_refused() -> None:
     with pytest.raises(ValueError, match=r"x must be \[..., 2 \* h\], got \(2, 3\)"):
         swiglu(torch.zeros(2, 3))
+
+
+def test_registration() -> None:
+    x, grad = torch.randn(2, 3, 8), torch.randn(2, 3, 4)
+    torch.library.opcheck(torch.ops.sslkit.swiglu_c_backward.default, (grad, x))
+    torch.library.opcheck(torch.ops.sslkit.swiglu_c.default, (x.requires_grad_(),))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "body"), [(torch.bfloat16, "c"), (torch.float32, "c"), (torch.float64, "torch")]
+)
+def test_auto_is_c_for_its_types(dtype: torch.dtype, body: str) -> None:
+    with record_bodies() as ran:
+        swiglu(torch.zeros(2, 4, dtype=dtype))
+    assert ran == [("swiglu", body)]
+
+
+def test_infinities_and_nan() -> None:
+    inf, nan = float("inf"), float("nan")
+    found = swiglu(torch.tensor([inf, -1e38, nan, 1.0, 1.0, 1.0]), impl="c")
+    torch.testing.assert_close(found, torch.tensor([inf, 0.0, nan]), equal_nan=True)

@@ -1,8 +1,8 @@
 """The list of a folder's image files, made once and mapped from the disk by later processes.
 
 The list of a folder with at least `MIN_KEPT` images is kept in a file of the user's cache
-(:func:`cache_folder`). One process makes it while others that open the folder wait. Then they, and
-all later starts, map it: their memory and the time do not grow with the number of images.
+(`sslkit.files.cache_folder`). One process makes it while others that open the folder wait. Then
+they, and all later starts, map it: their memory and the time do not grow with the number of images.
 
 **What a kept list is checked against.** The list is used if the times of change (mtime and ctime)
 of every folder below it are still what they were when that folder was read. A file, link or folder
@@ -42,7 +42,13 @@ from sslkit.data.image_formats import IMAGE_EXTENSIONS
 from sslkit.data.image_walk import MISSING, Stamp, WalkedFolder, stamp_of, walk_images
 from sslkit.data.regular_file import open_regular
 from sslkit.data.string_table import StringTable
-from sslkit.files import DamagedFile, atomic_write, damage_explained, parse_json
+from sslkit.files import (
+    DamagedFile,
+    atomic_write,
+    cache_folder,
+    damage_explained,
+    parse_json,
+)
 
 T = TypeVar("T")
 
@@ -203,15 +209,6 @@ class Listing:
         return _write(path, parts, self._description)
 
 
-def cache_folder() -> Path:
-    """The folder of kept lists: ``sslkit/listings`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # does not count by the XDG specification
-        base = os.path.expanduser("~/.cache")
-    # A user without a home has "~" still in it; as in containers, it is the root folder then.
-    return Path("/", base.removeprefix("~/"), "sslkit", "listings")
-
-
 def list_images(folder: str | os.PathLike[str]) -> Listing:
     """The images in a folder and below it, from the kept list if that is still right.
 
@@ -221,7 +218,8 @@ def list_images(folder: str | os.PathLike[str]) -> Listing:
         OSError: a folder cannot be read.
     """
     real = os.path.realpath(folder)
-    path = cache_folder() / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.listing"
+    name = hashlib.sha256(os.fsencode(real)).hexdigest()[:32]
+    path = cache_folder("listings") / f"{name}.listing"
     used = _in_use.get(real)
     if used is not None and used.has_own_rules() and used.is_current():
         return used

@@ -8,12 +8,14 @@ The PyTorch body is one ``scaled_dot_product_attention`` for each run of equal l
 differentiable PyTorch, so that what is saved for the backward is PyTorch's choice. On a CPU it is
 explicit products where these are faster (`sslkit.ops.attention_cpu`). Around it there are copies:
 the outputs of several runs are concatenated; backward, dQ, dK and dV of a run, and then the runs.
-The Triton body reads ``qkv`` and writes the packed result and the packed gradient.
+The bodies in Triton and in C (``ops/c/attention.c``, on a CPU) read ``qkv`` and write the packed
+result and the packed gradient; the one in C keeps ``qkv`` alone and computes the weights again.
 
 Therefore ``sslkit::packed_attention`` is a composite op: no body of its own, but ops that autograd
 knows. Its body, which asks `resolve`, is run by each eager call, and under `torch.compile` while
-the graph is made; the Triton kernels are ops inside it, ``sslkit::packed_attention_triton`` and
-its ``_backward``, and so are the products, ``sslkit::attention_products`` and its ``_backward``.
+the graph is made; the kernels are ops inside it, ``sslkit::packed_attention_triton`` and
+``sslkit::packed_attention_c`` with their ``_backward``, and so are the products,
+``sslkit::attention_products`` and its ``_backward``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslkit.devices import device_type
-from sslkit.ops import attention_cpu
+from sslkit.ops import attention_cpu, c_kernels
 from sslkit.ops.dispatch import Body, interpreting, resolve
 from sslkit.ops.packing import SINGLE_TILE_TOKENS, Runs, equal_runs
 
@@ -34,6 +36,12 @@ HEAD_SIZES_TRITON = (32, 64)
 
 MAX_TOKENS_TRITON = 384
 """Longest crop that the Triton body takes: longer ones are bound by their matrix products."""
+
+MAX_TOKENS_C = 512
+"""Longest crop that the body in C takes: of a longer one the matrices leave a core's cache.
+
+``python -m benchmarks -k attention_cpu`` races the bodies (docs/benchmarks.md).
+"""
 
 
 def packed_attention(
@@ -60,9 +68,10 @@ def packed_attention(
         counts: number of neighbouring crops that each length stands for; one each by default. A
             compiled graph serves any counts, but needs recompilation for a longer list of lengths.
         scale: factor of the dot products; ``d ** -0.5`` when None.
-        impl: ``"auto"``, ``"torch"`` or ``"triton"`` (see :mod:`sslkit.ops.dispatch`). The Triton
-            body takes float16 and bfloat16, heads of 32 and 64, and crops of up to 384 tokens;
-            ``"auto"`` chooses for long and short crops of one batch separately.
+        impl: ``"auto"``, ``"torch"``, ``"c"`` or ``"triton"`` (see :mod:`sslkit.ops.dispatch`). The
+            Triton body takes float16 and bfloat16, heads of 32 and 64, and crops of up to 384
+            tokens; the one in C float32 and bfloat16, and crops of up to 512 tokens. ``"auto"``
+            chooses for long and short crops of one batch separately.
 
     Returns:
         ``[T, h, d]``, in the type of ``qkv``; ``.flatten(1)`` feeds the output projection.
@@ -71,7 +80,7 @@ def packed_attention(
         ValueError: ``qkv`` is not ``[T, 3, h, d]``, a length is below 1, a count below 0, there are
             not as many counts as lengths, or the crops do not sum to T tokens.
         TypeError: ``qkv`` is not floating point.
-        RuntimeError: ``impl="triton"``, which cannot run here; the message says why.
+        RuntimeError: ``impl="triton"`` or ``"c"``, which cannot run here; the message says why.
 
     >>> qkv = torch.randn(5 + 5 + 3, 3, 2, 8)
     >>> out = packed_attention(qkv, [5, 5, 3])
@@ -132,27 +141,52 @@ def _packed_attention(
     sizes = [sum(n * count for n, count in runs) for _, runs in pieces]
     parts = qkv.split(sizes) if len(pieces) > 1 else (qkv,)
     outputs = [
-        _triton_forward(part, [n for n, _ in runs], [count for _, count in runs], scale)[0]
-        if body == "triton"
-        else _attend_torch(part, *runs[0], scale)
-        for part, (body, runs) in zip(parts, pieces, strict=True)
+        _attend(body, part, runs, scale) for part, (body, runs) in zip(parts, pieces, strict=True)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
+def _attend(body: Body, qkv: Tensor, runs: Runs, scale: float) -> Tensor:
+    if body == "torch":
+        return _attend_torch(qkv, *runs[0], scale)
+    lengths, counts = [n for n, _ in runs], [count for _, count in runs]
+    if body == "c":
+        return _c_forward(qkv, lengths, counts, scale)
+    return _triton_forward(qkv, lengths, counts, scale)[0]
+
+
 def _pieces(qkv: Tensor, runs: Runs, impl: str) -> Iterator[tuple[Body, Runs]]:
     """Groups of neighbouring runs for one call of a body each; PyTorch's takes a single run."""
-    for too_long, group in groupby(runs, key=lambda run: run[0] > MAX_TOKENS_TRITON):
-        some = tuple(group)
-        problem = _unsupported(qkv, max(n for n, _ in some) if too_long else None)
-        body = resolve(impl, "packed_attention", qkv, unsupported=problem)
-        if body == "triton":
-            yield body, some
-        else:
+    bodies = [
+        resolve(
+            impl,
+            "packed_attention",
+            qkv,
+            unsupported=_unsupported(qkv, n),
+            unsupported_c=_unsupported_c(qkv, n, impl),
+        )
+        for n, _ in runs
+    ]
+    for body, group in groupby(zip(bodies, runs, strict=True), key=lambda pair: pair[0]):
+        some = tuple(run for _, run in group)
+        if body == "torch":
             yield from ((body, (run,)) for run in some)
+        else:
+            yield body, some
 
 
-def _unsupported(qkv: Tensor, too_long: int | None) -> str | None:
+def _unsupported_c(qkv: Tensor, length: int, impl: str) -> str | None:
+    """Why the body in C cannot take crops of this length, or is not the fastest one."""
+    if torch.compiler.is_exporting():
+        return "an exported program consists of standard operations"
+    if length > MAX_TOKENS_C:
+        return f"the body in C takes crops of up to {MAX_TOKENS_C} tokens, not of {length}"
+    if impl == "auto" and attention_cpu.tiles_are_faster(qkv.dtype, length):
+        return "products are faster"
+    return None
+
+
+def _unsupported(qkv: Tensor, length: int) -> str | None:
     d = qkv.shape[-1]
     if qkv.dtype not in (torch.float16, torch.bfloat16):
         return f"products of {qkv.dtype} spill the kernels' registers; float16 and bfloat16 do not"
@@ -160,8 +194,8 @@ def _unsupported(qkv: Tensor, too_long: int | None) -> str | None:
         return "Triton's interpreter computes products of bfloat16 wrongly; float16 it does right"
     if d not in HEAD_SIZES_TRITON:
         return f"there are kernels for heads of {HEAD_SIZES_TRITON}, not of {d}"
-    if too_long is not None:
-        return f"there are kernels for crops of up to {MAX_TOKENS_TRITON} tokens, not of {too_long}"
+    if length > MAX_TOKENS_TRITON:
+        return f"there are kernels for crops of up to {MAX_TOKENS_TRITON} tokens, not of {length}"
     return None
 
 
@@ -244,6 +278,61 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, Non
 
 
 _triton_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("sslkit::packed_attention_c", mutates_args=())
+def _c_forward(qkv: Tensor, lengths: Sequence[int], counts: Sequence[int], scale: float) -> Tensor:
+    qkv = qkv.contiguous()
+    T, _, h, d = qkv.shape
+    out = qkv.new_empty(T, h, d)
+    runs, sizes = _of_runs(lengths, counts)
+    for part, result, (n, crops) in zip(qkv.split(sizes), out.split(sizes), runs, strict=True):
+        c_kernels.run("attention_forward", result, part, crops, n, h, d, scale, qkv.element_size())
+    return out
+
+
+@torch.library.custom_op("sslkit::packed_attention_c_backward", mutates_args=())
+def _c_backward(
+    grad: Tensor, qkv: Tensor, lengths: Sequence[int], counts: Sequence[int], scale: float
+) -> Tensor:
+    grad, qkv = grad.contiguous(), qkv.contiguous()
+    _, _, h, d = qkv.shape
+    dqkv = torch.empty_like(qkv)
+    runs, sizes = _of_runs(lengths, counts)
+    parts = (x.split(sizes) for x in (dqkv, grad, qkv))
+    for *tensors, (n, crops) in zip(*parts, runs, strict=True):
+        c_kernels.run("attention_backward", *tensors, crops, n, h, d, scale, qkv.element_size())
+    return dqkv
+
+
+def _of_runs(lengths: Sequence[int], counts: Sequence[int]) -> tuple[Runs, list[int]]:
+    """Runs, and their numbers of tokens."""
+    runs = equal_runs(lengths, counts)
+    return runs, [n * crops for n, crops in runs]
+
+
+@_c_forward.register_fake
+def _(qkv: Tensor, *_: object) -> Tensor:
+    T, _three, h, d = qkv.shape
+    return qkv.new_empty(T, h, d)
+
+
+@_c_backward.register_fake
+def _(_grad: Tensor, qkv: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _save_qkv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    qkv, ctx.lengths, ctx.counts, ctx.scale = inputs
+    ctx.save_for_backward(qkv)
+
+
+def _differentiate_c(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    dqkv = _c_backward(grad, *ctx.saved_tensors, ctx.lengths, ctx.counts, ctx.scale)
+    return dqkv, None, None, None
+
+
+_c_forward.register_autograd(_differentiate_c, setup_context=_save_qkv)
 
 
 @torch.library.custom_op("sslkit::attention_products", mutates_args=())

@@ -19,6 +19,12 @@ import math
 import torch
 from torch import Tensor
 
+LONGEST_C_WITH_TILES = 64
+"""Longest crop in bfloat16 that the body in C takes on a CPU with AMX tiles.
+
+Not measured there: from its time without tiles and that of products with them.
+"""
+
 KEPT_FACTOR = 3
 """P is kept up to this many tokens for each feature of a head: it is then no larger than qkv."""
 
@@ -45,6 +51,15 @@ measured; other types go to SDPA.
 def by_products(dtype: torch.dtype, length: int, *, gradient: bool) -> bool:
     """Whether products are faster than ``scaled_dot_product_attention`` at this length."""
     return length <= LONGEST.get((dtype, gradient), 0)
+
+
+def tiles_are_faster(dtype: torch.dtype, length: int) -> bool:
+    """Whether these products beat the body in C, which has no use for the tiles of AMX."""
+    return (
+        dtype == torch.bfloat16
+        and length > LONGEST_C_WITH_TILES
+        and torch.cpu._is_amx_tile_supported()
+    )
 
 
 def keeps_weights(length: int, d: int) -> bool:

@@ -27,8 +27,10 @@ def _products_backward_flops(
     return products * 2 * crops * n * n * h * d
 
 
-@register_flop_formula(torch.ops.sslkit.packed_attention_triton)
-def _triton_flops(
+@register_flop_formula(
+    [torch.ops.sslkit.packed_attention_triton, torch.ops.sslkit.packed_attention_c]
+)
+def _packed_flops(
     qkv_shape: Sequence[int], lengths: Sequence[int], counts: Sequence[int], *_: Any, **__: Any
 ) -> int:
     h, d = qkv_shape[-2:]
@@ -36,7 +38,12 @@ def _triton_flops(
     return 2 * 2 * pairs * h * d
 
 
-@register_flop_formula(torch.ops.sslkit.packed_attention_triton_backward)
-def _triton_backward_flops(_grad: Any, qkv_shape: Any, *args: Any, **_: Any) -> int:
-    _out, _lse, lengths, counts, _scale = args
-    return 5 * int(_triton_flops(qkv_shape, lengths, counts)) // 2
+@register_flop_formula(
+    [
+        torch.ops.sslkit.packed_attention_triton_backward,
+        torch.ops.sslkit.packed_attention_c_backward,
+    ]
+)
+def _packed_backward_flops(_grad: Any, qkv_shape: Any, *args: Any, **_: Any) -> int:
+    *_saved, lengths, counts, _scale = args
+    return 5 * int(_packed_flops(qkv_shape, lengths, counts)) // 2

@@ -1,9 +1,10 @@
 """Which body of an operation runs, and how to find out which one did.
 
-Every operation in :mod:`sslkit.ops` takes ``impl="auto" | "torch" | "triton"`` and hands it down to
-its `torch.library` op, whose body asks `resolve` when it runs: also inside a compiled graph, and in
-the backward. ``"auto"`` is Triton for CUDA tensors that the Triton body can take, else PyTorch; an
-explicit ``"triton"`` that cannot run raises. No error of a kernel is ever caught.
+Every operation in :mod:`sslkit.ops` takes ``impl="auto" | "torch" | "c" | "triton"`` and hands it
+down to its `torch.library` op, whose body asks `resolve` when it runs: also inside a compiled
+graph, and in the backward. ``"auto"`` is Triton for CUDA tensors that the Triton body can take, C
+for CPU tensors that a body in C can take, else PyTorch; an explicit ``"triton"`` or ``"c"`` that
+cannot run raises. No error of a kernel is ever caught.
 """
 
 import importlib.util
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 
 from sslkit.devices import device_type, is_planned
+from sslkit.ops import c_kernels
 
-Body = Literal["torch", "triton"]
-Impl = Literal["auto", "torch", "triton"]
+Body = Literal["torch", "c", "triton"]
+Impl = Literal["auto", "torch", "c", "triton"]
 
 MIN_TRITON = (3, 5)
 """Oldest Triton that the kernels are compiled with in the tests; it comes with torch 2.9."""
@@ -28,19 +30,27 @@ MIN_TRITON = (3, 5)
 _recordings: list[list[tuple[str, Body]]] = []
 
 
-def resolve(impl: str, op: str, tensor: Tensor, *, unsupported: str | None = None) -> Body:
+def resolve(
+    impl: str,
+    op: str,
+    tensor: Tensor,
+    *,
+    unsupported: str | None = None,
+    unsupported_c: str | None = "it has no body in C",
+) -> Body:
     """Choose the body that runs for ``impl``, and note it for `record_bodies`.
 
     Args:
-        impl: ``"auto"``, ``"torch"`` or ``"triton"``.
+        impl: ``"auto"``, ``"torch"``, ``"c"`` or ``"triton"``.
         op: the operation's name, for errors and records.
         tensor: its main input, whose device and type decide.
         unsupported: why the Triton body of this operation cannot take the arguments at hand, None
             if it can.
+        unsupported_c: the same of the body in C.
 
     Raises:
-        ValueError: ``impl`` is not one of the three choices.
-        RuntimeError: ``impl="triton"``, which cannot run here; the message says why.
+        ValueError: ``impl`` is not one of the four choices.
+        RuntimeError: ``impl="triton"`` or ``"c"``, which cannot run here; the message says why.
 
     >>> resolve("auto", "column_mass", torch.zeros(2, 3))
     'torch'
@@ -59,6 +69,14 @@ def resolve(impl: str, op: str, tensor: Tensor, *, unsupported: str | None = Non
             )
         elif missing is not None:
             _warn_once(f"sslkit runs its PyTorch bodies on the GPU, which are slower: {problem}")
+    elif impl == "c" or (impl == "auto" and device_type(tensor.device) == "cpu"):
+        problem = unsupported_c or _c_tensor_problem(tensor) or c_kernels.problem()
+        if problem is None:
+            body = "c"
+        elif impl == "c":
+            raise RuntimeError(
+                f"{op}: impl='c' cannot run: {problem}; use impl='auto' or impl='torch'"
+            )
     for recording in _recordings:
         recording.append((op, body))
     return body
@@ -111,6 +129,14 @@ def _tensor_problem(tensor: Tensor) -> str | None:
         return "kernels compute in float32 and the input is float64"
     if device_type(tensor.device) != "cuda" and not interpreting():
         return f"the input is on {tensor.device}, and kernels need a CUDA device"
+    return None
+
+
+def _c_tensor_problem(tensor: Tensor) -> str | None:
+    if tensor.dtype not in c_kernels.TYPES:
+        return f"kernels in C take float32 and bfloat16, and the input is {tensor.dtype}"
+    if device_type(tensor.device) != "cpu":
+        return f"the input is on {tensor.device}, and kernels in C run on the CPU"
     return None
 
 

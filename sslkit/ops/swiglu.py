@@ -5,93 +5,78 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from sslkit.devices import device_type
-
-_WORKING_SET = 2**21
-"""Bytes that a block of rows may take on a CPU: what stays in the L2 caches of two cores."""
+from sslkit.ops import c_kernels
+from sslkit.ops.dispatch import resolve
 
 
-def swiglu(x: Tensor) -> Tensor:
+def swiglu(x: Tensor, *, impl: str = "auto") -> Tensor:
     """Multiply the SiLU of the first half of the features by the second half.
 
     ``swiglu(x) = a * sigmoid(a) * b`` with ``a, b = x.chunk(2, dim=-1)``. On a CPU outside of
-    `torch.compile`, blocks of rows go through all operations while they are in the cache; the
-    backward pass reuses the sigmoid, which takes as much memory as the SiLU that autograd would
-    keep, and writes the gradient of both halves into one tensor. It cannot be differentiated twice
-    there.
+    `torch.compile` it is one pass in C, which computes in float32 and keeps ``x`` alone for the
+    backward; it cannot be differentiated twice there.
 
     Args:
         x: ``[..., 2 * h]``, floating point.
+        impl: ``"auto"``, ``"torch"`` or ``"c"`` (see :mod:`sslkit.ops.dispatch`).
 
     Returns:
         ``[..., h]`` in the type of ``x``.
 
     Raises:
         ValueError: the number of features is odd.
+        RuntimeError: ``impl="c"``, which cannot run here; the message says why.
 
     >>> swiglu(torch.tensor([0.0, 100.0, 2.0, 3.0]))
     tensor([  0., 300.])
     """
     if x.shape[-1] % 2:
         raise ValueError(f"x must be [..., 2 * h], got {tuple(x.shape)}")
-    if device_type(x.device) != "cpu" or torch.compiler.is_compiling():
-        a, b = x.chunk(2, dim=-1)
-        return F.silu(a) * b
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _SwiGLU.apply(x)[0]
-    rows = _as_rows(x)
-    out = rows.new_empty(len(rows), x.shape[-1] // 2)
-    for (a, b), y in zip(_blocks(rows), out.split(_rows(rows)), strict=True):
-        torch.ops.aten.silu.out(a, out=y).mul_(b)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    compiled = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    problem = "torch.compile makes one pass of PyTorch's operations" if compiled else None
+    if resolve(impl, "swiglu", x, unsupported_c=problem) == "c":
+        return _swiglu_c(x)
+    a, b = x.chunk(2, dim=-1)
+    return F.silu(a) * b
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        """The result, and the sigmoid of the first half."""
-        rows = _as_rows(x)
-        out, gate = (rows.new_empty(len(rows), x.shape[-1] // 2) for _ in range(2))
-        n = _rows(rows)
-        for (a, b), s, y in zip(_blocks(rows), gate.split(n), out.split(n), strict=True):
-            torch.sigmoid(a, out=s)
-            torch.mul(a, s, out=y).mul_(b)
-        return out.view(*x.shape[:-1], out.shape[-1]), gate
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, output[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> Tensor | None:
-        if grad is None:
-            return None
-        x, gate = ctx.saved_tensors
-        rows = _as_rows(x)
-        dx, grads = torch.empty_like(rows), grad.reshape(gate.shape)
-        n = _rows(rows)
-        blocks = zip(_blocks(rows), gate.split(n), grads.split(n), _blocks(dx), strict=True)
-        for (a, b), s, g, (da, db) in blocks:
-            torch.mul(a, s, out=db).mul_(g)  # g silu(a)
-            torch.lerp(db, g, s, out=da).mul_(b)  # b g (s + a s (1 - s)), s = sigmoid(a)
-        return dx.view(x.shape)
+@torch.library.custom_op("sslkit::swiglu_c", mutates_args=())
+def _swiglu_c(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    hidden = x.shape[-1] // 2
+    y = x.new_empty(*x.shape[:-1], hidden)
+    if hidden:
+        c_kernels.run("swiglu_forward", y, x, y.numel() // hidden, hidden, x.element_size())
+    return y
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    """``[..., 2 * h]`` as ``[rows, 2 * h]``."""
-    return x.flatten(0, -2) if x.ndim > 1 else x[None]
+@torch.library.custom_op("sslkit::swiglu_c_backward", mutates_args=())
+def _swiglu_c_backward(grad: Tensor, x: Tensor) -> Tensor:
+    grad, x = grad.contiguous(), x.contiguous()
+    dx, hidden = torch.empty_like(x), grad.shape[-1]
+    if hidden:
+        rows = grad.numel() // hidden
+        c_kernels.run("swiglu_backward", dx, grad, x, rows, hidden, x.element_size())
+    return dx
 
 
-def _rows(x: Tensor) -> int:
-    """Rows of a block of ``x`` [rows, 2 * h] whose input, sigmoid and result fit in the cache."""
-    return max(1, _WORKING_SET // max(1, 2 * x.shape[1] * x.element_size()))
+@_swiglu_c.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-def _blocks(x: Tensor) -> list[tuple[Tensor, ...]]:
-    """Both halves of the features of each block of rows."""
-    return [block.chunk(2, dim=1) for block in x.split(_rows(x))]
+@_swiglu_c_backward.register_fake
+def _(_grad: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> Tensor:
+    return _swiglu_c_backward(grad, *ctx.saved_tensors)
+
+
+_swiglu_c.register_autograd(_differentiate, setup_context=_save)

@@ -10,13 +10,12 @@ Precision = Literal["auto", "float32", "bfloat16"]
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Return True if bfloat16 makes training faster on this device.
 
-    GPUs, and CPUs with AMX tiles. With AVX512-BF16 alone a step of the preset `cifar10` takes 1.25
-    times as long in bfloat16 as in float32 (``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python -m
-    benchmarks.steps --only step``, which keeps oneDNN from the tiles); with them, and without the
-    variable, .72 times. Both on a 2-core Intel Xeon with AMX, torch 2.14.1, Python 3.11.
+    GPUs, and CPUs with AMX tiles or AVX512-BF16. The time of a step of the preset `cifar10` in
+    bfloat16 over its time in float32 is in docs/benchmarks.md for one processor of each kind
+    (``make bench-cpu FLAGS="--only step"``).
     """
     if device.type == "cpu":
-        return torch.cpu._is_amx_tile_supported()
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return True
 
 
@@ -31,5 +30,5 @@ def explain(precision: Precision, device: torch.device) -> str:
     if device.type != "cpu":
         return "precision: bfloat16 autocast (--precision auto on a GPU)"
     if has_fast_bfloat16(device):
-        return "precision: bfloat16 autocast (--precision auto: this CPU has AMX tiles for it)"
-    return "precision: float32 (--precision auto: this CPU has no AMX tiles for bfloat16)"
+        return "precision: bfloat16 autocast (--precision auto: this CPU multiplies it faster)"
+    return "precision: float32 (--precision auto: this CPU has neither AMX nor AVX512-BF16)"

@@ -49,7 +49,7 @@ class RunSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where networks compute; auto: a GPU where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast on GPUs and on CPUs with AMX tiles, float32 on other CPUs."""
+    """auto: bfloat16 autocast on GPUs and on CPUs with AMX or AVX512-BF16, else float32."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """How processes share the work; auto: ddp, or fsdp where a GPU would be too small for it."""
     hsdp_replicas: int = 1
