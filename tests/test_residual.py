@@ -127,3 +127,8 @@ def test_registration():
 def test_refused(shapes, message):
     with pytest.raises(ValueError, match=message):
         add_branch(*(torch.zeros(shape) for shape in shapes))
+
+
+def test_there_is_no_triton_body():
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run: it has no body in Triton"):
+        add_branch(torch.zeros(2, 3), torch.zeros(2, 3), impl="triton")

@@ -48,8 +48,8 @@ def add_branch(
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
-    problem = _unsupported_c(x, branch, gamma, keep)
-    if resolve(impl, "add_branch", x, unsupported_c=problem) == "c":
+    no_triton, no_c = "it has no body in Triton", _unsupported_c(x, branch, gamma, keep)
+    if resolve(impl, "add_branch", x, unsupported=no_triton, unsupported_c=no_c) == "c":
         return _residual_c(x, branch, gamma, keep)
     if gamma is not None:
         branch = gamma * branch
