@@ -36,6 +36,7 @@ _SIDE = 32
 _MEASURED = """
 import json, os, resource, sys, time
 import torchvision
+import sslkit.data.annotated
 from sslkit.data import open_source
 from sslkit.data.fingerprint import fingerprints
 
