@@ -19,7 +19,7 @@ the next process makes it again. Three kinds of change go unseen:
   follow the listing within one tick.
 
 Writing a list does not wait for the disk, which can take longer than listing. If the machine loses
-power soon afterwards, ext4 (with its default ``data=ordered``), XFS, Btrfs and ZFS may leave a short
+power soon afterwards, ext4 (by its default ``data=ordered``), XFS, Btrfs and ZFS may leave a short
 file, which is seen when it is opened. A file system that leaves a file of full size without its
 content is not safe then.
 
