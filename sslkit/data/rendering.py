@@ -31,7 +31,7 @@ from sslkit.data.resizing import resize_boxes
 T = TypeVar("T")
 _JITTERS = 4  # brightness, contrast, saturation, hue: the first of pixels.OPERATIONS
 JITTER_ORDERS = tuple(itertools.permutations(range(_JITTERS)))
-_CHUNK_BYTES = 2**20
+_CHUNK_BYTES = 2**21
 
 
 class View(NamedTuple):
