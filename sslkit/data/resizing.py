@@ -17,11 +17,14 @@ _WORKSPACE_BYTES = 2**28
 def resize_box(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
     """One box (top, left, height, width) of ``image`` uint8 [C, H, W]: uint8 [C, *size]."""
     top, left, height, width = box
-    part = image[None, :, top : top + height, left : left + width]
-    part = part.contiguous(memory_format=torch.channels_last)  # resized a quarter faster
-    # With the strides that a batch of several images would have, the result is channels last, too;
-    # otherwise torch takes it for a contiguous one, and rearranges the result.
-    part = part.as_strided(part.shape, (part.numel(), *part.stride()[1:]))
+    rows = image.permute(1, 2, 0)[top : top + height, left : left + width].contiguous()
+    # Channels last is resized a quarter faster. With the strides that a batch of several images
+    # would have, the result is channels last, too; otherwise torch takes it for a contiguous one,
+    # and rearranges the result.
+    channels = rows.shape[2]
+    part = rows.as_strided(
+        (1, channels, height, width), (rows.numel(), 1, channels * width, channels)
+    )
     return interpolate(part, size, mode="bicubic", antialias=True)[0]
 
 
