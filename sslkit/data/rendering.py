@@ -221,17 +221,15 @@ def render_resized(
     order = sorted(range(num_views), key=lambda n: _sort_key(views[n]))
     scale, shift = look.normaliser(shape[0])
     scratch, gathered = Scratch(out.device), Scratch(out.device)
-    memory, targets = torch.empty(step, *shape), out.unbind()
+    memory = torch.empty(step, *shape)
     for first in range(0, num_views, step):
         chosen = order[first : first + step]
         chunk = memory[: len(chosen)]
-        rows = chunk.unbind()
-        for n, row in zip(chosen, rows, strict=True):
-            row.copy_(resized[n].flip(-1) if views[n].flip else resized[n])
+        mirrored = [resized[n].flip(-1) if views[n].flip else resized[n] for n in chosen]
+        chunk.copy_(torch.stack(mirrored))
         _apply_(chunk, plan([views[n] for n in chosen], look.blur_taps), scratch, gathered)
         _normalise_(chunk, scale, shift)
-        for n, row in zip(chosen, rows, strict=True):
-            targets[n].copy_(row)
+        out.index_copy_(0, torch.tensor(chosen), chunk)
 
 
 def _sort_key(view: View) -> tuple[object, ...]:

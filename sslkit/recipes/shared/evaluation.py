@@ -134,6 +134,7 @@ def subject(
         limits=dict(zip(Sources._fields, counts, strict=True)),
         batch_size=options.batch_size,
         device=str(parameters[0].device) if parameters else "cpu",
+        num_workers=run.settings.workers,
         seed=run.settings.seed,
     )
 
