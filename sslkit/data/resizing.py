@@ -15,9 +15,7 @@ from torch.nn.functional import interpolate
 _WORKSPACE_BYTES = 2**28
 
 
-def resize_box(
-    pixels: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]
-) -> Tensor:
+def resize_box(pixels: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
     """One box (top, left, height, width) of ``pixels`` uint8 [H, W, C]: uint8 [C, *size]."""
     top, left, height, width = box
     # Resized a quarter faster than in place, and cut in half the time that torch takes for it.
