@@ -111,5 +111,5 @@ def test_infinities_and_nan() -> None:
 
 
 def test_there_is_no_triton_body() -> None:
-    with pytest.raises(RuntimeError, match="swiglu: impl='triton' cannot run: .*no body in Triton"):
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run: it has no body in Triton"):
         swiglu(torch.zeros(2, 4), impl="triton")

@@ -223,17 +223,16 @@ def render_resized(
     order = sorted(range(num_views), key=lambda n: _sort_key(views[n]))
     scale, shift = look.normaliser(shape[0])
     scratch, gathered = Scratch(out.device), Scratch(out.device)
-    memory, targets = torch.empty(step, *shape), out.unbind()
+    memory = torch.empty(step, *shape)
     for first in range(0, num_views, step):
         chosen = order[first : first + step]
-        chunk = memory[: len(chosen)] if step > 1 else targets[chosen[0]][None]
-        rows = chunk.unbind()
-        for n, row in zip(chosen, rows, strict=True):
-            row.copy_(resized[n].flip(-1) if views[n].flip else resized[n])
+        chunk = memory[: len(chosen)] if step > 1 else out[chosen[0]][None]
+        mirrored = [resized[n].flip(-1) if views[n].flip else resized[n] for n in chosen]
+        chunk.copy_(torch.stack(mirrored) if step > 1 else mirrored[0])
         _apply_(chunk, plan([views[n] for n in chosen], look.blur_taps), scratch, gathered)
         _normalise_(chunk, scale, shift)
-        for n, row in zip(chosen, rows, strict=True) if step > 1 else ():
-            targets[n].copy_(row)
+        if step > 1:
+            out.index_copy_(0, torch.tensor(chosen), chunk)
 
 
 def _sort_key(view: View) -> tuple[object, ...]:
