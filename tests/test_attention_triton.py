@@ -258,7 +258,7 @@ def test_reads_any_memory_layout():
         assert torch.equal(result, reference)
 
 
-def as_on_a_gpu(impl, op, tensor, *, unsupported=None):
+def as_on_a_gpu(impl, op, tensor, *, unsupported=None, unsupported_c=None):
     """`resolve` as ``impl="auto"`` decides for CUDA tensors."""
     return "triton" if unsupported is None else "torch"
 
@@ -297,7 +297,7 @@ def test_refuses_what_it_cannot_take(lengths, d, dtype, reason):
         packed_attention(qkv, lengths, impl="triton")
     with record_bodies() as ran:
         packed_attention(qkv, lengths)
-    assert ("packed_attention", "torch") in ran
+    assert ("packed_attention", "triton") not in ran
 
 
 @interpreted_only
@@ -390,7 +390,7 @@ def test_encoder(monkeypatch, activation_checkpointing):
         with torch.autocast(DEVICE, dtype=torch.float16), record_bodies() as ran:
             tokens = encoder.forward_many(images)
             sum(t.cls.float().square().sum() + t.patches.float().sum() for t in tokens).backward()
-        assert {body for _, body in ran} == {impl}
+        assert {body for op, body in ran if op.startswith("packed_attention")} == {impl}
         features = torch.cat([x.cls for x in tokens]).detach()
         return features, encoder.vit.blocks[0].attn.qkv.weight.grad.clone()
 

@@ -157,18 +157,16 @@ def _attend(body: Body, qkv: Tensor, runs: Runs, scale: float) -> Tensor:
 
 def _pieces(qkv: Tensor, runs: Runs, impl: str) -> Iterator[tuple[Body, Runs]]:
     """Groups of neighbouring runs for one call of a body each; PyTorch's takes a single run."""
-    bodies = [
-        resolve(
+    reasons = [(run, _unsupported(qkv, run[0]), _unsupported_c(qkv, run[0], impl)) for run in runs]
+    for _, group in groupby(reasons, key=lambda reason: (reason[1] is None, reason[2] is None)):
+        some, problems, problems_c = zip(*group, strict=True)
+        body = resolve(
             impl,
             "packed_attention",
             qkv,
-            unsupported=_unsupported(qkv, n),
-            unsupported_c=_unsupported_c(qkv, n, impl),
+            unsupported=problems[0],
+            unsupported_c=problems_c[0],
         )
-        for n, _ in runs
-    ]
-    for body, group in groupby(zip(bodies, runs, strict=True), key=lambda pair: pair[0]):
-        some = tuple(run for _, run in group)
         if body == "torch":
             yield from ((body, (run,)) for run in some)
         else:
