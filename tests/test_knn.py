@@ -12,8 +12,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from sslkit.evaluation import knn
 from sslkit.evaluation.knn import cosine_neighbours, knn_accuracy, knn_predict
+from sslkit.testing.references import evaluation as oracle
 from tests.noise import noise
-from tests.oracles import evaluation as oracle
 
 
 def random_labels(count, num_classes, seed=0):

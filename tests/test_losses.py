@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sslkit import Assignments, DINOLoss, KoLeoLoss, iBOTLoss, sum_over_levels
 from sslkit.ops.dispatch import interpreting, record_bodies
-from tests.oracles import losses as oracle
+from sslkit.testing.references import losses as oracle
 
 seeds = st.integers(0, 2**31)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from sslkit.factored_logits import written
 from sslkit.matryoshka import CosineLinear, MatryoshkaProjector
-from tests.oracles.matryoshka import scores
+from sslkit.testing.references.matryoshka import scores
 
 NESTINGS = ["slice", "slice_linear", "linear"]
 SMALL = {"nesting_dims": (2, 5, 7), "hidden_dim": 6, "bottleneck_dim": 4}

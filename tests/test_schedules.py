@@ -15,7 +15,7 @@ from sslkit.schedules import (
     unfreeze,
     warmup_cosine,
 )
-from tests.oracles.schedules import schedule
+from sslkit.testing.references.schedules import schedule
 
 values = st.floats(-10, 10)
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sslkit import SinkhornKnopp, sinkhorn_many
 from sslkit.ops import soft_cross_entropy
+from sslkit.testing.references.sinkhorn import sinkhorn_in_exp_domain, sinkhorn_in_log_domain
 from tests.noise import noise
-from tests.oracles.sinkhorn import sinkhorn_in_exp_domain, sinkhorn_in_log_domain
 
 TEMPERATURES = (0.01, 0.04, 0.07, 1.0)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sslkit.teacher import EMATeacher
-from tests.oracles.teacher import ema
+from sslkit.testing.references.teacher import ema
 
 numbers = st.floats(-100, 100)
 momenta = st.floats(0, 1)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.oracles.losses import assignment_probs, cross_entropy
-from tests.oracles.sinkhorn import sinkhorn_in_exp_domain
-from tests.oracles.vit import vit
+from sslkit.testing.references.losses import assignment_probs, cross_entropy
+from sslkit.testing.references.sinkhorn import sinkhorn_in_exp_domain
+from sslkit.testing.references.vit import vit
 
 
 class DINOLoss:
@@ -153,7 +153,7 @@ class DINOHead:
 
 
 class DinoVisionTransformer:
-    """What the two methods give of the tokens [B, 1 + R + N, D] of `tests.oracles.vit.vit`."""
+    """What the two methods give of the tokens [B, 1 + R + N, D] of `references.vit.vit`."""
 
     def __init__(self, state: dict[str, Tensor], heads: int):
         self.state = state
