@@ -18,7 +18,16 @@ PACKAGE = Path(sslkit.__file__).parent
 ROOT = PACKAGE.parent
 
 # A part is a top-level module or subpackage of sslkit. What is not named here is a component.
-HOUSE = {"training", "evaluation", "data", "backbones", "extract", "duplicates", "export"}
+HOUSE = {
+    "training",
+    "evaluation",
+    "data",
+    "backbones",
+    "extract",
+    "duplicates",
+    "export",
+    "testing",
+}
 TOP = {"recipes", "commands", "__main__"}  # stand on all of these, and on the public names
 BASE = {
     "assignments",

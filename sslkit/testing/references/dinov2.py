@@ -228,6 +228,7 @@ class CosineScheduler:
 
 
 def normal(*shape: int) -> Tensor:
+    """Float64 normal numbers."""
     return torch.randn(*shape, dtype=torch.float64)
 
 
@@ -241,6 +242,7 @@ def mlp_tensors(prefix: str, widths: list[int]) -> dict[str, Tensor]:
 
 
 def linear(tensors: dict[str, Tensor], name: str, x: list[float]) -> list[float]:
+    """``W x + b`` of one vector."""
     weight, bias = tensors[f"{name}.weight"].tolist(), tensors[f"{name}.bias"].tolist()
     return [
         sum(w * v for w, v in zip(row, x, strict=True)) + c
@@ -249,6 +251,7 @@ def linear(tensors: dict[str, Tensor], name: str, x: list[float]) -> list[float]
 
 
 def gelu(x: list[float]) -> list[float]:
+    """``x Φ(x)``, number by number."""
     return [value * (1 + math.erf(value / math.sqrt(2))) / 2 for value in x]
 
 
@@ -262,6 +265,7 @@ def mlp(tensors: dict[str, Tensor], prefix: str, x: list[float]) -> list[float]:
 
 
 def last_layer(tensors: dict[str, Tensor], prefix: str, z: list[float]) -> list[float]:
+    """``g v / |v|`` times one vector."""
     gains, rows = tensors[f"{prefix}weight_g"].tolist(), tensors[f"{prefix}weight_v"].tolist()
     return [
         gain[0] * sum(a * b for a, b in zip(row, z, strict=True)) / math.hypot(*row)
