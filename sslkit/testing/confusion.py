@@ -91,7 +91,7 @@ def iou_is_that_of_the_counts(confusion: Confusion, draw: Draw) -> None:
 def leaves_no_trace(confusion: Confusion, draw: Draw) -> None:
     """A call changes neither its inputs nor what the next call gives."""
     truth, prediction, C = _masks(confusion, draw)
-    require_no_trace(lambda *x: confusion.call(*x, C), truth, prediction)
+    require_no_trace(lambda t, p: confusion.call(t, p, C), truth, prediction)
 
 
 def _masks(confusion: Confusion, draw: Draw) -> tuple[Tensor, Tensor, int]:

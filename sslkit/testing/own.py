@@ -6,18 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sslkit import (
-    CyclicMaskGenerator,
-    DINOLoss,
-    EMATeacher,
-    KoLeoLoss,
-    MatryoshkaProjector,
-    SinkhornKnopp,
-    iBOTLoss,
-)
 from sslkit.evaluation.confusion import confusion_matrix, iou
 from sslkit.evaluation.knn import knn_predict
+from sslkit.losses import DINOLoss, KoLeoLoss, iBOTLoss
+from sslkit.masking import CyclicMaskGenerator
+from sslkit.matryoshka import MatryoshkaProjector
 from sslkit.schedules import warmup_cosine
+from sslkit.sinkhorn import SinkhornKnopp
+from sslkit.teacher import EMATeacher
 from sslkit.testing import (
     DINO,
     EMA,
