@@ -4,7 +4,6 @@ Hypothesis draws the inputs, always the same ones, and makes a failing input as 
 """
 
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 from types import ModuleType
 from typing import Any, Protocol, cast
@@ -75,17 +74,16 @@ class Case:
     def __str__(self) -> str:
         return f"{self.name}: {self.promise.name}"
 
-    def run(self, *, max_examples: int | None = None) -> Finding:
+    def run(self, *, effort: float = 1.0) -> Finding:
         """Try the property on many inputs.
 
         Args:
-            max_examples: at most so many inputs; by default what the property says.
+            effort: how many times the property's number of inputs is tried.
 
         Raises:
             TypeError: the adapter cannot be sent to another process.
         """
-        number = self.promise.max_examples
-        number = number if max_examples is None else min(number, max_examples)
+        number = max(1, round(effort * self.promise.max_examples))
         inputs: dict[str, str] = {}
 
         @settings(
@@ -157,15 +155,26 @@ def cases(*modules: ModuleType) -> list[Case]:
     def test_conforms(case):
         case.check()
     """
-    return [case for name, adapter in adapters(*modules) for case in cases_of(adapter, name)]
+    return [
+        case for name, adapter in adapters(*modules).items() for case in cases_of(adapter, name)
+    ]
 
 
-def adapters(*modules: ModuleType) -> Iterator[tuple[str, Adapter]]:
-    """The adapters that are variables of the modules, with their names."""
+def adapters(*modules: ModuleType) -> dict[str, Adapter]:
+    """The adapters that are variables of the modules, by their names.
+
+    Raises:
+        ValueError: two modules have different adapters of one name.
+    """
+    found: dict[str, Adapter] = {}
     for module in modules:
-        for name, value in vars(module).items():
-            if is_dataclass(value) and not isinstance(value, type) and hasattr(value, "properties"):
-                yield name.replace("_", " "), cast(Adapter, value)
+        for variable, value in vars(module).items():
+            if isinstance(value, type) or not is_dataclass(value):
+                continue
+            name = variable.replace("_", " ")
+            if hasattr(value, "properties") and found.setdefault(name, cast(Any, value)) != value:
+                raise ValueError(f"two modules have an adapter that is called {variable}")
+    return found
 
 
 def check(adapter: Adapter, name: str = "") -> None:

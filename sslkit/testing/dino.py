@@ -36,6 +36,7 @@ class DINO:
         largest: magnitude of the student's logits up to which it is promised to be exact.
         sixteen_bit: 16-bit types of the student's logits that it takes.
         on_ranks: the same function for this rank's samples, in a process of the default group.
+        detaches: whether it passes no gradient on to the targets, rather than its caller.
         compiles: whether `torch.compile` is promised to work.
     """
 
@@ -47,6 +48,7 @@ class DINO:
     largest: float = 1e4
     sixteen_bit: tuple[torch.dtype, ...] = ()
     on_ranks: Callable[[Tensor, Tensor], Tensor] | None = None
+    detaches: bool = True
     compiles: bool = False
 
     @property
@@ -260,7 +262,7 @@ PROPERTIES = (
     Property(a_shift_of_a_row_changes_nothing),
     Property(is_exact_over_its_range),
     Property(micro_batches_accumulate, needs="mean_over_samples"),
-    Property(targets_get_no_gradient, max_examples=5),
+    Property(targets_get_no_gradient, needs="detaches", max_examples=5),
     Property(leaves_no_trace, max_examples=5),
     Property(sixteen_bit_logits_are_as_exact, needs="sixteen_bit"),
     Property(

@@ -34,6 +34,7 @@ class IBOT:
             M masked patches.
         largest: magnitude of the student's logits up to which it is promised to be exact.
         sixteen_bit: 16-bit types of the student's logits that it takes.
+        detaches: whether it passes no gradient on to the targets, rather than its caller.
         compiles: whether `torch.compile` is promised to work.
     """
 
@@ -42,6 +43,7 @@ class IBOT:
     average: Literal["images", "masked", "patches"] = "images"
     largest: float = 1e4
     sixteen_bit: tuple[torch.dtype, ...] = ()
+    detaches: bool = True
     compiles: bool = False
 
     @property
@@ -236,7 +238,7 @@ PROPERTIES = (
     Property(a_shift_of_a_row_changes_nothing),
     Property(is_exact_over_its_range),
     Property(micro_batches_accumulate, needs="mean_over_images"),
-    Property(targets_get_no_gradient, max_examples=5),
+    Property(targets_get_no_gradient, needs="detaches", max_examples=5),
     Property(leaves_no_trace, max_examples=5),
     Property(sixteen_bit_logits_are_as_exact, needs="sixteen_bit"),
     Property(compiles_in_few_graphs, needs="compiles", max_examples=1),

@@ -101,8 +101,9 @@ def shown(value: object) -> str:
             ends = f"{float(value.min()):.6g} .. {float(value.max()):.6g}"
             return f"{_short(value.dtype)} {list(value.shape)} of {ends}"
         text = _nested(value.tolist())
-        usual = value.dtype in (torch.float32, torch.bool, torch.int64) and value.numel()
-        return text if usual else f"{_short(value.dtype)} {list(value.shape)} {text}"
+        if value.numel() and value.dtype not in (torch.float16, torch.bfloat16):
+            return text
+        return f"{_short(value.dtype)} {list(value.shape)} {text}"
     return _nested(value)
 
 

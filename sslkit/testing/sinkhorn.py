@@ -28,6 +28,7 @@ class Sinkhorn:
         on_ranks: the same function for this rank's rows, in a process of the default group; None
             where no promise is made for several processes.
         uneven_ranks: whether processes may have different numbers of rows, and none.
+        detached: whether it computes no gradient, rather than its caller.
         compiles: whether `torch.compile` is promised to work.
     """
 
@@ -38,6 +39,7 @@ class Sinkhorn:
     sixteen_bit: tuple[torch.dtype, ...] = ()
     on_ranks: Callable[[Tensor, float], Tensor] | None = None
     uneven_ranks: bool = True
+    detached: bool = True
     compiles: bool = False
 
     @property
@@ -167,7 +169,7 @@ PROPERTIES = (
     Property(order_does_not_matter),
     Property(memory_layout_does_not_matter),
     Property(leaves_no_trace, max_examples=5),
-    Property(has_no_gradient, max_examples=1),
+    Property(has_no_gradient, needs="detached", max_examples=1),
     Property(sixteen_bit_logits_are_balanced_as_well, needs="sixteen_bit"),
     Property(any_split_over_processes_gives_the_same, needs="on_ranks"),
     Property(compiles_in_few_graphs, needs="compiles", max_examples=1),
