@@ -6,7 +6,7 @@ Hypothesis draws the inputs, always the same ones, and makes a failing input as 
 import traceback
 from dataclasses import dataclass, is_dataclass
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -169,12 +169,15 @@ def adapters(*modules: ModuleType) -> dict[str, Adapter]:
     found: dict[str, Adapter] = {}
     for module in modules:
         for variable, value in vars(module).items():
-            if isinstance(value, type) or not is_dataclass(value):
-                continue
             name = variable.replace("_", " ")
-            if hasattr(value, "properties") and found.setdefault(name, cast(Any, value)) != value:
+            if _is_adapter(value) and found.setdefault(name, value) != value:
                 raise ValueError(f"two modules have an adapter that is called {variable}")
     return found
+
+
+def _is_adapter(value: object) -> TypeGuard[Adapter]:
+    fields = is_dataclass(value) and not isinstance(value, type)
+    return fields and hasattr(value, "properties")
 
 
 def check(adapter: Adapter, name: str = "") -> None:
