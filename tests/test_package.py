@@ -286,7 +286,7 @@ def test_import_is_cheap():
     assert cost["heavy"] == []  # nor do all components together need these
 
 
-@pytest.mark.parametrize("package", ["sslkit", "sslkit.training"])
+@pytest.mark.parametrize("package", ["sslkit", "sslkit.testing", "sslkit.training"])
 def test_no_module_hides_a_public_name(package):
     """Importing a module puts it into its package under its own name, before any lazy one."""
     found = importlib.import_module(package)

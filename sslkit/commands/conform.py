@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 if TYPE_CHECKING:
-    from sslkit.testing.cases import Finding
+    from sslkit.testing.conformance import Finding
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def run(settings: Settings) -> bool:
     if settings.effort <= 0:
         raise ValueError(f"--effort must be positive, got {settings.effort}")
     from sslkit.files import atomic_write
-    from sslkit.testing.cases import adapters
+    from sslkit.testing.conformance import adapters
     from sslkit.testing.report import conform, markdown, tables
 
     sys.path.insert(0, "")  # as `python -m` does

@@ -15,18 +15,19 @@ _HOME = {
     "EMA": "ema",
     "IBOT": "ibot",
     "KNN": "knn",
-    "Case": "cases",
+    "Case": "conformance",
     "Confusion": "confusion",
-    "Finding": "cases",
+    "Finding": "conformance",
     "Head": "head",
     "KoLeo": "koleo",
     "Loss": "loss",
     "Masks": "masks",
-    "NotHeld": "cases",
+    "NotHeld": "conformance",
     "Schedule": "schedule",
     "Sinkhorn": "sinkhorn",
-    "cases": "cases",
-    "check": "cases",
+    "adapters": "conformance",
+    "cases": "conformance",
+    "check": "conformance",
     "check_confusion": "confusion",
     "check_dino_loss": "dino",
     "check_ema": "ema",
@@ -55,6 +56,7 @@ __all__ = [
     "NotHeld",
     "Schedule",
     "Sinkhorn",
+    "adapters",
     "cases",
     "check",
     "check_confusion",
@@ -71,7 +73,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from sslkit.testing.cases import Case, Finding, NotHeld, cases, check
+    from sslkit.testing.conformance import Case, Finding, NotHeld, adapters, cases, check
     from sslkit.testing.confusion import Confusion, check_confusion
     from sslkit.testing.dino import DINO, check_dino_loss
     from sslkit.testing.ema import EMA, check_ema

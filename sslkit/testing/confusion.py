@@ -8,7 +8,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from sslkit.testing import strategies
-from sslkit.testing.cases import check
+from sslkit.testing.conformance import check
 from sslkit.testing.invariances import require_no_trace
 from sslkit.testing.properties import Draw, Property, agree
 from sslkit.testing.references import evaluation as reference

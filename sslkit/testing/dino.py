@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sslkit.testing import faults, strategies, textbook
-from sslkit.testing.cases import check
+from sslkit.testing.conformance import check
 from sslkit.testing.invariances import (
     require_few_graphs,
     require_no_nan_or_an_error,
@@ -217,7 +217,7 @@ class _Views:
 
 def compiles_in_few_graphs(loss: DINO, draw: Draw) -> None:
     """torch.compile gives the same numbers, and no new graph for a fourth number of samples."""
-    generator = torch.Generator().manual_seed(draw(strategies.seeds, "seed"))
+    generator = torch.Generator().manual_seed(0)
     batches = [
         (
             torch.randn(4, B, 7, generator=generator),
@@ -268,7 +268,7 @@ PROPERTIES = (
     Property(
         processes_average_to_the_same,
         needs="on_ranks",
-        resembles=(faults.GRADIENT_OVER_RANKS, faults.GRADIENT_OVER_RANKS_AGAIN),
+        resembles=faults.GRADIENT_OVER_RANKS,
         max_examples=12,
     ),
     Property(compiles_in_few_graphs, needs="compiles", max_examples=1),

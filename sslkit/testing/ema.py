@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sslkit.testing import faults, strategies
-from sslkit.testing.cases import check
+from sslkit.testing.conformance import check
 from sslkit.testing.properties import Draw, Property, agree, require
 from sslkit.testing.references.teacher import ema as closed_form
 

@@ -29,14 +29,16 @@ SINKHORN_OVERFLOW = Fault(
     "exp(logits / temperature) overflows, and the targets are NaN", "facebookresearch/dinov2#583"
 )
 ROW_SHIFT = Fault(
-    "the proposed repair subtracts each row's maximum, which few iterations do not balance away",
+    "the repair subtracts each row's maximum, which few iterations do not balance away",
     "facebookresearch/dinov2#583",
 )
-GRADIENT_OVER_RANKS = Fault(
-    "the gradient is divided by the number of processes", "lightly-ai/lightly#1920"
-)
-GRADIENT_OVER_RANKS_AGAIN = Fault(
-    "the gradient is divided by the number of processes", "lightly-ai/lightly#1977"
+GRADIENT_OVER_RANKS = tuple(
+    Fault("the gradient is divided by the number of processes", thread)
+    for thread in (
+        "lightly-ai/lightly#1920",
+        "lightly-ai/lightly#1977",
+        "galilai-group/stable-pretraining#415",
+    )
 )
 MISSING_VIEWS = Fault("the loss leaves views out", "lightly-ai/lightly#2023")
 IBOT_NORMALISER = Fault(
@@ -44,7 +46,6 @@ IBOT_NORMALISER = Fault(
 )
 SINGLE_VIEW = Fault("one view gives a loss of NaN", "lightly-ai/lightly#1938")
 NO_SLICE = Fault("the head projects what the paper slices", "valeoai/Franca#4")
-WRONG_PATCHES = Fault("a loss reads the student's patches twice", "facebookresearch/dinov3#139")
 LOST_COUNTER = Fault(
     "the counter of updates is not in the state_dict", "lightly-ai/lightly-train#892"
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sslkit.testing import faults, strategies
-from sslkit.testing.cases import check
+from sslkit.testing.conformance import check
 from sslkit.testing.invariances import require_few_graphs, require_no_trace
 from sslkit.testing.properties import Draw, Property, agree, require
 
@@ -51,7 +51,7 @@ def check_head(head: Head | Callable[[int, int, Sequence[int]], nn.Module]) -> N
 
 def has_one_output_a_level(head: Head, draw: Draw) -> None:
     """Each level has logits for its own prototypes, K_l = K m_l / m_L of them."""
-    module, x = _made(head, draw), _features(draw)
+    module, x = _made(head, draw(strategies.seeds, "seed of the weights")), _features(draw)
     found = [tuple(level.shape) for level in module(x)]
     expected = [(len(x), NUM_PROTOTYPES * m // IN_DIM) for m in _dims(head)]
     require(found == expected, f"logits of shapes {expected}", found)
@@ -59,7 +59,10 @@ def has_one_output_a_level(head: Head, draw: Draw) -> None:
 
 def a_level_sees_its_prefix_alone(head: Head, draw: Draw) -> None:
     """Level l depends on each of the first m_l features, and on no other."""
-    module, x = _made(head, draw), _features(draw).requires_grad_()
+    module, x = (
+        _made(head, draw(strategies.seeds, "seed of the weights")),
+        _features(draw).requires_grad_(),
+    )
     for dim, logits in zip(_dims(head), module(x), strict=True):
         weights = torch.arange(1.0, logits.numel() + 1).view_as(logits)
         (gradient,) = torch.autograd.grad((logits * weights).sum(), x, retain_graph=True)
@@ -71,7 +74,7 @@ def a_level_sees_its_prefix_alone(head: Head, draw: Draw) -> None:
 
 def levels_share_no_parameter(head: Head, draw: Draw) -> None:
     """The loss of one level moves no parameter of another."""
-    module, x = _made(head, draw), _features(draw)
+    module, x = _made(head, draw(strategies.seeds, "seed of the weights")), _features(draw)
     moved = []
     for logits in module(x):
         module.zero_grad()
@@ -85,7 +88,7 @@ def levels_share_no_parameter(head: Head, draw: Draw) -> None:
 
 def logits_are_cosines(head: Head, draw: Draw) -> None:
     """Logits lie in -1 .. 1, and the length of the prototypes does not count."""
-    module = _made(head, draw)
+    module = _made(head, draw(strategies.seeds, "seed of the weights"))
     scale = draw(strategies.choices([1.0, 1e-6, 1e6, 0.0]), "scale")
     x = (scale * _features(draw)).requires_grad_()
     levels = module(x)
@@ -102,7 +105,7 @@ def logits_are_cosines(head: Head, draw: Draw) -> None:
 
 def rows_do_not_mix(head: Head, draw: Draw) -> None:
     """A row's logits do not depend on the other rows of the batch, in training mode."""
-    module, x = _made(head, draw), _features(draw)
+    module, x = _made(head, draw(strategies.seeds, "seed of the weights")), _features(draw)
     order = draw(strategies.orders(len(x)), "order")
     for level, moved, alone in zip(module(x), module(x[order]), module(x[:1]), strict=True):
         agree(moved, level[order], 1e-5, "in another order")
@@ -111,14 +114,17 @@ def rows_do_not_mix(head: Head, draw: Draw) -> None:
 
 def leading_axes_are_kept(head: Head, draw: Draw) -> None:
     """Features [B, N, D] of patches give the logits of the rows [B N, D]."""
-    module, x = _made(head, draw), draw(strategies.normal(2, 3, IN_DIM), "x")
+    module, x = (
+        _made(head, draw(strategies.seeds, "seed of the weights")),
+        draw(strategies.normal(2, 3, IN_DIM), "x"),
+    )
     for level, rows in zip(module(x), module(x.flatten(0, 1)), strict=True):
         agree(level.flatten(0, 1), rows, 1e-5)
 
 
 def leaves_no_trace(head: Head, draw: Draw) -> None:
     """forward changes neither its input nor a parameter or buffer, also in training mode."""
-    module, x = _made(head, draw), _features(draw)
+    module, x = _made(head, draw(strategies.seeds, "seed of the weights")), _features(draw)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     require_no_trace(lambda rows: torch.cat(module(rows), dim=-1), x)
     for name, value in module.state_dict().items():
@@ -127,7 +133,7 @@ def leaves_no_trace(head: Head, draw: Draw) -> None:
 
 def a_loaded_head_is_the_same(head: Head, draw: Draw) -> None:
     """state_dict and load_state_dict carry everything that the logits depend on."""
-    module, x = _made(head, draw), _features(draw)
+    module, x = _made(head, draw(strategies.seeds, "seed of the weights")), _features(draw)
     torch.manual_seed(1)
     other = head.make(IN_DIM, NUM_PROTOTYPES, _dims(head))
     other.load_state_dict(module.state_dict())
@@ -137,7 +143,7 @@ def a_loaded_head_is_the_same(head: Head, draw: Draw) -> None:
 
 def autocast_is_close(head: Head, draw: Draw) -> None:
     """In bfloat16 autocast logits are those of float32, up to the rounding of its layers."""
-    module, x = _made(head, draw), _features(draw)
+    module, x = _made(head, draw(strategies.seeds, "seed of the weights")), _features(draw)
     with torch.autocast("cpu", torch.bfloat16):
         rough = module(x)
     for found, expected in zip(rough, module(x), strict=True):
@@ -147,7 +153,7 @@ def autocast_is_close(head: Head, draw: Draw) -> None:
 
 def compiles_in_few_graphs(head: Head, draw: Draw) -> None:
     """torch.compile gives the same numbers, and no new graph for a fourth number of rows."""
-    module = _made(head, draw)
+    module = _made(head, 0)
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(B, IN_DIM, generator=generator),) for B in (4, 5, 6, 9, 12)]
     require_few_graphs(_Concatenated(module), batches)
@@ -168,9 +174,9 @@ def _dims(head: Head) -> tuple[int, ...]:
     return NESTING_DIMS if head.nested else (IN_DIM,)
 
 
-def _made(head: Head, draw: Draw) -> nn.Module:
+def _made(head: Head, seed: int) -> nn.Module:
     """A head in training mode, with weights large enough to matter."""
-    torch.manual_seed(draw(strategies.seeds, "seed of the weights"))
+    torch.manual_seed(seed)
     module = head.make(IN_DIM, NUM_PROTOTYPES, _dims(head)).train()
     with torch.no_grad():
         for parameter in module.parameters():

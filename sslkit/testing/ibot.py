@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sslkit.testing import faults, strategies, textbook
-from sslkit.testing.cases import check
+from sslkit.testing.conformance import check
 from sslkit.testing.invariances import (
     require_few_graphs,
     require_no_nan_or_an_error,
@@ -187,7 +187,7 @@ def sixteen_bit_logits_are_as_exact(loss: IBOT, draw: Draw) -> None:
 
 def compiles_in_few_graphs(loss: IBOT, draw: Draw) -> None:
     """torch.compile gives the same numbers, and no new graph for a fourth number of patches."""
-    generator = torch.Generator().manual_seed(draw(strategies.seeds, "seed"))
+    generator = torch.Generator().manual_seed(0)
     batches = []
     for M in (4, 5, 6, 9, 12):
         masks = torch.zeros(3, 8, dtype=torch.bool)

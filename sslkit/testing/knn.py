@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sslkit.testing import strategies
-from sslkit.testing.cases import check
+from sslkit.testing.conformance import check
 from sslkit.testing.invariances import require_no_trace
 from sslkit.testing.properties import Draw, Property, agree, require
 from sslkit.testing.references.evaluation import knn_votes
@@ -85,10 +85,13 @@ def leaves_no_trace(knn: KNN, draw: Draw) -> None:
 
 
 def sixteen_bit_features_are_compared_as_exactly(knn: KNN, draw: Draw) -> None:
-    """16-bit features give the winners of the same numbers, compared in more than 16 bits."""
+    """16-bit features that are near to each other are told apart, in more than 16 bits."""
     dtype = draw(strategies.choices(knn.sixteen_bit), "type")
-    train, labels, test, settings = _inputs(knn, draw)
-    train, test = train.to(dtype), test.to(dtype)
+    near = draw(strategies.normal(1, 8), "all are near")
+    train, test = (
+        (near + 0.05 * draw(strategies.normal(6, 8), name)).to(dtype) for name in ("train", "test")
+    )
+    labels, settings = torch.arange(6), {"k": 1, "temperature": 0.07, "num_classes": 6}
     _require_winners(knn.call(train, labels, test, **settings), train, labels, test, settings)
 
 

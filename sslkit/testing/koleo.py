@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sslkit.testing import faults, strategies, textbook
-from sslkit.testing.cases import check
+from sslkit.testing.conformance import check
 from sslkit.testing.invariances import (
     require_few_graphs,
     require_no_nan_or_an_error,
@@ -141,7 +141,7 @@ def any_split_over_processes_gives_the_same(loss: KoLeo, draw: Draw) -> None:
 
 def compiles_in_few_graphs(loss: KoLeo, draw: Draw) -> None:
     """torch.compile gives the same numbers, and no new graph for a fourth number of rows."""
-    generator = torch.Generator().manual_seed(draw(strategies.seeds, "seed"))
+    generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(B, 7, generator=generator),) for B in (4, 5, 6, 9, 12)]
     require_few_graphs(loss.call, batches)
 
@@ -172,7 +172,7 @@ PROPERTIES = (
     Property(
         any_split_over_processes_gives_the_same,
         needs="on_ranks",
-        resembles=(faults.GRADIENT_OVER_RANKS, faults.GRADIENT_OVER_RANKS_AGAIN),
+        resembles=faults.GRADIENT_OVER_RANKS,
     ),
     Property(compiles_in_few_graphs, needs="compiles", max_examples=1),
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sslkit.testing import faults, strategies
-from sslkit.testing.cases import check
+from sslkit.testing.conformance import check
 from sslkit.testing.invariances import (
     require_few_graphs,
     require_no_trace,
@@ -133,7 +133,7 @@ def processes_average_to_the_same(loss: Loss, draw: Draw) -> None:
 
 def compiles_in_few_graphs(loss: Loss, draw: Draw) -> None:
     """torch.compile gives the same numbers, and no new graph for a fourth number of images."""
-    generator = torch.Generator().manual_seed(draw(strategies.seeds, "seed"))
+    generator = torch.Generator().manual_seed(0)
     batches = [
         tuple(torch.randn(loss.num_views, B, 7, generator=generator)) for B in (4, 5, 6, 9, 12)
     ]
@@ -161,7 +161,7 @@ PROPERTIES = (
     Property(
         processes_average_to_the_same,
         needs="on_ranks",
-        resembles=(faults.GRADIENT_OVER_RANKS, faults.GRADIENT_OVER_RANKS_AGAIN),
+        resembles=faults.GRADIENT_OVER_RANKS,
     ),
     Property(compiles_in_few_graphs, needs="compiles", max_examples=1),
 )

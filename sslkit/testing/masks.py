@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sslkit.testing import strategies
-from sslkit.testing.cases import check
+from sslkit.testing.conformance import check
 from sslkit.testing.properties import Draw, Property, require
 from sslkit.testing.references.masking import num_regions
 

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from types import ModuleType
 
 from sslkit import __version__
-from sslkit.testing.cases import Adapter, Finding, cases_of
+from sslkit.testing.conformance import Adapter, Finding, cases_of
 
 
 def conform(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from sslkit.testing import strategies
-from sslkit.testing.cases import check
+from sslkit.testing.conformance import check
 from sslkit.testing.properties import Draw, Property, agree, require
 from sslkit.testing.references.schedules import schedule as reference
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sslkit.testing import faults, strategies, textbook
-from sslkit.testing.cases import check
+from sslkit.testing.conformance import check
 from sslkit.testing.invariances import require_few_graphs, require_no_trace, rounding
 from sslkit.testing.processes import run_on_ranks
 from sslkit.testing.properties import Draw, Property, agree, require, require_finite
@@ -155,8 +155,7 @@ def _on_rank(sinkhorn: Sinkhorn, logits: Tensor, temperature: float) -> Tensor:
 
 def compiles_in_few_graphs(sinkhorn: Sinkhorn, draw: Draw) -> None:
     """torch.compile gives the same numbers, and no new graph for a fourth number of rows."""
-    seed = draw(strategies.seeds, "seed")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(B, 7, generator=generator), 1.0) for B in (4, 5, 6, 9, 12)]
     require_few_graphs(sinkhorn.call, batches)
 
