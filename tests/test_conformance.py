@@ -14,11 +14,11 @@ from sslkit.testing import (
     Finding,
     Loss,
     NotHeld,
+    Schedule,
     Sinkhorn,
     cases,
     check,
-    check_dino_loss,
-    check_koleo,
+    check_schedule,
     own,
     processes,
     strategies,
@@ -105,9 +105,9 @@ def test_a_report_has_the_smallest_input_and_the_known_fault():
 
 
 def test_check_runs_all_properties_and_reports_those_that_fail():
-    check_koleo(textbook.koleo)
-    with pytest.raises(NotHeld, match=r"^4 of 11 properties do not hold\n\nDINO: The loss is"):
-        check_dino_loss(fewer_views)
+    check_schedule(own.warmup_then_cosine)
+    with pytest.raises(NotHeld, match=r"^1 of 4 properties do not hold\n\nSchedule: At the last"):
+        check_schedule(faulty.periodic)
 
 
 def test_two_runs_report_the_same():
@@ -339,13 +339,13 @@ def test_without_hypothesis_the_extra_is_named():
 
 
 def test_findings_can_be_tabulated():
-    adapters = {"right": faulty.SOUND["dino"], "wrong": DINO(fewer_views)}
+    adapters = {"right": own.warmup_then_cosine, "wrong": Schedule(faulty.periodic)}
     told = []
     findings = conform(adapters, progress=told.append)
     assert told == findings
     assert all(isinstance(finding, Finding) for finding in findings)
     ((kind, lines),) = tables(adapters, findings)
-    assert kind == "DINO"
+    assert kind == "Schedule"
     assert len({len(line) for line in lines}) == 1
     assert len(lines) == 2 + len(adapters["right"].properties)
-    assert markdown("A", adapters, findings).count("\n## Failure") == 4
+    assert markdown("A", adapters, findings).count("\n## Failure") == 1

@@ -71,17 +71,6 @@ def test_a_level_sees_its_prefix_only(nesting):
         assert (outside != 0).all() if nesting == "linear" else (outside == 0).all()
 
 
-def test_levels_share_no_parameter():
-    module = projector()
-    for level, scores_ in enumerate(module(torch.randn(4, 7))):
-        module.zero_grad()
-        scores_.square().sum().backward(retain_graph=True)
-        for other in range(3):
-            own = [*module.heads[other].parameters(), *module.prototypes[other].parameters()]
-            live = [p.grad is not None and bool(p.grad.any()) for p in own]
-            assert live == [other == level] * len(own)
-
-
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_normalized_scores_are_bounded_and_finite(scale, dtype):

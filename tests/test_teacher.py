@@ -123,19 +123,6 @@ def test_mixed_dtypes():
         torch.testing.assert_close(value, expected.to(value.dtype))
 
 
-def test_tied_parameters_are_moved_once():
-    student = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    student[1].weight = student[0].weight
-    teacher = EMATeacher(student, momentum=0.5)
-    assert teacher.module[1].weight is teacher.module[0].weight
-    old = teacher.module[0].weight.clone()
-    randomise_(student)
-    teacher.update(student)
-    torch.testing.assert_close(
-        teacher.module[1].weight, 0.5 * old + 0.5 * student[0].weight.detach()
-    )
-
-
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_student_that_keeps_tensors_of_its_graph():
     """Weight norm stores the product it computes, which deepcopy alone refuses to copy."""

@@ -87,7 +87,7 @@ def levels_share_no_parameter(head: Head, draw: Draw) -> None:
 
 
 def logits_are_cosines(head: Head, draw: Draw) -> None:
-    """Logits lie in -1 .. 1, and the length of the prototypes does not count."""
+    """Logits lie between -1 and 1 for features of any scale, with finite gradients."""
     module = _made(head, draw(strategies.seeds, "seed of the weights"))
     scale = draw(strategies.choices([1.0, 1e-6, 1e6, 0.0]), "scale")
     x = (scale * _features(draw)).requires_grad_()

@@ -1,11 +1,13 @@
 """Adapters of sslkit's own parts: `sslkit conform sslkit.testing.own`."""
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sslkit.assignments import Assignments
 from sslkit.evaluation.confusion import confusion_matrix, iou
 from sslkit.evaluation.knn import knn_predict
 from sslkit.losses import DINOLoss, KoLeoLoss, iBOTLoss
@@ -40,6 +42,12 @@ def sinkhorn_probs_on_ranks(logits: Tensor, temperature: float) -> Tensor:
     return SinkhornKnopp(group=dist.group.WORLD)(logits, temperature).probs()
 
 
+def assigned(probs: Tensor) -> Assignments:
+    """Targets with these probabilities [B, K] that are never written as a matrix."""
+    temperature = 0.07
+    return Assignments(temperature * probs.log(), torch.zeros(probs.shape[1]), temperature)
+
+
 def koleo_on_ranks(x: Tensor) -> Tensor:
     """KoLeo of this rank's rows, with neighbours from all ranks."""
     return KoLeoLoss(group=dist.group.WORLD)(x)
@@ -52,7 +60,12 @@ sinkhorn = Sinkhorn(
     compiles=True,
 )
 dino_loss = DINO(DINOLoss(), sixteen_bit=SIXTEEN_BIT, on_ranks=DINOLoss(), compiles=True)
+dino_loss_of_all_pairs = DINO(partial(DINOLoss(), ignore_diagonal=False), ignore_diagonal=False)
+dino_loss_of_assignments = DINO(lambda student, q: DINOLoss()(student, assigned(q.flatten(0, 1))))
 ibot_loss = IBOT(iBOTLoss(), sixteen_bit=SIXTEEN_BIT, compiles=True)
+ibot_loss_of_assignments = IBOT(
+    lambda student, q, masks: iBOTLoss()(student, assigned(q), masks[:, None])  # [B, 1, N]
+)
 koleo_loss = KoLeo(KoLeoLoss(), sixteen_bit=SIXTEEN_BIT, on_ranks=koleo_on_ranks, compiles=True)
 ema_teacher = EMA(
     lambda student, momentum: EMATeacher(student, momentum=momentum),
@@ -75,11 +88,11 @@ warmup_then_cosine = Schedule(warmup_cosine)
 
 
 def knn(train: Tensor, labels: Tensor, test: Tensor, *, k: int, **settings: Any) -> Tensor:
-    """Predictions of one k."""
-    return knn_predict(train, labels, test, ks=(k,), **settings)[k]
+    """Predictions of the larger of two k, a few test items at a time."""
+    return knn_predict(train, labels, test, ks=(1, k), chunk_size=3, **settings)[k]
 
 
-knn_classifier = KNN(knn, sixteen_bit=SIXTEEN_BIT)
+knn_classifier = KNN(knn, temperatures=(1.0, 0.07, 0.01), sixteen_bit=SIXTEEN_BIT)
 confusion = Confusion(
     confusion_matrix,
     iou=lambda truth, prediction, C: iou(confusion_matrix(truth, prediction, C)),

@@ -50,7 +50,7 @@ def is_the_published_array(schedule: Schedule, draw: Draw) -> None:
     found = torch.tensor([schedule.call(step, **settings) for step in steps], dtype=torch.float64)
     values = reference(**settings, warmup=schedule.warmup, cosine=schedule.cosine)
     expected = torch.tensor(values, dtype=torch.float64)
-    agree(found, expected, 1e-6 * max(1.0, float(expected.abs().max())))
+    agree(found, expected, 1e-9 * max(1.0, float(expected.abs().max())))
 
 
 def never_leaves_its_range(schedule: Schedule, draw: Draw) -> None:
