@@ -1,5 +1,6 @@
 """Functions run on several gloo processes at once, each of them a rank of the default group."""
 
+import io
 import multiprocessing
 import pickle
 import tempfile
@@ -8,7 +9,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, cast
+from types import FunctionType
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ import torch.distributed as dist
 from sslkit.testing.properties import Stop, Violation
 
 MOST_RANKS = 3
-PATIENCE = 20.0  # seconds that a rank may take longer than the first one
+PATIENCE = 30.0  # seconds that a rank may take longer than the first one
 
 
 def run_on_ranks(function: Callable[..., Any], arguments: Sequence[tuple]) -> list[Any]:
@@ -30,7 +32,12 @@ def run_on_ranks(function: Callable[..., Any], arguments: Sequence[tuple]) -> li
         TypeError: the function cannot be pickled.
     """
     try:
-        messages = [pickle.dumps((function, each)) for each in arguments]
+        modules, messages = set(), []
+        for each in arguments:
+            pickler = _Pickler(buffer := io.BytesIO())
+            pickler.dump((function, each))
+            messages.append(buffer.getvalue())
+            modules |= pickler.modules
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         refused = TypeError(
             f"the adapter cannot be sent to another process ({error}): its functions must stand "
@@ -38,8 +45,22 @@ def run_on_ranks(function: Callable[..., Any], arguments: Sequence[tuple]) -> li
         )
         refused.of_the_adapter = True  # type: ignore[attr-defined]
         raise refused from error
-    ranks = _ranks()
-    return ranks.run(messages)
+    multiprocessing.set_forkserver_preload([__name__, *sorted(modules)])
+    return _ranks().run(messages)
+
+
+class _Pickler(pickle.Pickler):
+    """Notes the modules of functions and classes, which are then imported once for all ranks."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self.modules: set[str] = set()
+
+    def reducer_override(self, value: object) -> Any:
+        """Pickle as usual."""
+        if isinstance(value, type | FunctionType) and value.__module__ != "__main__":
+            self.modules.add(value.__module__)
+        return NotImplemented
 
 
 class _Ranks:
@@ -49,7 +70,6 @@ class _Ranks:
         # A forked child of a process that has run a backward pass may not run one on a machine with
         # a GPU; a child of a fork server may.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, "sslkit.testing.invariances"])
         self.folder = tempfile.TemporaryDirectory(prefix="sslkit_ranks_")
         self.groups = self.count = 0
         self.connections: list[Connection] = []
@@ -125,6 +145,7 @@ def _serve(connection: Connection, rank: int, folder: str) -> None:
                 dist.init_process_group(
                     "gloo", f"file://{folder}/{group}", rank=rank, world_size=count
                 )
+            dist.barrier()  # all have imported what the function needs
             answer = (True, function(*arguments))
         except Exception as error:
             answer = (False, f"{type(error).__name__}: {' '.join(str(error).split())}")
