@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sslkit import Assignments, FactoredLogits
 from sslkit.assignments import usage
 from sslkit.slices import row_blocks
-from tests.oracles.losses import assignment_probs, entropy
+from sslkit.testing.references.losses import assignment_probs, entropy
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

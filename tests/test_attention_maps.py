@@ -11,8 +11,8 @@ from sslkit.data.scenes import Scenes
 from sslkit.evaluation.attention import cls_attention
 from sslkit.evaluation.protocols.attention import Options, evaluate
 from sslkit.evaluation.subject import Subject
+from sslkit.testing.references import evaluation as oracle
 from tests.noise import noise
-from tests.oracles import evaluation as oracle
 
 
 @given(

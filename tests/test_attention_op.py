@@ -12,8 +12,8 @@ from sslkit.ops import attention, attention_cpu, attention_flops  # noqa: F401
 from sslkit.ops.attention import packed_attention
 from sslkit.ops.dispatch import record_bodies
 from sslkit.ops.packing import equal_runs
-from tests.oracles.attention import packed_attention as oracle
-from tests.oracles.attention import packed_attention_gradient
+from sslkit.testing.references.attention import packed_attention as oracle
+from sslkit.testing.references.attention import packed_attention_gradient
 
 LENGTHS = st.lists(st.integers(1, 6), min_size=1, max_size=5)
 

@@ -20,7 +20,7 @@ from sslkit.ops import attention
 from sslkit.ops.attention import MAX_TOKENS_TRITON, packed_attention
 from sslkit.ops.dispatch import interpreting, record_bodies
 from sslkit.ops.packing import SINGLE_TILE_TOKENS, equal_runs
-from tests.oracles.attention import packed_attention_gradient as oracle
+from sslkit.testing.references.attention import packed_attention_gradient as oracle
 from tests.traffic import counting_memory
 
 pytest.importorskip("triton")

@@ -14,8 +14,8 @@ from sslkit.backbones.blocks import drop_path
 from sslkit.backbones.embedding import embed
 from sslkit.backbones.positions import resample_positions
 from sslkit.ops.packing import equal_runs
+from sslkit.testing.references.vit import resample
 from tests.networks import assert_one_pass_equals_separate_passes, flat, micro, randomize
-from tests.oracles.vit import resample
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0, "dynamic_img_size": True}
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sslkit.evaluation.boxes import box_iou, component_box, localised
-from tests.oracles import objects as oracle
+from sslkit.testing.references import objects as oracle
 
 
 def boxes_strategy():

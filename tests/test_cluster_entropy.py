@@ -17,8 +17,8 @@ from sslkit.evaluation.cluster_entropy import (
 )
 from sslkit.evaluation.protocols.cluster_entropy import Options, evaluate
 from sslkit.evaluation.subject import Subject
+from sslkit.testing.references import evaluation as oracle
 from tests.noise import seeded
-from tests.oracles import evaluation as oracle
 
 
 def random_ids(num_clusters, *shape, seed=0):

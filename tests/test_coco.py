@@ -18,8 +18,8 @@ from sslkit.data.annotated.coco_regions import (
     region_mask,
 )
 from sslkit.data.decode import UnreadableImage
+from sslkit.testing.references import regions as oracle
 from tests import on_disk
-from tests.oracles import regions as oracle
 
 # The group of fine classes 0 to 181 in the order of IIC, PiCIE and STEGO, as their published
 # tables have it: groups 0 to 26 as a to z and A.

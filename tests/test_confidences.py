@@ -17,9 +17,9 @@ from sslkit.evaluation.confidences import (
     ood_confidences,
 )
 from sslkit.evaluation.ood import auroc
+from sslkit.testing.references import classification as oracle
 from tests.noise import noise as standard_noise
 from tests.noise import seeded
-from tests.oracles import classification as oracle
 
 noise = partial(standard_noise, dtype=torch.float64)
 

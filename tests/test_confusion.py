@@ -17,7 +17,7 @@ from sslkit.evaluation.confusion import (
     iou,
     mean_iou,
 )
-from tests.oracles import evaluation as oracle
+from sslkit.testing.references import evaluation as oracle
 
 
 @st.composite

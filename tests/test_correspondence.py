@@ -18,8 +18,8 @@ from sslkit.evaluation.protocols import correspondence
 from sslkit.evaluation.protocols.correspondence import Options, evaluate
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.tokens import Unsuitable
+from sslkit.testing.references import objects as oracle
 from tests.noise import noise, seeded
-from tests.oracles import objects as oracle
 
 
 @given(

@@ -14,7 +14,7 @@ from sslkit import Assignments
 from sslkit.ops import soft_cross_entropy
 from sslkit.ops.cross_entropy_columns import Columns, RowStatistics
 from sslkit.ops.dispatch import record_bodies
-from tests.oracles.losses import assignment_probs, cross_entropy
+from sslkit.testing.references.losses import assignment_probs, cross_entropy
 from tests.traffic import counting_memory
 
 pytest.importorskip("triton")

@@ -13,8 +13,8 @@ from sslkit.evaluation.depth_errors import (
     gradient_loss,
     scale_invariant_loss,
 )
+from sslkit.testing.references import dense as oracle
 from tests.noise import noise, seeded
-from tests.oracles import dense as oracle
 
 
 def depths(*shape, unknown=0.3, seed=0):

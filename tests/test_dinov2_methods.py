@@ -5,9 +5,9 @@ import timm
 import torch
 
 from sslkit.backbones import ViTEncoder, load
+from sslkit.testing.references.dinov2 import DinoVisionTransformer
 from tests import released
 from tests.networks import micro
-from tests.oracles.dinov2 import DinoVisionTransformer
 
 ALMOST = {"rtol": 0, "atol": 1e-4}
 H, W, PATCH = 2, 4, 14

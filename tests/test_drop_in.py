@@ -1,8 +1,8 @@
 """docs/drop_in.md is true: each name, argument and default, and each claim about values.
 
 lightly is run, birder where it is installed (its values: tests/test_drop_in_birder.py); DINOv2,
-DINOv3 and Franca, which are no packages, stand in tests/oracles as float64 loops under their
-released signatures.
+DINOv3 and Franca, which are no packages, stand in sslkit/testing/references as float64 loops under
+their released signatures.
 """
 
 import ast
@@ -41,7 +41,7 @@ from sslkit import (
 )
 from sslkit.backbones.encoder import ViTEncoder
 from sslkit.schedules import cosine, linear_warmup, unfreeze, warmup_cosine
-from tests.oracles import dinov2, dinov3, franca
+from sslkit.testing.references import dinov2, dinov3, franca
 
 PAGE = (Path(__file__).parents[1] / "docs" / "drop_in.md").read_text()
 OURS = [sslkit, *map(importlib.import_module, ["sslkit.schedules", "sslkit.backbones.encoder"])]

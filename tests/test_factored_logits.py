@@ -22,7 +22,7 @@ from sslkit import (
 from sslkit.factored_logits import concatenated
 from sslkit.ops import soft_cross_entropy
 from sslkit.ops.dispatch import interpreting, record_bodies
-from tests.oracles.losses import assignment_probs, cross_entropy
+from sslkit.testing.references.losses import assignment_probs, cross_entropy
 from tests.traffic import counting_memory
 
 seeds = st.integers(0, 2**31)

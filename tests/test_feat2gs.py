@@ -17,8 +17,8 @@ from sslkit.evaluation.feat2gs import (
     read_pca_features,
     write_pca_features,
 )
+from sslkit.testing.references import dense as oracle
 from tests.noise import noise
-from tests.oracles import dense as oracle
 
 
 def pictures(*shape, seed=0):

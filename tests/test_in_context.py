@@ -13,9 +13,9 @@ from sslkit.evaluation.in_context import (
     patch_class_frequencies,
     segment,
 )
+from sslkit.testing.references import dense as dense_oracle
+from sslkit.testing.references import evaluation as oracle
 from tests.noise import noise, seeded
-from tests.oracles import dense as dense_oracle
-from tests.oracles import evaluation as oracle
 
 
 def random_masks(batch, size, num_classes, *, ignored=0.2, seed=0):

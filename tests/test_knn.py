@@ -1,4 +1,4 @@
-"""Weighted k-NN against the loop of its definition, and against scikit-learn's."""
+"""Weighted k-NN against scikit-learn's and faiss's; tests/test_conformance.py has the loop."""
 
 import math
 
@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
 from sslkit.evaluation import knn
 from sslkit.evaluation.knn import cosine_neighbours, knn_accuracy, knn_predict
+from sslkit.testing.references import evaluation as oracle
 from tests.noise import noise
-from tests.oracles import evaluation as oracle
 
 
 def random_labels(count, num_classes, seed=0):
@@ -24,38 +22,6 @@ def assert_wins(predicted, votes):
     """The prediction has the most votes, up to float32 rounding of near-ties."""
     for c, row in zip(predicted.tolist(), votes, strict=True):
         assert row[c] >= max(row) - 1e-4
-
-
-@given(
-    seed=st.integers(0, 999),
-    num_train=st.integers(1, 30),
-    num_classes=st.integers(1, 5),
-    dim=st.integers(2, 6),  # in one dimension all similarities are equal
-    num_neighbours=st.integers(1, 40),
-    temperature=st.sampled_from([0.01, 0.07, 1.0]),
-    scale=st.sampled_from([1e-4, 1.0, 1e4]),
-    data=st.data(),
-)
-def test_predictions_are_those_of_the_loop(
-    seed, num_train, num_classes, dim, num_neighbours, temperature, scale, data
-):
-    train, test = scale * noise(num_train, dim, seed=seed), noise(4, dim, seed=seed + 1)
-    labels = random_labels(num_train, num_classes, seed)
-    limit = min(num_neighbours, num_train)
-    ks = data.draw(st.lists(st.integers(1, limit), min_size=1, max_size=3))
-    settings = {"num_neighbours": num_neighbours, "temperature": temperature}
-    predictions = knn_predict(
-        train, labels, test, ks=ks, num_classes=num_classes, chunk_size=3, **settings
-    )
-    assert set(predictions) == set(ks)
-    for k, predicted in predictions.items():
-        votes = [
-            oracle.knn_votes(
-                train.tolist(), labels.tolist(), query, k=k, num_classes=num_classes, **settings
-            )
-            for query in test.tolist()
-        ]
-        assert_wins(predicted, votes)
 
 
 @pytest.mark.parametrize("k", [1, 10, 60])

@@ -20,8 +20,8 @@ from sslkit.evaluation.linear_probe import LEARNING_RATES, LinearInput, linear_p
 from sslkit.evaluation.protocols.linear_probe import Options, evaluate
 from sslkit.evaluation.scores import bootstrap
 from sslkit.evaluation.subject import Subject
+from sslkit.testing.references import classification as oracle
 from tests.noise import noise, seeded
-from tests.oracles import classification as oracle
 
 
 def planted(count, *, num_classes=5, blocks=4, dim=8, spread=1.0, seed=0):

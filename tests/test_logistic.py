@@ -23,8 +23,8 @@ from sslkit.evaluation.logistic import (
 from sslkit.evaluation.protocols.logistic import Options, evaluate
 from sslkit.evaluation.scores import bootstrap
 from sslkit.evaluation.subject import Subject
+from sslkit.testing.references import classification as oracle
 from tests.noise import noise, seeded
-from tests.oracles import classification as oracle
 
 
 def planted(count, *, num_classes=3, dim=4, spread=1.0, seed=0):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from sslkit.masking import CyclicMaskGenerator, block, cyclic_shift, inverse_block, scattered
+from sslkit.testing.references.masking import bounding_box, box_probabilities, num_regions
 from tests.noise import seeded
-from tests.oracles.masking import bounding_box, box_probabilities, num_regions
 
 KINDS = ["inverse_block", "block", "random"]
 GRIDS = st.tuples(st.integers(1, 9), st.integers(1, 9))

@@ -20,13 +20,13 @@ from sslkit.data.batch_masks import sharded_masks
 from sslkit.evaluation.models import open_model
 from sslkit.recipes import dinov2, swav
 from sslkit.recipes.franca import recipe as franca
+from sslkit.testing.references import dinov2 as oracle
+from sslkit.testing.references.sinkhorn import sinkhorn_in_exp_domain
 from sslkit.training import Run, command, micro_batches
 from sslkit.training.batch_norm import standardise
 from sslkit.training.checkpoint import Checkpoints
 from sslkit.training.metrics import read_metrics
 from sslkit.training.parallel import Parallel
-from tests.oracles import dinov2 as oracle
-from tests.oracles.sinkhorn import sinkhorn_in_exp_domain
 from tests.recipe import ALONE, SCRIPT, batches, saved_tensors
 
 RECIPES = {"franca": franca.RECIPE, "dinov2": dinov2.RECIPE, "swav": swav.RECIPE}

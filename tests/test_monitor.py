@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sslkit import Assignments
+from sslkit.testing.references.training import mean_cosine, mean_deviation
 from sslkit.training.monitor import CollapseMonitor, feature_std
-from tests.oracles.training import mean_cosine, mean_deviation
 
 # ----------------------------------------------------------------------------------------- spread
 

@@ -16,8 +16,8 @@ from sslkit.evaluation.protocols import lost, tokencut
 from sslkit.evaluation.subject import Subject
 from sslkit.evaluation.tokencut import cut_vector, tokencut_box, tokencut_mask
 from sslkit.evaluation.tokens import Unsuitable
+from sslkit.testing.references import objects as oracle
 from tests.noise import noise
-from tests.oracles import objects as oracle
 
 FIND = {"lost": lost_box, "tokencut": tokencut_box}
 

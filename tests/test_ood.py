@@ -17,9 +17,9 @@ from sslkit.evaluation.protocols import ood as protocol
 from sslkit.evaluation.protocols.ood import Options, evaluate, whole_source
 from sslkit.evaluation.scores import bootstrap
 from sslkit.evaluation.subject import Subject
+from sslkit.testing.references import classification as oracle
 from tests.noise import noise as standard_noise
 from tests.noise import seeded
-from tests.oracles import classification as oracle
 
 noise = partial(standard_noise, dtype=torch.float64)
 

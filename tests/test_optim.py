@@ -10,18 +10,18 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from sslkit import MatryoshkaProjector
 from sslkit.backbones import create
-from sslkit.training.optim import (
-    clip_gradients,
-    moments,
-    parameter_groups,
-    set_hyperparameters,
-)
-from tests.oracles.training import (
+from sslkit.testing.references.training import (
     clipped,
     dinov2_decays,
     dinov2_lr_scale,
     first_adamw_step,
     total_norm,
+)
+from sslkit.training.optim import (
+    clip_gradients,
+    moments,
+    parameter_groups,
+    set_hyperparameters,
 )
 
 DEPTH = 2  # of sslkit_vit_micro

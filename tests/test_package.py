@@ -18,7 +18,16 @@ PACKAGE = Path(sslkit.__file__).parent
 ROOT = PACKAGE.parent
 
 # A part is a top-level module or subpackage of sslkit. What is not named here is a component.
-HOUSE = {"training", "evaluation", "data", "backbones", "extract", "duplicates", "export"}
+HOUSE = {
+    "training",
+    "evaluation",
+    "data",
+    "backbones",
+    "extract",
+    "duplicates",
+    "export",
+    "testing",
+}
 TOP = {"recipes", "commands", "__main__"}  # stand on all of these, and on the public names
 BASE = {
     "assignments",
@@ -277,7 +286,7 @@ def test_import_is_cheap():
     assert cost["heavy"] == []  # nor do all components together need these
 
 
-@pytest.mark.parametrize("package", ["sslkit", "sslkit.training"])
+@pytest.mark.parametrize("package", ["sslkit", "sslkit.testing", "sslkit.training"])
 def test_no_module_hides_a_public_name(package):
     """Importing a module puts it into its package under its own name, before any lazy one."""
     found = importlib.import_module(package)

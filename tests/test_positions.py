@@ -9,7 +9,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed_nhwc
 from sslkit.backbones import create
 from sslkit.backbones.franca import VIT_SIZES
 from sslkit.backbones.positions import resample_positions
-from tests.oracles.vit import resample
+from sslkit.testing.references.vit import resample
 
 RULES = ["antialias", "bicubic", "dinov2"]
 SIDES = st.integers(1, 40)

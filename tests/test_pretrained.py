@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from sslkit import backbones
 from sslkit.backbones import create, load, load_pretrained, save
 from sslkit.backbones.fit import adapt_channels
+from sslkit.testing.references.vit import vit
 from tests import released
 from tests.networks import flat
-from tests.oracles.vit import vit
 from tests.released import with_prefix
 
 GRIDS = [(5, 5), (2, 4), (7, 3)]

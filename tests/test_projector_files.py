@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sslkit.rasa import RASAProjector, load_rasa, read_planes, removals_in_turn, save_rasa
-from tests.oracles import rasa as oracle
+from sslkit.testing.references import rasa as oracle
 
 D = 30
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sslkit import backbones
 from sslkit.evaluation.position import position_probe
 from sslkit.rasa import RASAProjector, patch_positions
-from tests.oracles import rasa as oracle
+from sslkit.testing.references import rasa as oracle
 
 D = 24
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from sslkit.backbones import ViTEncoder, create, load, save
 from sslkit.backbones.blocks import CropDropPath
 from sslkit.backbones.rope import rotations
+from sslkit.testing.references.vit import angles, rotate
 from tests.networks import assert_one_pass_equals_separate_passes, flat, randomize
-from tests.oracles.vit import angles, rotate
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 DINOV3 = [name for name in timm.list_models("vit_*") if "dinov3" in name or "lingbot" in name]

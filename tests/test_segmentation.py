@@ -15,9 +15,9 @@ from sslkit.evaluation.segmentation import (
     resize_masks,
 )
 from sslkit.evaluation.tokens import Unsuitable
+from sslkit.testing.references import dense as oracle
+from sslkit.testing.references import evaluation as evaluation_oracle
 from tests.noise import seeded
-from tests.oracles import dense as oracle
-from tests.oracles import evaluation as evaluation_oracle
 
 
 def masks_of(shape, num_classes, *, ignored=0.2, seed=0):

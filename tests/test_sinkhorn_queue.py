@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sslkit import FactoredLogits, SinkhornKnopp, SinkhornQueue, sinkhorn_many
-from tests.oracles.sinkhorn import sinkhorn_in_log_domain, sinkhorn_with_a_queue
+from sslkit.testing.references.sinkhorn import sinkhorn_in_log_domain, sinkhorn_with_a_queue
 
 seeds = st.integers(0, 2**31)
 row_counts = st.lists(st.integers(0, 4), min_size=1, max_size=4)

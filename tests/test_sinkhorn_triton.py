@@ -13,7 +13,7 @@ from torch import Tensor
 from sslkit.ops import column_logsumexp, column_mass, sinkhorn_bias
 from sslkit.ops.dispatch import record_bodies
 from sslkit.ops.sinkhorn import sinkhorn_biases
-from tests.oracles.sinkhorn import sinkhorn_in_log_domain
+from sslkit.testing.references.sinkhorn import sinkhorn_in_log_domain
 from tests.traffic import counting_memory
 
 pytest.importorskip("triton")

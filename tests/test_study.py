@@ -15,9 +15,9 @@ from benchmarks.study import page, runs, scoring, training
 from benchmarks.study.settings import ARMS, GROUPS, SCALES, WHOLE, groups_of
 from benchmarks.study.training import Data, RunFailed
 from sslkit.recipes.franca.recipe import FrancaNetwork
+from sslkit.testing.references.sinkhorn import sinkhorn_in_log_domain
 from sslkit.training.checkpoint import Checkpoints
 from sslkit.training.settings import differences
-from tests.oracles.sinkhorn import sinkhorn_in_log_domain
 from tests.recipe import check, main, parse, smoke, stored_settings
 from tests.study import LAPTOP, Stubs, all_rows, made_up
 

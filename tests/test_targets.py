@@ -20,8 +20,8 @@ from sslkit import (
     sinkhorn_many,
 )
 from sslkit.assignments import Logits
-from tests.oracles.losses import assignment_probs
-from tests.oracles.sinkhorn import sinkhorn_with_a_queue
+from sslkit.testing.references.losses import assignment_probs
+from sslkit.testing.references.sinkhorn import sinkhorn_with_a_queue
 
 D = 3
 # A head of three levels, as in Franca, and a head of one layer, as in SwAV.

@@ -27,6 +27,7 @@ COMMANDS = (
     "shards",
     "throughput",
     "backbones",
+    "conform",
 )
 
 
@@ -54,9 +55,10 @@ def run(words: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("sslkit"):
             raise
+        extra = "testing" if name == "conform" else "recipe"
         sys.exit(
             f"error: sslkit {name} needs {error.name}, which is not installed: "
-            "pip install 'sslkit[recipe]'"
+            f"pip install 'sslkit[{extra}]'"
         )
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if name == "run" or isinstance(error, BrokenPipeError):

@@ -63,7 +63,7 @@ def removal_matrix(planes: list[Matrix], dim: int) -> Matrix:
             [float(i == j) - sum(v[i] * v[j] for v in plane) for j in range(dim)]
             for i in range(dim)
         ]
-        columns = list(zip(*factor, strict=True))
+        columns = [list(column) for column in zip(*factor, strict=True)]
         result = [[_dot(row, column) for column in columns] for row in result]
     return result
 

@@ -6,6 +6,7 @@ https://cocodataset.org/#format-data (run lengths go down the columns); Shimrat 
 
 
 def run_lengths(mask: list[list[bool]]) -> list[int]:
+    """Lengths of the runs down the columns, the first of False."""
     height, width = len(mask), len(mask[0])
     counts, value, length = [], False, 0
     for column in range(width):
@@ -33,6 +34,7 @@ def compress(counts: list[int]) -> str:
 
 
 def inside_polygon(points: list[tuple[float, float]], height: int, width: int) -> list[list[bool]]:
+    """Pixels whose centre is inside."""
     mask = [[False] * width for _ in range(height)]
     for row in range(height):
         for column in range(width):

@@ -14,6 +14,7 @@ Matrix = list[list[float]]
 
 
 def softmax(logits: Vector) -> Vector:
+    """Shares proportional to exp(logit)."""
     powers = [math.exp(x - max(logits)) for x in logits]
     return [power / sum(powers) for power in powers]
 
@@ -89,10 +90,13 @@ def fpr95(positive: Vector, negative: Vector, weights: Vector, others: Vector) -
 
 
 def logsumexp(logits: Vector, temperature: float = 1.0) -> float:
+    """T log Σ exp(x / T), the energy with its sign turned."""
     return temperature * math.log(sum(math.exp(x / temperature) for x in logits))
 
 
 def knn_distance(train: Matrix, query: Vector, k: int) -> float:
+    """Distance to the k-th nearest training vector, all scaled to length 1."""
+
     def unit(x: Vector) -> Vector:
         return [v / math.hypot(*x) for v in x]
 

@@ -13,6 +13,7 @@ Matrix = list[list[float]]
 
 
 def scale_invariant(predicted: list[Matrix], truth: list[Matrix], shift_weight: float) -> float:
+    """Root of the scale-invariant loss over all pixels with a true depth."""
     g = [
         math.log(p) - math.log(t)
         for one, true in zip(predicted, truth, strict=True)
@@ -26,6 +27,7 @@ def scale_invariant(predicted: list[Matrix], truth: list[Matrix], shift_weight: 
 def gradient_matching(
     predicted: list[Matrix], truth: list[Matrix], strides: tuple[int, ...], apart: int
 ) -> float:
+    """Absolute differences of the log error between neighbours, over several strides."""
     total = 0.0
     for stride in strides:
         steps, count = 0.0, 0
@@ -45,6 +47,7 @@ def gradient_matching(
 
 
 def expected_depth(scores: Vector, min_depth: float, max_depth: float) -> float:
+    """Mean of the bins, weighted by max(score, 0) + 0.1."""
     weights = [max(s, 0.0) + 0.1 for s in scores]
     bins = [min_depth + k * (max_depth - min_depth) / (len(scores) - 1) for k in range(len(scores))]
     return sum(w * d for w, d in zip(weights, bins, strict=True)) / sum(weights)

@@ -12,10 +12,12 @@ Cell = tuple[int, int]
 
 
 def dot(x: Vector, y: Vector) -> float:
+    """Scalar product."""
     return sum(a * b for a, b in zip(x, y, strict=True))
 
 
 def box_iou(a: Box, b: Box) -> float:
+    """Intersection over union of (left, top, right, bottom)."""
     width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
     height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
     areas = [(x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)]
@@ -63,6 +65,7 @@ def lost(keys: list[Vector], k: int) -> tuple[list[bool], int]:
 
 
 def cut_weights(keys: list[Vector], threshold: float, eps: float) -> list[Vector]:
+    """Weights of the graph: 1 where the cosine exceeds the threshold, eps elsewhere."""
     lengths = [math.sqrt(dot(x, x)) for x in keys]
     return [
         [
@@ -95,4 +98,5 @@ def found_keypoint(
 
 
 def pck_correct(predicted: Vector, true: Vector, box: Box, alpha: float) -> bool:
+    """Whether a key point lies within alpha times the longer side of the box."""
     return math.dist(predicted, true) <= alpha * max(box[2] - box[0], box[3] - box[1])

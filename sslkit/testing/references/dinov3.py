@@ -5,8 +5,8 @@ From arXiv 2508.10104 and what facebookresearch/dinov3 was read to do.
 
 from torch import Tensor
 
-from tests.oracles import dinov2
-from tests.oracles.losses import dino
+from sslkit.testing.references import dinov2
+from sslkit.testing.references.losses import dino
 
 
 class DINOLoss(dinov2.DINOLoss):

@@ -7,12 +7,14 @@ from torch import Tensor
 
 
 def softmax(scores: list[float]) -> list[float]:
+    """Shares proportional to exp(score)."""
     largest = max(scores)
     weights = [math.exp(x - largest) for x in scores]
     return [w / sum(weights) for w in weights]
 
 
 def log_softmax(scores: list[float]) -> list[float]:
+    """Logarithms of the shares."""
     largest = max(scores)
     logsumexp = largest + math.log(sum(math.exp(x - largest) for x in scores))
     return [x - logsumexp for x in scores]
@@ -86,3 +88,61 @@ def koleo(x: Tensor, eps: float) -> float:
         nearest = min(math.dist(row, other) for j, other in enumerate(rows) if j != i)
         total -= math.log(nearest + eps)
     return total / len(rows)
+
+
+def dino_gradient(
+    student_logits: Tensor, student_temp: float, probs: Tensor, ignore_diagonal: bool
+) -> Tensor:
+    """Gradient of `dino`: the mean over the pairs of (p_k Σ_j q_j - q_k) / student_temp."""
+    V_s, B, K = student_logits.shape
+    gradient = torch.zeros(V_s, B, K, dtype=torch.float64)
+    pairs = [(s, t) for s in range(V_s) for t in range(len(probs)) if s != t or not ignore_diagonal]
+    for s, t in pairs:
+        for b in range(B):
+            own = cross_entropy_gradient(student_logits[s, b], student_temp, probs[t, b])
+            gradient[s, b] += own / (len(pairs) * B)
+    return gradient
+
+
+def ibot_gradient(
+    student_logits: Tensor, student_temp: float, probs: Tensor, masks: Tensor
+) -> Tensor:
+    """Gradient of `ibot`: a row's, over the masked patches of its image and the images."""
+    gradient = torch.zeros(student_logits.shape, dtype=torch.float64)
+    images = [b for b, mask in enumerate(masks.flatten(1).tolist()) for cell in mask if cell]
+    for m, b in enumerate(images):
+        own = cross_entropy_gradient(student_logits[m], student_temp, probs[m])
+        gradient[m] = own / (images.count(b) * len(masks))
+    return gradient
+
+
+def cross_entropy_gradient(student_logits: Tensor, student_temp: float, probs: Tensor) -> Tensor:
+    """Gradient of `cross_entropy` with respect to one row of logits."""
+    p = softmax([z / student_temp for z in student_logits.tolist()])
+    q = probs.tolist()
+    rows = [(p[k] * sum(q) - q[k]) / student_temp for k in range(len(q))]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def koleo_gradient(x: Tensor, eps: float) -> Tensor:
+    """Gradient of `koleo` in general position.
+
+    Of -log(d + eps) / n with d = |z_i - z_j|: a pair pulls z_i and z_j apart along their
+    difference, and what is along a row itself is lost by its normalisation.
+    """
+    rows = x.tolist()
+    lengths = [math.sqrt(sum(value**2 for value in row)) for row in rows]
+    z = [[value / length for value in row] for row, length in zip(rows, lengths, strict=True)]
+    by_unit = [[0.0] * len(row) for row in rows]
+    for i, row in enumerate(z):
+        j = min((j for j in range(len(z)) if j != i), key=lambda j: math.dist(row, z[j]))
+        d = math.dist(row, z[j])
+        for k in range(len(row)):
+            push = (row[k] - z[j][k]) / (d * (d + eps) * len(z))
+            by_unit[i][k] -= push
+            by_unit[j][k] += push
+    gradient = []
+    for row, length, g in zip(z, lengths, by_unit, strict=True):
+        along = sum(a * b for a, b in zip(g, row, strict=True))
+        gradient.append([(a - along * b) / length for a, b in zip(g, row, strict=True)])
+    return torch.tensor(gradient, dtype=torch.float64)

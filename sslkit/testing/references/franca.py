@@ -7,8 +7,8 @@ its heads, a GELU follows the last layer too, levels are summed.
 import torch
 from torch import Tensor
 
-from tests.oracles import dinov2
-from tests.oracles.sinkhorn import sinkhorn_in_exp_domain
+from sslkit.testing.references import dinov2
+from sslkit.testing.references.sinkhorn import sinkhorn_in_exp_domain
 
 
 class MRLDINOHead:

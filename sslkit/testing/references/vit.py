@@ -13,6 +13,7 @@ from torch import Tensor
 
 
 def keys_kernel(x: float, a: float) -> float:
+    """Keys' cubic convolution kernel."""
     x = abs(x)
     if x <= 1:
         return (a + 2) * x**3 - (a + 3) * x**2 + 1
@@ -56,12 +57,14 @@ def resample(grid: Tensor, size: tuple[int, int], rule: str) -> Tensor:
 
 
 def layer_norm(x: Tensor, state: dict, name: str, eps: float) -> Tensor:
+    """Layer normalisation of the last axis."""
     mean = x.mean(dim=-1, keepdim=True)
     variance = ((x - mean) ** 2).mean(dim=-1, keepdim=True)
     return (x - mean) / torch.sqrt(variance + eps) * state[f"{name}.weight"] + state[f"{name}.bias"]
 
 
 def linear(x: Tensor, state: dict, name: str) -> Tensor:
+    """A linear layer; a masked bias counts where its mask is 1."""
     y = x @ state[f"{name}.weight"].T
     bias = state.get(f"{name}.bias")
     if bias is not None and f"{name}.bias_mask" in state:
@@ -70,14 +73,17 @@ def linear(x: Tensor, state: dict, name: str) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
+    """x Φ(x)."""
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
 def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x)."""
     return x / (1 + torch.exp(-x))
 
 
 def mlp(x: Tensor, state: dict, name: str) -> Tensor:
+    """SwiGLU or a GELU layer, whichever the state has."""
     if f"{name}.w12.weight" in state:
         gate, value = linear(x, state, f"{name}.w12").chunk(2, dim=-1)
         return linear(silu(gate) * value, state, f"{name}.w3")
@@ -100,11 +106,13 @@ def angles(size: tuple[int, int], periods: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, angle: Tensor) -> Tensor:
+    """Rotary position embedding of the two halves of the last axis."""
     first, second = x.chunk(2, dim=-1)
     return x * angle.cos() + torch.cat([-second, first], dim=-1) * angle.sin()
 
 
 def attention(x: Tensor, state: dict, name: str, heads: int, angle: Tensor | None) -> Tensor:
+    """Self-attention with all heads; patches are rotated where there are angles."""
     B, T, D = x.shape
     q, k, v = (
         linear(x, state, f"{name}.qkv").reshape(B, T, 3, heads, D // heads).permute(2, 0, 3, 1, 4)

@@ -13,6 +13,7 @@ Matrix = list[list[float]]
 
 
 def cosine(x: Vector, y: Vector) -> float:
+    """Cosine of two vectors; 0 if one of them is zero."""
     norms = math.hypot(*x) * math.hypot(*y)
     return sum(a * b for a, b in zip(x, y, strict=True)) / norms if norms else 0.0
 
@@ -23,6 +24,7 @@ def nearest(query: Vector, keys: Matrix, k: int) -> list[tuple[float, int]]:
 
 
 def softmax_weights(similarities: Vector, temperature: float) -> Vector:
+    """Softmax of similarities over a temperature."""
     powers = [math.exp((s - max(similarities)) / temperature) for s in similarities]
     return [power / sum(powers) for power in powers]
 
@@ -49,6 +51,7 @@ def knn_votes(
 def confusion(
     truth: list[int], prediction: list[int], num_classes: int, ignore_index: int = 255
 ) -> list[list[int]]:
+    """Counts [true class][predicted class] of what is not ignored."""
     counts = [[0] * num_classes for _ in range(num_classes)]
     for t, p in zip(truth, prediction, strict=True):
         if t != ignore_index:
@@ -62,7 +65,7 @@ def patch_frequencies(
     """[H][W][C]: share of each class among the pixels under a patch that have one."""
     H, W = grid
     height, width = len(mask) // H, len(mask[0]) // W
-    result = []
+    result: list[list[Vector]] = []
     for i in range(H):
         result.append([])
         for j in range(W):

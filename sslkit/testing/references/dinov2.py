@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.oracles.losses import assignment_probs, cross_entropy
-from tests.oracles.sinkhorn import sinkhorn_in_exp_domain
-from tests.oracles.vit import vit
+from sslkit.testing.references.losses import assignment_probs, cross_entropy
+from sslkit.testing.references.sinkhorn import sinkhorn_in_exp_domain
+from sslkit.testing.references.vit import vit
 
 
 class DINOLoss:
@@ -153,7 +153,7 @@ class DINOHead:
 
 
 class DinoVisionTransformer:
-    """What the two methods give of the tokens [B, 1 + R + N, D] of `tests.oracles.vit.vit`."""
+    """What the two methods give of the tokens [B, 1 + R + N, D] of `references.vit.vit`."""
 
     def __init__(self, state: dict[str, Tensor], heads: int):
         self.state = state
@@ -228,6 +228,7 @@ class CosineScheduler:
 
 
 def normal(*shape: int) -> Tensor:
+    """Float64 normal numbers."""
     return torch.randn(*shape, dtype=torch.float64)
 
 
@@ -241,6 +242,7 @@ def mlp_tensors(prefix: str, widths: list[int]) -> dict[str, Tensor]:
 
 
 def linear(tensors: dict[str, Tensor], name: str, x: list[float]) -> list[float]:
+    """``W x + b`` of one vector."""
     weight, bias = tensors[f"{name}.weight"].tolist(), tensors[f"{name}.bias"].tolist()
     return [
         sum(w * v for w, v in zip(row, x, strict=True)) + c
@@ -249,6 +251,7 @@ def linear(tensors: dict[str, Tensor], name: str, x: list[float]) -> list[float]
 
 
 def gelu(x: list[float]) -> list[float]:
+    """``x Φ(x)``, number by number."""
     return [value * (1 + math.erf(value / math.sqrt(2))) / 2 for value in x]
 
 
@@ -262,6 +265,7 @@ def mlp(tensors: dict[str, Tensor], prefix: str, x: list[float]) -> list[float]:
 
 
 def last_layer(tensors: dict[str, Tensor], prefix: str, z: list[float]) -> list[float]:
+    """``g v / |v|`` times one vector."""
     gains, rows = tensors[f"{prefix}weight_g"].tolist(), tensors[f"{prefix}weight_v"].tolist()
     return [
         gain[0] * sum(a * b for a, b in zip(row, z, strict=True)) / math.hypot(*row)

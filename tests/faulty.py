@@ -1,0 +1,949 @@
+"""Deliberate faults: for every property of `sslkit.testing` a part that breaks it.
+
+``FAULTS`` has the fault in words, the adapter of the faulty part, and the property that has to
+catch it. ``SOUND`` has the parts that the faulty ones are made from, which break no property.
+Functions that run on several processes stand at the top of this module.
+"""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslkit.testing import (
+    DINO,
+    EMA,
+    IBOT,
+    KNN,
+    Confusion,
+    Head,
+    KoLeo,
+    Loss,
+    Masks,
+    Schedule,
+    Sinkhorn,
+    confusion,
+    dino,
+    ema,
+    head,
+    ibot,
+    knn,
+    koleo,
+    loss,
+    masks,
+    own,
+    schedule,
+    sinkhorn,
+    textbook,
+)
+
+BOTH = (torch.bfloat16, torch.float16)
+
+
+def eight_bits(x: Tensor) -> Tensor:
+    return x.to(torch.float8_e4m3fn).to(x.dtype)
+
+
+def traced(call):
+    """The second of two calls differs from the first, as of a loss that moves a centre."""
+    calls = []
+
+    def with_state(*inputs):
+        calls.append(1)
+        return call(*inputs) * (1 + 0.1 * len(calls))
+
+    return with_state
+
+
+def in_place(call):
+    def overwriting(x, *inputs):
+        return call(x.mul_(1.5), *inputs)
+
+    return overwriting
+
+
+def row_by_row(call):
+    """A Python loop over rows, which every number of rows compiles anew."""
+
+    def looping(x, *inputs):
+        for b in range(x.shape[-2]):
+            x = x + 0 * x[..., b : b + 1, :]
+        return call(x, *inputs)
+
+    return looping
+
+
+def by_place(x: Tensor, dim: int) -> Tensor:
+    """Weights of mean 1 that depend on the place in the batch."""
+    weights = 1 + 0.1 * (torch.arange(x.shape[dim], dtype=x.dtype) - (x.shape[dim] - 1) / 2)
+    shape = [1] * x.ndim
+    shape[dim] = -1
+    return weights.view(shape)
+
+
+# --- Sinkhorn -------------------------------------------------------------------------------------
+
+
+def log_sinkhorn(logits: Tensor, temperature: float, num_iterations: int = 3) -> Tensor:
+    with torch.no_grad():
+        log_q = logits.float() / temperature
+        for _ in range(num_iterations):
+            log_q = log_q.log_softmax(dim=0).log_softmax(dim=1)
+        return log_q.exp()
+
+
+def shifted_rows(x: Tensor, temperature: float) -> Tensor:
+    """The repair that facebookresearch/dinov2#583 proposes."""
+    return log_sinkhorn(x - x.max(dim=-1, keepdim=True).values, temperature)
+
+
+def rows_first(x: Tensor, temperature: float) -> Tensor:
+    return log_sinkhorn(x.mT, temperature).mT * x.shape[0] / x.shape[1]
+
+
+def stored_by_rows(x: Tensor, temperature: float) -> Tensor:
+    return log_sinkhorn(x.as_strided(x.shape, (x.shape[1], 1)), temperature)
+
+
+def first_prototype_favoured(x: Tensor, temperature: float) -> Tensor:
+    q = log_sinkhorn(x, temperature) * torch.tensor([1.5] + [1.0] * (x.shape[1] - 1))
+    return q / q.sum(dim=1, keepdim=True)
+
+
+def own_rows_only(x: Tensor, temperature: float) -> Tensor:
+    return log_sinkhorn(x, temperature)
+
+
+def empty_ranks_leave(x: Tensor, temperature: float) -> Tensor:
+    return x if len(x) == 0 else own.sinkhorn_probs_on_ranks(x, temperature)
+
+
+def with_gradient(x: Tensor, temperature: float) -> Tensor:
+    return textbook.sinkhorn(x, temperature)
+
+
+SINKHORN = [
+    ("exp overflows", Sinkhorn(textbook.sinkhorn), sinkhorn.is_finite_over_its_range),
+    (
+        "each row's maximum is subtracted",
+        Sinkhorn(shifted_rows),
+        sinkhorn.equals_the_published_loop,
+    ),
+    (
+        "an iteration is missing",
+        Sinkhorn(lambda x, t: log_sinkhorn(x, t, 2)),
+        sinkhorn.equals_the_published_loop,
+    ),
+    ("prototypes are normalised last", Sinkhorn(rows_first), sinkhorn.rows_sum_to_one),
+    (
+        "a softmax of each row",
+        Sinkhorn(lambda x, t: (x / t).softmax(1).detach()),
+        sinkhorn.a_shift_of_a_prototype_changes_nothing,
+    ),
+    ("a favourite prototype", Sinkhorn(first_prototype_favoured), sinkhorn.order_does_not_matter),
+    ("strides are ignored", Sinkhorn(stored_by_rows), sinkhorn.memory_layout_does_not_matter),
+    ("logits are scaled in place", Sinkhorn(in_place(log_sinkhorn)), sinkhorn.leaves_no_trace),
+    ("the teacher gets a gradient", Sinkhorn(with_gradient), sinkhorn.has_no_gradient),
+    (
+        "logits are rounded to 8 bits",
+        Sinkhorn(lambda x, t: log_sinkhorn(eight_bits(x), t), sixteen_bit=BOTH),
+        sinkhorn.sixteen_bit_logits_are_balanced_as_well,
+    ),
+    (
+        "each process balances its own rows",
+        Sinkhorn(log_sinkhorn, on_ranks=own_rows_only),
+        sinkhorn.any_split_over_processes_gives_the_same,
+    ),
+    (
+        "a process without rows leaves before the others have finished",
+        Sinkhorn(log_sinkhorn, on_ranks=empty_ranks_leave),
+        sinkhorn.any_split_over_processes_gives_the_same,
+    ),
+    (
+        "a loop over rows",
+        Sinkhorn(row_by_row(log_sinkhorn), compiles=True),
+        sinkhorn.compiles_in_few_graphs,
+    ),
+]
+
+# --- DINO -----------------------------------------------------------------------------------------
+
+
+def right_dino(student: Tensor, probs: Tensor) -> Tensor:
+    return textbook.dino(student.float(), probs.detach())
+
+
+def all_pairs_counted(student: Tensor, probs: Tensor) -> Tensor:
+    pairs = len(student) * len(probs)
+    return right_dino(student, probs) * (pairs - min(len(student), len(probs))) / pairs
+
+
+def nan_of_one_view(student: Tensor, probs: Tensor) -> Tensor:
+    pairs = len(student) * len(probs) - min(len(student), len(probs))
+    return right_dino(student, probs) if pairs else student.sum() * torch.nan
+
+
+def last_view_detached(student: Tensor, probs: Tensor) -> Tensor:
+    return right_dino(torch.cat([student[:-1], student[-1:].detach()]), probs)
+
+
+def batch_centred(student: Tensor, probs: Tensor) -> Tensor:
+    return right_dino(student - student.mean(dim=1, keepdim=True), probs)
+
+
+def unsafe_softmax(student: Tensor, probs: Tensor) -> Tensor:
+    weights = (student / 0.1).exp()
+    logits = 0.1 * (weights / weights.sum(dim=-1, keepdim=True)).log()
+    return right_dino(logits, probs)
+
+
+def without_logsumexp(student: Tensor, probs: Tensor) -> Tensor:
+    return right_dino(student, probs) + 0.1 * student.mean()
+
+
+def dino_over_ranks(student: Tensor, probs: Tensor) -> Tensor:
+    return right_dino(student, probs) / dist.get_world_size()
+
+
+DINO_LOSS = [
+    (
+        "local views are left out",
+        DINO(lambda s, q: right_dino(s[:2], q)),
+        dino.equals_the_double_loop,
+    ),
+    ("the diagonal counts in the mean", DINO(all_pairs_counted), dino.equals_the_double_loop),
+    ("the last view is detached", DINO(last_view_detached), dino.gradient_is_that_of_the_equation),
+    ("0 / 0 of one view", DINO(nan_of_one_view), dino.one_view_gives_no_nan),
+    (
+        "samples weigh by their place",
+        DINO(lambda s, q: right_dino(s * by_place(s, 1), q)),
+        dino.order_of_samples_does_not_matter,
+    ),
+    (
+        "views weigh by their place",
+        DINO(lambda s, q: right_dino(s * by_place(s, 0), q)),
+        dino.order_of_views_does_not_matter,
+    ),
+    ("logits are centred over the batch", DINO(batch_centred), dino.samples_do_not_mix),
+    ("the normaliser is forgotten", DINO(without_logsumexp), dino.a_shift_of_a_row_changes_nothing),
+    ("exp without a shift", DINO(unsafe_softmax), dino.is_exact_over_its_range),
+    (
+        "a sum over samples",
+        DINO(lambda s, q: right_dino(s, q) * s.shape[1]),
+        dino.micro_batches_accumulate,
+    ),
+    ("targets are not detached", DINO(textbook.dino), dino.targets_get_no_gradient),
+    ("a centre moves in forward", DINO(traced(right_dino)), dino.leaves_no_trace),
+    (
+        "logits are rounded to 8 bits",
+        DINO(lambda s, q: right_dino(eight_bits(s), q), sixteen_bit=BOTH),
+        dino.sixteen_bit_logits_are_as_exact,
+    ),
+    (
+        "the loss is divided by the number of processes",
+        DINO(right_dino, on_ranks=dino_over_ranks),
+        dino.processes_average_to_the_same,
+    ),
+    (
+        "a loop over samples",
+        DINO(row_by_row(right_dino), compiles=True),
+        dino.compiles_in_few_graphs,
+    ),
+]
+
+# --- iBOT -----------------------------------------------------------------------------------------
+
+
+def right_ibot(student: Tensor, probs: Tensor, masks: Tensor) -> Tensor:
+    weights = 1 / (masks.sum(dim=1).clamp(min=1) * len(masks)).float()
+    rows = weights.repeat_interleave(masks.sum(dim=1), output_size=len(student))
+    return (textbook.cross_entropy(student.float(), probs.detach(), 0.1) * rows).sum()
+
+
+def over_patches(student: Tensor, probs: Tensor, masks: Tensor) -> Tensor:
+    return textbook.cross_entropy(student, probs.detach(), 0.1).sum() / masks.numel()
+
+
+def over_masked_images(student: Tensor, probs: Tensor, masks: Tensor) -> Tensor:
+    return right_ibot(student, probs, masks) * len(masks) / masks.any(dim=1).sum()
+
+
+def mean_of_patches(student: Tensor, probs: Tensor, masks: Tensor) -> Tensor:
+    return textbook.cross_entropy(student, probs.detach(), 0.1).mean()
+
+
+def images_by_place(student: Tensor, probs: Tensor, masks: Tensor) -> Tensor:
+    images = masks.nonzero()[:, 0]
+    return right_ibot(student * (1 + 0.1 * images[:, None]), probs, masks)
+
+
+def last_patch_detached(student: Tensor, probs: Tensor, masks: Tensor) -> Tensor:
+    return right_ibot(torch.cat([student[:-1], student[-1:].detach()]), probs, masks)
+
+
+def patches_centred(student: Tensor, probs: Tensor, masks: Tensor) -> Tensor:
+    return right_ibot(student - student.mean(dim=0), probs, masks)
+
+
+def unsafe_ibot(student: Tensor, probs: Tensor, masks: Tensor) -> Tensor:
+    weights = (student / 0.1).exp()
+    return right_ibot(0.1 * (weights / weights.sum(dim=1, keepdim=True)).log(), probs, masks)
+
+
+IBOT_LOSS = [
+    ("masked patches are averaged over all", IBOT(over_patches), ibot.equals_the_double_loop),
+    ("images without a mask do not count", IBOT(over_masked_images), ibot.equals_the_double_loop),
+    (
+        "the last patch is detached",
+        IBOT(last_patch_detached),
+        ibot.gradient_is_that_of_the_equation,
+    ),
+    ("a mean over no patch", IBOT(mean_of_patches), ibot.nothing_masked_gives_no_nan),
+    ("images weigh by their place", IBOT(images_by_place), ibot.order_of_images_does_not_matter),
+    ("images weigh by their masks", IBOT(mean_of_patches), ibot.images_weigh_the_same),
+    ("logits are centred over the batch", IBOT(patches_centred), ibot.images_do_not_mix),
+    (
+        "the normaliser is forgotten",
+        IBOT(lambda s, q, m: right_ibot(s, q, m) + 0.1 * s.sum()),
+        ibot.a_shift_of_a_row_changes_nothing,
+    ),
+    ("exp without a shift", IBOT(unsafe_ibot), ibot.is_exact_over_its_range),
+    (
+        "a sum over images",
+        IBOT(lambda s, q, m: right_ibot(s, q, m) * len(m)),
+        ibot.micro_batches_accumulate,
+    ),
+    (
+        "targets are not detached",
+        IBOT(lambda s, q, m: textbook.ibot(s, q, m)),
+        ibot.targets_get_no_gradient,
+    ),
+    ("a centre moves in forward", IBOT(traced(right_ibot)), ibot.leaves_no_trace),
+    (
+        "logits are rounded to 8 bits",
+        IBOT(lambda s, q, m: right_ibot(eight_bits(s), q, m), sixteen_bit=BOTH),
+        ibot.sixteen_bit_logits_are_as_exact,
+    ),
+    (
+        "a loop over patches",
+        IBOT(row_by_row(right_ibot), compiles=True),
+        ibot.compiles_in_few_graphs,
+    ),
+]
+
+# --- KoLeo ----------------------------------------------------------------------------------------
+
+
+def itself_a_neighbour(x: Tensor) -> Tensor:
+    z = F.normalize(x, dim=-1)
+    return -(torch.cdist(z, z).min(dim=1).values + 1e-8).log().mean()
+
+
+def neighbours_detached(x: Tensor) -> Tensor:
+    z = F.normalize(x, dim=-1)
+    nearest = torch.cdist(z, z).detach().fill_diagonal_(torch.inf).argmin(dim=1)
+    return -((z - z[nearest].detach()).norm(dim=-1) + 1e-8).log().mean()
+
+
+def lengths_count(x: Tensor) -> Tensor:
+    nearest = torch.cdist(x, x).detach().fill_diagonal_(torch.inf).argmin(dim=1)
+    return -((x - x[nearest]).norm(dim=-1) + 1e-8).log().mean()
+
+
+def city_blocks(x: Tensor) -> Tensor:
+    z = F.normalize(x, dim=-1)
+    nearest = torch.cdist(z, z).detach().fill_diagonal_(torch.inf).argmin(dim=1)
+    return -((z - z[nearest]).abs().sum(dim=-1) + 1e-8).log().mean()
+
+
+def next_row(x: Tensor) -> Tensor:
+    z = F.normalize(x, dim=-1)
+    return -((z - z.roll(1, dims=0)).norm(dim=-1) + 1e-8).log().mean()
+
+
+def no_floor(x: Tensor) -> Tensor:
+    return textbook.koleo(x, eps=0.0)
+
+
+def nan_of_one_row(x: Tensor) -> Tensor:
+    return textbook.koleo(x) if len(x) > 1 else x.sum() * torch.nan
+
+
+def by_products(x: Tensor) -> Tensor:
+    """Distances from products, which autocast rounds to bfloat16."""
+    z = F.normalize(x, dim=-1)
+    similarity = (z @ z.T).float().clone().fill_diagonal_(-2.0)
+    return -((2 - 2 * similarity.max(dim=1).values).clamp(min=1e-16).sqrt() + 1e-8).log().mean()
+
+
+def gathered_without_gradient(x: Tensor) -> Tensor:
+    """Neighbours of other processes get no gradient, and a rank's mean is over its own rows."""
+    lengths = [torch.zeros((), dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor(len(x)))
+    padded = x.new_zeros(max(map(int, lengths)), x.shape[1])
+    padded[: len(x)] = x.detach()
+    everyone = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(everyone, padded)
+    rows = torch.cat([each[:n] for each, n in zip(everyone, lengths, strict=True)])
+    first = sum(map(int, lengths[: dist.get_rank()]))
+    z, others = F.normalize(x, dim=-1), F.normalize(rows, dim=-1)
+    distances = torch.cdist(z, others).detach()
+    distances.diagonal(offset=first).fill_(torch.inf)
+    near = others[distances.argmin(dim=1)] if len(x) else others[:0]
+    scale = dist.get_world_size() / len(rows)
+    return -((z - near).norm(dim=-1) + 1e-8).log().sum() * scale
+
+
+KOLEO = [
+    ("a row is its own neighbour", KoLeo(itself_a_neighbour), koleo.equals_the_double_loop),
+    ("neighbours are detached", KoLeo(neighbours_detached), koleo.gradient_is_that_of_the_equation),
+    ("rows are not normalised", KoLeo(lengths_count), koleo.scale_of_a_row_does_not_matter),
+    ("distances of city blocks", KoLeo(city_blocks), koleo.a_rotation_changes_nothing),
+    ("the next row is taken for the nearest", KoLeo(next_row), koleo.order_does_not_matter),
+    ("the logarithm of zero", KoLeo(no_floor), koleo.equal_rows_give_finite_numbers),
+    ("NaN of one row", KoLeo(nan_of_one_row), koleo.one_row_gives_no_nan),
+    ("a statistic moves in forward", KoLeo(traced(textbook.koleo)), koleo.leaves_no_trace),
+    (
+        "features are rounded to 8 bits",
+        KoLeo(lambda x: textbook.koleo(eight_bits(x).float()), sixteen_bit=BOTH),
+        koleo.sixteen_bit_features_are_as_exact,
+    ),
+    (
+        "distances by products",
+        KoLeo(by_products, sixteen_bit=BOTH),
+        koleo.autocast_does_not_make_it_less_exact,
+    ),
+    (
+        "other processes' rows are gathered without a gradient",
+        KoLeo(textbook.koleo, on_ranks=gathered_without_gradient),
+        koleo.any_split_over_processes_gives_the_same,
+    ),
+    (
+        "a loop over rows",
+        KoLeo(row_by_row(textbook.koleo), compiles=True),
+        koleo.compiles_in_few_graphs,
+    ),
+]
+
+# --- losses without a reference -------------------------------------------------------------------
+
+
+def barlow(first: Tensor, second: Tensor, correlation: Tensor | None = None) -> Tensor:
+    """Redundancy reduction without the batch normalisation: a function of mean products."""
+    if correlation is None:
+        correlation = first.T @ second / len(first)
+    return (correlation - torch.eye(first.shape[1], dtype=first.dtype)).square().sum()
+
+
+def reduced_without_gradient(first: Tensor, second: Tensor) -> Tensor:
+    """lightly-ai/lightly#1920: torch.distributed.all_reduce of what has a gradient."""
+    correlation = first.T @ second / len(first) / dist.get_world_size()
+    everyone = correlation.detach().clone()
+    dist.all_reduce(everyone)
+    return barlow(first, second, correlation + (everyone - correlation).detach())
+
+
+def barlow_in_16_bits(first: Tensor, second: Tensor) -> Tensor:
+    if first.dtype == torch.float64:
+        return barlow(first, second)
+    return barlow(first.bfloat16(), second.bfloat16()).float()
+
+
+def standardised(first: Tensor, second: Tensor) -> Tensor:
+    return barlow(first / first.std(dim=0), second / second.std(dim=0))
+
+
+LOSS = [
+    (
+        "images weigh by their place",
+        Loss(lambda a, b: barlow(a * by_place(a, 0), b)),
+        loss.order_of_images_does_not_matter,
+    ),
+    (
+        "the second view weighs more",
+        Loss(lambda a, b: barlow(a, b) + b.square().sum(), symmetric=True),
+        loss.order_of_views_does_not_matter,
+    ),
+    ("a view is left out", Loss(lambda a, b: barlow(a, a)), loss.every_view_has_a_gradient),
+    (
+        "rows are not normalised",
+        Loss(barlow, ignores_lengths=True),
+        loss.lengths_do_not_matter,
+    ),
+    (
+        "computed in 16 bits",
+        Loss(barlow_in_16_bits),
+        loss.float32_is_as_exact_as_it_can_be,
+    ),
+    ("divided by a deviation of 0", Loss(standardised), loss.equal_rows_give_finite_numbers),
+    ("a statistic moves in forward", Loss(traced(barlow)), loss.leaves_no_trace),
+    (
+        "the gradient is divided by the number of processes",
+        Loss(barlow, on_ranks=reduced_without_gradient),
+        loss.processes_average_to_the_same,
+    ),
+    ("a loop over images", Loss(row_by_row(barlow), compiles=True), loss.compiles_in_few_graphs),
+]
+
+# --- EMA ------------------------------------------------------------------------------------------
+
+
+class Teacher(nn.Module):
+    """An average of weights that is right; the faulty ones change one method."""
+
+    def __init__(self, student: nn.Module, momentum: float) -> None:
+        super().__init__()
+        self.module = self.copied(student).eval().requires_grad_(False)
+        self.momentum = momentum
+
+    def copied(self, student: nn.Module) -> nn.Module:
+        return deepcopy(student)
+
+    @torch.no_grad()
+    def update(self, student: nn.Module) -> None:
+        for own_, other in self.pairs(student):
+            self.move(own_, other)
+        for own_, other in zip(self.module.buffers(), student.buffers(), strict=True):
+            self.copy_buffer(own_, other)
+
+    def pairs(self, student: nn.Module):
+        return zip(self.module.parameters(), student.parameters(), strict=True)
+
+    def move(self, own_: Tensor, other: Tensor) -> None:
+        own_.lerp_(other, 1 - self.momentum)
+
+    def copy_buffer(self, own_: Tensor, other: Tensor) -> None:
+        own_.copy_(other)
+
+
+class MomentumOfTheStudent(Teacher):
+    def move(self, own_, other):
+        own_.lerp_(other, self.momentum)
+
+
+class Shared(Teacher):
+    def copied(self, student):
+        return student
+
+
+class StudentInEvalMode(Teacher):
+    def update(self, student):
+        super().update(student.eval())
+
+
+class Drifting(Teacher):
+    def move(self, own_, other):
+        own_.mul_(self.momentum).add_(other, alpha=1.01 - self.momentum)
+
+
+class WithoutBuffers(Teacher):
+    def copy_buffer(self, own_, other):
+        pass
+
+
+class Trained(Teacher):
+    def __init__(self, student, momentum):
+        super().__init__(student, momentum)
+        self.module.train().requires_grad_(True)
+
+
+class SharedMovedTwice(Teacher):
+    def pairs(self, student):
+        named = [dict(m.named_parameters(remove_duplicate=False)) for m in (self.module, student)]
+        return [(named[0][name], named[1][name]) for name in named[0]]
+
+
+class LostCounter(Teacher):
+    """A warm-up of the momentum by a counter that is no buffer (lightly-ai/lightly-train#892)."""
+
+    updates = 0
+
+    def move(self, own_, other):
+        momentum = min(self.momentum, self.updates / 100)
+        own_.lerp_(other, 1 - momentum)
+
+    def update(self, student):
+        self.updates += 1
+        super().update(student)
+
+
+def ema_of(teacher: type[Teacher]) -> EMA:
+    return EMA(teacher, lambda t, student: t.update(student), lambda t: t.module)
+
+
+EMA_TEACHER = [
+    ("momentum and rest exchanged", ema_of(MomentumOfTheStudent), ema.equals_the_closed_form),
+    ("the teacher is the student", ema_of(Shared), ema.starts_as_a_copy),
+    ("the student is left in eval mode", ema_of(StudentInEvalMode), ema.leaves_the_student_alone),
+    ("weights that sum to 1.01", ema_of(Drifting), ema.equal_weights_stay),
+    ("buffers stay behind", ema_of(WithoutBuffers), ema.buffers_follow),
+    ("the teacher is trained", ema_of(Trained), ema.is_frozen),
+    ("shared weights move twice", ema_of(SharedMovedTwice), ema.shared_weights_are_moved_once),
+    (
+        "the counter of updates is not saved",
+        ema_of(LostCounter),
+        ema.a_resumed_teacher_has_the_same_future,
+    ),
+]
+
+# --- masks ----------------------------------------------------------------------------------------
+
+GRID = (7, 9)
+
+
+def masks_of(draw, **promises) -> Masks:
+    return Masks(draw, GRID, **promises)
+
+
+def right_masks(batch_size: int, generator: torch.Generator) -> Tensor:
+    return own.cyclic_masks.call(batch_size, generator)
+
+
+def scattered(batch_size: int, generator: torch.Generator) -> Tensor:
+    found = torch.zeros(batch_size, *GRID, dtype=torch.bool)
+    for b in torch.randperm(batch_size, generator=generator)[: (batch_size + 1) // 2]:
+        count = int(torch.randint(7, 40, (), generator=generator))
+        found[b].view(-1)[torch.randperm(63, generator=generator)[:count]] = True
+    return found
+
+
+def too_many(batch_size: int, generator: torch.Generator) -> Tensor:
+    found = right_masks(batch_size, generator)
+    found[found.flatten(1).any(dim=1)] = True
+    return found
+
+
+def in_the_middle(batch_size: int, generator: torch.Generator) -> Tensor:
+    """The cyclic shift is left out."""
+    found = right_masks(batch_size, generator)
+    counts = found.flatten(1).sum(dim=1)
+    order = torch.tensor([abs(r - 3) + abs(c - 4) for r in range(7) for c in range(9)]).argsort()
+    for mask, count in zip(found, counts, strict=True):
+        mask.view(-1)[order] = torch.arange(63) < count
+    return found
+
+
+def sorted_images(batch_size: int, generator: torch.Generator) -> Tensor:
+    found = right_masks(batch_size, generator)
+    return found[found.flatten(1).any(dim=1).int().argsort(descending=True)]
+
+
+def always_the_same(batch_size: int, generator: torch.Generator) -> Tensor:
+    found = right_masks(1 + batch_size, generator)
+    masked = right_masks(8, torch.Generator().manual_seed(0))
+    one = masked[masked.flatten(1).any(dim=1)][0]
+    return one & found[:batch_size].flatten(1).any(dim=1)[:, None, None]
+
+
+def global_randomness(batch_size: int, generator: torch.Generator) -> Tensor:
+    return right_masks(batch_size, torch.default_generator)
+
+
+MASKS = [
+    (
+        "numbers instead of booleans",
+        masks_of(lambda b, g: right_masks(b, g).int()),
+        masks.has_the_shape_and_type,
+    ),
+    ("everything is masked", masks_of(too_many), masks.counts_are_in_the_range),
+    (
+        "too few images are masked",
+        masks_of(lambda b, g: right_masks(b, g), mask_probability=0.75),
+        masks.a_share_of_the_images_is_masked,
+    ),
+    ("no cyclic shift", masks_of(in_the_middle), masks.every_patch_is_masked_equally_often),
+    (
+        "the first images are masked",
+        masks_of(sorted_images),
+        masks.every_image_is_masked_equally_often,
+    ),
+    ("scattered patches", masks_of(scattered, region="visible"), masks.a_region_is_connected),
+    ("one mask for all", masks_of(always_the_same), masks.masks_differ),
+    ("the global generator", masks_of(global_randomness), masks.randomness_is_the_generators),
+]
+
+# --- heads ----------------------------------------------------------------------------------------
+
+
+class Levels(nn.Module):
+    """A nested head that is right; the faulty ones change one method."""
+
+    def __init__(self, in_dim, num_prototypes, nesting_dims):
+        super().__init__()
+        self.dims = tuple(nesting_dims)
+        self.mlps = nn.ModuleList(self.mlp(dim, in_dim) for dim in self.dims)
+        self.prototypes = nn.ModuleList(
+            nn.Linear(4, self.count(num_prototypes, dim, in_dim), bias=False) for dim in self.dims
+        )
+
+    def mlp(self, dim, in_dim):
+        return nn.Sequential(nn.Linear(dim, 6), nn.GELU(), nn.Linear(6, 4))
+
+    def count(self, num_prototypes, dim, in_dim):
+        return num_prototypes * dim // in_dim
+
+    def prefix(self, x, dim):
+        return x[..., :dim]
+
+    def logits(self, z, prototypes):
+        return F.linear(F.normalize(z.float(), dim=-1), F.normalize(prototypes.weight, dim=-1))
+
+    def forward(self, x):
+        levels = zip(self.dims, self.mlps, self.prototypes, strict=True)
+        return tuple(self.logits(mlp(self.prefix(x, dim)), p) for dim, mlp, p in levels)
+
+
+class SameNumber(Levels):
+    def count(self, num_prototypes, dim, in_dim):
+        return num_prototypes
+
+
+class Projected(Levels):
+    """valeoai/Franca#4: a learned projection of all features, where the paper slices."""
+
+    def mlp(self, dim, in_dim):
+        return nn.Sequential(nn.Linear(in_dim, dim), *super().mlp(dim, in_dim))
+
+    def prefix(self, x, dim):
+        return x
+
+
+class OneBottleneck(Levels):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.last = nn.Linear(4, 4)
+
+    def logits(self, z, prototypes):
+        return super().logits(self.last(z), prototypes)
+
+
+class Products(Levels):
+    def logits(self, z, prototypes):
+        return prototypes(z)
+
+
+class BatchNormed(Levels):
+    def mlp(self, dim, in_dim):
+        return nn.Sequential(nn.BatchNorm1d(dim), *super().mlp(dim, in_dim))
+
+
+class SecondAxis(Levels):
+    def forward(self, x):
+        if x.ndim == 3:
+            x = x.flip(1)
+        return super().forward(x)
+
+
+class Counting(Levels):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class Unregistered(Levels):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.signs = torch.randn(4)
+
+    def logits(self, z, prototypes):
+        return super().logits(z * self.signs, prototypes)
+
+
+class RoughAutocast(Levels):
+    def logits(self, z, prototypes):
+        found = super().logits(z, prototypes)
+        return found.square() if torch.is_autocast_enabled("cpu") else found
+
+
+class Looping(Levels):
+    def forward(self, x):
+        return super().forward(row_by_row(lambda rows: rows)(x))
+
+
+HEAD = [
+    ("K prototypes at every level", Head(SameNumber), head.has_one_output_a_level),
+    ("a projection instead of a slice", Head(Projected), head.a_level_sees_its_prefix_alone),
+    ("levels share a layer", Head(OneBottleneck), head.levels_share_no_parameter),
+    ("products instead of cosines", Head(Products), head.logits_are_cosines),
+    ("batch normalisation", Head(BatchNormed), head.rows_do_not_mix),
+    ("patches of an image are exchanged", Head(SecondAxis), head.leading_axes_are_kept),
+    ("forward counts its calls", Head(Counting), head.leaves_no_trace),
+    ("a tensor that is not saved", Head(Unregistered), head.a_loaded_head_is_the_same),
+    ("autocast changes the logits", Head(RoughAutocast), head.autocast_is_close),
+    ("a loop over rows", Head(Looping, compiles=True), head.compiles_in_few_graphs),
+]
+
+# --- schedules ------------------------------------------------------------------------------------
+
+
+def right_schedule(step: int, **settings) -> float:
+    return own.warmup_then_cosine.call(step, **settings)
+
+
+def overshooting(step: int, **settings) -> float:
+    return right_schedule(step, **settings) * 1.01 + 0.01
+
+
+def periodic(step: int, *, total_steps: int, **settings) -> float:
+    return right_schedule(step % total_steps, total_steps=total_steps, **settings)
+
+
+class Counted:
+    """A scheduler that counts its own steps."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, step, *, total_steps, **settings):
+        self.calls += 1
+        step = (self.calls - 1) % (2 * total_steps)
+        return right_schedule(step, total_steps=total_steps, **settings)
+
+
+SCHEDULE = [
+    (
+        "a step late",
+        Schedule(lambda step, **settings: right_schedule(max(step - 1, 0), **settings)),
+        schedule.is_the_published_array,
+    ),
+    (
+        "timm's warm-up taken for DINOv2's",
+        replace(own.warmup_then_cosine, warmup="fraction"),
+        schedule.is_the_published_array,
+    ),
+    ("an overshoot", Schedule(overshooting), schedule.never_leaves_its_range),
+    ("it starts again at the end", Schedule(periodic), schedule.a_finished_schedule_stays),
+    ("a counter of its own", Schedule(Counted()), schedule.a_value_depends_on_the_step_alone),
+]
+
+# --- k-NN -----------------------------------------------------------------------------------------
+
+
+def votes(train, labels, test, *, k, temperature, num_classes, similarity=None, weights=None):
+    if similarity is None:
+        similarity = F.normalize(test.float(), dim=1) @ F.normalize(train.float(), dim=1).T
+    best, where = similarity.topk(k)
+    weight = (best / temperature).exp() if weights is None else weights(best, temperature)
+    counts = torch.zeros(len(test), num_classes).scatter_add_(1, labels[where], weight)
+    return counts.argmax(dim=1)
+
+
+def unweighted(*x, **settings):
+    return votes(*x, **settings, weights=lambda best, temperature: torch.ones_like(best))
+
+
+def by_products_of_rows(train, labels, test, **settings):
+    return votes(train, labels, test, **settings, similarity=test @ train.T)
+
+
+def first_ones(train, labels, test, *, k, **settings):
+    return votes(train[:k], labels[:k], test, k=k, **settings)
+
+
+def centred(train, labels, test, **settings):
+    return votes(train, labels, test - test.mean(dim=0), **settings)
+
+
+def compared_as_stored(train, labels, test, **settings):
+    similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
+    return votes(train, labels, test, **settings, similarity=similarity.float())
+
+
+def multiplied(*x, **settings):
+    return votes(*x, **settings, weights=lambda best, temperature: (best * temperature).exp())
+
+
+NEIGHBOURS = [
+    ("votes without weights", KNN(unweighted), knn.wins_the_loops_vote),
+    ("products instead of cosines", KNN(by_products_of_rows), knn.lengths_do_not_matter),
+    ("the first k items", KNN(first_ones), knn.order_of_the_training_items_does_not_matter),
+    ("test features are centred", KNN(centred), knn.test_items_do_not_mix),
+    ("multiplied by the temperature", KNN(multiplied), knn.a_temperature_is_divided_by),
+    (
+        "features are scaled in place",
+        KNN(lambda train, *x, **s: votes(train.mul_(2), *x, **s)),
+        knn.leaves_no_trace,
+    ),
+    (
+        "compared in 16 bits",
+        KNN(compared_as_stored, sixteen_bit=BOTH),
+        knn.sixteen_bit_features_are_compared_as_exactly,
+    ),
+]
+
+# --- confusion ------------------------------------------------------------------------------------
+
+
+def counts_of(truth, prediction, num_classes):
+    return own.confusion.call(truth, prediction, num_classes)
+
+
+def ignored_in_class_0(truth, prediction, num_classes):
+    return counts_of(truth.masked_fill(truth == 255, 0), prediction, num_classes)
+
+
+def without_the_last(truth, prediction, num_classes):
+    return counts_of(truth.flatten()[:-1], prediction.flatten()[:-1], num_classes)
+
+
+def at_most_two(truth, prediction, num_classes):
+    return counts_of(truth, prediction, num_classes).clamp(max=2)
+
+
+def iou_of_the_truth(truth, prediction, num_classes):
+    counts = counts_of(truth, prediction, num_classes).double()
+    return counts.diagonal() / counts.sum(dim=1)
+
+
+CONFUSION = [
+    (
+        "rows and columns exchanged",
+        Confusion(lambda *x: counts_of(*x).T),
+        confusion.counts_are_those_of_the_loop,
+    ),
+    ("ignored pixels count", Confusion(ignored_in_class_0), confusion.ignored_pixels_do_not_count),
+    ("the last pixel is left out", Confusion(without_the_last), confusion.order_does_not_matter),
+    ("counts are cut off", Confusion(at_most_two), confusion.counts_add_up),
+    (
+        "false positives are forgotten",
+        Confusion(counts_of, iou=iou_of_the_truth),
+        confusion.iou_is_that_of_the_counts,
+    ),
+    (
+        "the truth is overwritten",
+        Confusion(lambda t, p, C: counts_of(t.masked_fill_(t == 255, 0), p, C)),
+        confusion.leaves_no_trace,
+    ),
+]
+
+FAULTS = [
+    *SINKHORN,
+    *DINO_LOSS,
+    *IBOT_LOSS,
+    *KOLEO,
+    *LOSS,
+    *EMA_TEACHER,
+    *MASKS,
+    *HEAD,
+    *SCHEDULE,
+    *NEIGHBOURS,
+    *CONFUSION,
+]
+
+SOUND = {
+    "sinkhorn": Sinkhorn(log_sinkhorn),
+    "dino": DINO(right_dino),
+    "ibot": IBOT(right_ibot),
+    "koleo": KoLeo(textbook.koleo),
+    "loss": Loss(barlow),
+    "teacher": ema_of(Teacher),
+    "head": Head(Levels),
+    "neighbours": KNN(votes),
+}
