@@ -38,8 +38,10 @@ _FLAGS = [
 ]
 
 
-def run(function: str, *arguments: Tensor | int | float) -> None:
+def run(function: str, *arguments: Tensor | int | float | None) -> None:
     """Call a kernel with the addresses of tensors, integers and floats, and a number of threads.
+
+    None is the address NULL.
 
     Raises:
         MemoryError: there is none for the kernel's scratch.
@@ -57,9 +59,9 @@ def problem() -> str | None:
     return _load()[1]
 
 
-def _as_c(x: Tensor | int | float) -> Any:
-    if isinstance(x, Tensor):
-        return ctypes.c_void_p(x.data_ptr())
+def _as_c(x: Tensor | int | float | None) -> Any:
+    if x is None or isinstance(x, Tensor):
+        return ctypes.c_void_p(None if x is None else x.data_ptr())
     return ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int64(x)
 
 
@@ -109,7 +111,7 @@ def _compiled() -> Path:
                     _output(compiler, *_FLAGS, "-c", os.fspath(path), "-o", objects[-1])
             made = os.path.join(scratch, "kernels.so")
             # Without -fopenmp, which would load a second OpenMP beside PyTorch's.
-            _output(compiler, "-shared", *objects, "-o", made)
+            _output(compiler, "-shared", *objects, "-lm", "-o", made)
             os.replace(made, library)
     return library
 
