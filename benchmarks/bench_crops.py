@@ -7,7 +7,8 @@ Two workloads: thumbnails of 32 pixels with the crops of the preset cifar10, and
 and from files (PNG thumbnails, JPEG scenes), decoded by every contestant with sslkit's decoder.
 All contestants make batches in this process and thread; they take turns in every round, and the
 ratios are medians of the ratios within a round. ``--against`` checks the commit out into a
-temporary folder and imports its sslkit beside the present one.
+temporary folder and imports its sslkit beside the present one. Then the stages of sslkit are timed
+one after the other: reading and decoding, drawing, resizing, and rendering of what is resized.
 """
 
 import argparse
@@ -126,6 +127,25 @@ def race(raced: dict[str, Iterator], batch: int, batches: int, rounds: int) -> d
     return speeds
 
 
+def stages(source, crops: MultiCrop, batch: int, rounds: int) -> dict[str, float]:
+    """Milliseconds an image, the median over batches."""
+    seconds: dict[str, list[float]] = {"decode": [], "draw": [], "resize": [], "render": []}
+    generator = torch.Generator().manual_seed(0)
+    for i in range(rounds + 1):
+        times = [time.perf_counter()]
+        images = [source[(i * batch + j) % len(source)][0] for j in range(batch)]
+        times.append(time.perf_counter())
+        views = [crops.draw(*image.shape[1:], generator=generator) for image in images]
+        times.append(time.perf_counter())
+        resized = [crops.resize(*each) for each in zip(images, views, strict=True)]
+        times.append(time.perf_counter())
+        crops.render_resized(resized, views)
+        times.append(time.perf_counter())
+        for found, start, end in zip(seconds.values(), times, times[1:], strict=False):
+            found.append(end - start)
+    return {name: 1000 * median(found[1:]) / batch for name, found in seconds.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_crops", description=__doc__)
     parser.add_argument("--against", default="29ff606", help="commit whose sslkit is raced")
@@ -173,6 +193,8 @@ def run(workload: str, old: ModuleType, folder: Path, options: argparse.Namespac
             rate = median(speeds[other])
             print(f"{workload:12} {name:11} {other:20} {rate:8.1f} images/s  sslkit x{ratio:.2f}")
         sys.stdout.flush()
+    times = stages(from_files, crops, batch, 3 * options.rounds)
+    print(workload, "ms an image:", ", ".join(f"{k} {t:.3f}" for k, t in times.items()))
 
 
 if __name__ == "__main__":

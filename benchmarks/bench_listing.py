@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_listing --files 200000 --classes 200
     python -m benchmarks.bench_listing --files 1000000 --classes 1000 --first-step
+    python -m benchmarks.bench_listing --files 200000 --classes 200 --ranks
 
 The folder has class folders of small PNG files, most of them hard links, in a temporary place.
 Every turn is a fresh process with its imports done; it opens both splits and takes their
@@ -12,6 +13,10 @@ do not share). ``--earlier`` is another checkout of sslkit, for a comparison.
 ``--first-step`` starts ``sslkit run franca --preset cifar10`` on the folder, with a batch of 4, and
 measures the time from the command to the end of the first step. It tells the memory of the training
 process (VmHWM) and of its worker (private) then.
+
+``--ranks`` opens the folder in two ranks of torchrun (gloo) at once, without a kept list and again
+with it. It tells what each rank takes (seconds; RssAnon, in MB) to open both splits and for the
+loader, and what memory its worker has of its own after 20 batches. Compare with few files.
 """
 
 import argparse
@@ -36,6 +41,7 @@ _SIDE = 32
 _MEASURED = """
 import json, os, resource, sys, time
 import torchvision
+import sslkit.data.annotated
 from sslkit.data import open_source
 from sslkit.data.fingerprint import fingerprints
 
@@ -56,6 +62,40 @@ peak, own, start = status("VmHWM"), status("RssAnon"), time.perf_counter()
 opened = openers[kind](folder)
 seconds = time.perf_counter() - start
 print(json.dumps([seconds, status("VmHWM") - peak, status("RssAnon") - own]))
+"""
+
+_RANK = """
+import json, sys, time
+from pathlib import Path
+import torch.distributed as dist
+import sslkit.data.annotated
+from sslkit.data import MultiCrop, MultiCropDataset, make_loader, open_source
+from sslkit.data.fingerprint import fingerprints
+from benchmarks.bench_listing import _children, _private, _status
+
+dist.init_process_group("gloo")
+rank, found = dist.get_rank(), {}
+dist.barrier()
+own, start = _status("RssAnon"), time.perf_counter()
+splits = {split: open_source(sys.argv[1], split=split) for split in ("train", "test")}
+fingerprints(splits)
+found["seconds"] = round(time.perf_counter() - start, 3)
+found["splits"] = round(_status("RssAnon") - own, 1)
+crops = MultiCrop(global_size=24, local_size=12, num_local=4)
+dataset = MultiCropDataset(splits["train"], crops)
+loader = make_loader(dataset, batch_size=128, rank=rank, world_size=2, num_workers=1)
+own = _status("RssAnon")
+with iter(loader) as batches:
+    for _ in range(20):
+        next(batches)
+    found["loader"] = round(_status("RssAnon") - own, 1)
+    found["worker"] = round(max(map(_private, _children())), 1)
+for turn in range(2):
+    dist.barrier()
+    if turn == rank:
+        print(f"rank {rank}: {json.dumps(found)}", flush=True)
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
@@ -109,18 +149,32 @@ def first_step(folder: Path, cache: Path, checkout: Path) -> dict[str, float]:
                 raise RuntimeError(f"the run ended with status {run.returncode}")
             time.sleep(0.02)
         seconds = time.perf_counter() - start
-        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        found = {"seconds": seconds, "training process": _peak(run.pid)}
-        found["worker"] = max((_private(int(child)) for child in children), default=0.0)
+        found = {"seconds": seconds, "training process": _status("VmHWM", run.pid)}
+        found["worker"] = max(map(_private, _children(run.pid)), default=0.0)
         run.send_signal(signal.SIGKILL)
         run.wait()
         time.sleep(3)  # until the worker has noticed
     return found
 
 
-def _peak(process: int) -> float:
+def two_ranks(folder: Path, cache: Path) -> None:
+    """Open the folder in two ranks at once; they print what they took."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+        script.write(_RANK)
+        script.flush()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", "2", script.name, str(folder)]
+        subprocess.run(command, env=_environment(cache, ROOT), cwd=ROOT, check=True)
+
+
+def _status(key: str, process: int | str = "self") -> float:
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(key))
+
+
+def _children(process: int | None = None) -> list[int]:
+    process = os.getpid() if process is None else process
+    return [*map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split())]
 
 
 def _private(process: int) -> float:
@@ -146,6 +200,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="a folder made before; default: a new one")
     parser.add_argument("--earlier", type=Path, help="another checkout of sslkit")
     parser.add_argument("--first-step", action="store_true")
+    parser.add_argument("--ranks", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder, cache = options.folder or Path(temporary, "images"), Path(temporary, "cache")
@@ -161,6 +216,11 @@ def main() -> int:
             for name, checkout in checkouts.items():
                 for state in ("", ", kept list") if checkout == ROOT else ("",):
                     print(f"{name}{state}: {json.dumps(first_step(folder, cache, checkout))}")
+            return 0
+        if options.ranks:
+            for state in ("no kept list", "kept list"):
+                print(f"{state}, MB:", flush=True)
+                two_ranks(folder, cache)
             return 0
         rounds: dict[str, list[tuple[float, float, float]]] = {}
         for i in range(options.rounds):

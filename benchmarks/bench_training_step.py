@@ -3,7 +3,8 @@
 Two global crops (half of them masked) and eight local ones of each image through the student, the
 global ones through the teacher, DINO and iBOT at five nested levels with Sinkhorn targets, KoLeo,
 backward, gradient clipping, AdamW, EMA. Networks, targets and losses are those of the recipe. All
-contestants have the same weights; encoders run under bfloat16 autocast on a GPU. They differ in
+contestants have the same weights; networks run under bfloat16 autocast on a GPU, and on a CPU in a
+race of their own. They differ in
 
 - attention: crops of both resolutions packed through each block, or one pass for each resolution
   of timm's own blocks, with SDPA or (`eager attention`) its matrices written out;
@@ -11,6 +12,7 @@ contestants have the same weights; encoders run under bfloat16 autocast on a GPU
 """
 
 import copy
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -61,7 +63,8 @@ def one_by_one(
     return [alone([x], [mask])[0] for x, mask in zip(crops, masks, strict=True)]
 
 
-def set_up(size: Size, device: torch.device) -> SimpleNamespace:
+def set_up(size: Size, device: torch.device, *, bfloat16: bool = False) -> SimpleNamespace:
+    bfloat16 = bfloat16 or device.type == "cuda"
     name, B = NETWORKS[size["D"]], size["B"]
     model = Model(
         backbone=name, drop_path_rate=0.0, num_prototypes=size["K"], hidden_dim=size["hidden"]
@@ -88,7 +91,7 @@ def set_up(size: Size, device: torch.device) -> SimpleNamespace:
             torch.randn(LOCAL_VIEWS * B, 3, local, local, device=device),
         ],
         masks=CyclicMaskGenerator(network.backbone.grid_size)(NUM_GLOBAL * B).to(device),
-        autocast=partial(torch.autocast, device.type, torch.bfloat16, device.type == "cuda"),
+        autocast=partial(torch.autocast, device.type, torch.bfloat16, bfloat16),
     )
 
 
@@ -184,4 +187,15 @@ def _(case):
     return contestant(case, as_released(case.network, case.name, fused=False), loss_textbook)
 
 
+STEP_BFLOAT16 = replace(
+    STEP,
+    name="training_step_bfloat16",
+    title=f"{STEP.title}, under bfloat16 autocast",
+    sizes={**STEP.sizes, "cuda": []},
+    set_up=partial(set_up, bfloat16=True),
+    tolerance={"cpu": 2e-2},
+)
+
+
 test_training_step = STEP.as_test()
+test_training_step_bfloat16 = STEP_BFLOAT16.as_test()

@@ -60,6 +60,8 @@ _STEPS = ("textbook", "birder Franca")
 _RECIPE = "sslkit, as in the recipe"
 _BOUNDED = "sslkit, bounded"
 _BY_LEVEL = "sslkit, level by level"
+_WHOLE_STEP = "B=32 D=128 K=4096 hidden=512"
+_WHOLE_STEPS = ("textbook, SDPA", "textbook, eager attention")
 _CPU_CROPS = {  # by tokens of a crop
     10: "n=10 crops=256 heads=4 d=32",
     37: "n=37 crops=128 heads=4 d=32",
@@ -85,6 +87,10 @@ GOALS = {
         Goal("ibot_levels", "M=512 K=32768", "times less memory", 3, _LOSSES, _RECIPE),
         Goal("clustering_step", _STEP, "times faster", 1.3, _STEPS, _BY_LEVEL),
         Goal("clustering_step", _STEP, "times less memory", 2, _STEPS, _BY_LEVEL),
+        *(
+            Goal(f"training_step{kind}", _WHOLE_STEP, "times faster", 3, _WHOLE_STEPS)
+            for kind in ("", "_bfloat16")
+        ),
     ],
     "cuda": [
         Goal("one_head", "B=4096 K=131072 D=384", "ms at most", 5),

@@ -99,12 +99,18 @@ def describe_value(value: Any) -> str:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, *, flush: bool = True) -> Iterator[IO[bytes]]:
     """A binary file to write to that replaces ``path`` when the block ends without an error.
 
     Readers see the old content or the new one, never a part, whenever the process or the machine
     stops, and of several processes that write at once each writes its own: the last one stays. The
     content is first in ``.{name}.{process}.tmp`` in the same directory; an error removes that.
+
+    Args:
+        path: the file.
+        flush: wait until the content is on the disk, which takes a second where others write much.
+            Without it, the content may be damaged if the machine (not the process) stops soon after
+            the block: only for what can be checked and made again.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "a.txt"
@@ -113,12 +119,12 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     >>> path.read_bytes(), [other.name for other in path.parent.iterdir()]
     (b'complete', ['a.txt'])
     """
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path, flush=flush) as temporary, temporary.open("wb") as file:
         yield file
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """As :func:`atomic_write`, for what writes to a path: an empty file, there for the block.
 
     >>> import tempfile
@@ -132,13 +138,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         temporary.touch()
         yield temporary
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
+        if flush:
+            with temporary.open("r+b") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    flush_directory(path.parent)
+    if flush:
+        flush_directory(path.parent)
 
 
 def flush_directory(directory: Path) -> None:

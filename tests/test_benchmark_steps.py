@@ -161,6 +161,6 @@ def test_the_page_shows_the_last_run_with_its_bound(tmp_path) -> None:
 
 def test_goals_name_contestants_of_their_race() -> None:
     for race in races(quick=False):
-        assert {OURS, "sslkit, float32"} <= race.contestants.keys()
+        assert OURS in race.contestants
         for goal in race.goals:
             assert set(goal.others) <= race.contestants.keys()

@@ -67,6 +67,7 @@ def test_timm_computes_the_same(case, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("pytorchs_bodies")
 def test_other_ways_into_timm(tmp_path):
     """A file by overlay, and a classifier on other channels and another size."""
     encoder = network("sslkit_vit_micro")

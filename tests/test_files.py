@@ -31,6 +31,17 @@ def test_any_error_keeps_the_old_file(
     assert (path.read_bytes(), names(tmp_path)) == (b"old", ["file"])
 
 
+def test_writing_need_not_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(os, "fsync", waited.append)
+    for flush in (False, True):
+        with atomic_write(tmp_path / "file", flush=flush) as file:
+            file.write(b"content")
+        assert ((tmp_path / "file").read_bytes(), bool(waited)) == (b"content", flush)
+
+
 def test_processes_that_write_at_once_do_not_meet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

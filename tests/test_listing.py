@@ -139,13 +139,27 @@ def test_sorting_many_names():
     assert sort_naturally(long) == sorted(long, key=natural_order)
     for prefix, suffix in itertools.product(("", "a", "a1", "1"), ("", ".png", "7.png", ".jp2")):
         numbered = [f"{prefix}{i:0{i % 3}d}{suffix}" for i in (*range(60), *range(100, 160))]
-        for odd in ("", "x", f"{prefix}x{suffix}", f"{prefix}5.gif", f"{prefix}\u0663{suffix}"):
+        for end in ("x", f"x{suffix}", "5.gif", "701234", f"\u0663{suffix}"):
             draw.shuffle(numbered)
-            texts = [*numbered, odd]
-            assert sort_naturally(texts) == sorted(texts, key=natural_order)
+            for texts in ([*numbered, prefix + end], [end, *numbered], [*numbered, ""]):
+                assert sort_naturally(texts) == sorted(texts, key=natural_order)
     many = [f"{i}_{i % 7}.png" for i in range(25_000)]
     draw.shuffle(many)
     assert sort_naturally(many) == sorted(many, key=natural_order)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_listed"),
+    [
+        *(("IMG_{}.JPG", True), ("{}.png", True), ("{}_mask.png", True), ("{}x.jpg", True)),
+        *((".IMG_{}.png", False), (".{}.png", False), ("{}.txt", False), ("x.{}", False)),
+    ],
+)
+def test_folders_of_numbered_files(tmp_path, pattern, is_listed):
+    numbered = [pattern.format(i) for i in range(40)]
+    folder = make(tmp_path / "data", [f"a/{name}" for name in (*numbered, "b/0.png")])
+    shown = [f"a/{name}" for name in numbered] if is_listed else []
+    assert names(list_images(folder)) == [*shown, "a/b/0.png"]
 
 
 def test_order_and_annotations(folder):
@@ -432,6 +446,9 @@ def test_names_in_a_damaged_list_do_not_lead_out_of_the_folder(folder, cache):
     found = list_images(folder)
     with pytest.raises(DamagedFile, match=rf"{path.name} is damaged .*\.\./.*remove it"):
         names(found)
+    path.write_bytes(content.replace(b"n9/a_10.png", bytes(11)))  # a block that was not written
+    with pytest.raises(DamagedFile, match=rf"{path.name} is damaged .*remove it"):
+        names(list_images(folder))
     ends = np.frombuffer(content, np.int64, 17).copy()
     ends[3] = 10**6
     path.write_bytes(ends.tobytes() + content[ends.nbytes :])

@@ -16,6 +16,7 @@ from sslkit.commands.main import run as sslkit_command
 from sslkit.evaluation.floor import Pixels
 from sslkit.rasa import load_rasa
 from sslkit.recipes.shared import online_knn
+from sslkit.recipes.shared.evaluation import subject
 from sslkit.training import Run
 from sslkit.training.checkpoint import Checkpoints
 from sslkit.training.data import open_sources
@@ -280,6 +281,18 @@ def test_broken_images_do_not_stop_the_scores_of_pixels(tmp_path: Path) -> None:
                 pixels, Run(settings, ALONE), sources, 32, settings.evaluation
             ).values()
         assert 0 <= score <= 1
+
+
+@pytest.mark.parametrize(("num_scenes", "num_workers"), [(799, 0), (800, 3)])
+def test_large_samples_are_read_by_the_workers_of_the_run(
+    num_scenes: int, num_workers: int, tmp_path: Path
+) -> None:
+    words = ("--num-scenes", str(num_scenes), "--workers", "3")
+    settings = parse(smoke(tmp_path, *words))
+    run = Run(settings, ALONE)
+    counts = (900, 200)  # the first is more than there are
+    images = subject(Pixels(), run, open_sources(run), 32, counts, settings.evaluation)
+    assert images.num_workers == num_workers
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

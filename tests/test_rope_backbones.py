@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from sslkit.backbones import ViTEncoder, create, load, save
 from sslkit.backbones.blocks import CropDropPath
 from sslkit.backbones.rope import rotations
-from sslkit.ops import attention_cpu
 from tests.networks import assert_one_pass_equals_separate_passes, flat, randomize
 from tests.oracles.vit import angles, rotate
 
@@ -319,10 +318,10 @@ def test_drop_path_drops_whole_crops_and_is_a_ramp():
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3_qkvb", "vit_base_patch16_sapiens2"])
+@pytest.mark.usefixtures("pytorchs_bodies")
 @torch.no_grad()
-def test_half_precision_is_timms(name, monkeypatch):
+def test_half_precision_is_timms(name):
     """Angles stay float32 and the rotation is rounded once, by autocast and in bfloat16 weights."""
-    monkeypatch.setattr(attention_cpu, "LONGEST", {})  # attention by timm's operation
     changes = {"num_kv_heads": 2} if "sapiens" in name else {}
     vit, encoder = timm_pair(name, **changes)
     images = torch.randn(2, 3, 32, 48)

@@ -108,3 +108,8 @@ def test_infinities_and_nan() -> None:
     inf, nan = float("inf"), float("nan")
     found = swiglu(torch.tensor([inf, -1e38, nan, 1.0, 1.0, 1.0]), impl="c")
     torch.testing.assert_close(found, torch.tensor([inf, 0.0, nan]), equal_nan=True)
+
+
+def test_there_is_no_triton_body() -> None:
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run: it has no body in Triton"):
+        swiglu(torch.zeros(2, 4), impl="triton")

@@ -254,7 +254,9 @@ def main(words: Sequence[str] | None = None) -> int:
     names = [race.name for race in races(quick=False)]
     parser.add_argument("--cifar10", type=Path, help="folder of train.png, train_labels.npy, ...")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="which races")
-    parser.add_argument("--rounds", type=int, default=9, help="of each race; of trainings a third")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="of each race; of whole trainings a third"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--without-old", action="store_true", help=f"no commit {OLD_COMMIT}")
     parser.add_argument("--quick", action="store_true", help=f"toy sizes, results in {QUICK}")
@@ -289,7 +291,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 race,
                 trees,
                 {each: str(large if each == "vits14" else small) for each in names},
-                rounds=max(options.rounds // 3, 1) if race.name == "training" else options.rounds,
+                rounds=max(options.rounds // (3 if race.turn > 50 else 1), 1),
                 threads=options.threads,
                 scratch=scratch,
             )

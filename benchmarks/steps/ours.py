@@ -83,6 +83,8 @@ def step(arguments: dict[str, Any]) -> tuple[Work, dict[str, Any]]:
 def training(arguments: dict[str, Any]) -> tuple[Work, dict[str, Any]]:
     """The stage `pretrain` of the recipe, as its command runs it, in a fresh folder each time."""
     base = settings_of(arguments)
+    if not arguments.get("online", True):
+        base = replace(base, evaluation=replace(base.evaluation, online_every=0))
     numbers = count()
 
     def work(steps: int) -> float:

@@ -11,6 +11,7 @@ OLD_COMMIT = "29ff606"
 PRECISIONS: tuple[str, ...] = get_args(get_type_hints(RunSettings)["precision"])
 OURS = "sslkit, auto"
 OLD = f"commit {OLD_COMMIT}"
+STEPS_ALONE = "the steps alone"
 
 Script = Literal["old", "ours", "lightlys"]
 
@@ -110,6 +111,21 @@ def races(*, quick: bool) -> list[Race]:
             turn=3 if quick else 60,
             warm_up=2,
             goals=[Goal(4, (OLD,))],
+        ),
+        Race(
+            "loop",
+            "The loop around the steps of the preset `cifar10`, its start and end included",
+            f"85 steps of {B} images, then one online k-NN" if not quick else "6 steps, one k-NN",
+            images=B,
+            arguments={"preset": cifar, "precision": "auto"},
+            contestants={
+                STEPS_ALONE: ("ours", {"kind": "step"}),
+                "without online k-NN": ("ours", {"kind": "training", "online": False}),
+                OURS: ("ours", {"kind": "training"}),
+            },
+            turn=6 if quick else 85,
+            warm_up=2,
+            goals=[Goal(0.9, (STEPS_ALONE,))],
         ),
         Race(
             "vits14",

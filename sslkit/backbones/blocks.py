@@ -3,7 +3,8 @@
 A timm ``Block`` or ``EvaBlock`` is rebuilt around the *same* submodules, so that parameters and
 their names stay what they were. Everything but attention and drop path acts on each token alone and
 can run on the packed ``[T, D]`` tokens of all crops; attention is told the lengths and, in networks
-with rotary positions, the angles of every token; drop path drops whole crops.
+with rotary positions, the angles of every token; drop path drops whole crops. LayerScale, drop path
+and the residual sum are one operation, so ``ls1`` and ``ls2`` hold parameters and are not called.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.drop import DropPath
+from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention, EvaBlock
@@ -22,35 +24,41 @@ from torch import Tensor, nn
 from sslkit.backbones.rope import with_prefix
 from sslkit.ops.attention import packed_attention
 from sslkit.ops.packing import Runs
+from sslkit.ops.residual import add_branch
 
 
-def drop_path(x: Tensor, runs: Runs, drop_prob: float, *, scale_by_keep: bool = True) -> Tensor:
-    """Stochastic depth (arXiv 1603.09382): zero a whole crop with probability ``drop_prob``.
+def drop_path(
+    runs: Runs, drop_prob: float, *, scale_by_keep: bool = True, device: torch.device | None = None
+) -> Tensor:
+    """Draw stochastic depth (arXiv 1603.09382): whole crops get 0 with probability ``drop_prob``.
 
     Args:
-        x: ``[T, D]`` tokens of packed crops: the output of a residual branch.
         runs: ``(tokens, crops)`` of each run of equal crops. A crop keeps or loses all of its rows.
         drop_prob: in [0, 1].
-        scale_by_keep: divide what is kept by ``1 - drop_prob``, which keeps the expectation.
+        scale_by_keep: give the others ``1 / (1 - drop_prob)``, which keeps the expectation, and
+            not 1.
+        device: of the result, and of the generator that it draws from, PyTorch's default one.
 
-    >>> x = drop_path(torch.ones(7, 1), ((2, 2), (3, 1)), 0.5)
-    >>> [len(set(crop.flatten().tolist())) for crop in x.split([2, 2, 3])]
+    Returns:
+        ``[T]``, float32, the factor of each token's residual branch.
+
+    >>> [len(set(crop.tolist())) for crop in drop_path(((2, 2), (3, 1)), 0.5).split([2, 2, 3])]
     [1, 1, 1]
     """
     keep_prob = 1.0 - drop_prob
     counts = [count for _, count in runs]
-    keep = x.new_empty(sum(counts), 1).bernoulli_(keep_prob)
+    keep = torch.empty(sum(counts), 1, device=device).bernoulli_(keep_prob)
     if scale_by_keep and keep_prob > 0:
         keep.div_(keep_prob)
     per_token = [
         part.expand(count, n).flatten()
         for part, (n, count) in zip(keep.split(counts), runs, strict=True)
     ]
-    return x * torch.cat(per_token)[:, None]  # [T, D] * [T, 1]
+    return torch.cat(per_token)
 
 
 class CropDropPath(nn.Module):
-    """Drop path over packed crops: :func:`drop_path` in training, identity in evaluation."""
+    """Stochastic depth of packed crops: :func:`drop_path` in training, None in evaluation."""
 
     def __init__(self, drop_prob: float = 0.0, *, scale_by_keep: bool = True) -> None:
         super().__init__()
@@ -64,11 +72,11 @@ class CropDropPath(nn.Module):
             return cls(module.drop_prob, scale_by_keep=module.scale_by_keep)
         return cls()
 
-    def forward(self, x: Tensor, runs: Runs) -> Tensor:
-        """``[T, D] -> [T, D]``."""
+    def forward(self, runs: Runs, device: torch.device) -> Tensor | None:
+        """The factor of each token ``[T]``, or None where all are 1."""
         if self.drop_prob == 0.0 or not self.training:
-            return x
-        return drop_path(x, runs, self.drop_prob, scale_by_keep=self.scale_by_keep)
+            return None
+        return drop_path(runs, self.drop_prob, scale_by_keep=self.scale_by_keep, device=device)
 
     def extra_repr(self) -> str:
         """Show the rate in the module's printout."""
@@ -172,8 +180,10 @@ class PackedBlock(nn.Module):
             B, N, _ = x.shape
             packed = self.forward(rearrange(x, "b n d -> (b n) d"), ((N, B),))
             return rearrange(packed, "(b n) d -> b n d", n=N)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), runs)), runs)
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))), runs)
+        attended = self.attn(self.norm1(x), runs)
+        x = add_branch(x, attended, _gamma(self.ls1), self.drop_path1(runs, x.device))
+        fed = self.mlp(self.norm2(x))
+        return add_branch(x, fed, _gamma(self.ls2), self.drop_path2(runs, x.device))
 
 
 class PackedEvaBlock(nn.Module):
@@ -213,13 +223,14 @@ class PackedEvaBlock(nn.Module):
             packed = self.forward(rearrange(x, "b n d -> (b n) d"), ((N, B),), rope)
             return rearrange(packed, "(b n) d -> b n d", n=N)
         attended = self.attn(self.norm1(x), runs, rope)
-        x = x + self.drop_path1(layer_scale(attended, self.gamma_1), runs)
-        return x + self.drop_path2(layer_scale(self.mlp(self.norm2(x)), self.gamma_2), runs)
+        x = add_branch(x, attended, self.gamma_1, self.drop_path1(runs, x.device))
+        fed = self.mlp(self.norm2(x))
+        return add_branch(x, fed, self.gamma_2, self.drop_path2(runs, x.device))
 
 
-def layer_scale(x: Tensor, gamma: Tensor | None) -> Tensor:
-    """LayerScale (arXiv 2103.17239), ``[..., D]`` times gamma [D], where there is one."""
-    return x if gamma is None else gamma * x
+def _gamma(layer_scale: nn.Module) -> Tensor | None:
+    """The factors of a block's ``ls1`` or ``ls2``, which is an identity without LayerScale."""
+    return layer_scale.gamma if isinstance(layer_scale, LayerScale) else None
 
 
 def can_pack(block: nn.Module, token_wise_mlps: tuple[type[nn.Module], ...] = ()) -> bool:
@@ -227,18 +238,20 @@ def can_pack(block: nn.Module, token_wise_mlps: tuple[type[nn.Module], ...] = ()
 
     True for timm's pre-norm ``Block`` with its standard ``Attention`` and its ``EvaBlock`` with
     ``EvaAttention`` or ``AttentionRope`` (no gate, no dropout on the attention weights, a key for
-    each query), and an MLP known to act on each token alone: timm's ``Mlp``, ``GluMlp`` and
-    ``SwiGLU``, or one of ``token_wise_mlps``.
+    each query), timm's ``LayerScale`` or none, and an MLP known to act on each token alone: timm's
+    ``Mlp``, ``GluMlp`` and ``SwiGLU``, or one of ``token_wise_mlps``.
     """
     attentions = {Block: (Attention,), EvaBlock: (EvaAttention, AttentionRope)}
     if type(block) not in attentions:
         return False
     attn: Any = block.attn
+    scales = [getattr(block, name, nn.Identity()) for name in ("ls1", "ls2")]
     return (
         type(attn) in attentions[type(block)]
         and attn.gate is None
         and getattr(attn, "num_kv_heads", attn.num_heads) == attn.num_heads
         and attn.attn_drop.p == 0.0
+        and all(type(scale) in (LayerScale, nn.Identity) for scale in scales)
         and type(block.mlp) in (Mlp, GluMlp, SwiGLU, *token_wise_mlps)
     )
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,7 +138,7 @@ class MultiCrop:
 
     def render(self, image: Tensor, view: View, size: Size) -> Tensor:
         """One view of ``image`` uint8 [C, h, w]: float32 [C, *size], values in 0..255."""
-        resized = resize_box(image, view.box, height_width(size))
+        resized = resize_box(_pixels(image), view.box, height_width(size))
         out = torch.empty(1, *resized.shape)
         render_resized([resized], [view], self.look(size)._replace(normalised=False), out)
         return out[0]
@@ -148,10 +149,9 @@ class MultiCrop:
         This is the first half of the rendering, which needs the image;
         :meth:`render_resized` is the second, for the views of many images at once.
         """
-        # All views are cut from it, and rows of channels-last images are copied fastest.
-        image = image[None].contiguous(memory_format=torch.channels_last)[0]
+        pixels = _pixels(image)
         sizes = [self.size_of(v) for v in range(len(views))]
-        return [resize_box(image, view.box, size) for view, size in zip(views, sizes, strict=True)]
+        return [resize_box(pixels, view.box, size) for view, size in zip(views, sizes, strict=True)]
 
     def render_resized(
         self,
@@ -271,6 +271,11 @@ def check_image(image: Tensor) -> None:
             f"image must be a non-empty uint8 tensor [C, h, w], got {image.dtype} "
             f"{list(image.shape)}"
         )
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    """``image`` uint8 [C, h, w] as an array [h, w, C] in one piece, as decoders give it."""
+    return image.permute(1, 2, 0).contiguous().numpy()
 
 
 def _draw_box(

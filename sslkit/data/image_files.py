@@ -80,6 +80,8 @@ class ImageFiles:
 
     def keys(self) -> Iterator[str]:
         """The key of each image."""
+        if os.sep == "/":
+            return iter(self._files)
         return (file.replace(os.sep, "/") for file in self._files)
 
     def names_digest(self) -> str:

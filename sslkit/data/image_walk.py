@@ -7,9 +7,7 @@ from typing import NamedTuple
 from sslkit.data.annotation_names import is_annotation
 from sslkit.data.image_formats import IMAGE_EXTENSIONS
 from sslkit.data.labels import natural_order
-from sslkit.data.natural_sort import sort_naturally
-
-_EXTENSIONS = frozenset(IMAGE_EXTENSIONS)
+from sslkit.data.natural_sort import sort_naturally, sort_numbered
 
 Stamp = tuple[int, int]
 """When a folder's entries (mtime) and the folder itself (ctime) changed last, in ns."""
@@ -55,8 +53,8 @@ def walk_images(folder: str) -> Iterator[WalkedFolder]:
         if (status.st_dev, status.st_ino) in visited:
             continue
         visited.add((status.st_dev, status.st_ino))
-        images, folders, dangling = _entries(path, root)
-        images, annotations = _told_apart(images)
+        files, folders, dangling = _entries(path, root)
+        images, annotations = _told_apart(files)
         yield WalkedFolder(relative, images, annotations, stamp_of(status), dangling)
         folders.sort(key=natural_order, reverse=True)
         pending += [os.path.join(relative, name) for name in folders]
@@ -89,13 +87,13 @@ def stamp_of(status: os.stat_result) -> Stamp:
 
 
 def _entries(path: str, root: str) -> tuple[list[str], list[str], list[str]]:
-    """Names of image files, of sub-folders to visit, and of links that lead nowhere."""
+    """Names of files, of sub-folders to visit, and of links that lead nowhere."""
     with os.scandir(path) as found:
-        entries = [entry for entry in found if not entry.name.startswith(".")]
+        entries = list(found)
     files = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
     folders, dangling = [], []
     for entry in entries if len(files) < len(entries) else ():
-        if entry.is_file(follow_symlinks=False):
+        if entry.is_file(follow_symlinks=False) or entry.name.startswith("."):
             continue
         if _is_folder(entry):
             if not entry.is_symlink() or _is_elsewhere(entry.path, root):
@@ -104,8 +102,7 @@ def _entries(path: str, root: str) -> tuple[list[str], list[str], list[str]]:
             files.append(entry.name)
         elif entry.is_symlink():
             dangling.append(entry.name)
-    images = [name for name in files if name[name.rfind(".") :].lower() in _EXTENSIONS]
-    return images, folders, dangling
+    return files, folders, dangling
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -126,11 +123,16 @@ def _is_elsewhere(link: str, root: str) -> bool:
 
 
 def _has_image_extension(name: str) -> bool:
-    return name[name.rfind(".") :].lower() in _EXTENSIONS  # without a dot: the last character
+    return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
-def _told_apart(names: list[str]) -> tuple[list[str], list[str]]:
+def _told_apart(files: list[str]) -> tuple[list[str], list[str]]:
     """Images, and annotations of an image beside them, both in natural order."""
+    numbered = sort_numbered(files)
+    if numbered is not None and numbered.suffix.lower() in IMAGE_EXTENSIONS:
+        # All are images, and no annotation ends in a number.
+        return ([] if numbered.prefix.startswith(".") else numbered.names), []
+    names = [name for name in files if _has_image_extension(name) and name[0] != "."]
     # An annotation's name ends in a word, and few images' names do.
     suspects = [name for name in names if name[name.rfind(".") - 1].isalpha()]
     annotations = []

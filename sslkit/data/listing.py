@@ -18,6 +18,11 @@ the next process makes it again. Three kinds of change go unseen:
 - where the clock of a file server is behind the clock here by more than `_TICK_NS`, those that
   follow the listing within one tick.
 
+Writing a list does not wait for the disk, which can take longer than listing. If the machine loses
+power soon afterwards, ext4 (by its default ``data=ordered``), XFS, Btrfs and ZFS may leave a short
+file, which is seen when it is opened. A file system that leaves a file of full size without its
+content is not safe then.
+
 Removing the cache folder is always safe.
 """
 
@@ -110,7 +115,7 @@ class Listing:
             name = self._names[index]
         except ValueError as error:
             raise DamagedFile(f"{self.path} is damaged ({error}): remove it") from error
-        if os.path.isabs(name) or ".." in name.split(os.sep):
+        if not name or "\0" in name or os.path.isabs(name) or ".." in name.split(os.sep):
             raise DamagedFile(f"{self.path} is damaged (it lists {name!r}): remove it")
         return name
 
@@ -286,7 +291,7 @@ class _Builder:
             self._top = top
             self._starts.append(len(self._ends))
         # No name has a NUL in it.
-        content = os.fsencode("".join(f"{prefix}{name}\0" for name in folder.images))
+        content = os.fsencode(prefix + f"\0{prefix}".join(folder.images) + "\0")
         stops = np.flatnonzero(np.frombuffer(content, np.uint8) == 0)
         ends = stops - np.arange(len(stops)) + len(self._names)
         self._ends.frombytes(ends.astype(np.int64).tobytes())
@@ -352,7 +357,7 @@ def _write(path: Path, parts: Iterable[Any], description: dict[str, Any]) -> OSE
     sizes = {"bytes": [view.nbytes for view in views]}
     end = json.dumps({**description, **sizes}).encode()
     try:
-        with atomic_write(path) as file:
+        with atomic_write(path, flush=False) as file:
             for view in views:
                 file.write(view)
             file.write(end + len(end).to_bytes(8, "little") + _MAGIC)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,10 +24,10 @@ def sort_naturally(names: Sequence[str]) -> list[str]:
     """
     if len(names) < _FEW:
         return sorted(names, key=natural_order)
+    numbered = sort_numbered(names)
+    if numbered is not None:
+        return numbered.names
     ordered = sorted(names)  # the order of names that differ in leading zeros alone
-    numbers = _numbers(ordered)
-    if numbers is not None:
-        return [ordered[i] for i in sorted(range(len(numbers)), key=numbers.__getitem__)]
     keys: list[bytes] = []
     for start in range(0, len(ordered), _BLOCK):
         block = _keys(ordered[start : start + _BLOCK])
@@ -36,17 +37,36 @@ def sort_naturally(names: Sequence[str]) -> list[str]:
     return [ordered[i] for i in sorted(range(len(keys)), key=keys.__getitem__)]
 
 
-def _numbers(ordered: Sequence[str]) -> list[int] | None:
-    """The numbers of sorted names that differ in one number alone, as most cameras write them."""
-    first, last = ordered[0], ordered[-1]
+class Numbered(NamedTuple):
+    """Names that consist of ``prefix``, digits and ``suffix``, sorted by the number."""
+
+    names: list[str]
+    prefix: str
+    suffix: str
+
+
+def sort_numbered(names: Sequence[str]) -> Numbered | None:
+    """Sort many names that differ in one number alone, as cameras write them; None for others.
+
+    The prefix does not end in a digit, and the suffix does not begin with one.
+    """
+    if len(names) < _FEW:
+        return None
+    first, last = min(names), max(names)
     prefix = _common_start(first, last).rstrip(_DIGITS)  # of all between them, too
     suffix = _common_start(first[::-1], last[::-1])[::-1].lstrip(_DIGITS)
-    start, length = len(prefix), len(prefix) + len(suffix)
-    middles = [name[start : len(name) - len(suffix)] for name in ordered]
-    are_digits = all(middles) and (text := "".join(middles)).isascii() and text.isdigit()
-    if are_digits and all(len(name) > length and name.endswith(suffix) for name in ordered):
-        return list(map(int, middles))
-    return None
+    joined = "\0".join(names)
+    text = joined[len(prefix) : len(joined) - len(suffix)].replace(f"{suffix}\0{prefix}", " ")
+    digits = text.replace(" ", "")  # and a NUL, where a name begins or ends otherwise
+    if not (names[-1].endswith(suffix) and digits.isascii() and digits.isdigit()):
+        return None
+    numbers = np.fromstring(text, np.int64, sep=" ")  # 2^63 - 1 stands for larger numbers, too
+    if len(numbers) != len(names) or len(text) - len(digits) != len(names) - 1:
+        return None
+    order = numbers.argsort()
+    if (np.diff(numbers[order]) == 0).any():  # some names differ in leading zeros
+        return None
+    return Numbered([names[i] for i in order.tolist()], prefix, suffix)
 
 
 def _common_start(one: str, other: str) -> str:

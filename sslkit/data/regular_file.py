@@ -53,4 +53,4 @@ def read_regular(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
                 f"the file {os.fspath(path)} has {num_bytes} bytes, more than the {max_bytes} that "
                 f"are read"
             )
-        return file.read(max_bytes)
+        return file.read(num_bytes)  # up to max_bytes would take a buffer of that size first

@@ -31,7 +31,7 @@ from sslkit.data.resizing import resize_boxes
 T = TypeVar("T")
 _JITTERS = 4  # brightness, contrast, saturation, hue: the first of pixels.OPERATIONS
 JITTER_ORDERS = tuple(itertools.permutations(range(_JITTERS)))
-_CHUNK_BYTES = 2**20
+_CHUNK_BYTES = 2**21
 
 
 class View(NamedTuple):
@@ -149,8 +149,10 @@ def plan(views: Sequence[View], blur_taps: int) -> Plan:
         if concerned:
             operation = i % _JITTERS
             values = [jitter[operation] for n in concerned if (jitter := views[n].jitter)]
-            shifts = [*zip(*map(hue_shifts, values), strict=True)]
-            append(operation, concerned, shifts if operation == HUE else [values])
+            if operation == HUE:
+                append(operation, concerned, [*zip(*map(hue_shifts, values), strict=True)])
+            else:
+                append(operation, concerned, [values])
     append(GREY, grey, [])
     taps = [gaussian_taps(blur_taps, sigma) for n in blur if (sigma := views[n].blur_sigma)]
     append(BLUR, blur, [each for each in zip(*taps, strict=True) if any(each)])
@@ -221,22 +223,21 @@ def render_resized(
     order = sorted(range(num_views), key=lambda n: _sort_key(views[n]))
     scale, shift = look.normaliser(shape[0])
     scratch, gathered = Scratch(out.device), Scratch(out.device)
-    memory, targets = torch.empty(step, *shape), out.unbind()
+    memory = torch.empty(step, *shape)
     for first in range(0, num_views, step):
         chosen = order[first : first + step]
-        chunk = memory[: len(chosen)]
-        rows = chunk.unbind()
-        for n, row in zip(chosen, rows, strict=True):
-            row.copy_(resized[n].flip(-1) if views[n].flip else resized[n])
+        chunk = memory[: len(chosen)] if step > 1 else out[chosen[0]][None]
+        mirrored = [resized[n].flip(-1) if views[n].flip else resized[n] for n in chosen]
+        chunk.copy_(torch.stack(mirrored) if step > 1 else mirrored[0])
         _apply_(chunk, plan([views[n] for n in chosen], look.blur_taps), scratch, gathered)
         _normalise_(chunk, scale, shift)
-        for n, row in zip(chosen, rows, strict=True):
-            targets[n].copy_(row)
+        if step > 1:
+            out.index_copy_(0, torch.tensor(chosen), chunk)
 
 
 def _sort_key(view: View) -> tuple[object, ...]:
     order = () if view.jitter is None else view.jitter_order
-    return (order, view.grey, view.blur_sigma is not None, view.solarise)
+    return (order, view.grey, view.blur_sigma or 0.0, view.solarise)
 
 
 def render_boxes(images: Tensor, packed: PackedViews, look: Look, size: tuple[int, int]) -> Tensor:

@@ -6,6 +6,7 @@ boxes of a batch by two products with small matrices, ``down [h, H] @ image [H, 
 The two differ by one level of 255 here and there: the CPU's weights have 16 bits.
 """
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -14,15 +15,17 @@ from torch.nn.functional import interpolate
 _WORKSPACE_BYTES = 2**28
 
 
-def resize_box(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
-    """One box (top, left, height, width) of ``image`` uint8 [C, H, W]: uint8 [C, *size]."""
+def resize_box(pixels: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
+    """One box (top, left, height, width) of ``pixels`` uint8 [H, W, C]: uint8 [C, *size]."""
     top, left, height, width = box
-    part = image[None, :, top : top + height, left : left + width]
-    part = part.contiguous(memory_format=torch.channels_last)  # resized a quarter faster
+    # Resized a quarter faster than in place, and cut in half the time that torch takes for it.
+    part = np.ascontiguousarray(pixels[top : top + height, left : left + width])
+    channels = part.shape[2]
     # With the strides that a batch of several images would have, the result is channels last, too;
     # otherwise torch takes it for a contiguous one, and rearranges the result.
-    part = part.as_strided(part.shape, (part.numel(), *part.stride()[1:]))
-    return interpolate(part, size, mode="bicubic", antialias=True)[0]
+    strides = (part.size, 1, width * channels, channels)
+    images = torch.from_numpy(part).as_strided((1, channels, height, width), strides)
+    return interpolate(images, size, mode="bicubic", antialias=True)[0]
 
 
 def resize_boxes(images: Tensor, boxes: Tensor, flips: Tensor, size: tuple[int, int]) -> Tensor:

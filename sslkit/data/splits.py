@@ -199,13 +199,15 @@ def name_hash(name: str, seed: int, *, divisions: int = 0) -> float:
 def _name_hashes(names: Iterable[str], seed: int, divisions: int) -> np.ndarray:
     """Hash n names by :func:`name_hash`, float64 [n]."""
     key = sample_seed(seed, divisions).to_bytes(8, "big")
-    begun = hashlib.blake2b(digest_size=8, key=key)
+    new_hash = hashlib.blake2b(digest_size=8, key=key).copy
     digests = bytearray()
     for name in names:
-        if not name.isascii():
-            name = unicodedata.normalize("NFC", name)
-        one = begun.copy()
-        one.update(name.encode("utf-8", "surrogatepass"))  # bytes of file names that are not UTF-8
+        if name.isascii():
+            content = name.encode()
+        else:  # and perhaps with bytes that are not UTF-8
+            content = unicodedata.normalize("NFC", name).encode("utf-8", "surrogatepass")
+        one = new_hash()
+        one.update(content)
         digests += one.digest()
     hashes: np.ndarray = np.frombuffer(digests, ">u8") / 2**64
     return hashes

@@ -61,9 +61,9 @@ class StringTable:
             block = bytes(self.content[begin : begin + ends[-1]])
             if block.isascii():
                 text = block.decode()
-                yield from (text[start:end] for start, end in pairwise([0, *ends]))
+                yield from [text[start:end] for start, end in pairwise([0, *ends])]
             else:
-                yield from (os.fsdecode(block[start:end]) for start, end in pairwise([0, *ends]))
+                yield from [os.fsdecode(block[start:end]) for start, end in pairwise([0, *ends])]
 
     def digest(self) -> str:
         """SHA-256 of all strings in their order, in hexadecimal."""

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -133,27 +133,21 @@ def encoded_batches(
     the transform makes all alike, and up to ``batch_size`` for images of any shape. See `extract`.
     """
     # A generator of its own: a loader otherwise draws its workers' seed from the global one.
-    loader: WorkerLoader[list[Any]] = WorkerLoader(
+    loader: WorkerLoader[tuple[list[_Alike], list[str]]] = WorkerLoader(
         _Items(source, transform, indices, model_channels(encoder)),
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=list,
+        collate_fn=_stack_alike,
         generator=torch.Generator(),
     )
     with iter(loader) as batches:
-        for batch in batches:
-            unreadable = [item for item in batch if isinstance(item, str)]
-            for mistake in batch:
-                if isinstance(mistake, ValueError):
-                    raise mistake
-            readable = (item for item in batch if not isinstance(item, str))
+        for alike, unreadable in batches:
             encoded = []
             with frozen(encoder):
-                for _, alike in groupby(readable, key=lambda item: item[0].shape):
-                    views, labels, positions = zip(*alike, strict=True)
-                    images = torch.stack(views).to(device)
+                for views, labels, positions in alike:
+                    images = views.to(device)
                     tokens = encode(encoder, images, want=want, block=block, num_layers=num_layers)
-                    encoded.append(_rows(tokens, list(labels), list(positions), dtype))
+                    encoded.append(_rows(tokens, labels, positions, dtype))
             yield encoded, unreadable
 
 
@@ -285,10 +279,7 @@ def _rows(
 
 
 class _Items(Dataset):
-    """(view, label, index) of each image of a source; the reason, a string, for a broken file.
-
-    A ValueError is given as an item: from a loader's worker it would come with a traceback in it.
-    """
+    """(view, label, index) of each image of a source; the reason, a string, for a broken file."""
 
     def __init__(
         self,
@@ -303,7 +294,7 @@ class _Items(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> Any:
+    def __getitem__(self, position: int) -> tuple[Tensor, int, int] | str:
         index = self.indices[position]
         try:
             image, label = self.source[index]
@@ -313,4 +304,22 @@ class _Items(Dataset):
         except UnreadableImage as error:
             return str(error)
         except ValueError as error:
-            return ValueError(f"image {index}: {error}")
+            raise ValueError(f"image {index}: {error}") from error
+
+
+class _Alike(NamedTuple):
+    """Views of one size [b, C, h, w], and the label and index of each."""
+
+    views: Tensor
+    labels: list[int]
+    indices: list[int]
+
+
+def _stack_alike(items: Sequence[tuple[Tensor, int, int] | str]) -> tuple[list[_Alike], list[str]]:
+    """Neighbours of equal size, stacked; and the reasons for the broken files."""
+    readable = [item for item in items if not isinstance(item, str)]
+    alike = []
+    for _, neighbours in groupby(readable, key=lambda item: item[0].shape):
+        views, labels, indices = zip(*neighbours, strict=True)
+        alike.append(_Alike(torch.stack(views), list(labels), list(indices)))
+    return alike, [item for item in items if isinstance(item, str)]

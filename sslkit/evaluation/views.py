@@ -64,7 +64,7 @@ class EvalTransform:
         size = self._resized(image.shape[1], image.shape[2])
         # Bicubic weights are negative in places, so that values can leave 0..255.
         pixels = F.interpolate(image[None].float(), size, mode="bicubic", antialias=True)[0]
-        return (self._centre(pixels.clamp(0, 255)) / 255 - mean) / std
+        return (self._centre(pixels.clamp_(0, 255)) / 255).sub_(mean).div_(std)
 
     def mask(self, mask: Tensor) -> Tensor:
         """Cut the same region out of an integer label mask [h, w], by nearest neighbour."""
@@ -85,11 +85,15 @@ class EvalTransform:
         """At most 32 times as long as wide, times how long the crop is, cut evenly at both ends."""
         h, w = pixels.shape[-2:]
         longest = _LONGEST * min(h, w) * -(-max(self.crop_size) // min(self.crop_size))
+        if max(h, w) <= longest:
+            return pixels
         top, left = max(0, h - longest) // 2, max(0, w - longest) // 2
         return pixels[..., top : top + min(h, longest), left : left + min(w, longest)]
 
     def _centre(self, pixels: Tensor) -> Tensor:
         crop_h, crop_w = self.crop_size
+        if pixels.shape[-2:] == (crop_h, crop_w):
+            return pixels
         top, left = (
             (full - cut) // 2 for full, cut in zip(pixels.shape[-2:], self.crop_size, strict=True)
         )

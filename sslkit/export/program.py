@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from sslkit.backbones import ViTEncoder
-from sslkit.backbones.blocks import PackedAttention, PackedBlock, PackedEvaBlock, layer_scale
+from sslkit.backbones.blocks import PackedAttention, PackedBlock, PackedEvaBlock
 from sslkit.backbones.embedding import embed, split
 from sslkit.backbones.rope import patch_rotations, with_prefix
 from sslkit.export.resampling import resample_by_matrices
@@ -68,10 +68,14 @@ def _run(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
         return block(x)
     attended = _attend(block.attn, block.norm1(x), rope)
     if isinstance(block, PackedEvaBlock):
-        x = x + layer_scale(attended, block.gamma_1)
-        return x + layer_scale(block.mlp(block.norm2(x)), block.gamma_2)
+        x = x + _scaled(attended, block.gamma_1)
+        return x + _scaled(block.mlp(block.norm2(x)), block.gamma_2)
     x = x + block.ls1(attended)
     return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else gamma * x
 
 
 def _attend(attn: PackedAttention, x: Tensor, rope: Tensor | None) -> Tensor:

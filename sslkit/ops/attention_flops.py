@@ -1,4 +1,4 @@
-"""FLOPs of packed attention, counted by `FlopCounterMode` once this module is imported.
+"""FLOPs of attention that `FlopCounterMode` does not know, counted once this module is imported.
 
 It stands apart because ``torch.utils.flop_counter`` imports Triton.
 """
@@ -7,9 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from sslkit.ops import attention, attention_cpu  # noqa: F401
+
+# The kernel of SDPA for CPUs has the arguments and the products of that for GPUs, which is counted.
+_flash = "_scaled_dot_product_flash_attention"
+for _direction in ("", "_backward"):
+    _formula = flop_registry[getattr(torch.ops.aten, _flash + _direction)]
+    flop_registry[getattr(torch.ops.aten, f"{_flash}_for_cpu{_direction}")] = _formula
 
 
 @register_flop_formula(torch.ops.sslkit.attention_products)

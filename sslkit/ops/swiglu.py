@@ -35,7 +35,8 @@ def swiglu(x: Tensor, *, impl: str = "auto") -> Tensor:
         raise ValueError(f"x must be [..., 2 * h], got {tuple(x.shape)}")
     compiled = torch.compiler.is_compiling() or torch.compiler.is_exporting()
     problem = "torch.compile makes one pass of PyTorch's operations" if compiled else None
-    if resolve(impl, "swiglu", x, unsupported_c=problem) == "c":
+    no_triton = "it has no body in Triton"
+    if resolve(impl, "swiglu", x, unsupported=no_triton, unsupported_c=problem) == "c":
         return _swiglu_c(x)
     a, b = x.chunk(2, dim=-1)
     return F.silu(a) * b

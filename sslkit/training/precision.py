@@ -4,6 +4,8 @@ from typing import Literal
 
 import torch
 
+from sslkit.devices import device_type
+
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -14,7 +16,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     bfloat16 over its time in float32 is in docs/benchmarks.md for one processor of each kind
     (``make bench-cpu FLAGS="--only step"``).
     """
-    if device.type == "cpu":
+    if device_type(device) == "cpu":
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return True
 

@@ -121,7 +121,12 @@ def subject(
     counts: Sequence[int],
     options: Evaluation,
 ) -> Subject:
-    """An encoder and ``counts`` images of each split, in the views that evaluations use."""
+    """An encoder and ``counts`` images of each split, in the views that evaluations use.
+
+    A thousand images and more are read by as many workers as those of the training, which meanwhile
+    wait. Fewer are read before workers would have started.
+    """
+    num_images = sum(min(n, len(source)) for n, source in zip(counts, sources, strict=True))
     parameters = list(encoder.parameters())
     return Subject(
         type(encoder).__name__,
@@ -134,6 +139,7 @@ def subject(
         limits=dict(zip(Sources._fields, counts, strict=True)),
         batch_size=options.batch_size,
         device=str(parameters[0].device) if parameters else "cpu",
+        num_workers=run.settings.workers if num_images >= 1000 else 0,
         seed=run.settings.seed,
     )
 

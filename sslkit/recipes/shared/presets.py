@@ -10,8 +10,9 @@ from typing import Any
 from sslkit.recipes.shared.settings import Crops, Evaluation
 
 # Two CPU cores, minutes: 32 px views of 48 px scenes. Larger local crops than in DINOv2, and a blur
-# as wide as 2 of 224 pixels. No worker: on two cores it would take one from one of the step's two
-# threads, for which the other waits. Rendering between the steps costs less.
+# as wide as 2 of 224 pixels. No worker: on two cores it, or a thread that renders ahead, would take
+# one from one of the step's two threads, for which the other waits (docs/log.md, 2026-12-01).
+# Rendering between the steps costs no more.
 DEMO: dict[str, Any] = {
     "data": "scenes",
     "steps": 210,
@@ -53,7 +54,7 @@ CIFAR10: dict[str, Any] = {
         num_test=4_000,
         online_train=5_000,
         online_test=2_000,
-        online_every=85,
+        online_every=250,  # a call takes as long as 12 steps
         resize_over_crop=1.0,
     ),
 }
