@@ -225,6 +225,28 @@ class TestKoLeo:
         assert loss.dtype == torch.float32
         assert torch.equal(loss, KoLeoLoss()(x))
 
+    @given(
+        st.integers(2, 40), st.integers(1, 40), seeds, st.sampled_from([1.0, 1e30, 1e-30, 1e-36])
+    )
+    def test_float32_as_float64(self, B, D, seed, scale):
+        x = (scale * normal(seed, B, D)).float().requires_grad_()
+        exact = x.detach().double().requires_grad_()
+        with record_bodies() as ran:
+            loss = KoLeoLoss()(x)
+        assert ran == [("koleo", AUTO)]
+        (-0.3 * loss).backward()
+        expected = KoLeoLoss()(exact)
+        (-0.3 * expected).backward()
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+        atol = 1e-4 * exact.grad.abs().amax().item()
+        torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-4, atol=atol)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_not_finite(self, bad):
+        x = normal(0, 20, 33).float()
+        x[4, 32] = bad
+        assert KoLeoLoss()(x).isnan()
+
     def test_gradient_step_spreads(self):
         x = normal(1, 8, 3).requires_grad_()
         before = KoLeoLoss()(x)

@@ -24,8 +24,8 @@ def column_logsumexp(
     shift = logits[0].new_empty(sum(sizes), dtype=torch.float32)
     total = torch.empty_like(shift)
     outputs = zip(shift.split(sizes), total.split(sizes), strict=True)
-    for out, *problem in zip(outputs, logits, temperatures, row_masks, strict=True):
-        x, temperature, row_mask = problem
+    problems = zip(logits, temperatures, row_masks, strict=True)
+    for out, (x, temperature, row_mask) in zip(outputs, problems, strict=True):
         _run("sinkhorn_logsumexp", out, 2, x, temperature, row_mask)
         out[0].mul_(1.0 / temperature)
     return shift, total

@@ -88,8 +88,8 @@ int koleo_backward(
             const float *other = z + (j == i ? nearest[i] : j) * D, *own = z + i * D;
             for (int64_t k = 0; k < D; k++) dz[k] += factor * (own[k] - other[k]);
         }
-        float along = inner(z + i * D, dz, D), inverse = 1 / length[i];
-        for (int64_t k = 0; k < D; k++) dz[k] = (dz[k] - z[i * D + k] * along) * inverse;
+        float along = inner(z + i * D, dz, D);
+        for (int64_t k = 0; k < D; k++) dz[k] = (dz[k] - z[i * D + k] * along) / length[i];
     }
     return 0;
 }
