@@ -374,9 +374,9 @@ class _KoLeoInC(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        z = ctx.saved_tensors[0]
+        z, *others = ctx.saved_tensors  # asked for once, as checkpointing demands
         dx = torch.empty_like(z)
-        c_kernels.run("koleo_backward", dx, grad, *ctx.saved_tensors, ctx.eps, *z.shape)
+        c_kernels.run("koleo_backward", dx, grad, z, *others, ctx.eps, *z.shape)
         return dx, None
 
 

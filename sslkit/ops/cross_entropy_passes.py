@@ -44,7 +44,7 @@ class Passes(Protocol):
 
 
 class _NoKernels:
-    """Passes of the Triton body on a machine that is only planned: results, and no kernel."""
+    """Passes of kernels on a machine that is only planned: results, and no kernel."""
 
     def num_parts(self, num_columns: int) -> int:
         return 1
@@ -83,9 +83,9 @@ def choose_passes(impl: str, op: str, columns: Columns) -> Passes:
         unsupported=unsupported,
         unsupported_c=cross_entropy_c.unsupported(columns),
     )
+    if body != "torch" and is_planned():
+        return _NoKernels()
     if body == "triton":
-        if is_planned():
-            return _NoKernels()
         from sslkit.ops import cross_entropy_triton
 
         return cross_entropy_triton
