@@ -30,7 +30,8 @@ timed, contestants take turns in every round, and the time is the median over th
   its algorithm needs, in the file of each race) over the time; and the time that the plan would
   take at the fastest rates seen on this machine before the races over the time measured. A
   contestant that moves more than the plan shows as a low share; over 100 % is a machine that was
-  slower then than during the race.
+  slower then than during the race, or exponentials that are faster than `torch.exp`, whose rate on
+  a CPU is taken (the kernels in C have their own).
 - *Peak memory*: at its highest during a call, beyond what lay there before; outputs and gradients
   included.
 - *Error*: largest relative 2-norm error of loss, gradients or assignments.

@@ -13,12 +13,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sslkit.assignments import Assignments, check_temperature, compute_dtype
+from sslkit.devices import device_type
 from sslkit.factored_logits import Logits
-from sslkit.ops import soft_cross_entropy
+from sslkit.ops import c_kernels, soft_cross_entropy
+from sslkit.ops.dispatch import resolve
 from sslkit.unit_rows import unit_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class DINOLoss(nn.Module):
@@ -45,7 +50,7 @@ class DINOLoss(nn.Module):
         student_temp: positive; divides the student's logits.
         overwrite_logits: let the gradient take the place of the student's logits, where they are an
             intermediate result that nothing else reads; see `sslkit.ops.soft_cross_entropy`.
-        impl: ``"auto"``, ``"torch"`` or ``"triton"``.
+        impl: ``"auto"``, ``"torch"``, ``"c"`` or ``"triton"``; see :mod:`sslkit.ops.dispatch`.
 
     Shapes:
         student_logits ``[V_s, B, K]``, a tensor or `FactoredLogits` of any floating-point type;
@@ -164,7 +169,7 @@ class iBOTLoss(nn.Module):
         student_temp: positive; divides the student's logits.
         overwrite_logits: let the gradient take the place of the student's logits, where they are an
             intermediate result that nothing else reads; see `sslkit.ops.soft_cross_entropy`.
-        impl: ``"auto"``, ``"torch"`` or ``"triton"``.
+        impl: ``"auto"``, ``"torch"``, ``"c"`` or ``"triton"``; see :mod:`sslkit.ops.dispatch`.
 
     Shapes:
         student_logits ``[M, K]``, a tensor or `FactoredLogits` of any floating-point type; targets
@@ -321,6 +326,8 @@ class KoLeoLoss(nn.Module):
                 f"x must be a floating-point [B, D] tensor, got {x.dtype} of shape {tuple(x.shape)}"
             )
         with torch.autocast(x.device.type, enabled=False):
+            if self.group is None and len(x) >= 2 and _takes_c(x):
+                return _KoLeoInC.apply(x.float(), self.eps)
             z = unit_rows(x)
             if self.group is None:
                 everyone, first, num_ranks = z, 0, 1
@@ -339,6 +346,38 @@ class KoLeoLoss(nn.Module):
     def extra_repr(self) -> str:
         """Settings shown by ``repr``."""
         return f"eps={self.eps}"
+
+
+def _takes_c(x: Tensor) -> bool:
+    """Whether the body in C computes a KoLeo loss."""
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting() or type(x) not in _PLAIN:
+        return False
+    return device_type(x.device) == "cpu" and resolve("auto", "koleo", x, unsupported_c=None) == "c"
+
+
+class _KoLeoInC(torch.autograd.Function):
+    """The loss of float32 rows: two passes over them and a product forward, a pass backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        B, D = x.shape
+        z = torch.empty_like(x)
+        length, distance = x.new_empty(B), x.new_empty(B)
+        nearest, loss = x.new_empty(B, dtype=torch.int64), x.new_empty(())
+        c_kernels.run("koleo_unit_rows", z, length, x, B, D)
+        c_kernels.run("koleo_loss", loss, nearest, distance, z, z @ z.T, eps, B, D)
+        ctx.save_for_backward(z, length, nearest, distance)
+        ctx.eps = eps
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        z, *others = ctx.saved_tensors  # asked for once, as checkpointing demands
+        dx = torch.empty_like(z)
+        c_kernels.run("koleo_backward", dx, grad, z, *others, ctx.eps, *z.shape)
+        return dx, None
 
 
 class _SumOfLogDistances(torch.autograd.Function):

@@ -54,7 +54,7 @@ def sinkhorn_many(
             features and prototypes; None promises nothing. Where ``2 * bound / temperature <= 80``
             for all entries, it spares one of the collectives and the search for column maxima; the
             result is the same. A broken promise may give a wrong result.
-        impl: ``"auto"``, ``"torch"`` or ``"triton"``.
+        impl: ``"auto"``, ``"torch"``, ``"c"`` or ``"triton"``; see :mod:`sslkit.ops.dispatch`.
 
     Returns:
         L `Assignments` over all ``B_i`` local rows, detached from the graph.
@@ -127,7 +127,7 @@ class SinkhornKnopp(nn.Module):
         group: process group over whose ranks' rows the balance holds, any split of the rows, empty
             ranks included; see `sinkhorn_many`.
         bound: a promise that no |logit| exceeds it, which spares a collective; see `sinkhorn_many`.
-        impl: ``"auto"``, ``"torch"`` or ``"triton"``.
+        impl: ``"auto"``, ``"torch"``, ``"c"`` or ``"triton"``; see :mod:`sslkit.ops.dispatch`.
 
     Shapes:
         logits ``[B, K]``, a tensor or `FactoredLogits`, temperature float, row_mask bool ``[B]`` or

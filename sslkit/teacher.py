@@ -7,8 +7,12 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+
+from sslkit.ops import c_kernels
+from sslkit.ops.dispatch import resolve
 
 Student = TypeVar("Student", bound=nn.Module)
 
@@ -103,8 +107,8 @@ def ema_(pairs: list[tuple[Tensor, Tensor]], momentum: float) -> None:
     """In each pair of equally shaped tensors move the first towards the second.
 
     ``first = momentum * first + (1 - momentum) * second``, computed as a lerp, so that equal
-    tensors stay equal to the last bit. One foreach call for each dtype and device. Of two dtypes
-    the first tensor's holds.
+    tensors stay equal to the last bit. One foreach call for each dtype and device, or one kernel in
+    C for float32 on a CPU. Of two dtypes the first tensor's holds.
 
     >>> teacher, student = torch.zeros(2), torch.ones(2)
     >>> ema_([(teacher, student)], momentum=0.75)
@@ -125,7 +129,27 @@ def ema_(pairs: list[tuple[Tensor, Tensor]], momentum: float) -> None:
                 f"parameters of {dtype} have no mean: keep the teacher's in float32 ({error})"
             ) from error
     for firsts, seconds in groups.values():
-        torch._foreach_lerp_(firsts, seconds, 1 - momentum)
+        if _body(firsts, seconds) == "c":
+            pointers = [torch.tensor([x.data_ptr() for x in side]) for side in (firsts, seconds)]
+            lengths = torch.tensor([x.numel() for x in firsts])
+            c_kernels.run("ema_update", *pointers, lengths, len(firsts), 1 - momentum)
+            increment_version(firsts)  # autograd is told, as by any operation
+        else:
+            torch._foreach_lerp_(firsts, seconds, 1 - momentum)
+
+
+def _body(firsts: list[Tensor], seconds: list[Tensor]) -> str:
+    """The body in C takes arrays of float32 in this process's memory."""
+    plain = all(
+        type(x) in (Tensor, nn.Parameter)
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.is_contiguous()
+        for x in firsts + seconds
+    )
+    if not plain or torch.compiler.is_compiling():
+        return "torch"
+    return resolve("auto", "ema", firsts[0], unsupported_c=None)
 
 
 def _frozen_copy(student: Student) -> Student:

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sslkit import Assignments
-from sslkit.ops import sinkhorn_bias, soft_cross_entropy
+from sslkit.ops import c_kernels, sinkhorn_bias, soft_cross_entropy
 from sslkit.ops.dispatch import record_bodies
 from sslkit.testing.references.losses import cross_entropy
 from tests.traffic import counting_memory
 
 seeds = st.integers(0, 2**31)
+IMPLS = ["torch"] if c_kernels.problem() else ["torch", "c"]
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -68,14 +69,17 @@ def test_soft_cross_entropy_gradient(kind, target_rows):
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-def test_soft_cross_entropy_over_several_blocks():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_soft_cross_entropy_over_several_blocks(impl):
     M, K = 700, 1000
     student_logits = normal(0, M, K).float().requires_grad_()
-    targets = Assignments(normal(1, M, K).float(), torch.zeros(K), 0.1)
-    losses = soft_cross_entropy(student_logits, 0.1, targets)
+    logits = normal(1, M, K).float()
+    targets = Assignments(logits, torch.zeros(K), 0.1)
+    losses = soft_cross_entropy(student_logits, 0.1, targets, impl=impl)
     losses.mean().backward()
     exact = student_logits.detach().double().requires_grad_()
-    expected = -(targets.probs().double() * torch.log_softmax(exact / 0.1, -1)).sum(-1)
+    probs = torch.softmax(logits.double() / 0.1, dim=-1)
+    expected = -(probs * torch.log_softmax(exact / 0.1, -1)).sum(-1)
     expected.mean().backward()
     torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(student_logits.grad.double(), exact.grad, rtol=1e-4, atol=1e-9)
@@ -130,18 +134,25 @@ def test_overwriting_the_logits_changes_no_result(
 
 
 @pytest.mark.parametrize("upstream", [1.0, 0.25, -0.3])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_overwritten_sixteen_bit_logits_are_rounded_at_most_twice(dtype, upstream):
+@pytest.mark.parametrize(
+    ("impl", "dtype"), [*((impl, torch.bfloat16) for impl in IMPLS), ("torch", torch.float16)]
+)
+def test_overwritten_sixteen_bit_logits_are_rounded_at_most_twice(impl, dtype, upstream):
     """Several blocks of rows. Float16 keeps to the backward, where a loss scale is known."""
     M, K = 600, 1000
     student, weights = normal(0, M, K).to(dtype), 0.5 + normal(1, M).abs()
     targets = Assignments(normal(2, M, K).to(dtype), normal(3, K), 0.5)
     with record_bodies() as ran:
         losses, grad = loss_and_gradient(
-            student, targets, weights, upstream=torch.full((M,), upstream), overwrite_logits=True
+            student,
+            targets,
+            weights,
+            upstream=torch.full((M,), upstream),
+            overwrite_logits=True,
+            impl=impl,
         )
     once = dtype == torch.float16 or math.log2(abs(upstream)).is_integer()
-    assert ("soft_cross_entropy_over_logits_", "torch") in ran or dtype == torch.float16
+    assert ("soft_cross_entropy_over_logits_", impl) in ran or dtype == torch.float16
     exact_losses, exact = loss_and_gradient(
         student.double(), targets, weights, upstream=torch.full((M,), upstream).double()
     )
@@ -152,9 +163,10 @@ def test_overwritten_sixteen_bit_logits_are_rounded_at_most_twice(dtype, upstrea
     torch.testing.assert_close(grad.double(), exact, rtol=allowed, atol=max(tiny * eps, 1e-6))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("overwrite_logits", [False, True])
 @pytest.mark.parametrize("wide", ["student", "targets", "neither"])
-def test_soft_cross_entropy_whatever_the_range_and_the_block(overwrite_logits, wide):
+def test_soft_cross_entropy_whatever_the_range_and_the_block(impl, overwrite_logits, wide):
     """Logits that need a shift from the second block of rows on; float32 against float64."""
     M, K = 900, 1000
     assert M * K > 3 << 18
@@ -164,7 +176,7 @@ def test_soft_cross_entropy_whatever_the_range_and_the_block(overwrite_logits, w
     student, logits = student.float(), logits.float()
     targets, ones = Assignments(logits, torch.zeros(K), 0.5), torch.ones(M)
     losses, grad = loss_and_gradient(
-        student, targets, upstream=ones, overwrite_logits=overwrite_logits
+        student, targets, upstream=ones, overwrite_logits=overwrite_logits, impl=impl
     )
     exact_targets = torch.softmax(logits.double() / 0.5, dim=-1)
     leaf = student.double().requires_grad_()
@@ -262,17 +274,19 @@ def test_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_memory_stays_within_a_block():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_memory_stays_within_a_block(impl):
     """Beside the gradient nothing of the size of the matrix is allocated."""
     B, K = 2048, 1024
     student_logits = torch.zeros(B, K, dtype=torch.bfloat16, requires_grad=True)
     targets = Assignments(torch.zeros(B, K, dtype=torch.bfloat16), torch.zeros(K), 0.1)
     with torch.profiler.profile(profile_memory=True) as profile:
-        sinkhorn_bias(targets.logits, 0.1)
-        soft_cross_entropy(student_logits, 0.1, targets).sum().backward()
+        sinkhorn_bias(targets.logits, 0.1, impl=impl)
+        soft_cross_entropy(student_logits, 0.1, targets, impl=impl).sum().backward()
     allocations = sorted(event.self_cpu_memory_usage for event in profile.events())
     assert allocations[-1] == 2 * B * K  # the gradient, bfloat16
-    assert allocations[-2] == 2 << 20  # two tiles of one block, float32
+    # Two tiles of one block, float32; in C maxima and sums of 16 groups of rows.
+    assert allocations[-2] == (2 << 20 if impl == "torch" else 2 * 16 * K * 4)
 
 
 OPCHECKS = {
@@ -298,9 +312,16 @@ OPCHECKS = {
 }
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", OPCHECKS)
-def test_registration(name):
-    torch.library.opcheck(getattr(torch.ops.sslkit, name).default, OPCHECKS[name])
+def test_registration(name, impl):
+    arguments = [
+        x.detach().float().requires_grad_(x.requires_grad)
+        if impl == "c" and isinstance(x, Tensor) and x.is_floating_point()
+        else x
+        for x in OPCHECKS[name][:-1]
+    ]
+    torch.library.opcheck(getattr(torch.ops.sslkit, name).default, (*arguments, impl))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from sslkit.ops import column_logsumexp, column_mass, sinkhorn_bias, soft_cross_entropy
+from sslkit.ops import c_kernels, column_logsumexp, column_mass, sinkhorn_bias, soft_cross_entropy
 from sslkit.ops.dispatch import interpreting, record_bodies, resolve, triton_problem
 
 CALLS = {
@@ -31,12 +31,16 @@ def fresh_triton_problem() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_dispatch(name):
+    chosen = "torch" if c_kernels.problem() else "c"
     with record_bodies() as ran:
-        auto, explicit = (tree_leaves(CALLS[name](impl=impl)) for impl in ("auto", "torch"))
+        auto, explicit = (tree_leaves(CALLS[name](impl=impl)) for impl in ("auto", chosen))
     assert ran
-    assert {body for _, body in ran} == {"torch"}
+    assert {body for _, body in ran} == {chosen}
     for x, y in zip(auto, explicit, strict=True):
         assert torch.equal(x, y)
+    with record_bodies() as ran:
+        CALLS[name](impl="torch")
+    assert {body for _, body in ran} == {"torch"}
     with pytest.raises(
         ValueError, match=r"impl must be one of.*'auto', 'torch', 'c', 'triton'.*'cuda'"
     ):

@@ -1,12 +1,20 @@
 """DINOLoss, iBOTLoss and KoLeoLoss beyond what tests/test_conformance.py holds them to."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sslkit import Assignments, DINOLoss, KoLeoLoss, iBOTLoss, sum_over_levels
+from sslkit.ops import c_kernels
 from sslkit.ops.dispatch import interpreting, record_bodies
 from sslkit.testing.references import losses as oracle
+
+seeds = st.integers(0, 2**31)
+AUTO = "torch" if c_kernels.problem() else "c"  # of float32 on a CPU
 
 
 def generator_of(seed: int) -> torch.Generator:
@@ -41,7 +49,7 @@ def test_gradients():
 def test_options_reach_the_operation(loss_type):
     pytest.importorskip("triton")
     logits, masks = torch.randn(2, 3, 4, requires_grad=True), torch.ones(2, 3, dtype=torch.bool)
-    for options in ({}, {"impl": "triton"}, {"overwrite_logits": True}):
+    for options in ({"impl": "torch"}, {"impl": "triton"}, {"overwrite_logits": True}):
         scores = 2 * logits
         before = scores.detach().clone()
         with record_bodies() as ran:
@@ -50,7 +58,7 @@ def test_options_reach_the_operation(loss_type):
             else:
                 loss = iBOTLoss(**options)(scores.view(6, 4), torch.rand(6, 4), masks)
             loss.backward()
-        assert {body for _, body in ran} == {options.get("impl", "torch")}
+        assert {body for _, body in ran} == {options.get("impl", AUTO)}
         assert torch.equal(scores, before) == (not options.get("overwrite_logits", False))
 
 
@@ -122,6 +130,28 @@ class TestKoLeo:
         loss.backward()
         assert loss.isfinite()
         assert x.grad.isfinite().all()
+
+    @given(
+        st.integers(2, 40), st.integers(1, 40), seeds, st.sampled_from([1.0, 1e30, 1e-30, 1e-36])
+    )
+    def test_float32_as_float64(self, B, D, seed, scale):
+        x = (scale * normal(seed, B, D)).float().requires_grad_()
+        exact = x.detach().double().requires_grad_()
+        with record_bodies() as ran:
+            loss = KoLeoLoss()(x)
+        assert ran == [("koleo", AUTO)]
+        (-0.3 * loss).backward()
+        expected = KoLeoLoss()(exact)
+        (-0.3 * expected).backward()
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+        atol = 1e-4 * exact.grad.abs().amax().item()
+        torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-4, atol=atol)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_not_finite(self, bad):
+        x = normal(0, 20, 33).float()
+        x[4, 32] = bad
+        assert KoLeoLoss()(x).isnan()
 
     def test_gradient_step_spreads(self):
         x = normal(1, 8, 3).requires_grad_()

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from sslkit.ops import c_kernels
+from sslkit.ops.dispatch import record_bodies
 from sslkit.teacher import EMATeacher
 from sslkit.testing.references.teacher import ema
 
@@ -41,6 +43,25 @@ def test_equals_the_closed_form(start, updates):
         teacher.update(student, momentum)
     expected = ema(start, [value for value, _ in updates], [momentum for _, momentum in updates])
     assert teacher.module["w"].item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.996, 0.3])
+def test_float32_parameters_of_many_sizes(momentum):
+    sizes = [(), (0,), (1,), (17,), (1000, 333)]
+    student = nn.ParameterList([nn.Parameter(torch.randn(size)) for size in sizes])
+    teacher = EMATeacher(student)
+    randomise_(student)
+    expected = [
+        momentum * mine.double() + (1 - momentum) * theirs.detach().double()
+        for mine, theirs in zip(teacher.module, student, strict=True)
+    ]
+    versions = [p._version for p in teacher.module]
+    with record_bodies() as ran:
+        teacher.update(student, momentum)
+    assert ran == [("ema", "torch" if c_kernels.problem() else "c")]
+    for mine, exact, version in zip(teacher.module, expected, versions, strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-6, atol=1e-6)
+        assert mine._version > version  # autograd knows that they have changed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -111,7 +111,7 @@ def _compiled() -> Path:
                     _output(compiler, *_FLAGS, "-c", os.fspath(path), "-o", objects[-1])
             made = os.path.join(scratch, "kernels.so")
             # Without -fopenmp, which would load a second OpenMP beside PyTorch's.
-            _output(compiler, "-shared", *objects, "-o", made)
+            _output(compiler, "-shared", *objects, "-lm", "-o", made)
             os.replace(made, library)
     return library
 

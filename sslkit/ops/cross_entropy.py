@@ -21,15 +21,15 @@ W_r and C_r by exp of the difference. From the merged numbers (`finish`)
 Float32 survives logits of any size. Where the shifts are the maxima, s_k - ŝ ≤ 0 and log S ≥ 0, so
 both terms are sums of numbers of one sign, and nothing large cancels. The maximum of z is kept in
 units of logits, where it is exact; it and S, t̂_r and W_r stay for the backward (2 + 2T numbers a
-row), in place of a log-sum-exp, which at |s| = 1e5 is already rounded by .004. The PyTorch body on
-a CPU takes zeros for shifts while S and W_r lie in 1e-14 ... 1e14; then |log S| ≤ 32.
+row), in place of a log-sum-exp, which at |s| = 1e5 is already rounded by .004. The bodies on
+a CPU take zeros for shifts while S and W_r lie in 1e-14 ... 1e14; then |log S| ≤ 32.
 
 Backward. With those numbers each gradient needs its own column of z and t_r only: one reading of
 each and one writing, which may go over the logits themselves.
 
 Passes over memory: forward one read of z and of each paired t_r; backward the same and one write.
 The passes are those of `sslkit.ops.cross_entropy_passes`, the bodies in
-`sslkit.ops.cross_entropy_torch` and `sslkit.ops.cross_entropy_triton`.
+`sslkit.ops.cross_entropy_torch`, `_c` and `_triton`.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ from torch import Tensor
 from sslkit.assignments import Assignments, check_logits, check_temperature, compute_dtype
 from sslkit.devices import device_type
 from sslkit.factored_logits import FactoredLogits, Logits
-from sslkit.ops import cross_entropy_torch
+from sslkit.ops import cross_entropy_c, cross_entropy_torch
 from sslkit.ops.cross_entropy_columns import (
     Columns,
     RowStatistics,
@@ -86,12 +86,14 @@ def soft_cross_entropy(
         target_rows: int64 ``[M, T]``, the targets of each student row, -1 (or any negative number)
             for none; or None, which pairs row m with target m (R = M).
         overwrite_logits: let the gradient be written over ``student_logits``, in the backward or,
-            where that is faster (PyTorch body on a CPU), in the forward already. It spares an
+            where that is faster (on a CPU), in the forward already. It spares an
             ``[M, K]`` tensor. Only for contiguous logits that are an intermediate result and that
             nobody reads after this call. Autograd notices other operations that need them for their
             backward, and a second backward, and raises. Of `FactoredLogits` nothing is kept that
             could be overwritten.
-        impl: ``"auto"``, ``"torch"`` or ``"triton"``; the Triton body takes up to 16 targets a row.
+        impl: ``"auto"``, ``"torch"``, ``"c"`` or ``"triton"`` (see `sslkit.ops.dispatch`). The body
+            in C takes float32 and bfloat16 with contiguous rows, on a CPU; the Triton body takes up
+            to 16 targets a row.
 
     Returns:
         ``[M]``, float32 (float64 for float64 logits). Differentiable once with respect to
@@ -103,7 +105,7 @@ def soft_cross_entropy(
         IndexError: an entry of ``target_rows`` is R or more. On CUDA finding out would need a
             synchronisation: there the Triton body makes the loss and gradient of that row NaN, and
             the PyTorch body fails a device-side assertion.
-        RuntimeError: ``impl="triton"``, which cannot run here; the message says why.
+        RuntimeError: ``impl="c"`` or ``"triton"``, which cannot run here; the message says why.
 
     Example:
         >>> student_logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
@@ -245,8 +247,9 @@ def _gradient(op: str, arguments: tuple[Any, ...], *, overwrite_logits: bool) ->
 def _loss_over_logits_(*arguments: Any) -> Tensor:
     *fields, row_weights, impl = arguments
     columns = Columns(*[*fields, None])  # row m is paired with target m
-    choose_passes(impl, "soft_cross_entropy_over_logits_", columns)  # refuses and records
-    return cross_entropy_torch.loss_over_logits(columns, row_weights)
+    passes = choose_passes(impl, "soft_cross_entropy_over_logits_", columns)
+    body = cross_entropy_c if passes is cross_entropy_c else cross_entropy_torch
+    return body.loss_over_logits(columns, row_weights)
 
 
 @_forward.register_fake

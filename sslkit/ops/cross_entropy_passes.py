@@ -1,6 +1,6 @@
 """The passes of `sslkit.ops.cross_entropy` over some or all columns: what they take and give.
 
-The bodies are `sslkit.ops.cross_entropy_torch` and `sslkit.ops.cross_entropy_triton`; who forms
+The bodies are `sslkit.ops.cross_entropy_torch`, `_c` and `_triton`; who forms
 logits chunk by chunk calls the same passes (`sslkit.ops.linear_cross_entropy`).
 """
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sslkit.devices import is_planned
-from sslkit.ops import cross_entropy_torch
+from sslkit.ops import cross_entropy_c, cross_entropy_torch
 from sslkit.ops.cross_entropy_columns import Columns, RowStatistics, new_results
 from sslkit.ops.dispatch import resolve
 
@@ -44,7 +44,7 @@ class Passes(Protocol):
 
 
 class _NoKernels:
-    """Passes of the Triton body on a machine that is only planned: results, and no kernel."""
+    """Passes of kernels on a machine that is only planned: results, and no kernel."""
 
     def num_parts(self, num_columns: int) -> int:
         return 1
@@ -67,7 +67,7 @@ class _NoKernels:
 
 
 def choose_passes(impl: str, op: str, columns: Columns) -> Passes:
-    """The body that `resolve` chooses, which knows what Triton cannot take."""
+    """The body that `resolve` chooses, which knows what Triton and C cannot take."""
     unsupported = None
     if columns.num_targets > MAX_TARGETS_TRITON:
         unsupported = (
@@ -76,10 +76,17 @@ def choose_passes(impl: str, op: str, columns: Columns) -> Passes:
         )
     elif columns.target.dtype == torch.float64:
         unsupported = "kernels compute in float32 and the targets are float64"
-    if resolve(impl, op, columns.student, unsupported=unsupported) == "triton":
-        if is_planned():
-            return _NoKernels()
+    body = resolve(
+        impl,
+        op,
+        columns.student,
+        unsupported=unsupported,
+        unsupported_c=cross_entropy_c.unsupported(columns),
+    )
+    if body != "torch" and is_planned():
+        return _NoKernels()
+    if body == "triton":
         from sslkit.ops import cross_entropy_triton
 
         return cross_entropy_triton
-    return cross_entropy_torch
+    return cross_entropy_c if body == "c" else cross_entropy_torch

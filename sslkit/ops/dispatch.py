@@ -88,7 +88,7 @@ def record_bodies() -> Iterator[list[tuple[str, Body]]]:
 
     >>> from sslkit.ops import column_mass
     >>> with record_bodies() as ran:
-    ...     _ = column_mass(torch.zeros(3, 2), 0.1, torch.zeros(2))
+    ...     _ = column_mass(torch.zeros(3, 2), 0.1, torch.zeros(2), impl="torch")
     >>> ran
     [('column_mass', 'torch')]
     """

@@ -31,10 +31,10 @@ the collective over the maxima.
 
 Passes over memory, for T iterations. The PyTorch body reads the logits T times, for the first
 column sums and once for each mass (twice more where one constant will not do as a shift for all
-columns); Triton finds maxima and sums in one pass but takes the log-sum-exp of the rows in a pass
-of its own: 1 + 2 (T - 1) times. Neither writes anything of size ``[B, K]``. The passes are in
-`sslkit.ops.sinkhorn_passes`, the bodies in `sslkit.ops.sinkhorn_torch` and
-`sslkit.ops.sinkhorn_triton`.
+columns), the body in C T times whatever they hold; Triton finds maxima and sums in one pass but
+takes the log-sum-exp of the rows in a pass of its own: 1 + 2 (T - 1) times. None of them writes
+anything of size ``[B, K]``. The passes are in `sslkit.ops.sinkhorn_passes`, the bodies in
+`sslkit.ops.sinkhorn_torch`, `_c` and `_triton`.
 
 All that passes over rows return is a sum over the rows, or a maximum and a sum that can be merged.
 So `FactoredLogits` are passed over chunk by chunk of rows, each a product that is formed and
@@ -94,7 +94,8 @@ def sinkhorn_bias(
         past: ``[Q, K]`` more rows that take part, of any type with the same type of computation.
         bound: promise that no |logit| of a row that takes part exceeds it, None for no promise.
             Changes the cost, not the result (see `sinkhorn_biases`).
-        impl: ``"auto"``, ``"torch"`` or ``"triton"`` (for contiguous logits).
+        impl: ``"auto"``, ``"torch"``, ``"c"`` (contiguous rows of float32 and bfloat16 on a CPU) or
+            ``"triton"`` (contiguous logits); see `sslkit.ops.dispatch`.
 
     Returns:
         ``[K]``, float32 (float64 for float64 logits).
@@ -104,7 +105,7 @@ def sinkhorn_bias(
             above.
         TypeError: logits or past rows are not floating point, one of them alone is float64, or the
             mask is not bool.
-        RuntimeError: ``impl="triton"``, which cannot run here; the message says why.
+        RuntimeError: ``impl="c"`` or ``"triton"``, which cannot run here; the message says why.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [1.0, 0.0]])  # both samples prefer prototype 0

@@ -2,8 +2,7 @@
 
 Problems come in lists (levels, losses), so that one launch serves all. What a pass returns for a
 list is packed: the results of all problems, one after the other, in one vector ``[ΣK]``, which a
-collective reduces as it is. The bodies are `sslkit.ops.sinkhorn_torch` and
-`sslkit.ops.sinkhorn_triton`.
+collective reduces as it is. The bodies are `sslkit.ops.sinkhorn_torch`, `_c` and `_triton`.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from sslkit.assignments import check_logits, check_row_mask, check_temperature, compute_dtype
 from sslkit.factored_logits import FactoredLogits, Logits, written
-from sslkit.ops import sinkhorn_torch
+from sslkit.ops import c_kernels, sinkhorn_c, sinkhorn_torch
 from sslkit.ops.dispatch import resolve
 from sslkit.slices import chunks
 
@@ -38,7 +37,8 @@ def column_logsumexp(
         logits: ``[B, K]``, any floating-point type; B may be 0.
         temperature: positive; divides the logits.
         row_mask: bool ``[B]``; rows that are True take no part, whatever they hold.
-        impl: ``"auto"``, ``"torch"`` or ``"triton"`` (for contiguous logits).
+        impl: ``"auto"``, ``"torch"``, ``"c"`` (contiguous rows of float32 and bfloat16 on a CPU) or
+            ``"triton"`` (contiguous logits); see `sslkit.ops.dispatch`.
 
     Returns:
         ``shift [K]`` and ``column_sum [K]``, float32 (float64 for float64 logits).
@@ -47,7 +47,7 @@ def column_logsumexp(
         ValueError: logits are not ``[B, K]`` with K >= 1, the temperature is not positive and
             finite, or the mask has another shape than ``[B]``.
         TypeError: logits are not floating point, or the mask is not bool.
-        RuntimeError: ``impl="triton"``, which cannot run here; the message says why.
+        RuntimeError: ``impl="c"`` or ``"triton"``, which cannot run here; the message says why.
 
     Example:
         >>> shift, column_sum = column_logsumexp(torch.tensor([[0.0, 2.0], [0.0, 4.0]]), 2.0)
@@ -128,11 +128,21 @@ class Passes(Protocol):
 def _passes(impl: str, op: str, logits: list[Tensor]) -> Passes:
     strided = [x.stride() for x in logits if not x.is_contiguous()]
     problem = f"logits have strides {strided[0]}, not contiguous ones" if strided else None
-    if resolve(impl, op, logits[0], unsupported=problem) == "triton":
+    body = resolve(impl, op, logits[0], unsupported=problem, unsupported_c=_unsupported_c(logits))
+    if body == "triton":
         from sslkit.ops import sinkhorn_triton
 
         return sinkhorn_triton
-    return sinkhorn_torch
+    return sinkhorn_c if body == "c" else sinkhorn_torch
+
+
+def _unsupported_c(logits: list[Tensor]) -> str | None:
+    for x in logits:
+        if x.dtype not in c_kernels.TYPES:
+            return f"kernels in C take float32 and bfloat16, and logits are {x.dtype}"
+        if x.stride(1) != 1 and x.shape[1] > 1:
+            return f"logits have strides {x.stride()}, not contiguous rows"
+    return None
 
 
 @torch.library.custom_op(

@@ -13,11 +13,27 @@
 #define LANES 16 /* floats of the widest vectors; narrower machines take several for one */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef float unaligned_vec __attribute__((vector_size(4 * LANES), aligned(4)));
 
 static inline vec load(const float *p) { return *(const unaligned_vec *)p; }
 
 static inline void store(float *p, vec x) { *(unaligned_vec *)p = x; }
+
+/* a where the mask is all ones, b where it is 0. */
+static inline vec choose(ivec mask, vec a, vec b) {
+    return (vec)(((ivec)a & mask) | ((ivec)b & ~mask));
+}
+
+/* Of a and b, b where one is NaN. */
+static inline vec larger(vec a, vec b) { return choose(a > b, a, b); }
+
+/* Whether any element is not 0. */
+static inline int any(ivec mask) {
+    int32_t found = 0;
+    for (int l = 0; l < LANES; l++) found |= mask[l];
+    return found != 0;
+}
 
 /* Of LANES numbers, which are overwritten, in halves. */
 static inline float sum_of(float *x) {
@@ -64,6 +80,59 @@ static inline void write_row(void *to, int64_t at, const float *from, int64_t n,
     } else {
         memcpy((float *)to + at, from, 4 * n);
     }
+}
+
+/* LANES elements from position `at` of a tensor whose elements have `size` bytes: 4 or 2. */
+static inline vec load_from(const void *p, int64_t at, int64_t size) {
+    typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+    typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
+    if (size == 4) return load((const float *)p + at);
+    return (vec)(__builtin_convertvector(*(const halves *)((const uint16_t *)p + at), words) << 16);
+}
+
+/* The first n of them, and zeros. */
+static inline vec load_some_from(const void *p, int64_t at, int64_t n, int64_t size) {
+    if (n >= LANES) return load_from(p, at, size);
+    float x[LANES] = {0};
+    read_row(x, p, at, n, size);
+    return load(x);
+}
+
+/* x to the LANES elements from position `at`, or to the first n of them; rounded as to_bfloat16. */
+static inline void store_some_to(void *p, int64_t at, vec x, int64_t n, int64_t size) {
+    typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+    typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
+    if (n < LANES) {
+        write_row(p, at, (float *)&x, n, size);
+    } else if (size == 4) {
+        store((float *)p + at, x);
+    } else {
+        words bits = (words)x, rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+        rounded |= (words)(x != x) & 0x7FC0; /* of a NaN, after a carry as well */
+        *(halves *)((uint16_t *)p + at) = __builtin_convertvector(rounded, halves);
+    }
+}
+
+#define LOG2E 1.44269504f
+
+/* 2^x to 1.5 units in the last place for x <= 126; 0 below -126; NaN for NaN. 2^r, |r| <= 1/2, is
+   the polynomial of degree 5 with value 1 at 0 and the smallest largest relative error, 9e-8. */
+static inline vec two_to(vec x) {
+    vec shifted = x + 12582912.0f; /* 1.5 * 2^23: the whole part is in the lowest bits */
+    vec r = x - (shifted - 12582912.0f);
+    vec p = 1.32647e-3f * r + 9.67151e-3f;
+    p = p * r + 5.550734e-2f;
+    p = p * r + 0.24022242f;
+    p = p * r + 0.69314698f;
+    p = p * r + 1.0f;
+    ivec power = (ivec)p + ((ivec)shifted << 23);
+    return (vec)((power & ~(x < -126.0f)) | (x != x));
+}
+
+/* to [padded(K)] = log2(e) bias, and then -inf, where powers of two are 0. */
+static inline void scale_bias(float *to, const float *bias, int64_t K) {
+    for (int64_t k = 0; k < K; k++) to[k] = LOG2E * bias[k];
+    for (int64_t k = K; k < padded(K); k++) to[k] = -__builtin_inff();
 }
 
 /* exp(x) to 2 units in the last place: infinite from 88.7 on, and 0 below -87, where PyTorch's
