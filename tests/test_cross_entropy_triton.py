@@ -15,6 +15,7 @@ from sslkit import Assignments
 from sslkit.ops import soft_cross_entropy
 from sslkit.ops.cross_entropy_columns import Columns, RowStatistics
 from sslkit.ops.dispatch import record_bodies
+from tests.test_cross_entropy_kernels import loss_and_gradient
 from tests.traffic import counting_memory
 
 pytest.importorskip("triton")
@@ -44,21 +45,6 @@ def small_chunks() -> Iterator[None]:
     """Several parts of a row from 17 columns on."""
     with mock.patch.object(kernels, "CHUNK", 16):
         yield
-
-
-def loss_and_gradient(
-    student: Tensor,
-    targets: Assignments | Tensor,
-    weights: Tensor,
-    target_rows: Tensor | None,
-    **kwargs: object,
-) -> tuple[Tensor, Tensor]:
-    leaf = student.clone().requires_grad_()
-    losses = soft_cross_entropy(
-        leaf * 1, STUDENT_TEMP, targets, weights, target_rows=target_rows, **kwargs
-    )
-    (grad,) = torch.autograd.grad(losses.sum(), leaf)
-    return losses.detach(), grad
 
 
 @pytest.mark.parametrize("M", [0, 3])
