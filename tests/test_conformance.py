@@ -27,12 +27,19 @@ from sslkit.testing import (
 from sslkit.testing.conformance import Case, cases_of
 from sslkit.testing.faults import GRADIENT_OVER_RANKS, Fault
 from sslkit.testing.masks import chi_square_pvalue
-from sslkit.testing.processes import run_on_ranks
+from sslkit.testing.processes import end_ranks, run_on_ranks
 from sslkit.testing.properties import Property, Stop, Violation, agree, shown
 from sslkit.testing.report import conform, markdown, tables
 from tests import faulty
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks_for_this_file_alone():
+    """Other tests look for processes that somebody has left."""
+    yield
+    end_ranks()
 
 
 @pytest.mark.parametrize("case", cases(own), ids=str)

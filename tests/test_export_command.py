@@ -46,6 +46,7 @@ def refusal(*words):
     return stopped.value.code
 
 
+@pytest.mark.usefixtures("pytorchs_bodies")
 def test_timm(weights, tmp_path, capsys):
     (weights.parent / "results.json").write_text(json.dumps(RECIPE))
     main(["timm", "--weights", str(weights), "--output", str(tmp_path / "out")])

@@ -24,8 +24,9 @@ PATIENCE = 30.0  # seconds that a rank may take longer than the first one
 def run_on_ranks(function: Callable[..., Any], arguments: Sequence[tuple]) -> list[Any]:
     """Results of ``function(*arguments[rank])``, one process for each rank.
 
-    The processes form the default process group and stay for the next call. The function and its
-    arguments are pickled, so it is one that stands at the top of a module, or a partial of one.
+    The processes form the default process group and stay for the next call, until `end_ranks` is
+    called or this process ends. The function and its arguments are pickled, so it is one that
+    stands at the top of a module, or a partial of one.
 
     Raises:
         Stop: a rank raises, or waits for the others in vain.
@@ -47,6 +48,12 @@ def run_on_ranks(function: Callable[..., Any], arguments: Sequence[tuple]) -> li
         raise refused from error
     multiprocessing.set_forkserver_preload([__name__, *sorted(modules)])
     return _ranks().run(messages)
+
+
+def end_ranks() -> None:
+    """End the processes of `run_on_ranks`, if there are any; the next call starts others."""
+    if _ranks.cache_info().currsize:
+        _ranks().close()
 
 
 class _Pickler(pickle.Pickler):
@@ -99,7 +106,7 @@ class _Ranks:
             left = None if patience is None else max(patience - time.monotonic(), 0.0)
             ready = wait(list(waiting), left)
             if not ready:
-                self._close()
+                self.close()
                 late = ", ".join(map(str, sorted(waiting.values())))
                 found = f"rank {min(answers)} is back, and rank {late} waits for it in a collective"
                 raise Stop(Violation("every rank to come back", found))
@@ -110,15 +117,17 @@ class _Ranks:
                 except EOFError:
                     well, answers[rank] = False, "the process has ended"
                 if not well:
-                    self._close()
+                    self.close()
                     raise Stop(Violation("a result", f"rank {rank} of {count}: {answers[rank]}"))
             patience = patience or time.monotonic() + PATIENCE
         return [answers[rank] for rank in range(count)]
 
-    def _close(self) -> None:
-        """End the processes; the next call starts others."""
+    def close(self) -> None:
+        """End the processes."""
         for process in self.processes:
             process.kill()
+        for process in self.processes:
+            process.join()
         _ranks.cache_clear()
 
 
