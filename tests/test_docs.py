@@ -61,6 +61,8 @@ def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
 def test_python_of_a_page_runs_from_top_to_bottom(page: Path, stranger: Path) -> None:
+    if "\nfrom birder" in page.read_text():
+        pytest.importorskip("birder", reason="pip install 'sslkit[peers]', Python 3.11")
     namespace: dict[str, object] = {"__name__": "page"}
     for block in blocks(page.read_text()):
         where = f"{name_of(page)}:{block.line}"

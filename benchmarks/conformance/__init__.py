@@ -1,0 +1,1 @@
+"""Adapters of other libraries: `sslkit conform benchmarks.conformance.lightly`."""

@@ -1,0 +1,97 @@
+"""Adapters of lightly's losses, Sinkhorn, momentum update and cosine."""
+
+from copy import deepcopy
+
+from lightly.loss import BarlowTwinsLoss, DINOLoss, IBOTPatchLoss, KoLeoLoss, NTXentLoss
+from lightly.loss.swav_loss import sinkhorn
+from lightly.models.utils import update_momentum
+from lightly.utils.scheduler import cosine_schedule
+from torch import Tensor, nn
+
+from sslkit.testing import DINO, EMA, IBOT, KoLeo, Loss, Schedule, Sinkhorn
+
+TEACHER_TEMP = 0.04
+
+
+def dino(student_logits: Tensor, probs: Tensor) -> Tensor:
+    """Loss with a fresh centre of zero: teacher logits first, a list of views each."""
+    loss = DINOLoss(output_dim=probs.shape[-1], teacher_temp=TEACHER_TEMP)
+    return loss(list(TEACHER_TEMP * probs.log()), list(student_logits))
+
+
+def ibot(student_logits: Tensor, probs: Tensor, masks: Tensor) -> Tensor:
+    """Loss of masks [B, N], which lightly takes as [B, H, W]."""
+    loss = IBOTPatchLoss(output_dim=probs.shape[-1], teacher_temp=TEACHER_TEMP)
+    return loss(TEACHER_TEMP * probs.log(), student_logits, masks[:, None])
+
+
+def balanced(logits: Tensor, temperature: float) -> Tensor:
+    """Codes of SwAV's Sinkhorn in one process."""
+    return sinkhorn(logits, iterations=3, epsilon=temperature)
+
+
+def balanced_on_ranks(logits: Tensor, temperature: float) -> Tensor:
+    """Codes of this rank's rows, balanced with those of the other ranks."""
+    return sinkhorn(logits, iterations=3, epsilon=temperature, gather_distributed=True)
+
+
+class MomentumCopy:
+    """Copy of a student that `update_momentum` moves."""
+
+    def __init__(self, student: nn.Module, momentum: float) -> None:
+        self.module = deepcopy(student)
+        self.momentum = momentum
+
+    def update(self, student: nn.Module) -> None:
+        """Move the parameters."""
+        update_momentum(student, self.module, self.momentum)
+
+
+def warmup_cosine(
+    step: int, *, start: float, peak: float, final: float, total_steps: int, warmup_steps: int
+) -> float:
+    """DINOv2's warm-up, then lightly's cosine, which has the final value one step earlier."""
+    if step < warmup_steps:
+        return start + (peak - start) * step / max(warmup_steps - 1, 1)
+    return cosine_schedule(
+        step - warmup_steps,
+        max_steps=total_steps - warmup_steps + 1,
+        start_value=peak,
+        end_value=final,
+    )
+
+
+def nt_xent(*views: Tensor) -> Tensor:
+    """Contrastive loss of one process."""
+    return NTXentLoss()(*views)
+
+
+def nt_xent_on_ranks(*views: Tensor) -> Tensor:
+    """Contrastive loss with negatives from all ranks."""
+    return NTXentLoss(gather_distributed=True)(*views)
+
+
+def barlow(*views: Tensor) -> Tensor:
+    """Barlow Twins' loss of one process; on several, each normalises with its own statistics."""
+    return BarlowTwinsLoss()(*views)
+
+
+lightly_dino_loss = DINO(dino, on_ranks=dino, detaches=False)
+lightly_ibot_loss = IBOT(ibot, detaches=False)
+lightly_koleo_loss = KoLeo(KoLeoLoss())
+# Its logits are cosines, of normalised features and prototypes.
+lightly_sinkhorn = Sinkhorn(balanced, largest=1.0, on_ranks=balanced_on_ranks, uneven_ranks=False)
+lightly_sinkhorn_of_large_logits = Sinkhorn(balanced)
+lightly_momentum_update = EMA(
+    MomentumCopy,
+    MomentumCopy.update,
+    lambda teacher: teacher.module,
+    buffers="keep",
+    state_dict=False,
+    frozen=False,
+)
+lightly_warmup_cosine = Schedule(warmup_cosine)
+lightly_nt_xent_loss = Loss(
+    nt_xent, symmetric=True, ignores_lengths=True, on_ranks=nt_xent_on_ranks
+)
+lightly_barlow_twins_loss = Loss(barlow)
