@@ -395,17 +395,24 @@ def test_c_has_a_longest_crop():
 
 
 def test_c_is_chosen_where_it_is_fastest(monkeypatch):
-    def bodies(dtype):
+    def bodies(dtype, *, gradient=True):
+        qkv = random_qkv([10, 10, 100, 3], dtype=dtype).requires_grad_(gradient)
         with record_bodies() as ran:
-            packed_attention(random_qkv([10, 10, 100, 3], dtype=dtype), [10, 10, 100, 3])
+            packed_attention(qkv, [10, 10, 100, 3])
         return [body for _, body in ran]
 
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    def cpu_has(*, amx, avx512_bf16):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+
+    cpu_has(amx=False, avx512_bf16=False)
     assert bodies(torch.float32) == bodies(torch.bfloat16) == ["c"]
     assert bodies(torch.float64) == ["torch"]
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert bodies(torch.float32) == ["c"]
-    assert bodies(torch.bfloat16) == ["c", "torch", "c"]
+    for fast in ({"amx": True, "avx512_bf16": False}, {"amx": False, "avx512_bf16": True}):
+        cpu_has(**fast)
+        assert bodies(torch.float32) == ["c"]
+        assert bodies(torch.bfloat16) == ["c", "torch", "c"]
+        assert bodies(torch.bfloat16, gradient=False) == ["c"]
 
 
 def test_registration_of_c():

@@ -179,7 +179,8 @@ def _unsupported_c(qkv: Tensor, length: int, impl: str) -> str | None:
         return "an exported program consists of standard operations"
     if length > MAX_TOKENS_C:
         return f"the body in C takes crops of up to {MAX_TOKENS_C} tokens, not of {length}"
-    if impl == "auto" and attention_cpu.tiles_are_faster(qkv.dtype, length):
+    gradient = torch.is_grad_enabled() and qkv.requires_grad
+    if impl == "auto" and attention_cpu.beats_c(qkv.dtype, length, gradient=gradient):
         return "products are faster"
     return None
 

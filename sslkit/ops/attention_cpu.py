@@ -19,10 +19,12 @@ import math
 import torch
 from torch import Tensor
 
-LONGEST_C_WITH_TILES = 64
-"""Longest crop in bfloat16 that the body in C takes on a CPU with AMX tiles.
+LONGEST_C = 48
+"""Longest crop in bfloat16 with a backward for the body in C, where products of it are fast.
 
-Not measured there: from its time without tiles and that of products with them.
+``python -m benchmarks -k attention_cpu`` on a 2-core AMD EPYC with AVX512-BF16: forward and
+backward, the body in C takes 1.01 times as long as plain products at 37 tokens, 1.13 at 65 and 1.17
+at 257 (docs/benchmarks.md). With AMX tiles, whose products are faster still, it was not measured.
 """
 
 KEPT_FACTOR = 3
@@ -53,12 +55,13 @@ def by_products(dtype: torch.dtype, length: int, *, gradient: bool) -> bool:
     return length <= LONGEST.get((dtype, gradient), 0)
 
 
-def tiles_are_faster(dtype: torch.dtype, length: int) -> bool:
-    """Whether these products beat the body in C, which has no use for the tiles of AMX."""
+def beats_c(dtype: torch.dtype, length: int, *, gradient: bool) -> bool:
+    """Whether these products are faster than the body in C, which multiplies in float32."""
     return (
-        dtype == torch.bfloat16
-        and length > LONGEST_C_WITH_TILES
-        and torch.cpu._is_amx_tile_supported()
+        gradient
+        and dtype == torch.bfloat16
+        and length > LONGEST_C
+        and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     )
 
 
