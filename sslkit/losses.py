@@ -327,7 +327,7 @@ class KoLeoLoss(nn.Module):
             )
         with torch.autocast(x.device.type, enabled=False):
             if self.group is None and len(x) >= 2 and _takes_c(x):
-                return _KoLeoInC.apply(x.float(), self.eps)
+                return _KoLeoInC.apply(x.float(), float(self.eps))
             z = unit_rows(x)
             if self.group is None:
                 everyone, first, num_ranks = z, 0, 1

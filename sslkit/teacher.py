@@ -132,7 +132,7 @@ def ema_(pairs: list[tuple[Tensor, Tensor]], momentum: float) -> None:
         if _body(firsts, seconds) == "c":
             pointers = [torch.tensor([x.data_ptr() for x in side]) for side in (firsts, seconds)]
             lengths = torch.tensor([x.numel() for x in firsts])
-            c_kernels.run("ema_update", *pointers, lengths, len(firsts), 1 - momentum)
+            c_kernels.run("ema_update", *pointers, lengths, len(firsts), float(1 - momentum))
             increment_version(firsts)  # autograd is told, as by any operation
         else:
             torch._foreach_lerp_(firsts, seconds, 1 - momentum)

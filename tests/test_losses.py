@@ -147,6 +147,10 @@ class TestKoLeo:
         atol = 1e-4 * exact.grad.abs().amax().item()
         torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-4, atol=atol)
 
+    def test_whole_number_as_eps(self):
+        x = normal(0, 6, 5).float()
+        torch.testing.assert_close(KoLeoLoss(eps=1)(x), KoLeoLoss(eps=1.0)(x), rtol=0, atol=0)
+
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_not_finite(self, bad):
         x = normal(0, 20, 33).float()

@@ -12,7 +12,7 @@ from torch import nn
 
 from sslkit.ops import c_kernels
 from sslkit.ops.dispatch import record_bodies
-from sslkit.teacher import EMATeacher
+from sslkit.teacher import EMATeacher, ema_
 from sslkit.testing.references.teacher import ema
 
 numbers = st.floats(-100, 100)
@@ -371,3 +371,10 @@ def sharded_update(rank: int, init_file: str) -> None:
 
 def test_sharded_parameters(tmp_path):
     mp.spawn(sharded_update, args=(str(tmp_path / "init"),), nprocs=2)
+
+
+@pytest.mark.parametrize("momentum", [0, 1])
+def test_whole_numbers_are_momenta(momentum):
+    teacher, student = torch.zeros(3), torch.full((3,), 2.0)
+    ema_([(teacher, student)], momentum)
+    assert teacher.tolist() == [2.0 * (1 - momentum)] * 3

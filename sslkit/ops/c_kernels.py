@@ -41,7 +41,8 @@ _FLAGS = [
 def run(function: str, *arguments: Tensor | int | float | None) -> None:
     """Call a kernel with the addresses of tensors, integers and floats, and a number of threads.
 
-    None is the address NULL.
+    None is the address NULL. A number is passed by its type in Python: where the kernel takes a
+    float, give it ``float(x)``, since an integer would arrive in another register.
 
     Raises:
         MemoryError: there is none for the kernel's scratch.
