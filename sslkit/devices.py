@@ -17,6 +17,11 @@ def device_type(device: torch.device) -> str:
     return device.type if _planned is None else _planned
 
 
+def cpu_multiplies_bfloat16_fast() -> bool:
+    """Whether this CPU has instructions for products of bfloat16: AMX tiles or AVX512-BF16."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 def is_planned() -> bool:
     """Whether tensors stand for those of another machine, so that no kernel can run."""
     return _planned is not None

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sslkit.assignments import Assignments, check_temperature, compute_dtype
-from sslkit.devices import device_type
 from sslkit.factored_logits import Logits
 from sslkit.ops import c_kernels, soft_cross_entropy
 from sslkit.ops.dispatch import resolve
@@ -21,9 +20,6 @@ from sslkit.unit_rows import unit_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 class DINOLoss(nn.Module):
@@ -350,9 +346,10 @@ class KoLeoLoss(nn.Module):
 
 def _takes_c(x: Tensor) -> bool:
     """Whether the body in C computes a KoLeo loss."""
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting() or type(x) not in _PLAIN:
+    compiling = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    if compiling or not c_kernels.are_plain(x):
         return False
-    return device_type(x.device) == "cpu" and resolve("auto", "koleo", x, unsupported_c=None) == "c"
+    return resolve("auto", "koleo", x, unsupported_c=None) == "c"
 
 
 class _KoLeoInC(torch.autograd.Function):

@@ -140,14 +140,9 @@ def ema_(pairs: list[tuple[Tensor, Tensor]], momentum: float) -> None:
 
 def _body(firsts: list[Tensor], seconds: list[Tensor]) -> str:
     """The body in C takes arrays of float32 in this process's memory."""
-    plain = all(
-        type(x) in (Tensor, nn.Parameter)
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.is_contiguous()
-        for x in firsts + seconds
-    )
-    if not plain or torch.compiler.is_compiling():
+    both = firsts + seconds
+    fits = all(x.dtype == torch.float32 and x.is_contiguous() for x in both)
+    if not fits or not c_kernels.are_plain(*both) or torch.compiler.is_compiling():
         return "torch"
     return resolve("auto", "ema", firsts[0], unsupported_c=None)
 

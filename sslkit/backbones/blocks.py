@@ -35,8 +35,8 @@ def drop_path(
     Args:
         runs: ``(tokens, crops)`` of each run of equal crops. A crop keeps or loses all of its rows.
         drop_prob: in [0, 1].
-        scale_by_keep: give the others ``1 / (1 - drop_prob)``, which keeps the expectation, and
-            not 1.
+        scale_by_keep: scale the crops that are kept by ``1 / (1 - drop_prob)``, which preserves the
+            expectation.
         device: of the result, and of the generator that it draws from, PyTorch's default one.
 
     Returns:

@@ -19,6 +19,8 @@ import math
 import torch
 from torch import Tensor
 
+from sslkit.devices import cpu_multiplies_bfloat16_fast
+
 LONGEST_C = 48
 """Longest crop in bfloat16 with a backward for the body in C, where products of it are fast.
 
@@ -61,7 +63,7 @@ def beats_c(dtype: torch.dtype, length: int, *, gradient: bool) -> bool:
         gradient
         and dtype == torch.bfloat16
         and length > LONGEST_C
-        and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+        and cpu_multiplies_bfloat16_fast()
     )
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from sslkit.files import cache_folder
 
@@ -58,6 +59,11 @@ def run(function: str, *arguments: Tensor | int | float | None) -> None:
 def problem() -> str | None:
     """Why no kernel can run in this process, or None."""
     return _load()[1]
+
+
+def are_plain(*tensors: Tensor) -> bool:
+    """Whether these are tensors of this process's memory, and no subclasses such as DTensor."""
+    return all(type(x) in (Tensor, Parameter) and x.device.type == "cpu" for x in tensors)
 
 
 def _as_c(x: Tensor | int | float | None) -> Any:

@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from sslkit.devices import device_type
+from sslkit.devices import cpu_multiplies_bfloat16_fast, device_type
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -16,9 +16,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     bfloat16 over its time in float32 is in docs/benchmarks.md for one processor of each kind
     (``make bench-cpu FLAGS="--only step"``).
     """
-    if device_type(device) == "cpu":
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return True
+    return device_type(device) != "cpu" or cpu_multiplies_bfloat16_fast()
 
 
 def explain(precision: Precision, device: torch.device) -> str:

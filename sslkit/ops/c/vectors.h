@@ -139,7 +139,7 @@ static inline void scale_bias(float *to, const float *bias, int64_t K) {
    results become subnormal. x = k ln 2 + r with |r| <= ln 2 / 2; the polynomial is that of Cephes'
    expf. */
 static inline float exponential(float x) {
-    float shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: k is in the lowest bits */
+    float shifted = x * LOG2E + 12582912.0f; /* 1.5 * 2^23: k is in the lowest bits */
     float k = shifted - 12582912.0f;
     float r = x - k * 0.693359375f + k * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
