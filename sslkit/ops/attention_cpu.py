@@ -9,9 +9,10 @@ Written out, with P = softmax(s q k^T) and out = P v::
     dv = P^T dout        dP = dout v^T        dS = s P * (dP - sum_j P dP)
     dq = dS k            dk = dS^T q
 
-What is kept for the backward is at most twice as large as ``qkv``: the operands, one contiguous
-matrix for each crop and head, and of crops of up to `KEPT_FACTOR` times d tokens P, which then has
-no more elements than they have. Of longer crops P is computed again, `SCRATCH` elements at a time.
+What is kept for the backward is less than three times as large as ``qkv``: the operands, one
+contiguous matrix for each crop and head, and P of crops of up to `KEPT_FACTOR` times d tokens,
+which has at most ``KEPT_FACTOR / 3`` times as many elements. P of longer crops is computed again,
+`SCRATCH` elements at a time.
 """
 
 import math
@@ -29,8 +30,13 @@ backward, the body in C takes 1.01 times as long as plain products at 37 tokens,
 at 257 (docs/benchmarks.md). With AMX tiles, whose products are faster still, it was not measured.
 """
 
-KEPT_FACTOR = 3
-"""P is kept up to this many tokens for each feature of a head: it is then no larger than qkv."""
+KEPT_FACTOR = 5
+"""P is kept up to this many tokens for each feature of a head.
+
+The 257 tokens of a ViT/14 at 224 pixels are 4 for each of its 64 features. On a 2-core AMD EPYC
+with AVX512-BF16 they take .97 of the speed of plain products with P kept and .75 with P computed
+again (``python -m benchmarks -k attention_cpu``, docs/benchmarks.md).
+"""
 
 SCRATCH = 1 << 21
 """Elements of the matrices of attention weights that a backward pass computes at a time."""
