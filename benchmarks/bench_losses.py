@@ -81,7 +81,7 @@ IBOT_LEVELS = Operation(
 
 
 def passes(count: int, elements: int, device: torch.device) -> Work:
-    """Of reading or writing every logit; Sinkhorn and loss take 3 + 2 + 2 exponentials of one."""
+    """Work of passes over all logits; Sinkhorn and loss take 3 + 2 + 2 exponentials of each."""
     return Work(bytes=count * elements * logit_dtype(device).itemsize, exps=(count - 1) * elements)
 
 

@@ -48,7 +48,7 @@ def truncated_block(num_masked: int, rng: random.Random) -> Tensor:
 
 
 def exposure(masks: Tensor) -> tuple[float, float, float]:
-    """Of how often each patch is masked: rarest over most frequent, top over bottom row."""
+    """How often patches are masked: rarest over most frequent, the top row, the bottom row."""
     share = masks.float().mean(0)
     return (share.min() / share.max()).item(), share[0].mean().item(), share[-1].mean().item()
 

@@ -53,7 +53,7 @@ class Work:
     bytes: float
     """Read and written."""
     flops: float = 0.0
-    """Of matrix products; a multiply-add is two."""
+    """Operations in matrix products; a multiply-add is two."""
     exps: float = 0.0
     """Exponentials."""
 

@@ -23,7 +23,7 @@ def cosines(rows: int, prototypes: int, device: torch.device) -> Tensor:
 
 
 def nested(prototypes: int) -> list[int]:
-    """Of the five levels, each with half as many as the next."""
+    """Numbers of prototypes of the five levels, each half of the next."""
     return [prototypes >> level for level in reversed(range(LEVELS))]
 
 

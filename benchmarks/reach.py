@@ -115,7 +115,7 @@ GOALS = {
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Of each operation and size, the rows of its last race: later lines replace earlier ones."""
+    """Rows of the last race of each operation and size: later lines replace earlier ones."""
     races: dict[tuple[str, str], list[Row]] = {}
     for line in file.read_text().splitlines():
         row = json.loads(line)

@@ -39,7 +39,7 @@ def cross_entropy(student_logits: Tensor, probs: Tensor, student_temp: float) ->
 
 
 def ibot_loss(student_logits: Tensor, probs: Tensor, masks: Tensor, student_temp: float) -> Tensor:
-    """Of the masked patches, logits and targets [M, K], masks bool [B, N] with M True."""
+    """Loss of the masked patches: logits and targets [M, K], masks bool [B, N] with M True."""
     weights = (1 / masks.sum(-1).clamp(min=1.0)).unsqueeze(-1).expand_as(masks)[masks]
     losses = cross_entropy(student_logits, probs, student_temp)
     return (losses * weights.to(losses)).sum() / masks.shape[0]
@@ -76,7 +76,7 @@ def ema(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float) -
 
 
 def attention(qkv: Tensor) -> Tensor:
-    """Of crops of one length: [crops, n, 3, h, d] -> [crops, n, h, d]."""
+    """Attention inside crops of one length: [crops, n, 3, h, d] -> [crops, n, h, d]."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [crops, h, n, d]
     weights = torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
     return (weights @ v).transpose(1, 2)

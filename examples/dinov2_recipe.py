@@ -147,7 +147,7 @@ class DINOv2:
 
         self.optimizer.zero_grad(set_to_none=True)
         for (*crops, masks), own in zip(micro, targets, strict=True):
-            with self.replica.accumulating(last=own is targets[-1]):
+            with self.replica.micro_batch(last=own is targets[-1]):
                 with self.run.autocast():
                     student = self.replica(crops, masks, hide=True)
                 terms = self.losses(student, own, masks)

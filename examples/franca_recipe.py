@@ -204,7 +204,9 @@ def schedule(step: int, s: Settings) -> Schedule:
         warmup_steps=warmup,
     )
     thaw = schedules.unfreeze(step, freeze_steps=round(optim.freeze_prototypes * total))
-    join = schedules.joining(step, frozen_steps=frozen, warmup_steps=warmup if frozen else 0)
+    join = schedules.warmup_after_freeze(
+        step, frozen_steps=frozen, warmup_steps=warmup if frozen else 0
+    )
     start, end = optim.momentum
     momentum = schedules.cosine(step, start=start, end=end, total_steps=total)
     if reference := optim.momentum_batch:
@@ -296,7 +298,7 @@ class Franca:
 
         self.optimizer.zero_grad(set_to_none=True)
         for (*crops, masks), own in zip(micro, targets, strict=True):
-            with self.replica.accumulating(last=own is targets[-1]):
+            with self.replica.micro_batch(last=own is targets[-1]):
                 with self.run.autocast():
                     student = self.replica(crops, masks, hide=True, frozen=frozen)
                 terms = self.loss(student, own, masks)

@@ -19,7 +19,8 @@ What the Franca recipe (arXiv 2507.14137, section 4 and the released configurati
 
 Continuing from trained weights with fresh heads and a small batch also needs
 
-- learning rate of the backbone: the same times ``joining(step, frozen_steps=F, warmup_steps=W)``
+- learning rate of the backbone: the same times
+  ``warmup_after_freeze(step, frozen_steps=F, warmup_steps=W)``
 - teacher momentum: ``ema_batch_scaling(momentum, batch_size, reference=...)``
 """
 
@@ -103,12 +104,12 @@ def unfreeze(step: int, *, freeze_steps: int) -> float:
     return 0.0 if _count("step", step) < _count("freeze_steps", freeze_steps) else 1.0
 
 
-def joining(step: int, *, frozen_steps: int, warmup_steps: int) -> float:
+def warmup_after_freeze(step: int, *, frozen_steps: int, warmup_steps: int) -> float:
     """0.0 for ``frozen_steps`` steps, then `linear_warmup` from 0.0 to 1.0: a factor for a rate.
 
     A trained backbone waits so for fresh heads, whose first gradients would undo what it knows.
 
-    >>> [joining(i, frozen_steps=2, warmup_steps=3) for i in range(6)]
+    >>> [warmup_after_freeze(i, frozen_steps=2, warmup_steps=3) for i in range(6)]
     [0.0, 0.0, 0.0, 0.5, 1.0, 1.0]
     """
     step, frozen_steps = _count("step", step), _count("frozen_steps", frozen_steps)

@@ -95,7 +95,7 @@ class _Machine:
         return _Tuple(tuple(items), size, depth)
 
     def _storage(self, name: Any) -> _Storage | None:
-        """Of ``("storage", type, key, device, length, view)``."""
+        """Record the storage that ``("storage", type, key, device, length, view)`` names."""
         items = name.items if isinstance(name, _Tuple) else ()
         if len(items) < 5 or not isinstance(items[1], _Global) or type(items[4]) is not int:
             return None  # torch.load says what is wrong

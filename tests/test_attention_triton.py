@@ -18,7 +18,7 @@ from sslkit.backbones import blocks
 from sslkit.backbones.encoder import ViTEncoder
 from sslkit.ops import attention
 from sslkit.ops.attention import MAX_TOKENS_TRITON, packed_attention
-from sslkit.ops.dispatch import interpreting, record_bodies
+from sslkit.ops.dispatch import is_interpreted, record_bodies
 from sslkit.ops.packing import SINGLE_TILE_TOKENS, equal_runs
 from sslkit.testing.references.attention import packed_attention_gradient as oracle
 from tests.traffic import counting_memory
@@ -31,7 +31,7 @@ needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="NOT RUN: needs a CUDA GPU, this machine has none"
 )
 interpreted_only = pytest.mark.skipif(
-    not interpreting(), reason="float32 tiles and address counts exist in the interpreter only"
+    not is_interpreted(), reason="float32 tiles and address counts exist in the interpreter only"
 )
 # One for each tiling and each way in which a rest can end: see `kernels.choose_tiling`.
 PEELED_LENGTHS = (65, 80, 81, 96, 97, 128, 129, 161, 193, 208, 256, 257, 261, 272, 273, 300)

@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from sslkit.ops import c_kernels, column_logsumexp, column_mass, sinkhorn_bias, soft_cross_entropy
-from sslkit.ops.dispatch import interpreting, record_bodies, resolve, triton_problem
+from sslkit.ops.dispatch import is_interpreted, record_bodies, resolve, triton_problem
 
 CALLS = {
     "column_logsumexp": lambda **kw: column_logsumexp(torch.zeros(2, 3), 1.0, **kw),
@@ -47,7 +47,7 @@ def test_dispatch(name):
         CALLS[name](impl="cuda")
 
 
-@pytest.mark.skipif(not interpreting(), reason="on a GPU machine nothing is interpreted")
+@pytest.mark.skipif(not is_interpreted(), reason="on a GPU machine nothing is interpreted")
 @pytest.mark.parametrize("name", CALLS)
 def test_dispatch_to_triton(name):
     pytest.importorskip("triton")
@@ -105,7 +105,7 @@ def test_resolve():
     assert resolve("auto", "op", wide) == resolve("torch", "op", wide) == "torch"
     with pytest.raises(RuntimeError, match=r"op: impl='triton' cannot run: .*float64; use"):
         resolve("triton", "op", wide)
-    if interpreting():
+    if is_interpreted():
         with pytest.raises(RuntimeError, match="cannot run: K is odd; use"):
             resolve("triton", "op", torch.zeros(2), unsupported="K is odd")
 

@@ -21,7 +21,7 @@ from sslkit import (
 )
 from sslkit.factored_logits import concatenated
 from sslkit.ops import soft_cross_entropy
-from sslkit.ops.dispatch import interpreting, record_bodies
+from sslkit.ops.dispatch import is_interpreted, record_bodies
 from sslkit.testing.references.losses import assignment_probs, cross_entropy
 from tests.traffic import counting_memory
 
@@ -211,7 +211,7 @@ def test_memory():
     assert traffic.largest_allocation <= 4 * 128 * K
 
 
-@pytest.mark.skipif(not interpreting(), reason="on a GPU machine nothing is interpreted")
+@pytest.mark.skipif(not is_interpreted(), reason="on a GPU machine nothing is interpreted")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_triton_body(dtype):
     pytest.importorskip("triton")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sslkit import Assignments, DINOLoss, KoLeoLoss, iBOTLoss, sum_over_levels
 from sslkit.ops import c_kernels
-from sslkit.ops.dispatch import interpreting, record_bodies
+from sslkit.ops.dispatch import is_interpreted, record_bodies
 from sslkit.testing.references import losses as oracle
 
 seeds = st.integers(0, 2**31)
@@ -44,7 +44,7 @@ def test_gradients():
     assert torch.autograd.gradcheck(KoLeoLoss(), normal(4, 6, 3).requires_grad_())
 
 
-@pytest.mark.skipif(not interpreting(), reason="on a GPU machine nothing is interpreted")
+@pytest.mark.skipif(not is_interpreted(), reason="on a GPU machine nothing is interpreted")
 @pytest.mark.parametrize("loss_type", [DINOLoss, iBOTLoss])
 def test_options_reach_the_operation(loss_type):
     pytest.importorskip("triton")

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sslkit import Assignments, iBOTLoss, sinkhorn_many
 from sslkit.ops import cross_entropy, packed_attention, sinkhorn_bias, soft_cross_entropy
-from sslkit.ops.dispatch import interpreting, record_bodies, triton_problem
+from sslkit.ops.dispatch import is_interpreted, record_bodies, triton_problem
 from sslkit.recipes.franca.recipe import Franca, weighted_sum
 from sslkit.training.parallel import Parallel
 from tests import recipe
@@ -25,7 +25,7 @@ from tests.traffic import launches_unseen
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="NO CUDA GPU: not run")
 interpreted = pytest.mark.skipif(
-    not interpreting() or triton_problem() is not None, reason="nothing is interpreted"
+    not is_interpreted() or triton_problem() is not None, reason="nothing is interpreted"
 )
 
 

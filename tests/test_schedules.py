@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from sslkit.schedules import (
     cosine,
     ema_batch_scaling,
-    joining,
     linear_warmup,
     sqrt_batch_scaling,
     unfreeze,
+    warmup_after_freeze,
     warmup_cosine,
 )
 
@@ -78,7 +78,7 @@ def test_bad_input(call, message):
 
 @given(st.integers(0, 20), st.integers(0, 20), st.integers(0, 60))
 def test_joining_waits_and_then_warms_up(frozen_steps, warmup_steps, step):
-    scale = joining(step, frozen_steps=frozen_steps, warmup_steps=warmup_steps)
+    scale = warmup_after_freeze(step, frozen_steps=frozen_steps, warmup_steps=warmup_steps)
     if step < frozen_steps:
         assert scale == 0.0
     elif step >= frozen_steps + max(warmup_steps, 2) - 1:
@@ -108,7 +108,7 @@ SCHEDULES = {
     "linear_warmup": lambda i: linear_warmup(i, start=0, end=1, warmup_steps=5),
     "cosine": lambda i: cosine(i, start=1, end=0, total_steps=10),
     "warmup_cosine": lambda i: warmup_cosine(i, peak=1, final=0, total_steps=9, warmup_steps=4),
-    "joining": lambda i: joining(i, frozen_steps=2, warmup_steps=4),
+    "warmup_after_freeze": lambda i: warmup_after_freeze(i, frozen_steps=2, warmup_steps=4),
     "unfreeze": lambda i: unfreeze(i, freeze_steps=2),
     "ema_batch_scaling": lambda i: ema_batch_scaling(np.float32(0.5), i + 1, reference=4),
     "sqrt_batch_scaling": lambda i: sqrt_batch_scaling(np.float64(0.5), i + 1),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sslkit.ops import c_kernels, column_logsumexp, column_mass, sinkhorn_bias
-from sslkit.ops.dispatch import interpreting
+from sslkit.ops.dispatch import is_interpreted
 from tests.traffic import counting_memory
 
 seeds = st.integers(0, 2**31)
@@ -53,7 +53,7 @@ def test_column_mass_whatever_the_range(impl, bias, row_shift):
     )
 
 
-@pytest.mark.parametrize("impl", [*IMPLS, "triton"] if interpreting() else IMPLS)
+@pytest.mark.parametrize("impl", [*IMPLS, "triton"] if is_interpreted() else IMPLS)
 @pytest.mark.parametrize("largest", [1.0, 1000.0])
 def test_unreachable_prototypes_have_no_mass_and_no_bias(largest, impl):
     """Also where exponents are cut off, which leaves e^-60 of an entry of -inf."""

@@ -167,7 +167,7 @@ def test_the_recipe_takes_every_arm_and_differs_in_nothing_else(scale, tmp_path)
         if ARMS[name].trained:
             arm = settings(name)
             changed = {key: new for key, _, new in differences(whole, arm)}
-            assert changed == runs.differing(ARMS[name], scale)
+            assert changed == runs.changed_settings(ARMS[name], scale)
             assert (arm.seed, arm.data, arm.stages) == (1, "scenes", ("pretrain",))
             assert arm.evaluation.online_every == 0
             assert arm.steps * arm.batch_size == whole.steps * whole.batch_size

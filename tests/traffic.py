@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from sslkit.ops.dispatch import interpreting, triton_problem
+from sslkit.ops.dispatch import is_interpreted, triton_problem
 
 
 class Traffic:
@@ -80,7 +80,7 @@ def counting_memory(**named: Tensor) -> Iterator[Traffic]:
     traffic = Traffic(named)
     with ExitStack() as stack:
         stack.enter_context(_CountATen(traffic))
-        if interpreting() and triton_problem() is None:
+        if is_interpreted() and triton_problem() is None:
             stack.enter_context(_count_interpreted(traffic))
         yield traffic
 

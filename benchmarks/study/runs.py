@@ -137,7 +137,7 @@ def row_of(
         "seed": one.seed,
         "split": GROUPS[one.group].split,
         "scale": scale.name,
-        "changes": differing(arm, scale),
+        "changes": changed_settings(arm, scale),
         "steps": settings["steps"] if learned else 0,
         "batch_size": settings["batch_size"] if learned else 0,
         "images": int(settings["steps"]) * int(settings["batch_size"]) if learned else 0,
@@ -159,7 +159,7 @@ def row_of(
     return row | {"scores": scores, **seen, "score_seconds": clock() - trained}
 
 
-def differing(arm: Arm, scale: Scale) -> dict[str, Any]:
+def changed_settings(arm: Arm, scale: Scale) -> dict[str, Any]:
     """The settings in which an arm differs from the whole method."""
     whole = scale.settings(replace(arm, changes={}, one_head=False, batch_divisor=1, rate=1.0))
     return {name: x for name, x in scale.settings(arm).items() if whole.get(name) != x}

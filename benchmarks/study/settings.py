@@ -17,7 +17,7 @@ class Arm:
     one_head: bool = False
     """One clustering head on all D features in place of the nested ones."""
     rate: float = 1.0
-    """Of the scale's learning rate."""
+    """Factor of the scale's learning rate."""
     batch_divisor: int = 1
     """Smaller batches, as many more steps: the images stay the same."""
     trained: bool = True
@@ -33,7 +33,7 @@ class Arm:
 
 WHOLE = "franca"
 SEEDS = (0, 1, 2)
-"""Of every arm; more may follow for some."""
+"""Seeds of every arm; more may follow for some."""
 ARMS: dict[str, Arm] = {
     "fresh": Arm("fresh weights", trained=False, dense_sizes=True),
     "pixels": Arm("pixels, colour and place", trained=False),

@@ -44,7 +44,7 @@ class Spread:
 
     @property
     def halfwidth(self) -> float:
-        """Of the 95 % t interval of the mean; infinite of one seed."""
+        """Half the width of the 95 % t interval of the mean; infinite for one seed."""
         degrees = len(self.values) - 1
         if degrees < 1:
             return math.inf

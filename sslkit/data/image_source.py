@@ -113,11 +113,11 @@ class StreamSource(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """As of a :class:`Source`."""
+        """See :class:`Source`."""
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """As of a :class:`Source`."""
+        """See :class:`Source`."""
 
     def reader(self, seed: int, /) -> StreamReader:
         """A reader of the stream in the order that ``seed`` gives."""

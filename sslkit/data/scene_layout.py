@@ -187,7 +187,7 @@ def visible_share(item: SceneObject, objects: Sequence[SceneObject], room: Float
 def is_visible(
     points: Floats, item: SceneObject, objects: Sequence[SceneObject], room: Floats
 ) -> np.ndarray:
-    """Of an object's ``points [2, n]``, those inside the image and behind no nearer object."""
+    """Which of an object's ``points [2, n]`` are inside the image and behind no nearer object."""
     x, y = points
     visible: np.ndarray = (x > 0) & (x < room[0]) & (y > 0) & (y < room[1])
     for other in objects:

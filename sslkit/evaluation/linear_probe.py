@@ -193,7 +193,7 @@ def linear_probe(
 
 
 def _logit_gradient(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Of each head's mean cross-entropy: (softmax - onehot) / batch, [batch, heads * C]."""
+    """Gradient of each head's mean cross-entropy [batch, heads * C]: (softmax - onehot) / batch."""
     logits = rearrange(logits, "row (head c) -> row head c", c=num_classes)
     # Below e^-60 the products with the features are subnormal, and several times slower.
     gradient = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-60).exp_()

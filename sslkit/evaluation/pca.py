@@ -114,7 +114,7 @@ def _project(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _inner_side(component: Tensor, threshold: Tensor) -> Tensor:
-    """Of both sides of a component [B, H, W], the one with fewer patches on the border."""
+    """Choose the side of a component [B, H, W] that has fewer patches on the border."""
     border = torch.ones(component.shape[1:], dtype=torch.bool, device=component.device)
     border[1:-1, 1:-1] = False
     positive, negative = component > 0, component < 0

@@ -241,7 +241,7 @@ def _last_part(text: str) -> str:
 
 
 def _commit() -> str:
-    """Of the checkout that sslkit runs from; nothing where it was installed."""
+    """Commit of the checkout that sslkit runs from; nothing where it was installed."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

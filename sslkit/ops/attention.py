@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sslkit.devices import device_type
 from sslkit.ops import attention_cpu, c_kernels
-from sslkit.ops.dispatch import Body, interpreting, resolve
+from sslkit.ops.dispatch import Body, is_interpreted, resolve
 from sslkit.ops.packing import SINGLE_TILE_TOKENS, Runs, equal_runs
 
 HEAD_SIZES_TRITON = (32, 64)
@@ -189,7 +189,7 @@ def _unsupported(qkv: Tensor, length: int) -> str | None:
     d = qkv.shape[-1]
     if qkv.dtype not in (torch.float16, torch.bfloat16):
         return f"products of {qkv.dtype} spill the kernels' registers; float16 and bfloat16 do not"
-    if qkv.dtype == torch.bfloat16 and interpreting():
+    if qkv.dtype == torch.bfloat16 and is_interpreted():
         return "Triton's interpreter computes products of bfloat16 wrongly; float16 it does right"
     if d not in HEAD_SIZES_TRITON:
         return f"there are kernels for heads of {HEAD_SIZES_TRITON}, not of {d}"

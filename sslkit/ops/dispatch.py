@@ -116,7 +116,7 @@ def triton_problem() -> str | None:
     return None
 
 
-def interpreting() -> bool:
+def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors: ``TRITON_INTERPRET=1``.
 
     Triton reads the variable when a kernel is defined, so set it before the first one is used.
@@ -127,7 +127,7 @@ def interpreting() -> bool:
 def _tensor_problem(tensor: Tensor) -> str | None:
     if tensor.dtype == torch.float64:
         return "kernels compute in float32 and the input is float64"
-    if device_type(tensor.device) != "cuda" and not interpreting():
+    if device_type(tensor.device) != "cuda" and not is_interpreted():
         return f"the input is on {tensor.device}, and kernels need a CUDA device"
     return None
 

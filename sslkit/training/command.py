@@ -309,7 +309,7 @@ def parse(recipe: Recipe[S], arguments: Sequence[str], *, program: str | None = 
     weights = recipe.from_weights
     if not first.init_from or weights is None:
         return tyro.cli(type(default), default=default, args=arguments, prog=program)
-    if stored is not None and goes_on(recipe, stored, first.init_from):
+    if stored is not None and has_begun_from(recipe, stored, first.init_from):
         decided = {name: getattr(stored, name) for name in weights.sections}
         default = replace(default, **decided)
         return tyro.cli(type(default), default=default, args=arguments, prog=program)
@@ -340,7 +340,7 @@ def require_typed(recipe: Recipe[S], stored: S, first: _First) -> None:
         )
 
 
-def goes_on(recipe: Recipe[S], stored: Any, init_from: str) -> bool:
+def has_begun_from(recipe: Recipe[S], stored: Any, init_from: str) -> bool:
     """Whether a run from these weights has begun, so that it no longer needs the file."""
     same = stored.init_from == init_from and digest_of(init_from) in ("", stored.init.sha256)
     return same and recipe.has_begun(stored.output)

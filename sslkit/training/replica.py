@@ -41,7 +41,7 @@ class Replica:
         """The output of the network."""
         return self._called(*args, **kwargs)
 
-    def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """A forward and backward pass of several, the ``last`` of which averages the gradients."""
         return gradients_synchronised(self._called, last=last)
 

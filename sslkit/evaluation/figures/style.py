@@ -122,7 +122,7 @@ def overlay(picture: np.ndarray, classes: Tensor, ignore_index: int) -> np.ndarr
 
 
 def class_colour(c: int) -> str:
-    """Of class 1, 2, ...; class 0, the background, has none."""
+    """Colour of class 1, 2, ...; class 0, the background, has none."""
     return CLASS_COLOURS[(c - 1) % len(CLASS_COLOURS)]
 
 

@@ -62,7 +62,7 @@ def box_probabilities(
 
 
 def _share(low: float, high: float, least: float, most: float) -> float:
-    """Of the interval from low to high, the share that lies between least and most.
+    """Share of the interval from low to high that lies between least and most.
 
     An interval of a single point, widened to one side by what rounding may do, has it all or
     nothing: sides that are whole already are not rounded up.
