@@ -11,7 +11,10 @@ ROOT = Path(__file__).parents[1]
 SOURCES = [p for part in ("sslkit", "examples", "benchmarks") for p in (ROOT / part).rglob("*.py")]
 BEGINNING = re.compile(r"(Of|That of|Those|As of|Whether or not|Being|Having)\b")
 PARTICIPLE = re.compile(r"[a-z]+ing")
-NOUNS = set("centering heading listing overclustering padding rounding training warning".split())
+NOUNS = {
+    *("centering", "heading", "listing", "overclustering"),
+    *("padding", "rounding", "training", "warning"),
+}
 
 
 def documented(tree: ast.Module) -> Iterator[str]:
