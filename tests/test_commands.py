@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import tyro
 
 from sslkit.commands import extract, throughput
 from sslkit.commands.evaluate import SUMMARIES
@@ -18,6 +19,7 @@ from sslkit.data import MultiCrop
 from sslkit.extract import Extraction
 from sslkit.recipes.franca.presets import PRESETS
 from sslkit.training import command as recipe_command
+from sslkit.training.help_text import COMMON
 from sslkit.training.loop import Stopped
 from sslkit.training.script import presets_of
 
@@ -103,7 +105,7 @@ def test_help_of_a_copy_has_its_own_settings(place, own, heavy, tmp_path):
     }.items():
         text = text.replace(f"\n{start}", f"\n{instead}", 1)
     (copy := tmp_path / "mine.py").write_text(text)
-    printed, loaded = loaded_by("--help", program=copy)
+    printed, loaded = loaded_by("--help-all", program=copy)
     assert "--whitening" in printed
     assert ("torch" in loaded) == heavy
 
@@ -202,13 +204,33 @@ def test_a_recipe_runs_by_its_name(tmp_path):
     assert not output.exists()
 
 
-def test_help_of_a_recipe(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run(["run", "franca", "--help"])
-    assert stopped.value.code == 0
-    printed = capsys.readouterr().out
-    assert "usage: sslkit run franca" in printed
-    assert "--model.num-prototypes" in printed
+def test_help_of_a_recipe_comes_in_two_layers(capsys):
+    printed = {}
+    for flag in ("-h", "--help", "--help-all"):
+        with pytest.raises(SystemExit) as stopped:
+            run(["run", "franca", flag])
+        assert stopped.value.code == 0
+        printed[flag] = capsys.readouterr().out
+        assert "usage: sslkit run franca" in printed[flag]
+    settings = {
+        flag: set(re.findall(r"^(?:│ |  )(--[a-z][a-z0-9.-]*)", printed[flag], re.M))
+        for flag in printed
+    }
+    common = {example.split()[0] for example in COMMON.values()}
+    assert settings["-h"] == settings["--help"] == common
+    assert common < settings["--help-all"]
+    assert f"--help-all shows all {len(settings['--help-all'])} settings" in printed["--help"]
+    assert "Pixels a side of the two views" in printed["--help"]
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_examples_of_common_settings_are_taken_by_every_recipe_that_has_them(name, tmp_path):
+    presets = presets_of(recipes()[name])
+    for path, example in COMMON.items():
+        owner, _, field = path.rpartition(".")
+        section = getattr(presets["demo"], owner, None) if owner else presets["demo"]
+        if hasattr(section, field):
+            tyro.cli(type(presets["demo"]), default=presets["demo"], args=example.split())
 
 
 def test_a_copy_of_a_recipe_is_a_program(tmp_path, capsys):
@@ -249,7 +271,7 @@ def test_a_stopped_recipe_says_how_it_is_continued(
 def test_help_of_a_recipe_has_the_values_of_the_preset(capsys):
     for words in (["--preset", "vitb14_in21k"], ["--preset=vitb14_in21k"]):
         with pytest.raises(SystemExit) as stopped:
-            run(["run", "franca", *words, "--help"])
+            run(["run", "franca", *words, "--help-all"])
         assert stopped.value.code == 0
         printed = capsys.readouterr().out
         assert re.search(r"all processes and micro-batches\.\W+\(default: 2048\)", printed), words

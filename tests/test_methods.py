@@ -66,7 +66,7 @@ def method(name: str, settings: Any, parallel: Parallel = ALONE) -> Any:
 @pytest.mark.parametrize("name", RECIPES)
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        command.main(RECIPES[name], ["--help"])
+        command.main(RECIPES[name], ["--help-all"])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
     own = {"franca": "--rasa.solver", "dinov2": "--mask-ratio", "swav": "--queue"}

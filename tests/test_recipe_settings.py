@@ -25,7 +25,7 @@ def started(tmp_path: Path) -> Path:
 
 def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        main(["--help"])
+        main(["--help-all"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out.replace("-", "_")
     for field in dataclasses.fields(Settings):

@@ -15,7 +15,7 @@ INTRODUCTION = """# Every setting
 
 The settings of the recipe of Franca, made from its dataclasses when this site is built. A setting's
 flag is its name with dashes: `--model.num-prototypes 4096`. The column *default* is `vitb14_in21k`,
-the paper's ViT-B on ImageNet-21K; behind it stand the presets that differ. `--help` prints the
+the paper's ViT-B on ImageNet-21K; behind it stand the presets that differ. `--help-all` prints the
 values of the preset that is asked for. Shares are of the number of steps, so that a shorter run
 keeps the shape of its schedules.
 """

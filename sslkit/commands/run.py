@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sslkit.command_line import refuse
 from sslkit.commands.main import summary, table
+from sslkit.training.help_text import without_help
 from sslkit.training.script import presets_of, show_help
 
 USAGE = """usage: sslkit run RECIPE ...
@@ -15,7 +16,8 @@ Train a recipe of this package, from images to report.
 
 {recipes}
 
-sslkit run RECIPE --help lists its settings. sslkit cp RECIPE FILE.py copies its file."""
+sslkit run RECIPE --help shows its common settings, --help-all all of them.
+sslkit cp RECIPE FILE.py copies its file."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     if name not in found:
         refuse("recipe", name, list(found), "sslkit run --help")
     program = f"sslkit run {name}"
-    if "--help" in rest or "-h" in rest:
+    if without_help(rest) != rest:
         presets = presets_of(found[name])
         if presets is not None:
             show_help(presets, rest, program=program)

@@ -17,6 +17,7 @@ from sslkit.training.checkpoint import CheckpointError, Checkpoints, step_of
 from sslkit.training.checks import check_run
 from sslkit.training.failures import explain
 from sslkit.training.finite import NonFiniteLoss
+from sslkit.training.help_text import show_settings, without_help
 from sslkit.training.loop import Stopped
 from sslkit.training.parallel import Parallel, restarted, start, stop
 from sslkit.training.run import Run, has_begun
@@ -293,7 +294,7 @@ def parse(recipe: Recipe[S], arguments: Sequence[str], *, program: str | None = 
     Two settings are not taken from the run: whether to resume, and the stages. By default these are
     all stages of the preset, or with --resume, the stages that the run was asked for.
     """
-    words = [word for word in arguments if word not in ("-h", "--help")]
+    words = without_help(arguments)
     first, _ = tyro.cli(_First, args=words, return_unknown_args=True)
     default = recipe.presets[DEFAULT_PRESET]
     if first.preset is not None and first.preset not in recipe.presets:
@@ -306,6 +307,8 @@ def parse(recipe: Recipe[S], arguments: Sequence[str], *, program: str | None = 
         require_typed(recipe, stored, first)
     stages = stored.stages if stored and first.resume else recipe.presets[default.preset].stages
     default = replace(default, resume=False, accept_changes=False, stages=stages)
+    if words != list(arguments):
+        show_settings(default, arguments, program=program)
     weights = recipe.from_weights
     if not first.init_from or weights is None:
         return tyro.cli(type(default), default=default, args=arguments, prog=program)

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import tyro
 
 from sslkit.command_line import refuse, run_command
+from sslkit.training.help_text import show_settings, without_help
 from sslkit.training.settings import DEFAULT_PRESET
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _RUN = "if __name__ == '__main__':\n    run_recipe(RECIPE)"
 
 
 def begin(presets: Mapping[Any, Any], file: str) -> None:
-    """Answer ``--help`` before the script imports what takes seconds.
+    """Answer ``--help`` and ``--help-all`` before the script imports what takes seconds.
 
     If the command line asks for help, print the settings of its preset and exit. This is left to
     `run_recipe`, after the imports, if the script may change the settings below this call: if it
@@ -52,7 +53,7 @@ def begin(presets: Mapping[Any, Any], file: str) -> None:
         file: path of the script.
     """
     words = sys.argv[1:]
-    if {"-h", "--help"} & set(words) and _above_begin(Path(file)) is not None:
+    if without_help(words) != words and _above_begin(Path(file)) is not None:
         show_help(presets, words)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -94,17 +95,14 @@ def show_help(
 
     Args:
         presets: settings by name.
-        words: the command line, with ``--help`` or ``-h``.
+        words: the command line, with ``--help``, ``-h`` or ``--help-all``.
         program: command that runs the recipe, as it is typed; by default the script itself.
     """
-    others = [word for word in words if word not in ("-h", "--help")]
-    asked, _ = tyro.cli(_Asked, args=others, return_unknown_args=True)
+    asked, _ = tyro.cli(_Asked, args=without_help(words), return_unknown_args=True)
     if asked.preset not in presets:
         program = program or Path(sys.argv[0]).name
         refuse("preset", asked.preset, list(presets), f"{program} --help")
-    default = presets[asked.preset]
-    tyro.cli(type(default), default=default, args=[*others, "--help"], prog=program)
-    raise AssertionError("tyro exits after a help text")
+    show_settings(presets[asked.preset], words, program=program)
 
 
 def _above_begin(file: Path) -> ast.Module | None:
