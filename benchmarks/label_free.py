@@ -91,7 +91,7 @@ def _cell(spearman: float, kendall: float) -> str:
 
 @styled
 def draw(curves: Sequence[Curve]) -> Figure:
-    """Left: the three scores over the steps. Right: k-NN against each rank, the last step filled."""
+    """Left: the three scores over the steps. Right: k-NN against each rank, the last one filled."""
     figure = new_figure(
         "Do RankMe and LiDAR follow k-NN?",
         "Where they do, the curves of a column rise together, and the points on the right lie on a "
