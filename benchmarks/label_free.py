@@ -18,7 +18,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from scipy.stats import kendalltau, spearmanr
 
-from sslkit.evaluation.figures.style import CLASS_COLOURS, legend_right, new_figure, styled
+from sslkit.evaluation.figures.style import CLASS_COLOURS, new_figure, styled, whole_numbers
 from sslkit.evaluation.markdown_report import format_table
 from sslkit.files import atomic_path
 from sslkit.training.metrics import read_metrics
@@ -106,12 +106,11 @@ def draw(curves: Sequence[Curve]) -> Figure:
             colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
             values = _shown(name, curve.scores[name])
             axes.plot(curve.steps, values, color=colour, marker="o", ms=3, label=curve.name)
+        whole_numbers(axes.xaxis)
         axes.set_ylabel("k-NN (%)" if name == "k-NN" else name)
-        if row == 0:
-            legend_right(axes)
-        if row == 2:
-            axes.set_xlabel("training step")
+    grid[2, 0].set_xlabel("training step")
     grid[0, 1].set_axis_off()
+    grid[0, 1].legend(*grid[0, 0].get_legend_handles_labels(), loc="center")
     for row, name in enumerate(RANKS.values(), start=1):
         axes = grid[row, 1]
         for number, curve in enumerate(curves):

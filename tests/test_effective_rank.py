@@ -90,7 +90,7 @@ def test_a_direction_of_noise_counts_for_rankme_and_not_for_lidar():
 def test_collapsed_features():
     assert rankme(torch.full((50, 6), 0.3)) == pytest.approx(1, rel=1e-4)
     assert math.isnan(rankme(torch.zeros(5, 3)))
-    assert math.isnan(lidar(torch.full((7, 3, 4), 0.3)))
+    assert math.isnan(lidar(torch.full((7, 3, 4), 0.1, dtype=torch.float64)))
     one_direction = noise(20, 1, 1) * torch.ones(6) + 1e-3 * noise(20, 40, 6, seed=1)
     assert lidar(one_direction) == pytest.approx(1, abs=1e-2)
 
