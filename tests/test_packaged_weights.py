@@ -121,6 +121,8 @@ def test_an_unknown_name_lists_those_that_there_are(run):
     release(run)
     release(run, "photos")
     assert packaged.packaged_names() == ["cifar10", "photos"]
+    second = packaged.FOLDER / "photos" / "model.safetensors"
+    assert backbones.load_pretrained("sslkit:photos").report.paths == (second,)
     message = (
         r"no weights 'sslkit:cifar': did you mean sslkit:cifar10\? sslkit comes with "
         "sslkit:cifar10, sslkit:photos"

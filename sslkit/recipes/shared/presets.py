@@ -56,8 +56,8 @@ CIFAR10: dict[str, Any] = {
         num_test=4_000,
         online_train=5_000,
         online_test=2_000,
-        online_every=250,  # a call takes as long as 12 steps
-        lidar_images=500,
+        online_every=250,  # a call takes as long as 15 steps, 3 of them for LiDAR
+        lidar_images=300,
         lidar_views=4,
         resize_over_crop=1.0,
     ),
