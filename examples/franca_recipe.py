@@ -46,7 +46,7 @@ from sslkit.data import Batch, MultiCrop
 from sslkit.data.batch_masks import MaskGenerator, sharded_masks
 from sslkit.factored_logits import Logits
 from sslkit.recipes.franca import checks, evaluation, exports, initial, report
-from sslkit.recipes.shared import Losses, online_knn
+from sslkit.recipes.shared import Losses, online_scores
 from sslkit.training import Run, StepReport, Watched, distribute, micro_batches, train
 from sslkit.training.command import Recipe, Stage
 from sslkit.training.data import open_sources
@@ -354,21 +354,22 @@ def train_stage(
 ) -> None:
     """Train one stage with the settings that it makes of those of the run."""
     s = settings_of(run.settings)
-    sources, size = open_sources(run), s.crops.global_size
+    sources = open_sources(run)
+    crops = MultiCrop(**vars(s.crops), num_global=NUM_GLOBAL, channels=s.model.in_chans)
     if s.accumulation > 1 and s.losses.koleo > 0:
         run.say("accumulation: KoLeo sees the neighbours within each micro-batch alone")
     train(
         partial(Franca, run, stage, s),
         run,
         stage=stage,
-        network=partial(FrancaNetwork, s.model, size),
+        network=partial(FrancaNetwork, s.model, s.crops.global_size),
         steps=s.steps,
         batch_size=s.batch_size,
         sources=sources,
-        crops=MultiCrop(**vars(s.crops), num_global=NUM_GLOBAL, channels=s.model.in_chans),
+        crops=crops,
         # Somewhat past the warm-up: an untrained network shows the signs of a collapsed one.
         grace_steps=s.frozen_steps + round(1.25 * s.optim.lr_warmup * s.steps),
-        online=partial(online_knn, run=run, sources=sources, size=size, options=s.evaluation),
+        online=partial(online_scores, run=run, sources=sources, crops=crops, options=s.evaluation),
         online_every=s.evaluation.online_every,
         export_before="init" if s.init_from and stage == "pretrain" else "",
     )

@@ -168,7 +168,7 @@ def test_a_failure_has_status_one_and_one_line(capsys, tmp_path):
     assert (
         status
         == f"error: no weights '{tmp_path}/a.pth': give a file, a folder, hf:ORG/NAME, "
-        + ("timm:NAME, or random:NAME for fresh ones")
+        + ("timm:NAME, sslkit:NAME, or random:NAME for fresh ones")
     )
     assert said == ""
 

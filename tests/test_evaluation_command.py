@@ -155,11 +155,12 @@ def test_rasa_is_applied(tmp_path, weights):
 def test_all_runs_what_it_can_and_says_what_it_cannot(tmp_path, weights):
     words = ["all", "--weights", str(weights), "floor", *SCENES, *QUICK, "--output", str(tmp_path)]
     short = "--linear.num-steps 20 --logistic.max-iter 5 --overclustering.seeds 0 --depth.epochs 1"
-    main([*words, *short.split(), "--overclustering.num-clusters", "20"])
+    main([*words, *short.split(), "--overclustering.num-clusters", "20", "--lidar.num-views", "3"])
     found = results(tmp_path)
     expected = {
         *("knn", "linear", "logistic", "in-context", "linear-segmentation", "overclustering"),
         *("lost", "tokencut", "pca", "attention", "cluster-entropy", "position", "depth"),
+        *("rankme", "lidar"),
     }
     assert set(found["protocols"]) == expected
     assert "keys" in found["not_run"]["lost"]["floor"]

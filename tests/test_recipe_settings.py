@@ -90,6 +90,8 @@ def test_what_does_not_parse(
         ("--optim.betas 2 2", "--optim: Invalid beta parameter at index 0: 2.0"),
         ("--evaluation.knn -1", "--evaluation.knn must be at least 1, got -1"),
         ("--evaluation.knn 201", "--evaluation.knn must be at most 200"),
+        ("--evaluation.lidar-views 1", "--evaluation.lidar-views must be at least 2, got 1"),
+        ("--evaluation.lidar-images -1", "--evaluation.lidar-images must be at least 0, got -1"),
         ("--evaluation.num-dense 0", "--evaluation.num-dense must be at least 1, got 0"),
         ("--evaluation.resize-over-crop 1e9", "--evaluation.resize-over-crop must be at most 8"),
         ("--rasa.num-images 0", "--rasa.num-images must be at least 1, got 0"),

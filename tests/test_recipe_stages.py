@@ -112,7 +112,7 @@ def test_metrics_have_everything_that_is_watched(finished: Path) -> None:
     }
     weights = json.loads((finished / "settings.json").read_text())["losses"]
     for row in rows:
-        knn = {"knn/20"} if row["step"] % 2 == 0 else set()
+        knn = {"knn/20", "rankme", "lidar"} if row["step"] % 2 == 0 else set()
         timed = {"loader_images_per_second", "data_wait"} if row["step"] > 1 else set()
         assert set(row) == expected | knn | timed
         assert all(math.isfinite(value) for value in row.values())
@@ -227,7 +227,10 @@ def test_a_folder_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (results["knn"], results["in_context"]) == ({}, {})
     assert set(results["position_r2"]) == {"random init", "pretrain", "rasa"}
     assert figures(output) == FIGURES - {"online_knn", "matryoshka"}
-    assert not any("knn/20" in row for row in read_metrics(output / "pretrain" / "metrics.jsonl"))
+    rows = read_metrics(output / "pretrain" / "metrics.jsonl")
+    assert not any("knn/20" in row for row in rows)
+    assert 1 <= rows[-1]["rankme"] <= 23  # images that can be read; there are 32 features
+    assert 1 <= rows[-1]["lidar"] <= 22
 
 
 def test_an_array_file_with_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,7 +85,7 @@ def load_pretrained(
     must then match tensor by tensor, or nothing is loaded.
 
     Args:
-        path_or_name: a file, a folder, ``hf:ORG/NAME`` or ``timm:NAME``; see
+        path_or_name: a file, a folder, ``hf:ORG/NAME``, ``timm:NAME`` or ``sslkit:NAME``; see
             :func:`sslkit.backbones.weight_files.open_weights`. Or fresh weights: ``random:NAME``, a
             network of :func:`sslkit.backbones.create`, or ``random:`` before any of the others,
             the network of these weights.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sslkit.backbones.factory import create
 from sslkit.backbones.franca import VIT_SIZES
+from sslkit.backbones.packaged import PREFIX, packaged_file
 from sslkit.files import parse_json
 from sslkit.torch_files import plain_tensor, read_torch_file, require_proportion
 
@@ -69,7 +70,9 @@ def open_weights(path_or_name: str | os.PathLike[str]) -> WeightsFile:
         path_or_name: a safetensors file or one of ``torch.save``; a folder with a ``config.json``
             of timm or transformers, whose weights may be in shards; ``hf:ORG/NAME``,
             ``hf:ORG/NAME@REVISION`` or ``hf:ORG/NAME/FILE``: the Hugging Face Hub; ``timm:NAME``:
-            timm's own weights. The last two download, or use the cache of ``huggingface_hub``.
+            timm's own weights; or ``sslkit:NAME``: weights that come with sslkit
+            (:mod:`sslkit.backbones.packaged`). ``hf:`` and ``timm:`` download, or use the cache of
+            ``huggingface_hub``.
 
     Raises:
         FileNotFoundError: there is no such file, or no weights in the folder.
@@ -79,6 +82,8 @@ def open_weights(path_or_name: str | os.PathLike[str]) -> WeightsFile:
     name = os.fspath(path_or_name)
     if name.startswith("timm:"):
         return _timm_weights(name)
+    if name.startswith(PREFIX):
+        return _open_files(name, [packaged_file(name)], {})
     path = _download(name) if name.startswith("hf:") else Path(name)
     if path.is_dir():
         return _open_folder(name, path)
@@ -94,7 +99,7 @@ def names_weights(text: str) -> bool:
     """Whether a text names weights: a file, a folder or a name of a hub; not a network alone."""
     path = Path(text)
     looks_like_path = path.exists() or path.suffix in _SUFFIXES or len(path.parts) > 1
-    return text.startswith(("hf:", "timm:")) or looks_like_path
+    return text.startswith(("hf:", "timm:", PREFIX)) or looks_like_path
 
 
 def _not_found(name: str) -> str:
@@ -106,7 +111,7 @@ def _not_found(name: str) -> str:
     kind, colon, rest = name.partition(":")
     meant = ""
     if colon and (
-        prefixes := difflib.get_close_matches(kind, ("hf", "timm", "random"), cutoff=0.5)
+        prefixes := difflib.get_close_matches(kind, ("hf", "timm", "random", "sslkit"), cutoff=0.5)
     ):
         meant = f"{prefixes[0]}:{rest}"
     elif name in VIT_SIZES:
@@ -117,7 +122,7 @@ def _not_found(name: str) -> str:
         meant = str(similar)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         meant = f"hf:{name}"
-    kinds = "a file, a folder, hf:ORG/NAME, timm:NAME, or random:NAME for fresh ones"
+    kinds = "a file, a folder, hf:ORG/NAME, timm:NAME, sslkit:NAME, or random:NAME for fresh ones"
     advice = f"did you mean {meant}? Weights are {kinds}" if meant else f"give {kinds}"
     return f"no weights {name!r}: {advice}"
 

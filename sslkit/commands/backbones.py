@@ -12,7 +12,7 @@ class Settings:
     """Show what is in a file of weights, and how it is read."""
 
     weights: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
-    """A file, a folder, hf:ORG/NAME, timm:NAME or random:NAME."""
+    """A file, a folder, hf:ORG/NAME, timm:NAME, sslkit:NAME or random:NAME."""
     img_size: tuple[int, ...] = ()
     """Resample the positions for images of this size: pixels a side, or height and width."""
     in_chans: int | None = None

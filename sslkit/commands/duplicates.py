@@ -33,7 +33,7 @@ class Settings:
     """A file of sslkit extract; or an .npy whose row i is image i of --data."""
     weights: str | None = None
     """Model that extracts features from --data, instead of --features: a file, a folder,
-    hf:ORG/NAME, timm:NAME or random:NAME."""
+    hf:ORG/NAME, timm:NAME, sslkit:NAME or random:NAME."""
     data: str | None = None
     """The images (sslkit.data.sources.open_source); default: what --features are of."""
     threshold: float = 0.9

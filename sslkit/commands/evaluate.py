@@ -39,8 +39,9 @@ class Run:
     """Which models on which images, and where the results go."""
 
     weights: tuple[str, ...]
-    """Models, each as W or NAME=W: a file, a folder, hf:ORG/NAME, timm:NAME, random:NAME, or floor
-    (colours and positions without a network). The others are compared with the first."""
+    """Models, each as W or NAME=W: a file, a folder, hf:ORG/NAME, timm:NAME, sslkit:NAME,
+    random:NAME, or floor (colours and positions without a network). The others are compared with
+    the first."""
     data: str
     """Class folders, a folder of images and masks, voc:PATH, ade20k:PATH, coco-stuff:PATH,
     spair:PATH, nyu:PATH, scenes, ... (sslkit.data.annotated.open)."""

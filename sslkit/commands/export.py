@@ -21,7 +21,7 @@ class Export:
     """Which encoder goes where."""
 
     weights: str
-    """Model: a file, a folder, hf:ORG/NAME, timm:NAME or random:NAME."""
+    """Model: a file, a folder, hf:ORG/NAME, timm:NAME, sslkit:NAME or random:NAME."""
     output: Path
     """The folder to write, made if missing; earlier files of the same names are replaced."""
     rasa: Path | None = None

@@ -13,7 +13,7 @@ class Settings:
     """Features of images, one row an image, as a NumPy array or a Parquet file."""
 
     weights: str
-    """Model: a file, a folder, hf:ORG/NAME, timm:NAME or random:NAME."""
+    """Model: a file, a folder, hf:ORG/NAME, timm:NAME, sslkit:NAME or random:NAME."""
     data: str
     """Images: a folder, shards, an array file, ... (sslkit.data.sources.open_source)."""
     output: Path

@@ -31,7 +31,7 @@ class Fit:
     """Find what encodes position in a model's patch tokens, measure it, and write the projector."""
 
     weights: str
-    """Model: a file, a folder, hf:ORG/NAME, timm:NAME or random:NAME."""
+    """Model: a file, a folder, hf:ORG/NAME, timm:NAME, sslkit:NAME or random:NAME."""
     data: str
     """Images: a folder, shards, an array file, ... (sslkit.data.sources.open_source)."""
     output: Path
@@ -71,7 +71,7 @@ class Fold:
     """Write a model with a projector folded in: an encoder file like any other."""
 
     weights: str
-    """Model: a file, a folder, hf:ORG/NAME, timm:NAME or random:NAME."""
+    """Model: a file, a folder, hf:ORG/NAME, timm:NAME, sslkit:NAME or random:NAME."""
     rasa: Path
     """The projector: of `fit`, of the recipe, or a released RASA head (.pth)."""
     output: Path

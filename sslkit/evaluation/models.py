@@ -25,8 +25,8 @@ def open_model(spec: str, *, seed: int = 0, floor_patch_size: int = 8) -> Model:
 
     Args:
         spec: what `sslkit.backbones.load_pretrained` reads (a file, a folder, ``hf:ORG/NAME``,
-            ``timm:NAME``, ``random:NAME``), a file of `sslkit.backbones.save_cnn`, or ``floor``:
-            `sslkit.evaluation.floor.ColourAndPosition`.
+            ``timm:NAME``, ``sslkit:NAME``, ``random:NAME``), a file of
+            `sslkit.backbones.save_cnn`, or ``floor``: `sslkit.evaluation.floor.ColourAndPosition`.
         seed: seed of fresh weights.
         floor_patch_size: patch size of the floor, in pixels.
 
@@ -53,5 +53,5 @@ def open_model(spec: str, *, seed: int = 0, floor_patch_size: int = 8) -> Model:
     if kind == "timm":
         return Model(name or what, loaded.encoder, rest)
     identity = " ".join(file_digest(path) for path in loaded.report.paths)
-    own_name = rest if kind == "hf" else Path(rest).stem
+    own_name = rest if kind in ("hf", "sslkit") else Path(rest).stem
     return Model(name or own_name, loaded.encoder, identity)

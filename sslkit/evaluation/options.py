@@ -256,6 +256,40 @@ class Position:
 
 
 @dataclass(frozen=True)
+class RankMe:
+    """Effective rank of the features of training images, without labels."""
+
+    token: Literal["cls", "mean_patch"] = "cls"
+    """Token of an image."""
+    num_images: int = 25_600
+    """Largest number of training images; they are evenly spaced. 25,600 is the paper's."""
+    eps: float = 1e-7
+    """Added to each singular value's share of their sum."""
+
+
+@dataclass(frozen=True)
+class LiDAR:
+    """Effective rank of the features that tell training images apart, without labels."""
+
+    token: Literal["cls", "mean_patch"] = "cls"
+    """Token of a view."""
+    num_images: int = 1000
+    """Largest number of training images, each a class; they are evenly spaced. The paper's number
+    is 1,000; it should be above that of the features."""
+    num_views: int = 50
+    """Augmented views of each; the paper's number. Compare models with the same number."""
+    scale: tuple[float, float] = (0.32, 1.0)
+    """Share of an image's area that a view covers, from and to; views are of --global-size and
+    drawn as DINOv2's global ones."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the blur in pixels of the view, from and to."""
+    delta: float = 1e-4
+    """Added to the variance within images."""
+    eps: float = 1e-7
+    """Added to each eigenvalue's share of their sum."""
+
+
+@dataclass(frozen=True)
 class Matryoshka:
     """Another protocol's first score by the number of features kept."""
 
@@ -286,5 +320,7 @@ OPTIONS: Mapping[str, type[Any]] = {
     "attention": Attention,
     "cluster-entropy": ClusterEntropy,
     "position": Position,
+    "rankme": RankMe,
+    "lidar": LiDAR,
     "matryoshka": Matryoshka,
 }

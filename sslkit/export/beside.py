@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from sslkit.backbones.encoder_file import HEADER_KEY
+from sslkit.backbones.packaged import PREFIX, packaged_file
 from sslkit.backbones.weight_files import read_header
 from sslkit.files import read_json_object
 
@@ -14,7 +15,7 @@ def read_run(weights: str) -> dict[str, str]:
     The text in the file's header, and the recipe's ``settings.json`` in the same folder where the
     header has no settings (an encoder with RASA).
     """
-    path = Path(weights)
+    path = packaged_file(weights) if weights.startswith(PREFIX) else Path(weights)
     if path.is_dir():
         path = path / "model.safetensors"
     if path.suffix != ".safetensors" or not path.is_file():

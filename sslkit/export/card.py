@@ -46,6 +46,7 @@ class Card:
         scores: from `read_scores`.
         scored_on: the data of the scores.
         source: the file that the weights come from, and its SHA-256.
+        commands: shell commands that made the weights and the scores, one a line.
     """
 
     title: str = "encoder"
@@ -54,6 +55,7 @@ class Card:
     scores: tuple[Score, ...] = ()
     scored_on: str | None = None
     source: tuple[str, str] | None = None
+    commands: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,8 @@ def write_card(
     """The text of ``README.md``.
 
     Its parts are the Hub's YAML header, a usage snippet, the network's size, a table of scores, the
-    training settings and where the weights come from. Absolute paths in the settings are shortened
-    to their last part: a card is public.
+    commands, the training settings and where the weights come from. Absolute paths in the settings
+    are shortened to their last part: a card is public.
 
     Args:
         card: what to say.
@@ -166,9 +168,11 @@ def write_card(
     ]
     if card.scores:
         sections.append(_scores(card))
+    if card.commands:
+        sections.append(f"## How it was made\n\n```bash\n{card.commands.strip()}\n```")
     if settings := metadata.get("settings"):
         text = json.dumps(
-            _without_paths(parse_json(settings, "the settings beside the weights")), indent=2
+            without_paths(parse_json(settings, "the settings beside the weights")), indent=2
         )
         sections.append(f"## Training\n\nSettings of the run:\n\n```json\n{text}\n```")
     sections.append(_provenance(card, metadata, digest))
@@ -226,11 +230,12 @@ def _eval_results(card: Card) -> list[EvalResult]:
     ]
 
 
-def _without_paths(settings: Any) -> Any:
+def without_paths(settings: Any) -> Any:
+    """Settings of a run in which an absolute path is shortened to its last part."""
     if isinstance(settings, Mapping):
-        return {key: _without_paths(value) for key, value in settings.items()}
+        return {key: without_paths(value) for key, value in settings.items()}
     if isinstance(settings, Sequence) and not isinstance(settings, str):
-        return [_without_paths(value) for value in settings]
+        return [without_paths(value) for value in settings]
     return _last_part(settings) if isinstance(settings, str) else settings
 
 

@@ -98,7 +98,7 @@ def train(
         sources: the data.
         crops: views of an image.
         grace_steps: steps before which the collapse monitor is silent.
-        online: scores an encoder, as ``{metric: value}``, in the main process.
+        online: scores an encoder, as ``{metric: value}`` for the metrics, in the main process.
         online_every: steps between two of these scores; 0: none.
         export_before: name of a file that the method exports before its first step; "": none.
 
@@ -179,7 +179,7 @@ def train(
                 if parallel.is_main:
                     record |= online(encoder.to(parallel.device))
                     for name, score in record.items():
-                        progress.message(f"step {done}: {name} {100 * score:.1f} %")
+                        progress.message(f"step {done}: {name} {score:.4g}")
             if parallel.is_main:
                 progress.update(done, loss=report.loss, images=batch_size)
                 if logged:

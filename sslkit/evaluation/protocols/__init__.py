@@ -13,6 +13,7 @@ from sslkit.evaluation.protocols import (
     feat2gs,
     in_context,
     knn,
+    lidar,
     linear_probe,
     linear_segmentation,
     logistic,
@@ -22,6 +23,7 @@ from sslkit.evaluation.protocols import (
     overclustering,
     pca,
     position,
+    rankme,
     robustness,
     tokencut,
 )
@@ -54,5 +56,7 @@ PROTOCOLS: dict[str, EvaluationProtocol] = {
     "attention": attention,
     "cluster-entropy": cluster_entropy,
     "position": position,
+    "rankme": rankme,
+    "lidar": lidar,
     "matryoshka": matryoshka,
 }

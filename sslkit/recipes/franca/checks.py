@@ -56,9 +56,11 @@ def _refused_numbers(settings: Settings, world_size: int) -> list[str]:
     least += [f"evaluation.{name}" for name in (*samples, "batch_size", "knn")]
     least += ["targets.num_iterations"] * (settings.targets.kind == "sinkhorn")
     least += ["highres.steps", "highres.batch_size"] * high_resolution
-    zero = ("evaluation.online_every", "optim.base_lr", "optim.final_lr", "optim.momentum_batch")
+    zero = ["optim.base_lr", "optim.final_lr", "optim.momentum_batch"]
+    zero += ["evaluation.online_every", "evaluation.lidar_images"]
+    two = {"evaluation.lidar_views": 2}
     problems = [
-        *too_small(settings, dict.fromkeys(least, 1) | dict.fromkeys(zero, 0)),
+        *too_small(settings, dict.fromkeys(least, 1) | dict.fromkeys(zero, 0) | two),
         *too_large(settings, _MOST),
         *not_shares(settings, _SHARES),
         *not_positive(settings, ("optim.max_norm", *(f"targets.{name}" for name in _POSITIVE))),

@@ -17,6 +17,7 @@ _HOME = {
     "Settings": "settings",
     "evaluate_encoders": "evaluation",
     "online_knn": "evaluation",
+    "online_scores": "evaluation",
     "rates": "stages",
     "two_stages": "stages",
 }
@@ -31,12 +32,13 @@ __all__ = [
     "Settings",
     "evaluate_encoders",
     "online_knn",
+    "online_scores",
     "rates",
     "two_stages",
 ]
 
 if TYPE_CHECKING:
-    from sslkit.recipes.shared.evaluation import evaluate_encoders, online_knn
+    from sslkit.recipes.shared.evaluation import evaluate_encoders, online_knn, online_scores
     from sslkit.recipes.shared.presets import CIFAR10, DEMO, SMOKE
     from sslkit.recipes.shared.settings import Crops, Evaluation, Losses, Settings
     from sslkit.recipes.shared.stages import rates, two_stages

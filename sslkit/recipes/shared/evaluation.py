@@ -1,4 +1,4 @@
-"""Scores of a run's encoders: k-NN during training, k-NN and a linear classifier at the end."""
+"""Scores of a run's encoders: k-NN and ranks during training, k-NN and linear at the end."""
 
 import json
 import warnings
@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslkit.data import MultiCrop
+from sslkit.evaluation.augmented import view_features
+from sslkit.evaluation.effective_rank import lidar, rankme
 from sslkit.evaluation.features import Features
 from sslkit.evaluation.floor import Pixels
 from sslkit.evaluation.knn import knn_predict
@@ -105,19 +108,55 @@ def online_knn(
     if not sources.labelled:
         return {}
     counts = (options.online_train, options.online_test)
+    images = subject(encoder, run, sources, size, counts, options)
     with run.autocast():
-        splits = labelled_features(subject(encoder, run, sources, size, counts, options), sources)
-    if splits is None:
-        warnings.warn("no online k-NN: none of the sampled images has a label", stacklevel=2)
-        return {}
-    return {f"knn/{options.knn}": knn_score(*splits, options.knn).value}
+        train, test = (images.features(split, "cls") for split in Sources._fields)
+    return _online_knn(train, test, options.knn)
+
+
+def online_scores(
+    encoder: nn.Module,
+    run: Run[RunSettings],
+    sources: Sources,
+    crops: MultiCrop,
+    options: Evaluation,
+) -> dict[str, float]:
+    """Scores of an encoder during training: `online_knn`, and RankMe and LiDAR without labels.
+
+    ``rankme`` is the effective rank of the class tokens of k-NN's training images. ``lidar`` is
+    that of what tells some of these images apart in the augmented views of the training. Every call
+    sees the same images and the same views. The encoder has the precision of the training.
+
+    Args:
+        encoder: any token encoder.
+        run: the run.
+        sources: the data; without classes or labels there is no k-NN.
+        crops: views of the training.
+        options: how many images are sampled, and how many neighbours vote.
+    """
+    counts = (options.online_train, options.online_test)
+    images = subject(encoder, run, sources, crops.global_size, counts, options)
+    with run.autocast():
+        train = images.features("train", "cls")
+        test = images.features("test", "cls") if sources.labelled else None
+        num_images, num_views = options.lidar_images, options.lidar_views
+        views = (
+            view_features(images, crops, num_images=num_images, num_views=num_views)
+            if num_images > 1
+            else None
+        )
+    return {
+        **({} if test is None else _online_knn(train, test, options.knn)),
+        "rankme": rankme(train.cls),
+        **({} if views is None or len(views) < 2 else {"lidar": lidar(views)}),
+    }
 
 
 def subject(
     encoder: nn.Module,
     run: Run[RunSettings],
     sources: Sources,
-    size: int,
+    size: int | tuple[int, int],
     counts: Sequence[int],
     options: Evaluation,
 ) -> Subject:
@@ -149,8 +188,7 @@ def labelled_features(images: Subject, sources: Sources) -> tuple[Features, Feat
     if not sources.labelled:
         return None
     train, test = (images.features(split, "cls") for split in Sources._fields)
-    have_labels = all(bool((features.labels >= 0).any()) for features in (train, test))
-    return (train, test) if have_labels else None
+    return (train, test) if _have_labels(train, test) else None
 
 
 def knn_score(train: Features, test: Features, k: int) -> Score:
@@ -193,6 +231,17 @@ def linear_score(train: Features, test: Features, generator: torch.Generator) ->
     labels, test_cls = with_labels(test.labels, test.cls, name="test_labels")
     predicted = head.classes[head.logits(test_cls[:, None], None).argmax(-1)]
     return Score.mean(predicted == labels)
+
+
+def _online_knn(train: Features, test: Features, k: int) -> dict[str, float]:
+    if not _have_labels(train, test):
+        warnings.warn("no online k-NN: none of the sampled images has a label", stacklevel=3)
+        return {}
+    return {f"knn/{k}": knn_score(train, test, k).value}
+
+
+def _have_labels(*splits: Features) -> bool:
+    return all(bool((features.labels >= 0).any()) for features in splits)
 
 
 def _interval(score: Score, run: Run[RunSettings]) -> list[float]:

@@ -37,6 +37,8 @@ DEMO: dict[str, Any] = {
         online_train=1000,
         online_test=500,
         online_every=70,
+        lidar_images=200,
+        lidar_views=4,
         resize_over_crop=1.0,
     ),
 }
@@ -54,7 +56,9 @@ CIFAR10: dict[str, Any] = {
         num_test=4_000,
         online_train=5_000,
         online_test=2_000,
-        online_every=250,  # a call takes as long as 12 steps
+        online_every=250,  # a call takes as long as 15 steps, 3 of them for LiDAR
+        lidar_images=300,
+        lidar_views=4,
         resize_over_crop=1.0,
     ),
 }
@@ -73,6 +77,8 @@ SMOKE: dict[str, Any] = {
         online_train=100,
         online_test=50,
         online_every=6,
+        lidar_images=40,
+        lidar_views=2,
         resize_over_crop=1.0,
     ),
 }

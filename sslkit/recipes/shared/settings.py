@@ -51,11 +51,15 @@ class Evaluation:
     resize_over_crop: float = 256 / 224
     """Evaluation views: shorter side resized to this multiple of the crop."""
     online_every: int = 12_500
-    """Steps between two k-NN scores of the encoder during training; 0: none."""
+    """Steps between two scores of the encoder during training (k-NN, RankMe, LiDAR); 0: none."""
     online_train: int = 20_000
-    """Images that these look neighbours up in."""
+    """Images that k-NN then looks neighbours up in, and whose features RankMe ranks."""
     online_test: int = 2_000
-    """Held-out images that these classify."""
+    """Held-out images that k-NN then classifies."""
+    lidar_images: int = 1000
+    """Training images whose augmented views LiDAR then ranks, more than features; 0: no LiDAR."""
+    lidar_views: int = 10
+    """Augmented views of each of them, at least 2."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from sslkit import schedules
 from sslkit.data import MultiCrop
-from sslkit.recipes.shared.evaluation import evaluate_encoders, online_knn
+from sslkit.recipes.shared.evaluation import evaluate_encoders, online_scores
 from sslkit.recipes.shared.settings import Settings
 from sslkit.training.checks import not_positive, not_shares, too_large, too_small, unbuildable
 from sslkit.training.command import Recipe, Stage
@@ -90,6 +90,7 @@ def _pretrain(
     run: Run[Settings],
 ) -> None:
     settings, sources = run.settings, open_sources(run)
+    crops = MultiCrop(**vars(settings.crops))
     train(
         partial(make_method, run),
         run,
@@ -98,15 +99,11 @@ def _pretrain(
         steps=settings.steps,
         batch_size=settings.batch_size,
         sources=sources,
-        crops=MultiCrop(**vars(settings.crops)),
+        crops=crops,
         # Somewhat past the warm-up: an untrained network shows the signs of a collapsed one.
         grace_steps=round(1.25 * settings.lr_warmup * settings.steps),
         online=partial(
-            online_knn,
-            run=run,
-            sources=sources,
-            size=settings.crops.global_size,
-            options=settings.evaluation,
+            online_scores, run=run, sources=sources, crops=crops, options=settings.evaluation
         ),
         online_every=settings.evaluation.online_every,
     )
@@ -127,7 +124,9 @@ def _evaluate(
 
 def _problems(settings: Settings) -> list[str]:
     counts = ("num_train", "num_test", "online_train", "online_test", "batch_size", "knn")
-    least = {f"evaluation.{name}": 1.0 for name in counts} | {"evaluation.online_every": 0.0}
+    least = {f"evaluation.{name}": 1.0 for name in counts}
+    least |= {"evaluation.online_every": 0.0, "evaluation.lidar_images": 0.0}
+    least |= {"evaluation.lidar_views": 2.0}
     sizes = ("crops.global_size", "crops.local_size", "evaluation.batch_size")
     most = {**dict.fromkeys(sizes, 1 << 13), "crops.num_local": 256, "evaluation.knn": 200}
     positive = ("lr", "max_norm", "evaluation.resize_over_crop")
