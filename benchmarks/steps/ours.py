@@ -50,11 +50,11 @@ def settings_of(arguments: dict[str, Any]) -> Settings:
             targets=replace(settings.targets, kind="centering"),
         )
     elif arguments["preset"] == "cifar10":  # network and views of the preset at 29ff606
-        crops = replace(settings.crops, blur_probability=(1.0, 0.1, 0.5), solarise_probability=0.2)
+        views = PRESETS["demo"].crops
         settings = replace(
             settings,
             model=replace(settings.model, backbone="sslkit_vit_tiny"),
-            crops=replace(crops, blur_sigma=(0.1, 2.0)),
+            crops=replace(views, global_size=24, local_size=12, blur_sigma=(0.1, 2.0)),
         )
     return settings
 

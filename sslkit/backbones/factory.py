@@ -30,9 +30,9 @@ def create(
     Args:
         name: a network of :data:`sslkit.backbones.franca.VIT_SIZES` (``franca_vits14``,
             ``franca_vitb14``, ``franca_vitl14``, ``franca_vitg14``, ``sslkit_vit_tiny``,
-            ``sslkit_vit_conv``, ``sslkit_vit_micro``), or any Vision Transformer of timm, with or without a weight tag
-            (``vit_small_patch16_224``, ``vit_base_patch14_reg4_dinov2.lvd142m``,
-            ``vit_small_patch16_dinov3``, ...).
+            ``sslkit_vit_conv``, ``sslkit_vit_micro``), or any Vision Transformer of timm, with or
+            without a weight tag (``vit_small_patch16_224``,
+            ``vit_base_patch14_reg4_dinov2.lvd142m``, ``vit_small_patch16_dinov3``, ...).
         img_size: ``(height, width)`` or one number: the grid of the position embedding. Images of
             any other size can be encoded too. The network's own by default.
         in_chans: channels of an image.
