@@ -40,9 +40,9 @@ DEMO: dict[str, Any] = {
         resize_over_crop=1.0,
     ),
 }
-# Two CPU cores, under 40 minutes on 20,000 images of CIFAR-10: 24 px views of 32 px images. Neither
-# blur nor solarising, and smaller crops than in the demo: each scored a point better in short runs,
-# which is within the noise (docs/log.md, 2026-12-01).
+# Two CPU cores, meant for under 40 minutes on 20,000 images of CIFAR-10: 24 px views of 32 px
+# images. Neither blur nor solarising, and smaller crops than in the demo: each scored a point better
+# in short runs, which is within the noise (docs/log.md, 2026-12-01).
 CIFAR10: dict[str, Any] = {
     **DEMO,
     "data": "cifar10.npz",
