@@ -41,7 +41,7 @@ DEMO: dict[str, Any] = {
     ),
 }
 # Two CPU cores, meant for under 40 minutes on 20,000 images of CIFAR-10: 24 px views of 32 px
-# images. Neither blur nor solarising, and smaller crops than in the demo: each scored a point better
+# images. Neither blur nor solarising, and smaller crops than in the demo: each scored a point more
 # in short runs, which is within the noise (docs/log.md, 2026-12-01).
 CIFAR10: dict[str, Any] = {
     **DEMO,
