@@ -38,7 +38,9 @@ class Settings(shared.Settings):
 
 
 PRESETS = {"demo": Settings(preset="demo", **shared.DEMO, losses=shared.Losses(ibot=0.2))}
-PRESETS["cifar10"] = replace(PRESETS["demo"], preset="cifar10", **shared.CIFAR10)
+PRESETS["cifar10"] = replace(
+    PRESETS["demo"], preset="cifar10", backbone="sslkit_vit_conv", **shared.CIFAR10
+)
 PRESETS["smoke"] = replace(PRESETS["demo"], preset="smoke", **shared.SMOKE, num_prototypes=64)
 
 if __name__ == "__main__":

@@ -49,6 +49,13 @@ def settings_of(arguments: dict[str, Any]) -> Settings:
             crops=Crops(**arguments["crops"]),
             targets=replace(settings.targets, kind="centering"),
         )
+    elif arguments["preset"] == "cifar10":  # network and views of the preset at 29ff606
+        views = PRESETS["demo"].crops
+        settings = replace(
+            settings,
+            model=replace(settings.model, backbone="sslkit_vit_tiny"),
+            crops=replace(views, global_size=24, local_size=12, blur_sigma=(0.1, 2.0)),
+        )
     return settings
 
 

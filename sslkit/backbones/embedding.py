@@ -8,6 +8,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from sslkit.backbones.stem import ConvStem, hide_patches
 from sslkit.backbones.tokens import Tokens
 
 Vit = VisionTransformer | Eva
@@ -35,6 +36,8 @@ def embed(
         mask_token: [D].
         masks: bool ``[B, H, W]``, True where the mask token replaces the patch; None for none.
     """
+    if masks is not None and isinstance(vit.patch_embed.proj, ConvStem):
+        images = hide_patches(images, masks)
     x = rearrange(vit.patch_embed.proj(images), "b d h w -> b (h w) d")
     x = vit.patch_embed.norm(x)
     if masks is not None:

@@ -52,7 +52,8 @@ class ViTEncoder(nn.Module):
     with ``rope_shift_coords``, ``rope_jitter_coords`` or ``rope_rescale_coords``, each batch of a
     training pass has its coordinates moved and scaled at random, by the device's global
     generator. The learned ``mask_token`` [D] (zeros at first, as in DINOv2 and DINOv3) replaces
-    the embeddings of masked patches before learned positions are added.
+    the embeddings of masked patches before learned positions are added. The convolutions of a
+    :class:`~sslkit.backbones.stem.ConvStem` see zeros in the place of masked patches.
 
     Args:
         vit: the network; see the errors for what cannot be wrapped.

@@ -30,9 +30,9 @@ def create(
     Args:
         name: a network of :data:`sslkit.backbones.franca.VIT_SIZES` (``franca_vits14``,
             ``franca_vitb14``, ``franca_vitl14``, ``franca_vitg14``, ``sslkit_vit_tiny``,
-            ``sslkit_vit_micro``), or any Vision Transformer of timm, with or without a weight tag
-            (``vit_small_patch16_224``, ``vit_base_patch14_reg4_dinov2.lvd142m``,
-            ``vit_small_patch16_dinov3``, ...).
+            ``sslkit_vit_conv``, ``sslkit_vit_micro``), or any Vision Transformer of timm, with or
+            without a weight tag (``vit_small_patch16_224``,
+            ``vit_base_patch14_reg4_dinov2.lvd142m``, ``vit_small_patch16_dinov3``, ...).
         img_size: ``(height, width)`` or one number: the grid of the position embedding. Images of
             any other size can be encoded too. The network's own by default.
         in_chans: channels of an image.
@@ -46,7 +46,9 @@ def create(
         rope_periods: see :class:`ViTEncoder`.
         pretrained: load timm's weights, by download or from its cache. Networks of this library
             have none to download.
-        **timm_kwargs: of timm's ``VisionTransformer``: ``depth``, ``reg_tokens``, ``qk_norm``, ...;
+        **timm_kwargs: of timm's ``VisionTransformer``: ``depth``, ``reg_tokens``, ``qk_norm``, ...
+            and, for networks of this library, ``stem``: the channels of the convolutions of a
+            :class:`~sslkit.backbones.stem.ConvStem`, empty for a plain patch embedding;
             of its ``Eva``, which the networks of DINOv3 are: ``depth``, ``num_reg_tokens``,
             ``rope_rescale_coords``, ...
 

@@ -19,7 +19,8 @@ from sslkit.backbones.networks import Network
 from sslkit.backbones.settings import NETWORK, check_settings
 from sslkit.backbones.weight_files import WeightsFile
 
-_PATCH_WEIGHT = "vit.patch_embed.proj.weight"
+# The weight that reads the channels of an image: the first convolution of a stem, or the only one.
+_PATCH_WEIGHTS = ("vit.patch_embed.proj.stem.0.weight", "vit.patch_embed.proj.weight")
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -64,8 +65,9 @@ def build_encoder(
         raise ValueError(f"ignore={list(ignore)} leaves no tensor of {file.name} to load")
     channels = {}
     if in_chans is not None and in_chans != settings["in_chans"]:
-        found[_PATCH_WEIGHT] = adapt_channels(found[_PATCH_WEIGHT], in_chans)
-        channels[_PATCH_WEIGHT] = f"{settings['in_chans']} to {in_chans}, repeated in turn"
+        weight = next(name for name in _PATCH_WEIGHTS if name in found)
+        found[weight] = adapt_channels(found[weight], in_chans)
+        channels[weight] = f"{settings['in_chans']} to {in_chans}, repeated in turn"
         settings = {**settings, "in_chans": in_chans}
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in found.values()))
     if "mask_token" in fit.missing and "mask_token" in layout.absent:

@@ -6,6 +6,7 @@ has one too) on the grid of the 224-pixel global crop. Franca trained no ViT-S; 
 (arXiv 2304.07193).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from timm.layers.drop import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from sslkit.backbones.stem import ConvStem
 from sslkit.backbones.swiglu import FusedSwiGLU
 
 
@@ -26,6 +28,7 @@ class ViTSize:
     patch_size: int = 14
     img_size: int = 224
     layer_scale: float = 1e-5
+    stem: tuple[int, ...] = ()
 
 
 VIT_SIZES = {
@@ -33,8 +36,10 @@ VIT_SIZES = {
     "franca_vitb14": ViTSize(width=768, depth=12, heads=12),
     "franca_vitl14": ViTSize(width=1024, depth=24, heads=16),
     "franca_vitg14": ViTSize(width=1536, depth=40, heads=24),
+    # sslkit_vit_conv is sslkit_vit_tiny with a stem of convolutions.
     # A LayerScale of 1e-5 keeps blocks near the identity for much of a run of some thousand steps.
     "sslkit_vit_tiny": ViTSize(128, 4, 4, patch_size=4, img_size=32, layer_scale=1.0),
+    "sslkit_vit_conv": ViTSize(128, 4, 4, 4, img_size=32, layer_scale=1.0, stem=(32, 64)),
     "sslkit_vit_micro": ViTSize(32, 2, 2, patch_size=4, img_size=32, layer_scale=1.0),
 }
 
@@ -46,6 +51,7 @@ def build_franca_vit(
     patch_size: int | tuple[int, int] | None = None,
     in_chans: int = 3,
     drop_path_rate: float = 0.0,
+    stem: Sequence[int] | None = None,
     **vit_kwargs: Any,
 ) -> VisionTransformer:
     """A timm ``VisionTransformer`` of the family, with fresh weights.
@@ -59,6 +65,9 @@ def build_franca_vit(
         patch_size: ``(height, width)`` or one number.
         in_chans: channels of an image.
         drop_path_rate: the same for every block ("uniform"; timm's own networks ramp up to it).
+        stem: channels of the 3 x 3 convolutions before the last one of a
+            :class:`~sslkit.backbones.stem.ConvStem`; empty for a plain patch embedding. The
+            network's own by default.
         **vit_kwargs: of timm's ``VisionTransformer``; they win over the family's values.
     """
     size = VIT_SIZES[name]
@@ -80,6 +89,9 @@ def build_franca_vit(
         dynamic_img_size=True,
         **{**design, **vit_kwargs},
     )
+    if widths := size.stem if stem is None else stem:
+        side = vit.patch_embed.patch_size
+        vit.patch_embed.proj = ConvStem(in_chans, widths, vit.embed_dim, patch_size=side)
     if drop_path_rate > 0.0:
         for block in vit.blocks:
             block.drop_path1, block.drop_path2 = DropPath(drop_path_rate), DropPath(drop_path_rate)

@@ -106,6 +106,7 @@ NETWORK: Mapping[str, _Rule] = {
         _SHARE,
     ),
     "norm_layer": _LAYER,
+    "stem": _sequence(_WIDTH, 0, 8),
     "dynamic_img_pad": _BOOL,
     # timm's VisionTransformer
     "reg_tokens": _TOKENS,

@@ -113,6 +113,9 @@ PRESETS["cifar10"] = replace(
     PRESETS["demo"],
     preset="cifar10",
     **_small(CIFAR10, num_dense=500),
+    # A stem of convolutions knows that neighbouring pixels belong together, which plain patches
+    # have to learn from the images (docs/log.md, 2026-12-01).
+    model=replace(PRESETS["demo"].model, backbone="sslkit_vit_conv"),
     highres=replace(
         PRESETS["demo"].highres, steps=100, global_size=32, local_size=12, batch_size=64
     ),

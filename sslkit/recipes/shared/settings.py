@@ -20,8 +20,12 @@ class Crops:
     """Share of an image's area that these cover; the smaller, the harder to tell what it is."""
     num_local: int = 8
     """Small views of an image; each adds a comparison with the teacher, and time."""
+    blur_probability: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    """Share of the first large views, of the second and of the small ones that are blurred."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Standard deviation of the blur in pixels of the view, from and to; small views lose more."""
+    solarise_probability: float = 0.2
+    """Share of the second large views in which bright pixels are inverted."""
 
 
 @dataclass(frozen=True)
