@@ -34,7 +34,7 @@ class Settings(shared.Settings):
     """Of the average of the student that is kept; DINOv2: .994 to 1."""
 
 
-PRESETS = {"demo": Settings(preset="demo", **shared.DEMO)}
+PRESETS = {"demo": Settings(preset="demo", **shared.DEMO, freeze_prototypes=0.0)}
 PRESETS["cifar10"] = replace(PRESETS["demo"], preset="cifar10", **shared.CIFAR10)
 RANDOM = {**shared.SMOKE, "teacher": "random:sslkit_vit_tiny"}  # whether everything runs
 PRESETS["smoke"] = replace(PRESETS["demo"], preset="smoke", **RANDOM)

@@ -29,7 +29,7 @@ class Settings(shared.Settings):
     """Weight of SIGReg; that of the prediction is 1 minus this. LeJEPA: .01 to .1."""
 
 
-PRESETS = {"demo": Settings(preset="demo", **shared.DEMO)}
+PRESETS = {"demo": Settings(preset="demo", **shared.DEMO, freeze_prototypes=0.0)}
 PRESETS["cifar10"] = replace(PRESETS["demo"], preset="cifar10", **shared.CIFAR10)
 PRESETS["smoke"] = replace(PRESETS["demo"], preset="smoke", **shared.SMOKE, num_slices=64)
 

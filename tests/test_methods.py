@@ -376,6 +376,11 @@ def test_the_loss_of_lejepa_is_that_of_its_algorithm() -> None:
     assert own.losses(views, 4)["sigreg"] != terms["sigreg"]  # new slices each step
 
 
+@pytest.mark.parametrize("name", ["distill", "lejepa"])
+def test_presets_freeze_no_last_layer_where_there_is_none(name: str) -> None:
+    assert {preset.freeze_prototypes for preset in RECIPES[name].presets.values()} == {0.0}
+
+
 # ----------------------------------------------------------------------------- Gram anchoring
 
 ANCHORED = "--steps 4 --gram.every 2 --gram.updates 1 --checkpoint-every 1 --keep-every 1"
