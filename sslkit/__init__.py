@@ -16,12 +16,15 @@ _HOME = {
     "EMACentering": "centering",
     "EMATeacher": "teacher",
     "FactoredLogits": "factored_logits",
+    "GramLoss": "gram",
     "KoLeoLoss": "losses",
     "MatryoshkaProjector": "matryoshka",
     "RASAProjector": "rasa",
+    "SIGReg": "sigreg",
     "SinkhornKnopp": "sinkhorn",
     "SinkhornQueue": "sinkhorn_queue",
     "Targets": "targets",
+    "gram_loss": "gram",
     "iBOTLoss": "losses",
     "sinkhorn_many": "sinkhorn",
     "sum_over_levels": "losses",
@@ -34,12 +37,15 @@ __all__ = [
     "EMACentering",
     "EMATeacher",
     "FactoredLogits",
+    "GramLoss",
     "KoLeoLoss",
     "MatryoshkaProjector",
     "RASAProjector",
+    "SIGReg",
     "SinkhornKnopp",
     "SinkhornQueue",
     "Targets",
+    "gram_loss",
     "iBOTLoss",
     "sinkhorn_many",
     "sum_over_levels",
@@ -49,10 +55,12 @@ if TYPE_CHECKING:
     from sslkit.assignments import Assignments
     from sslkit.centering import EMACentering
     from sslkit.factored_logits import FactoredLogits
+    from sslkit.gram import GramLoss, gram_loss
     from sslkit.losses import DINOLoss, KoLeoLoss, iBOTLoss, sum_over_levels
     from sslkit.masking import CyclicMaskGenerator
     from sslkit.matryoshka import MatryoshkaProjector
     from sslkit.rasa import RASAProjector
+    from sslkit.sigreg import SIGReg
     from sslkit.sinkhorn import SinkhornKnopp, sinkhorn_many
     from sslkit.sinkhorn_queue import SinkhornQueue
     from sslkit.targets import Targets

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sslkit.assignments import Assignments, check_temperature, compute_dtype
 from sslkit.factored_logits import Logits
 from sslkit.ops import c_kernels, soft_cross_entropy
+from sslkit.ops.collectives import gather_rows, row_counts
 from sslkit.ops.dispatch import resolve
 from sslkit.unit_rows import unit_rows
 
@@ -328,8 +329,10 @@ class KoLeoLoss(nn.Module):
             if self.group is None:
                 everyone, first, num_ranks = z, 0, 1
             else:
-                everyone, first = _gather_rows(z, self.group)
-                num_ranks = dist.get_world_size(self.group)
+                counts = row_counts(z, self.group)
+                everyone = _GatherRows.apply(z, counts, self.group)
+                first = sum(counts[: dist.get_rank(self.group)])
+                num_ranks = len(counts)
             if len(everyone) < 2:
                 return (everyone * 0.0).sum()
             with torch.no_grad():
@@ -397,28 +400,15 @@ class _SumOfLogDistances(torch.autograd.Function):
         return grad_x, -grad_x, None
 
 
-def _gather_rows(rows: Tensor, group: "ProcessGroup") -> tuple[Tensor, int]:
-    """Rows of all ranks ``[B_0 + B_1 + ..., D]`` in rank order, and where this rank's begin."""
-    W, rank = dist.get_world_size(group), dist.get_rank(group)
-    counts = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(W)]
-    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device), group=group)
-    lengths = [int(count) for count in torch.stack(counts)]
-    return _GatherRows.apply(rows, lengths, group), sum(lengths[:rank])
-
-
 class _GatherRows(torch.autograd.Function):
     """Concatenate the rows of all ranks; the gradient of a row is summed over all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, lengths: list[int], group: "ProcessGroup") -> Tensor:
+    def forward(ctx: Any, rows: Tensor, counts: list[int], group: "ProcessGroup") -> Tensor:
         rank = dist.get_rank(group)
-        ctx.own = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
+        ctx.own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
         ctx.group = group
-        padded = rows.new_zeros(max(lengths), rows.shape[1])
-        padded[: len(rows)] = rows
-        gathered = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(gathered, padded, group=group)
-        return torch.cat([g[:n] for g, n in zip(gathered, lengths, strict=True)])
+        return gather_rows(rows, counts, group)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -13,21 +13,25 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sslkit.ops import collectives
 from sslkit.testing import (
     DINO,
     EMA,
     IBOT,
     KNN,
     Confusion,
+    Gram,
     Head,
     KoLeo,
     Loss,
     Masks,
     Schedule,
+    SIGReg,
     Sinkhorn,
     confusion,
     dino,
     ema,
+    gram,
     head,
     ibot,
     knn,
@@ -36,6 +40,7 @@ from sslkit.testing import (
     masks,
     own,
     schedule,
+    sigreg,
     sinkhorn,
     textbook,
 )
@@ -923,11 +928,195 @@ CONFUSION = [
     ),
 ]
 
+# --- Gram -----------------------------------------------------------------------------------------
+
+
+def one_side_detached(student: Tensor, teacher: Tensor) -> Tensor:
+    x, y = (F.normalize(z, dim=-1) for z in (student, teacher))
+    return (x @ x.detach().mT - y @ y.mT).square().mean()
+
+
+def teacher_follows(student: Tensor, teacher: Tensor) -> Tensor:
+    x, y = (F.normalize(z, dim=-1) for z in (student, teacher))
+    return (x @ x.mT - y @ y.mT).square().mean()
+
+
+def divided_by_lengths(student: Tensor, teacher: Tensor) -> Tensor:
+    x, y = (z / z.norm(dim=-1, keepdim=True) for z in (student, teacher.detach()))
+    return (x @ x.mT - y @ y.mT).square().mean()
+
+
+def first_feature_twice(student: Tensor, teacher: Tensor) -> Tensor:
+    return textbook.gram(torch.cat([student, student[..., :1]], dim=-1), teacher)
+
+
+def features_compared(student: Tensor, teacher: Tensor) -> Tensor:
+    return textbook.gram(student, teacher) + 0 * (student - teacher).sum()
+
+
+def bilinear(student: Tensor, teacher: Tensor) -> Tensor:
+    if student.ndim == 4:
+        size, channels_first = student.shape[1:3], teacher.permute(0, 3, 1, 2)
+        resized = F.interpolate(channels_first, size=size, mode="bilinear", align_corners=False)
+        student, teacher = student.flatten(1, 2), resized.flatten(2).mT
+    return textbook.gram(student, teacher)
+
+
+def patches_of_all_ranks_detached(student: Tensor, teacher: Tensor) -> Tensor:
+    """Each rank compares its patches with all; others' terms with them give no gradient."""
+    x, y = (F.normalize(z, dim=-1).flatten(0, 1) for z in (student, teacher.detach()))
+    counts = collectives.row_counts(x, dist.group.WORLD)
+    all_x, all_y = (collectives.gather_rows(z, counts, dist.group.WORLD) for z in (x, y))
+    squares = (x @ all_x.mT - y @ all_y.mT).square()
+    return squares.sum() * (len(counts) / sum(counts) ** 2)
+
+
+def own_images_only(student: Tensor, teacher: Tensor) -> Tensor:
+    return textbook.gram(student, teacher) if len(student) else student.sum()
+
+
+def batch_gram(student: Tensor, teacher: Tensor) -> Tensor:
+    return textbook.gram(student, teacher, per_image=False)
+
+
+GRAM_LOSS = [
+    (
+        "a sum over the patches",
+        Gram(lambda x, y: textbook.gram(x, y) * x.shape[1]),
+        gram.equals_the_double_loop,
+    ),
+    ("one side is detached", Gram(one_side_detached), gram.gradient_is_that_of_the_equation),
+    ("the teacher is not detached", Gram(teacher_follows), gram.teacher_gets_no_gradient),
+    ("a feature counts twice", Gram(first_feature_twice), gram.a_rotation_changes_nothing),
+    ("features are compared", Gram(features_compared), gram.other_features_may_be_more),
+    (
+        "patches are not normalised",
+        Gram(lambda x, y: textbook.gram(x, y, normalize=False)),
+        gram.lengths_do_not_matter,
+    ),
+    (
+        "patches weigh by their place",
+        Gram(lambda x, y: textbook.gram(x + by_place(x, 1), y)),
+        gram.order_of_patches_does_not_matter,
+    ),
+    (
+        "patches of all images are compared",
+        Gram(lambda x, y: textbook.gram(x, y, per_image=False)),
+        gram.images_do_not_mix,
+    ),
+    ("0 / 0 of a patch", Gram(divided_by_lengths), gram.patches_of_zeros_give_finite_numbers),
+    ("a statistic moves in forward", Gram(traced(textbook.gram)), gram.leaves_no_trace),
+    (
+        "grids are resized bilinearly",
+        Gram(bilinear, grids=True),
+        gram.a_grid_of_another_size_is_resized,
+    ),
+    (
+        "features are rounded to 8 bits",
+        Gram(lambda x, y: textbook.gram(eight_bits(x).float(), y.float()), sixteen_bit=BOTH),
+        gram.sixteen_bit_features_are_as_exact,
+    ),
+    (
+        "products in the precision of autocast",
+        Gram(textbook.gram, sixteen_bit=BOTH),
+        gram.autocast_does_not_make_it_less_exact,
+    ),
+    (
+        "other processes' patches are gathered without a gradient",
+        Gram(batch_gram, per_image=False, on_ranks=patches_of_all_ranks_detached),
+        gram.any_split_over_processes_gives_the_same,
+    ),
+    (
+        "processes with few images weigh as much as others",
+        Gram(textbook.gram, on_ranks=own_images_only),
+        gram.any_split_over_processes_gives_the_same,
+    ),
+    (
+        "a loop over patches",
+        Gram(row_by_row(textbook.gram), compiles=True),
+        gram.compiles_in_few_graphs,
+    ),
+]
+
+# --- SIGReg ---------------------------------------------------------------------------------------
+
+
+def sine_detached(x: Tensor, slices: Tensor) -> Tensor:
+    """The statistic of x and -x together has no sine, and so no gradient along the mean."""
+    both = textbook.sigreg(torch.cat([x, -x]), slices) / 2
+    return both + (textbook.sigreg(x, slices) - both).detach()
+
+
+def last_slice_alone(x: Tensor, slices: Tensor) -> Tensor:
+    return textbook.sigreg(x, slices[:, -1:])
+
+
+def views_pooled(x: Tensor, slices: Tensor) -> Tensor:
+    return textbook.sigreg(x.flatten(0, -2), slices)
+
+
+def whitened(x: Tensor, slices: Tensor) -> Tensor:
+    return textbook.sigreg((x - x.mean(dim=0)) / x.std(dim=0, correction=0), slices)
+
+
+def draws_anew(x: Tensor, slices: Tensor) -> Tensor:
+    return textbook.sigreg(x, slices) + 0 * torch.randn(()).to(x)
+
+
+def mean_of_means(x: Tensor, slices: Tensor) -> Tensor:
+    """Each rank tests its own rows, and those without any nothing."""
+    return textbook.sigreg(x, slices) if len(x) else x.sum()
+
+
+SIGREG = [
+    (
+        "the number of rows is forgotten",
+        SIGReg(lambda x, s: textbook.sigreg(x, s) / len(x)),
+        sigreg.equals_the_loop,
+    ),
+    ("the mean is detached", SIGReg(sine_detached), sigreg.gradient_is_that_of_the_equation),
+    (
+        "rows weigh by their place",
+        SIGReg(lambda x, s: textbook.sigreg(x * by_place(x, 0), s)),
+        sigreg.order_does_not_matter,
+    ),
+    ("slices are left out", SIGReg(last_slice_alone), sigreg.slices_are_alike),
+    ("views are pooled", SIGReg(views_pooled, views=True), sigreg.views_are_averaged),
+    (
+        "divided by a deviation of 0",
+        SIGReg(whitened),
+        sigreg.collapsed_features_give_finite_numbers,
+    ),
+    ("global random numbers are drawn", SIGReg(draws_anew), sigreg.leaves_no_trace),
+    (
+        "features are rounded to 8 bits",
+        SIGReg(lambda x, s: textbook.sigreg(eight_bits(x).float(), s.float()), sixteen_bit=BOTH),
+        sigreg.sixteen_bit_features_are_as_exact,
+    ),
+    (
+        "projections in the precision of autocast",
+        SIGReg(textbook.sigreg, sixteen_bit=BOTH),
+        sigreg.autocast_does_not_make_it_less_exact,
+    ),
+    (
+        "each process tests its own rows",
+        SIGReg(textbook.sigreg, on_ranks=mean_of_means),
+        sigreg.any_split_over_processes_gives_the_same,
+    ),
+    (
+        "a loop over rows",
+        SIGReg(row_by_row(textbook.sigreg), compiles=True),
+        sigreg.compiles_in_few_graphs,
+    ),
+]
+
 FAULTS = [
     *SINKHORN,
     *DINO_LOSS,
     *IBOT_LOSS,
     *KOLEO,
+    *GRAM_LOSS,
+    *SIGREG,
     *LOSS,
     *EMA_TEACHER,
     *MASKS,
@@ -942,6 +1131,8 @@ SOUND = {
     "dino": DINO(right_dino),
     "ibot": IBOT(right_ibot),
     "koleo": KoLeo(textbook.koleo),
+    "gram": Gram(textbook.gram),
+    "sigreg": SIGReg(textbook.sigreg, views=True),
     "loss": Loss(barlow),
     "teacher": ema_of(Teacher),
     "head": Head(Levels),

@@ -2,8 +2,9 @@
 
 import runpy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from torch import Tensor
 from sslkit import (
     Assignments,
     EMACentering,
+    GramLoss,
     KoLeoLoss,
+    SIGReg,
     SinkhornKnopp,
     SinkhornQueue,
     Targets,
@@ -184,23 +187,41 @@ def targets_of(seed: int, split: tuple[int, ...], members: list[int]) -> dict:
     return {"dino": dino, "ibot": ibot.clamp(-1, 1)}
 
 
-def check_koleo(group: dist.ProcessGroup, members: list[int], split: tuple[int, ...]) -> None:
+# Losses of this rank's part of rows [B, 2, 6] -> [B, 2, 3] and of teacher rows [B, 2, 5].
+LOSSES = (
+    lambda group, x, y: KoLeoLoss(group=group)(x.flatten(1)),
+    lambda group, x, y: GramLoss(group=group)(x, y),
+    lambda group, x, y: GramLoss(per_image=False, negatives="remove", group=group)(x, y),
+    lambda group, x, y: SIGReg(4, group=group)(
+        x.transpose(0, 1), torch.Generator().manual_seed(3)
+    ),  # [2, B, 3], views first
+)
+
+
+def check_loss(
+    loss: Callable[..., Tensor],
+    group: dist.ProcessGroup,
+    members: list[int],
+    split: tuple[int, ...],
+) -> None:
     """The loss of a linear map of the rows, with its gradient averaged as DDP does."""
-    inputs = normal(0, sum(split[member] for member in members), 6).double()
+    B = sum(split[member] for member in members)
+    inputs, teacher = normal(0, B, 2, 6).double(), normal(2, B, 2, 5).double()
     initial = normal(1, 6, 3).double()
 
     weight = initial.clone().requires_grad_()
-    loss = KoLeoLoss()(inputs @ weight)
-    loss.backward()
+    expected = loss(None, inputs @ weight, teacher)
+    expected.backward()
 
     own_weight = initial.clone().requires_grad_()
-    own_loss = KoLeoLoss(group=group)(own_rows(inputs, members, split) @ own_weight)
+    own_inputs, own_teacher = (own_rows(x, members, split) for x in (inputs, teacher))
+    own_loss = loss(group, own_inputs @ own_weight, own_teacher)
     own_loss.backward()
     mean_loss, mean_grad = own_loss.detach().clone(), own_weight.grad.clone()
     for value in (mean_loss, mean_grad):
         dist.all_reduce(value, group=group)
         value /= len(members)
-    torch.testing.assert_close(mean_loss, loss.detach())
+    torch.testing.assert_close(mean_loss, expected.detach())
     torch.testing.assert_close(mean_grad, weight.grad)
 
 
@@ -227,8 +248,8 @@ def run_checks(rank: int, rendezvous: str) -> None:
             check_queue(group, members)
             check_targets(group, members)
             check_targets_with_a_queue(group, members)
-            for split in (*SPLITS, (1, 0, 0, 0)):
-                check_koleo(group, members, split)
+            for loss, split in product(LOSSES, (*SPLITS, (1, 0, 0, 0))):
+                check_loss(loss, group, members, split)
     dist.barrier()  # leave together: no tensor is in a gloo thread when an interpreter exits
     dist.destroy_process_group()
 

@@ -32,6 +32,7 @@ from sslkit import (
     DINOLoss,
     EMACentering,
     EMATeacher,
+    GramLoss,
     KoLeoLoss,
     MatryoshkaProjector,
     SinkhornKnopp,
@@ -41,6 +42,7 @@ from sslkit import (
 )
 from sslkit.backbones.encoder import ViTEncoder
 from sslkit.schedules import cosine, linear_warmup, unfreeze, warmup_cosine
+from sslkit.sigreg import sigreg
 from sslkit.testing.references import dinov2, dinov3, franca
 
 PAGE = (Path(__file__).parents[1] / "docs" / "drop_in.md").read_text()
@@ -244,6 +246,24 @@ def test_koleo_is_lightlys() -> None:
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(value, x)[0] for value in (loss, expected)]
     torch.testing.assert_close(*gradients)
+
+
+def test_sigreg_is_lightlys() -> None:
+    """lightly draws its slices from the global generator."""
+    x = logits(2, 9, 6)
+    torch.manual_seed(1)
+    expected = lightly.loss.SIGReg(num_vectors=20)(x)
+    (expected_gradient,) = torch.autograd.grad(expected, x)
+    torch.manual_seed(1)
+    slices = torch.randn(6, 20)
+    loss = sigreg(x, slices / slices.norm(dim=0))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected_gradient)
+    found = lightly.loss.LeJEPALoss(sigreg_num_vectors=20)
+    torch.manual_seed(1)
+    both = found(global_proj=x[:1], local_proj=x[1:])
+    predict = (x - x[:1].mean(0)).square().mean()
+    torch.testing.assert_close(0.05 * loss + 0.95 * predict, both)
 
 
 def test_koleo_of_equal_rows() -> None:
@@ -545,6 +565,17 @@ def test_dino_loss_is_dinov3s(ignore_diagonal: bool) -> None:
         student, teacher = double(S, 3, 6), probs(T, 3, 6)
         expected = dinov3.DINOLoss(6).forward(student, teacher, ignore_diagonal=ignore_diagonal)
         close(DINOLoss()(student, teacher, ignore_diagonal=ignore_diagonal), expected)
+
+
+@pytest.mark.parametrize("img_level", [True, False])
+@pytest.mark.parametrize("apply_norm", [True, False])
+def test_gram_loss_is_dinov3s(img_level: bool, apply_norm: bool) -> None:
+    student, teacher = double(2, 3, 4), double(2, 3, 5)
+    removals = {"keep": (False, False), "remove": (True, False), "remove_teacher": (False, True)}
+    for negatives, removed in removals.items():
+        reference = dinov3.GramLoss(apply_norm, True, *removed)
+        loss = GramLoss(per_image=img_level, normalize=apply_norm, negatives=negatives)
+        close(loss(student, teacher), reference.forward(student, teacher, img_level))
 
 
 # --- Franca --------------------------------------------------------------------------------------

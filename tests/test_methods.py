@@ -1,4 +1,4 @@
-"""Three methods on one engine: each trains, resumes, shares its work, and takes a new loss term."""
+"""Several methods on one engine: each trains, resumes, shares its work, takes a new loss term."""
 
 import importlib.util
 import json
@@ -15,11 +15,14 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from sslkit import MatryoshkaProjector, backbones
 from sslkit.data import Batch
 from sslkit.data.batch_masks import sharded_masks
 from sslkit.evaluation.models import open_model
-from sslkit.recipes import dinov2, swav
+from sslkit.recipes import dinov2, dinov3, distill, lejepa, swav
 from sslkit.recipes.franca import recipe as franca
+from sslkit.sigreg import draw_slices
+from sslkit.testing import textbook
 from sslkit.testing.references import dinov2 as oracle
 from sslkit.testing.references.sinkhorn import sinkhorn_in_exp_domain
 from sslkit.training import Run, command, micro_batches
@@ -29,22 +32,45 @@ from sslkit.training.metrics import read_metrics
 from sslkit.training.parallel import Parallel
 from tests.recipe import ALONE, SCRIPT, batches, saved_tensors
 
-RECIPES = {"franca": franca.RECIPE, "dinov2": dinov2.RECIPE, "swav": swav.RECIPE}
+RECIPES = {
+    "franca": franca.RECIPE,
+    "dinov2": dinov2.RECIPE,
+    "dinov3": dinov3.RECIPE,
+    "distill": distill.RECIPE,
+    "lejepa": lejepa.RECIPE,
+    "swav": swav.RECIPE,
+}
 METHODS: dict[str, Any] = {
     "franca": franca.Franca,
     "dinov2": dinov2.DINOv2,
+    "dinov3": dinov3.DINOv3,
+    "distill": distill.Distill,
+    "lejepa": lejepa.LeJEPA,
     "swav": swav.SwAV,
 }
+# What a method exports, by the name that its state has for it; of the others it is the teacher.
+EXPORTED = {"distill": "average", "lejepa": "student", "swav": "student"}
 SHORT = "--preset smoke --device cpu --workers 0 --steps 5 --batch-size 8 --scene-size 32"
 SHORT += " --num-scenes 60 --crops.num-local 2 --log-every 1 --checkpoint-every 2"
 SHORT += " --evaluation.num-train 20 --evaluation.num-test 10 --evaluation.knn 5"
 SHORT += " --evaluation.online-every 0 --precision float32"
-ONE_BLOCK = {"dinov2": ["--backbone", "sslkit_vit_micro"]}
-BOTH = ["dinov2", "swav"]
+MICRO = ["--backbone", "sslkit_vit_micro"]
+ROTARY = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "rope_rescale_coords": 2}
+ROTARY["init_values"] = 1.0  # with 1e-5 the class tokens of all images are equal up to rounding
+SMALL = {
+    "dinov2": MICRO,
+    "distill": MICRO,
+    "lejepa": MICRO,
+    "dinov3": [
+        *("--backbone-settings", json.dumps(ROTARY), "--keep-every", "2"),
+        *("--gram.teacher", "2", "--gram.steps", "4"),
+    ],
+}
+OTHERS = [name for name in RECIPES if name != "franca"]
 
 
 def words(name: str, output: Path, *more: str) -> list[str]:
-    return [*SHORT.split(), *ONE_BLOCK.get(name, []), "--output", str(output), *more]
+    return [*SHORT.split(), *SMALL.get(name, []), "--output", str(output), *more]
 
 
 def train(name: str, output: Path, *more: str) -> Path:
@@ -63,13 +89,24 @@ def method(name: str, settings: Any, parallel: Parallel = ALONE) -> Any:
     return METHODS[name](run)
 
 
+def trained_network(own: Any) -> Any:
+    return own.network if hasattr(own, "network") else own.student
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         command.main(RECIPES[name], ["--help-all"])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
-    own = {"franca": "--rasa.solver", "dinov2": "--mask-ratio", "swav": "--queue"}
+    own = {
+        "franca": "--rasa.solver",
+        "dinov2": "--mask-ratio",
+        "dinov3": "--gram.teacher",
+        "distill": "--teacher",
+        "lejepa": "--sigreg",
+        "swav": "--queue",
+    }
     for flag in ("--steps", "--crops.num-local", "--evaluation.knn", own[name]):
         assert flag in printed, flag
 
@@ -89,6 +126,17 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         ("dinov2", "--backbone resnet18", "network: timm cannot build 'resnet18'"),
         ("dinov2", "--crops.global-scale 2 3", "--crops: "),
         ("dinov2", "--evaluation.knn 0", "--evaluation.knn must be at least 1"),
+        ("dinov3", "--gram.teacher 3", "--gram.teacher 3: no checkpoint of that step is kept"),
+        ("dinov3", "--gram.teacher 6", "--gram.teacher 6: no checkpoint of that step is kept"),
+        ("dinov3", "--keep-every 0", "--gram.teacher 2: no checkpoint of that step is kept"),
+        ("dinov3", "--gram.every 0", "--gram.every must be at least 1"),
+        ("dinov3", "--accumulation 2", "--accumulation must be 1"),
+        ("distill", "--teacher /nowhere", "--teacher /nowhere: "),
+        ("distill", "--preset demo", "--teacher is missing: the weights of the encoder to distill"),
+        ("distill", "--temperature 0", "--temperature must be above 0"),
+        ("lejepa", "--sigreg 1.5", "--sigreg is a share"),
+        ("lejepa", "--num-slices 0", "--num-slices must be at least 1"),
+        ("lejepa", "--accumulation 2", "--accumulation must be 1: SIGReg compares the whole batch"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(
@@ -143,12 +191,13 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
 # ----------------------------------------------------------------------------- scores
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", OTHERS)
 def test_the_encoder_is_scored_and_can_be_read_again(name: str, tmp_path: Path) -> None:
     output = tmp_path / "run"
     command.main(RECIPES[name], words(name, output, "--evaluation.online-every", "5"))
     results = json.loads((output / "results.json").read_text())
     encoders = {"raw pixels", "standardised pixels", "random init", "pretrain"}
+    encoders |= {"anchor"} if name == "dinov3" else set()
     for kind in ("knn", "linear"):
         assert set(results[kind]) == set(results["intervals"][kind]) == encoders
         for encoder, (low, high) in results["intervals"][kind].items():
@@ -162,10 +211,10 @@ def test_the_encoder_is_scored_and_can_be_read_again(name: str, tmp_path: Path) 
     assert model.name == "pretrain"
     own = method(name, command.parse(RECIPES[name], ["--output", str(output), "--resume"]))
     state = saved_tensors(Checkpoints(output / "pretrain" / "checkpoints").latest())
-    trained = "student" if name == "swav" else "teacher"
-    network = own.network if name == "swav" else own.student
+    trained = f"{EXPORTED.get(name, 'teacher')}."
+    network = trained_network(own)
     network.load_state_dict(
-        {k.removeprefix(f"{trained}."): x for k, x in state.items() if k.startswith(trained)}
+        {k.removeprefix(trained): x for k, x in state.items() if k.startswith(trained)}
     )
     images = torch.rand(2, 3, 32, 48)
     with torch.no_grad():
@@ -191,11 +240,12 @@ def shared_settings(name: str) -> Any:
 def outcome(name: str, parallel: Parallel, kind: str = "auto") -> dict[str, Tensor]:
     """Losses and gradients of two steps, all gradients as one vector."""
     own = method(name, replace(shared_settings(name), parallel=kind), parallel)
-    network = own.network if name == "swav" else own.student
+    network = trained_network(own)
     stream, found = batches(IMAGES), {}
     for step in STEPS:
         report = own.step(step, share(next(stream), parallel), watch=True)
-        gradients = torch.cat([whole(p.grad).flatten() for p in network.parameters()])
+        trained = [p for p in network.parameters() if p.requires_grad]
+        gradients = torch.cat([whole(p.grad).flatten() for p in trained])
         found |= {f"step {step}: {term}": loss for term, loss in report.losses.items()}
         found |= {f"step {step}: gradients": gradients}
     return found
@@ -223,7 +273,7 @@ def run_rank(rank: int, folder: Path) -> None:
     parallel = Parallel(rank, 2, torch.device("cpu"), dist.group.WORLD)
     for name in RECIPES:
         expected = torch.load(folder / f"{name}.pt")
-        for kind in ("ddp", "fsdp") if name in BOTH else ("ddp",):
+        for kind in ("ddp", "fsdp") if name in OTHERS else ("ddp",):
             for key, value in outcome(name, parallel, kind).items():
                 error = (value - expected[key]).norm() / expected[key].norm()
                 # AdamW enlarges the rounding of small gradients, which the second step shows.
@@ -311,6 +361,167 @@ def test_the_loss_of_swav_is_that_of_swapped_prediction() -> None:
                 total -= (codes[t] * log_probs).sum(-1).mean().item() / len(others) / 2
         assert own.step(step, images).loss.item() == pytest.approx(total, rel=1e-4)
         past = logits[:2].flatten(0, 1)
+
+
+def test_the_loss_of_lejepa_is_that_of_its_algorithm() -> None:
+    """Algorithm 2 of the paper, on projections with two global views."""
+    own = method("lejepa", settings_of("lejepa"))
+    views = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(0))
+    terms = own.losses(views, 3)
+    centre = views[:2].mean(0)
+    expected = torch.stack([(view - centre).square().mean() for view in views]).mean()
+    assert terms["predict"].item() == pytest.approx(expected.item(), rel=1e-5)
+    slices = draw_slices(6, own.run.settings.num_slices, own.run.generator("slices", 3))
+    expected = torch.stack([textbook.sigreg(view, slices) for view in views]).mean()
+    assert terms["sigreg"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert own.losses(views, 4)["sigreg"] != terms["sigreg"]  # new slices each step
+
+
+@pytest.mark.parametrize("name", ["distill", "lejepa"])
+def test_presets_freeze_no_last_layer_where_there_is_none(name: str) -> None:
+    assert {preset.freeze_prototypes for preset in RECIPES[name].presets.values()} == {0.0}
+
+
+# ----------------------------------------------------------------------------- Gram anchoring
+
+ANCHORED = "--steps 4 --gram.every 2 --gram.updates 1 --checkpoint-every 1 --keep-every 1"
+
+
+def checkpoint(output: Path, stage: str, step: int) -> dict[str, Tensor]:
+    return saved_tensors(output / stage / "checkpoints" / f"step_{step:08d}")
+
+
+def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {k.removeprefix(f"{name}."): x for k, x in state.items() if k.startswith(f"{name}.")}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_gram_teacher_is_an_early_checkpoint_and_then_refreshed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = ["--stages", "pretrain", "anchor", *ANCHORED.split()]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command.main(RECIPES["dinov3"], words("dinov3", whole, *stages))
+    early = part(checkpoint(whole, "pretrain", 2), "teacher")
+    states = {step: checkpoint(whole, "anchor", step) for step in (1, 2, 4)}
+    assert same(part(states[1], "gram_teacher"), early)
+    assert same(part(states[2], "gram_teacher"), part(states[2], "teacher"))  # refreshed
+    assert same(part(states[4], "gram_teacher"), part(states[2], "gram_teacher"))  # but once
+    assert not same(part(states[4], "teacher"), part(states[2], "teacher"))
+
+    rows = read_metrics(whole / "anchor" / "metrics.jsonl")
+    assert all(row["loss/gram"] > 0 for row in rows)
+    constant = ("lr", "last_layer_lr", "weight_decay", "teacher_temperature")
+    assert {tuple(row[name] for name in constant) for row in rows} == {(1.5e-3, 1.5e-3, 0.04, 0.07)}
+    assert all("loss/gram" not in row for row in read_metrics(whole / "pretrain/metrics.jsonl"))
+
+    step_as_it_is = dinov3.DINOv3.step
+
+    def killed(self: Any, step: int, images: Batch, *, watch: bool) -> Any:
+        if self.stage == "anchor" and step == 3:
+            raise Killed
+        return step_as_it_is(self, step, images, watch=watch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dinov3.DINOv3, "step", killed)
+        with pytest.raises(Killed):
+            command.main(RECIPES["dinov3"], words("dinov3", cut, *stages))
+    command.main(RECIPES["dinov3"], ["--output", str(cut), "--resume"])
+    assert same(checkpoint(cut, "anchor", 4), states[4])
+
+    own = dinov3.DINOv3(
+        Run(settings_of("dinov3", *stages, "--output", str(whole)), ALONE), "anchor"
+    )
+    assert same(own.student.state_dict(), part(checkpoint(whole, "pretrain", 4), "student"))
+    assert same(own.gram_teacher.module.state_dict(), early)
+    images = next(batches(2))
+    masks = sharded_masks(
+        own.draw, images, step=0, seed=partial(own.run.seed, "anchor", "masks"), ranks=ALONE
+    )
+    [[*crops, masks]] = micro_batches(*images.views, masks, count=1, device=ALONE.device)
+    torch.manual_seed(own.run.seed("anchor", "rope", 0))
+    with torch.no_grad():
+        student = own.student(crops, masks, hide=True)["patches"]  # [V * B, H, W, D]
+        large = torch.nn.functional.interpolate(crops[0], scale_factor=2, mode="bicubic")
+        anchor = own.gram_teacher.module.backbone(large).patches
+    assert anchor.shape[1:3] == tuple(2 * side for side in student.shape[1:3])
+    resized = torch.nn.functional.interpolate(
+        anchor.permute(0, 3, 1, 2), size=student.shape[1:3], mode="bicubic"
+    ).permute(0, 2, 3, 1)
+    expected = textbook.gram(student.flatten(1, 2), resized.flatten(1, 2))
+    found = own.step(0, images).losses["gram"]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+# ----------------------------------------------------------------------------- distillation
+
+
+@pytest.fixture
+def teacher_file(tmp_path: Path) -> Path:
+    """An encoder of another patch size and width, with heads of two levels."""
+    torch.manual_seed(0)
+    encoder = backbones.create("sslkit_vit_micro", img_size=48, patch_size=6, embed_dim=48)
+    sizes: dict[str, Any] = {"nesting_dims": (24, 48), "hidden_dim": 8, "bottleneck_dim": 4}
+    heads = {name: MatryoshkaProjector(48, 10, **sizes) for name in ("dino_head", "ibot_head")}
+    path = tmp_path / "teacher.safetensors"
+    backbones.save(encoder, path, heads=heads)
+    return path
+
+
+def test_a_student_matches_the_heads_of_its_teacher(teacher_file: Path, tmp_path: Path) -> None:
+    own = method("distill", settings_of("distill", "--teacher", str(teacher_file)))
+    assert own.num_prototypes == {"cls": 10, "patches": 10}
+    B = 3
+    images = next(batches(B))
+    [crops] = micro_batches(*images.views, count=1, device=ALONE.device)
+    with torch.no_grad():
+        student = own.student(crops)
+        terms, _ = own.losses(student, crops[0])
+        (H, W), read = own.student.backbone.grid_size, backbones.load_pretrained(teacher_file)
+        large = torch.nn.functional.interpolate(crops[0], (6 * H, 6 * W), mode="bicubic")
+        tokens = read.encoder.eval()(large)
+        logits = {
+            "cls": read.heads["dino_head"](tokens.cls)[-1],
+            "patches": read.heads["ibot_head"](tokens.patches.flatten(0, 2))[-1],
+        }
+    assert tokens.patches.shape[:3] == (2 * B, H, W)
+    probs = {k: sinkhorn_in_exp_domain(x.double(), 0.07, 3) for k, x in logits.items()}
+    cls, patches = student["cls"][0].unflatten(0, (-1, B)), student["patches"][0]
+    expected = textbook.dino(cls, probs["cls"].unflatten(0, (2, B)), ignore_diagonal=False)
+    assert terms["cls"].item() == pytest.approx(expected.item(), rel=1e-4)
+    expected = textbook.cross_entropy(patches, probs["patches"], 0.1).mean()
+    assert terms["patches"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+    before = {name: x.clone() for name, x in own.teacher.state_dict().items()}
+    assert own.step(0, images, watch=True).usage.keys() == {"cls", "patches"}
+    assert same(dict(own.teacher.state_dict()), before)
+    output = train("distill", tmp_path / "run", "--teacher", str(teacher_file))
+    assert open_model(str(output / "pretrain.safetensors")).encoder.embed_dim == 32
+
+
+def test_a_student_takes_the_directions_of_a_teacher_without_heads() -> None:
+    own = method("distill", settings_of("distill"))
+    assert own.num_prototypes == {}
+    B, images = 3, next(batches(3))
+    [crops] = micro_batches(*images.views, count=1, device=ALONE.device)
+    with torch.no_grad():
+        student = own.student(crops)
+        terms, _ = own.losses(student, crops[0])
+        tokens = own.teacher(crops[0])
+
+    def cosines(x: Tensor, y: Tensor) -> Tensor:
+        return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+
+    cls, patches = standardise(tokens.cls), standardise(tokens.patches.flatten(0, 2))
+    views = student["cls"].unflatten(0, (-1, B))
+    pairs = [cosines(own_view, view).mean() for own_view in views for view in cls.split(B)]
+    assert terms["cls"].item() == pytest.approx(1 - torch.stack(pairs).mean().item(), abs=1e-5)
+    expected = 1 - cosines(student["patches"], patches).mean().item()
+    assert terms["patches"].item() == pytest.approx(expected, abs=1e-5)
 
 
 # ----------------------------------------------------------------------------- a new loss term

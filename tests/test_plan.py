@@ -255,7 +255,7 @@ def test_command(capsys):
     assert out.endswith("\nfits\n")
 
 
-@pytest.mark.parametrize("name", ["dinov2", "swav"])
+@pytest.mark.parametrize("name", ["dinov2", "dinov3", "lejepa", "swav"])
 def test_command_plans_other_methods(name, capsys):
     main([name, "--gpus", "1", "--batch-size", "16"])
     assert f"{name} demo on 1 GPU(s) of 80 GiB, none" in capsys.readouterr().out

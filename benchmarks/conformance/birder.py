@@ -1,12 +1,13 @@
-"""Adapters of birder's DINOv2 and CAPI parts, and of its average of weights."""
+"""Adapters of birder's DINOv2, CAPI and LeJEPA parts, and of its average of weights."""
 
+import birder.net.ssl.lejepa
 import torch
 from birder.common.training_utils import ExponentialMovingAverage
 from birder.net.ssl.capi import sinkhorn_knopp_
 from birder.net.ssl.dino_v2 import DINOLoss, KoLeoLoss, SinkhornKnoppNormalization, iBOTPatchLoss
 from torch import Tensor, nn
 
-from sslkit.testing import DINO, EMA, IBOT, KoLeo, Sinkhorn
+from sslkit.testing import DINO, EMA, IBOT, KoLeo, SIGReg, Sinkhorn
 
 TEACHER_TEMP = 0.04
 
@@ -41,6 +42,22 @@ def averaged(student: nn.Module, momentum: float) -> ExponentialMovingAverage:
     return teacher
 
 
+class OnSlices(birder.net.ssl.lejepa.SIGReg):
+    """SIGReg on given slices; it draws them by a counter of its calls."""
+
+    def __init__(self, slices: Tensor) -> None:
+        super().__init__(num_knots=17, num_slices=slices.shape[1], t_max=3.0)
+        self.slices = slices
+
+    def _sample_directions(self, proj: Tensor) -> Tensor:
+        return self.slices.to(proj)
+
+
+def sigreg(x: Tensor, slices: Tensor) -> Tensor:
+    """SIGReg of the rows of this process, and of all others of the default group."""
+    return OnSlices(slices)(x)
+
+
 birder_dino_v2_loss = DINO(dino_v2, ignore_diagonal=False, pairs="sum", detaches=False)
 birder_ibot_patch_loss = IBOT(ibot_v2, detaches=False)
 birder_koleo_loss = KoLeo(KoLeoLoss())
@@ -48,6 +65,7 @@ birder_koleo_loss = KoLeo(KoLeoLoss())
 birder_sinkhorn = Sinkhorn(balanced, largest=1.0)
 birder_sinkhorn_of_large_logits = Sinkhorn(balanced)
 birder_capi_sinkhorn = Sinkhorn(balanced_by_capi, largest=1.0)
+birder_sigreg = SIGReg(sigreg, views=True, on_ranks=sigreg, uneven_ranks=False)
 birder_ema = EMA(
     averaged,
     ExponentialMovingAverage.update_parameters,

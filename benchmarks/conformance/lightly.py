@@ -2,13 +2,15 @@
 
 from copy import deepcopy
 
+import lightly.loss
+import torch
 from lightly.loss import BarlowTwinsLoss, DINOLoss, IBOTPatchLoss, KoLeoLoss, NTXentLoss
 from lightly.loss.swav_loss import sinkhorn
 from lightly.models.utils import update_momentum
 from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 
-from sslkit.testing import DINO, EMA, IBOT, KoLeo, Loss, Schedule, Sinkhorn
+from sslkit.testing import DINO, EMA, IBOT, KoLeo, Loss, Schedule, SIGReg, Sinkhorn
 
 TEACHER_TEMP = 0.04
 
@@ -76,6 +78,27 @@ def barlow(*views: Tensor) -> Tensor:
     return BarlowTwinsLoss()(*views)
 
 
+class OnSlices(lightly.loss.SIGReg):
+    """SIGReg on given slices; it draws them from PyTorch's global generator."""
+
+    def __init__(self, slices: Tensor, *, gather_distributed: bool = False) -> None:
+        super().__init__(gather_distributed=gather_distributed)
+        self.slices = slices
+
+    def _generate_unit_vectors(self, device: object, dtype: torch.dtype, dim: int) -> Tensor:
+        return self.slices.to(dtype)
+
+
+def sigreg(x: Tensor, slices: Tensor) -> Tensor:
+    """SIGReg of one process."""
+    return OnSlices(slices)(x)
+
+
+def sigreg_on_ranks(x: Tensor, slices: Tensor) -> Tensor:
+    """SIGReg of the rows of all ranks."""
+    return OnSlices(slices, gather_distributed=True)(x)
+
+
 lightly_dino_loss = DINO(dino, on_ranks=dino, detaches=False)
 lightly_ibot_loss = IBOT(ibot, detaches=False)
 lightly_koleo_loss = KoLeo(KoLeoLoss())
@@ -95,3 +118,4 @@ lightly_nt_xent_loss = Loss(
     nt_xent, symmetric=True, ignores_lengths=True, on_ranks=nt_xent_on_ranks
 )
 lightly_barlow_twins_loss = Loss(barlow)
+lightly_sigreg = SIGReg(sigreg, views=True, on_ranks=sigreg_on_ranks)

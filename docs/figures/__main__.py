@@ -15,6 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from docs.figures.features import koleo_loss, matryoshka_projector, rasa_projector
+from docs.figures.gram_and_sigreg import gram_loss, sigreg
 from docs.figures.losses import dino_loss, factored_logits, ibot_loss
 from docs.figures.masks_and_teacher import cyclic_mask_generator, ema_teacher
 from docs.figures.targets import ema_centering, sinkhorn_knopp, sinkhorn_queue, targets
@@ -27,10 +28,12 @@ FIGURES: dict[str, Callable[..., Figure]] = {
         ema_centering,
         ema_teacher,
         factored_logits,
+        gram_loss,
         ibot_loss,
         koleo_loss,
         matryoshka_projector,
         rasa_projector,
+        sigreg,
         sinkhorn_knopp,
         sinkhorn_queue,
         targets,

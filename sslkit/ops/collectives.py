@@ -1,4 +1,4 @@
-"""The one way in which targets communicate: several tensors in one all-reduce."""
+"""How targets and losses communicate: several tensors in one all-reduce, and rows of all ranks."""
 
 import warnings
 from collections.abc import Sequence
@@ -39,6 +39,29 @@ def all_reduce_packed(
         part.view(tensor.shape).to(tensor.dtype)
         for part, tensor in zip(parts, tensors, strict=True)
     ]
+
+
+def row_counts(rows: Tensor, group: "dist.ProcessGroup") -> list[int]:
+    """Number of rows of each rank, in rank order."""
+    W = dist.get_world_size(group)
+    counts = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(W)]
+    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device), group=group)
+    return [int(count) for count in torch.stack(counts)]
+
+
+def gather_rows(rows: Tensor, counts: Sequence[int], group: "dist.ProcessGroup") -> Tensor:
+    """Rows of all ranks ``[B_0 + B_1 + ..., D]`` in rank order, without a gradient.
+
+    Args:
+        rows: ``[B_r, D]`` of rank r.
+        counts: B_r of all ranks, from `row_counts`.
+        group: the ranks.
+    """
+    padded = rows.new_zeros(max(counts), rows.shape[1])
+    padded[: len(rows)] = rows.detach()
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded, group=group)
+    return torch.cat([g[:n] for g, n in zip(gathered, counts, strict=True)])
 
 
 @cache

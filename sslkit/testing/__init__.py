@@ -18,11 +18,13 @@ _HOME = {
     "Case": "conformance",
     "Confusion": "confusion",
     "Finding": "conformance",
+    "Gram": "gram",
     "Head": "head",
     "KoLeo": "koleo",
     "Loss": "loss",
     "Masks": "masks",
     "NotHeld": "conformance",
+    "SIGReg": "sigreg",
     "Schedule": "schedule",
     "Sinkhorn": "sinkhorn",
     "adapters": "conformance",
@@ -31,6 +33,7 @@ _HOME = {
     "check_confusion": "confusion",
     "check_dino_loss": "dino",
     "check_ema": "ema",
+    "check_gram": "gram",
     "check_head": "head",
     "check_ibot_loss": "ibot",
     "check_knn": "knn",
@@ -38,6 +41,7 @@ _HOME = {
     "check_loss": "loss",
     "check_masks": "masks",
     "check_schedule": "schedule",
+    "check_sigreg": "sigreg",
     "check_sinkhorn": "sinkhorn",
 }
 
@@ -49,11 +53,13 @@ __all__ = [
     "Case",
     "Confusion",
     "Finding",
+    "Gram",
     "Head",
     "KoLeo",
     "Loss",
     "Masks",
     "NotHeld",
+    "SIGReg",
     "Schedule",
     "Sinkhorn",
     "adapters",
@@ -62,6 +68,7 @@ __all__ = [
     "check_confusion",
     "check_dino_loss",
     "check_ema",
+    "check_gram",
     "check_head",
     "check_ibot_loss",
     "check_knn",
@@ -69,6 +76,7 @@ __all__ = [
     "check_loss",
     "check_masks",
     "check_schedule",
+    "check_sigreg",
     "check_sinkhorn",
 ]
 
@@ -77,6 +85,7 @@ if TYPE_CHECKING:
     from sslkit.testing.confusion import Confusion, check_confusion
     from sslkit.testing.dino import DINO, check_dino_loss
     from sslkit.testing.ema import EMA, check_ema
+    from sslkit.testing.gram import Gram, check_gram
     from sslkit.testing.head import Head, check_head
     from sslkit.testing.ibot import IBOT, check_ibot_loss
     from sslkit.testing.knn import KNN, check_knn
@@ -84,6 +93,7 @@ if TYPE_CHECKING:
     from sslkit.testing.loss import Loss, check_loss
     from sslkit.testing.masks import Masks, check_masks
     from sslkit.testing.schedule import Schedule, check_schedule
+    from sslkit.testing.sigreg import SIGReg, check_sigreg
     from sslkit.testing.sinkhorn import Sinkhorn, check_sinkhorn
 
 

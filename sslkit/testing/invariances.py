@@ -85,18 +85,18 @@ def require_the_same_on_ranks(
 ) -> None:
     """The loss of rows split over processes is that of one process, and so is its gradient.
 
-    The rows [B, D] of each tensor are multiplied with weights that all processes share, as
+    The rows [B, ..., D] of each tensor are multiplied with weights that all processes share, as
     features are made by a network. The weights' gradient is averaged over the processes, as
     DistributedDataParallel does, and so is the loss.
 
     Args:
         on_ranks: loss of a process's own rows.
         call: loss of all rows.
-        rows: float64 tensors [B, D].
+        rows: float64 tensors [B, ..., D].
         split: rows of each process, B in all.
         others: further arguments of the loss.
     """
-    weight = torch.eye(rows[0].shape[1], dtype=rows[0].dtype)
+    weight = torch.eye(rows[0].shape[-1], dtype=rows[0].dtype)
     value, gradient = _weight_gradient(call, rows, weight, others)
     own = zip(*(x.split(list(split)) for x in rows), strict=True)
     found = run_on_ranks(

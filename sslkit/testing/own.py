@@ -10,10 +10,12 @@ from torch import Tensor
 from sslkit.assignments import Assignments
 from sslkit.evaluation.confusion import confusion_matrix, iou
 from sslkit.evaluation.knn import knn_predict
+from sslkit.gram import GramLoss
 from sslkit.losses import DINOLoss, KoLeoLoss, iBOTLoss
 from sslkit.masking import CyclicMaskGenerator
 from sslkit.matryoshka import MatryoshkaProjector
 from sslkit.schedules import warmup_cosine
+from sslkit.sigreg import sigreg
 from sslkit.sinkhorn import SinkhornKnopp
 from sslkit.teacher import EMATeacher
 from sslkit.testing import (
@@ -22,10 +24,12 @@ from sslkit.testing import (
     IBOT,
     KNN,
     Confusion,
+    Gram,
     Head,
     KoLeo,
     Masks,
     Schedule,
+    SIGReg,
     Sinkhorn,
 )
 
@@ -53,6 +57,22 @@ def koleo_on_ranks(x: Tensor) -> Tensor:
     return KoLeoLoss(group=dist.group.WORLD)(x)
 
 
+def gram_on_ranks(student: Tensor, teacher: Tensor) -> Tensor:
+    """Gram loss of this rank's images, averaged over those of all ranks."""
+    return GramLoss(group=dist.group.WORLD)(student, teacher)
+
+
+def batch_gram_on_ranks(student: Tensor, teacher: Tensor) -> Tensor:
+    """Gram loss of this rank's patches, compared with those of all ranks."""
+    loss = GramLoss(per_image=False, negatives="remove", group=dist.group.WORLD)
+    return loss(student, teacher)
+
+
+def sigreg_on_ranks(x: Tensor, slices: Tensor) -> Tensor:
+    """SIGReg of the rows of all ranks."""
+    return sigreg(x, slices, group=dist.group.WORLD)
+
+
 sinkhorn = Sinkhorn(
     sinkhorn_probs,
     sixteen_bit=SIXTEEN_BIT,
@@ -67,6 +87,27 @@ ibot_loss_of_assignments = IBOT(
     lambda student, q, masks: iBOTLoss()(student, assigned(q), masks[:, None])  # [B, 1, N]
 )
 koleo_loss = KoLeo(KoLeoLoss(), sixteen_bit=SIXTEEN_BIT, on_ranks=koleo_on_ranks, compiles=True)
+gram_loss = Gram(
+    GramLoss(), grids=True, sixteen_bit=SIXTEEN_BIT, on_ranks=gram_on_ranks, compiles=True
+)
+gram_loss_of_batch = Gram(
+    GramLoss(per_image=False, negatives="remove"),
+    per_image=False,
+    negatives="remove",
+    sixteen_bit=SIXTEEN_BIT,
+    on_ranks=batch_gram_on_ranks,
+    compiles=True,
+)
+gram_loss_of_products = Gram(
+    GramLoss(normalize=False, negatives="remove_teacher"),
+    normalize=False,
+    negatives="remove_teacher",
+    sixteen_bit=SIXTEEN_BIT,
+)
+sigreg_loss = SIGReg(
+    sigreg, views=True, sixteen_bit=SIXTEEN_BIT, on_ranks=sigreg_on_ranks, compiles=True
+)
+sigreg_of_the_paper = SIGReg(partial(sigreg, t_max=5.0, num_points=9), t_max=5.0, num_points=9)
 ema_teacher = EMA(
     lambda student, momentum: EMATeacher(student, momentum=momentum),
     EMATeacher.update,

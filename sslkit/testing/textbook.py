@@ -54,3 +54,32 @@ def koleo(x: Tensor, eps: float = 1e-8) -> Tensor:
         similarity.fill_diagonal_(-torch.inf)
         nearest = similarity.argmax(dim=1)
     return -torch.log((z - z[nearest]).norm(dim=-1) + eps).mean()
+
+
+def gram(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    per_image: bool = True,
+    normalize: bool = True,
+    negatives: str = "keep",
+) -> Tensor:
+    """DINOv3's Gram loss of patches [B, N, D]."""
+    x, y = (F.normalize(z, dim=-1) if normalize else z for z in (student, teacher.detach()))
+    if not per_image:
+        x, y = x.flatten(0, 1), y.flatten(0, 1)
+    similarity, target = x @ x.mT, y @ y.mT
+    if negatives != "keep":
+        target = target.clamp(min=0)
+    if negatives == "remove":
+        similarity = similarity.clamp(min=0)
+    return (similarity - target).square().mean()
+
+
+def sigreg(x: Tensor, slices: Tensor, *, t_max: float = 3.0, num_points: int = 17) -> Tensor:
+    """LeJEPA's SIGReg of features [..., B, D] on slices [D, M]."""
+    t = torch.linspace(0, t_max, num_points, dtype=x.dtype)
+    window = torch.exp(-t.square() / 2)
+    angles = (x @ slices)[..., None] * t  # [..., B, M, num_points]
+    error = (angles.cos().mean(-3) - window).square() + angles.sin().mean(-3).square()
+    return (2 * torch.trapezoid(error * window, t) * x.shape[-2]).mean()

@@ -1,6 +1,6 @@
-"""A recipe of two stages, pretraining with AdamW and evaluation, for a method and its network."""
+"""A recipe of stages that train with AdamW and one that evaluates, for a method and its network."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -22,22 +22,26 @@ S = TypeVar("S", bound=Settings)
 
 
 def two_stages(
-    make_method: Callable[[Run[Any]], Method],
+    make_method: Callable[..., Method],
     make_network: Callable[[Any], nn.Module],
     *,
     presets: Mapping[str, S],
     load: Callable[[Path], nn.Module],
     check: Callable[[S, int], Iterable[str]] = lambda settings, world_size: (),
+    further: Mapping[str, Callable[[S], int]] | None = None,
 ) -> Recipe[S]:
     """A recipe that pretrains, then scores the encoder by k-NN and a linear classifier.
 
     Args:
-        make_method: makes the method of a run at its first step.
+        make_method: makes the method of a run at its first step; of further stages, from the run
+            and the name of the stage.
         make_network: makes the network that it trains, whose encoder is ``network.backbone``.
         presets: settings by name.
         load: reads the encoder that the method exports.
         check: problems of the method's own settings with a number of processes, each in words.
+        further: training stages after the first, by name, with their numbers of steps.
     """
+    training: dict[str, Callable[[S], int]] = {"pretrain": lambda s: s.steps, **(further or {})}
 
     def problems(settings: S, world_size: int) -> list[str]:
         parts = {
@@ -46,14 +50,18 @@ def two_stages(
         }
         return [*_problems(settings), *unbuildable(parts), *check(settings, world_size)]
 
+    def make(stage: str) -> Callable[[Run[Any]], Method]:
+        return make_method if stage == "pretrain" else partial(make_method, stage=stage)
+
     stages = {
-        "pretrain": Stage(
-            partial(_pretrain, make_method, make_network), steps=lambda settings: settings.steps
-        ),
-        "evaluate": Stage(
-            partial(_evaluate, make_network, load), result="results.json", section="evaluation"
-        ),
+        stage: Stage(partial(_train, stage, steps, make(stage), make_network), steps=steps)
+        for stage, steps in training.items()
     }
+    stages["evaluate"] = Stage(
+        partial(_evaluate, list(training), make_network, load),
+        result="results.json",
+        section="evaluation",
+    )
     return Recipe(presets, stages, problems, method=make_method)
 
 
@@ -84,7 +92,9 @@ def rates(step: int, settings: Settings) -> Rates:
     )
 
 
-def _pretrain(
+def _train(
+    stage: str,
+    steps: Callable[[Any], int],
     make_method: Callable[[Run[Any]], Method],
     make_network: Callable[[Any], nn.Module],
     run: Run[Settings],
@@ -94,9 +104,9 @@ def _pretrain(
     train(
         partial(make_method, run),
         run,
-        stage="pretrain",
+        stage=stage,
         network=partial(make_network, settings),
-        steps=settings.steps,
+        steps=steps(settings),
         batch_size=settings.batch_size,
         sources=sources,
         crops=crops,
@@ -110,7 +120,10 @@ def _pretrain(
 
 
 def _evaluate(
-    make_network: Callable[[Any], Any], load: Callable[[Path], nn.Module], run: Run[Settings]
+    stages: Sequence[str],
+    make_network: Callable[[Any], Any],
+    load: Callable[[Path], nn.Module],
+    run: Run[Settings],
 ) -> None:
     settings = run.settings
     torch.manual_seed(settings.seed)
@@ -118,6 +131,9 @@ def _evaluate(
         "random init": make_network(settings).backbone,  # as before training
         "pretrain": run.read_export("pretrain", load),
     }
+    for stage in stages[1:]:
+        if run.is_exported(stage):
+            encoders[stage] = run.read_export(stage, load)
     size = settings.crops.global_size
     evaluate_encoders(run, encoders, size=size, options=settings.evaluation)
 

@@ -6,6 +6,7 @@ From arXiv 2508.10104 and what facebookresearch/dinov3 was read to do.
 from torch import Tensor
 
 from sslkit.testing.references import dinov2
+from sslkit.testing.references.gram import gram
 from sslkit.testing.references.losses import dino
 
 
@@ -37,4 +38,30 @@ class SinkhornKnoppTeacher:
         loss = dinov2.iBOTPatchLoss(teacher_output.shape[1])
         return loss.sinkhorn_knopp_teacher(
             teacher_output, teacher_temp, n_masked_patches_tensor, n_iterations
+        )
+
+
+class GramLoss:
+    """Of the two removals, that of the teacher alone leaves the student's negatives as they are."""
+
+    def __init__(
+        self,
+        apply_norm: bool = True,
+        img_level: bool = True,
+        remove_neg: bool = True,
+        remove_only_teacher_neg: bool = False,
+    ) -> None:
+        assert not (remove_neg and remove_only_teacher_neg)
+        self.apply_norm = apply_norm
+        self.negatives = (
+            "remove" if remove_neg else "remove_teacher" if remove_only_teacher_neg else "keep"
+        )
+
+    def forward(self, output_feats: Tensor, target_feats: Tensor, img_level: bool = True) -> float:
+        return gram(
+            output_feats,
+            target_feats,
+            per_image=img_level,
+            normalize=self.apply_norm,
+            negatives=self.negatives,
         )

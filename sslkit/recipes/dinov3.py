@@ -1,0 +1,1 @@
+../../examples/dinov3_recipe.py

@@ -1,0 +1,1 @@
+../../examples/lejepa_recipe.py
