@@ -10,6 +10,7 @@ from torch import Tensor
 from sslkit.testing import faults, strategies, textbook
 from sslkit.testing.conformance import check
 from sslkit.testing.invariances import (
+    require_any_layout,
     require_few_graphs,
     require_no_nan_or_an_error,
     require_no_trace,
@@ -34,8 +35,9 @@ class DINO:
         pairs: whether the loss is a mean over the pairs of views, or a sum.
         samples: the same of the B samples.
         largest: magnitude of the student's logits up to which it is promised to be exact.
-        sixteen_bit: 16-bit types of the student's logits that it takes.
-        on_ranks: the same function for this rank's samples, in a process of the default group.
+        sixteen_bit: 16-bit types of the student's logits that it takes, computing in float32.
+        on_ranks: the same function for this rank's samples, in a process of the default group; a
+            mean is over these.
         detaches: whether it passes no gradient on to the targets, rather than its caller.
         compiles: whether `torch.compile` is promised to work.
     """
@@ -176,13 +178,20 @@ def targets_get_no_gradient(loss: DINO, draw: Draw) -> None:
     require(probs.grad is None or not probs.grad.any(), "no gradient of the targets", probs.grad)
 
 
+def memory_layout_does_not_matter(loss: DINO, draw: Draw) -> None:
+    """Student logits that are a view of another tensor give the same loss."""
+    student, probs = _inputs(loss, draw)
+    tolerance = _tolerance(loss, student, probs)
+    require_any_layout(loss.call, student, probs, tolerance=tolerance)
+
+
 def leaves_no_trace(loss: DINO, draw: Draw) -> None:
     """A call changes neither its inputs nor what the next call gives."""
     require_no_trace(loss.call, *_inputs(loss, draw))
 
 
 def sixteen_bit_logits_are_as_exact(loss: DINO, draw: Draw) -> None:
-    """16-bit logits give the loss of the same numbers, as exactly as the formula in 16 bits."""
+    """16-bit logits give loss and gradient of the same numbers, as exactly as a 16-bit formula."""
     dtype = draw(strategies.choices(loss.sixteen_bit), "type")
     student, probs = _inputs(loss, draw)
     student = student.to(dtype)
@@ -192,27 +201,42 @@ def sixteen_bit_logits_are_as_exact(loss: DINO, draw: Draw) -> None:
     )
     error = abs(float(formula) - expected) + torch.finfo(dtype).eps * abs(expected)
     factor = _factor(loss, student, probs)
-    found = loss.call(student, probs).reshape(())
-    agree(found, torch.tensor(expected * factor), 2 * error * factor + 1e-6)
+    value, found = value_and_gradient(lambda x: loss.call(x, probs), student)
+    agree(value, torch.tensor(expected * factor), 2 * error * factor + 1e-6)
+    gradient = reference.dino_gradient(student, loss.student_temp, probs, loss.ignore_diagonal)
+    _, rough = value_and_gradient(
+        lambda x: textbook.dino(
+            x, probs.to(dtype), loss.student_temp, ignore_diagonal=loss.ignore_diagonal
+        ),
+        student,
+    )
+    error = float((rough - gradient).abs().max())
+    error += torch.finfo(dtype).eps * float(gradient.abs().max())
+    agree(found, gradient * factor, 2 * error * factor + 1e-6, "gradient")
+
+
+def autocast_does_not_make_it_less_exact(loss: DINO, draw: Draw) -> None:
+    """Inside autocast the loss of float32 logits, and its gradient, are still float32's."""
+    student, probs = _inputs(loss, draw)
+    expected = reference.dino(student, loss.student_temp, probs, loss.ignore_diagonal)
+    gradient = reference.dino_gradient(student, loss.student_temp, probs, loss.ignore_diagonal)
+    with torch.autocast("cpu", torch.bfloat16):
+        value, found = value_and_gradient(lambda x: loss.call(x, probs), student)
+    factor, tolerance = _factor(loss, student, probs), _tolerance(loss, student, probs)
+    agree(value, torch.tensor(expected * factor), tolerance)
+    agree(found, gradient * factor, tolerance / loss.student_temp, "gradient")
 
 
 def processes_average_to_the_same(loss: DINO, draw: Draw) -> None:
     """Samples on 1, 2 or 3 processes give the loss and the gradient of one process, averaged."""
     assert loss.on_ranks is not None
-    split = draw(strategies.splits(uneven=False, rows=2), "samples of each process")
-    rows = [draw(strategies.normal(sum(split), 6), name).double() for name in ("first", "second")]
-    probs = draw(strategies.probs(sum(split), 6), "probs").double()
-    require_the_same_on_ranks(_Views(loss.on_ranks), _Views(loss.call), [*rows, probs], split)
-
-
-@dataclass(frozen=True)
-class _Views:
-    """A loss of two student views and one of the teacher, as a function of rows alone."""
-
-    call: Callable[[Tensor, Tensor], Tensor]
-
-    def __call__(self, first: Tensor, second: Tensor, probs: Tensor) -> Tensor:
-        return self.call(torch.stack([first, second]), probs.detach()[None])
+    split = draw(strategies.splits(empty=False, rows=3), "samples of each process")
+    student = draw(strategies.normal(3, sum(split), 6), "student_logits").double()
+    probs = draw(strategies.probs(2, sum(split), 6), "probs").double()
+    # Where processes have different numbers of samples, their means weigh by these.
+    shares = [1.0 if loss.samples == "sum" else count / sum(split) for count in split]
+    parts = list(zip(student.split(split, dim=1), probs.split(split, dim=1), strict=True))
+    require_the_same_on_ranks(loss.on_ranks, loss.call, (student, probs), parts, shares=shares)
 
 
 def compiles_in_few_graphs(loss: DINO, draw: Draw) -> None:
@@ -225,7 +249,7 @@ def compiles_in_few_graphs(loss: DINO, draw: Draw) -> None:
         )
         for B in (4, 5, 6, 9, 12)
     ]
-    require_few_graphs(loss.call, batches)
+    require_few_graphs(loss.call, batches, differentiate=True)
 
 
 def _inputs(
@@ -264,7 +288,9 @@ PROPERTIES = (
     Property(micro_batches_accumulate, needs="mean_over_samples"),
     Property(targets_get_no_gradient, needs="detaches", max_examples=5),
     Property(leaves_no_trace, max_examples=5),
+    Property(memory_layout_does_not_matter, max_examples=10),
     Property(sixteen_bit_logits_are_as_exact, needs="sixteen_bit"),
+    Property(autocast_does_not_make_it_less_exact, needs="sixteen_bit", max_examples=10),
     Property(
         processes_average_to_the_same,
         needs="on_ranks",
