@@ -128,10 +128,12 @@ def _patches(encoder: Encoder, x: Tensor) -> int:
 def _gradients(encoder: Encoder, calls: Sequence[Crops]) -> dict[str, Tensor]:
     module = encoder.make()
     for crops in calls:
+        loss = torch.zeros(())
         for tokens in encoder.call(module, crops, None):
-            # A layer norm's outputs have a constant sum of squares; weights break that.
+            # A sum of a layer norm's outputs is constant; weights break that.
             weights = torch.linspace(-1, 1, tokens[0].numel()).view_as(tokens[0])
-            (tokens * weights).sum().backward()
+            loss = loss + (tokens * weights).sum()
+        loss.backward()
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in module.named_parameters()
