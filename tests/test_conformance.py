@@ -191,7 +191,7 @@ def test_a_fault_has_an_address():
         "what (owner/name#12)",
         "https://github.com/owner/name/issues/12",
     )
-    assert len(GRADIENT_OVER_RANKS) == 3
+    assert len(GRADIENT_OVER_RANKS) == 2
 
 
 # --- strategies -----------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ PROPERTIES = (
     Property(
         any_split_over_processes_gives_the_same,
         needs="on_ranks",
-        resembles=faults.GRADIENT_OVER_RANKS,
+        resembles=(*faults.GRADIENT_OVER_RANKS, faults.DROPPED_COLLECTIVE),
     ),
     Property(compiles_in_few_graphs, needs="compiles", max_examples=1),
 )

@@ -175,7 +175,7 @@ PROPERTIES = (
     Property(
         processes_average_to_the_same,
         needs="on_ranks",
-        resembles=faults.GRADIENT_OVER_RANKS,
+        resembles=(*faults.GRADIENT_OVER_RANKS, faults.DROPPED_COLLECTIVE),
     ),
     Property(compiles_in_few_graphs, needs="compiles", max_examples=1),
 )
