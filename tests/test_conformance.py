@@ -284,8 +284,8 @@ def test_the_command_prints_tables_and_writes_a_page(module, capsys, tmp_path):
         sslkit_command(["conform", module, "--output", "page.md"])
     assert ended.value.code == 1
     printed = capsys.readouterr()
-    assert "| equals the double loop           | holds         | FAILS (1)   |" in printed.out
-    assert "| processes average to the same    | -             | -           |" in printed.out
+    assert "| equals the double loop               | holds         | FAILS (1)   |" in printed.out
+    assert "| processes average to the same        | -             | -           |" in printed.out
     assert "(1) fewer views: The loss is the cross-entropy of every pair" in printed.out
     assert printed.out.endswith("19 of 22 properties hold\n")
     assert set(printed.err) <= {".", "F", "\n"}
