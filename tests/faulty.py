@@ -15,30 +15,40 @@ from torch import Tensor, nn
 
 from sslkit.ops import collectives
 from sslkit.testing import (
+    AUROC,
     DINO,
     EMA,
     IBOT,
     KNN,
+    RASA,
+    Centering,
     Confusion,
+    Encoder,
     Gram,
     Head,
     KoLeo,
+    LayerDecay,
     Loss,
     Masks,
     Schedule,
     SIGReg,
     Sinkhorn,
+    auroc,
+    centering,
     confusion,
     dino,
     ema,
+    encoder,
     gram,
     head,
     ibot,
     knn,
     koleo,
+    layer_decay,
     loss,
     masks,
     own,
+    rasa,
     schedule,
     sigreg,
     sinkhorn,
@@ -81,12 +91,42 @@ def row_by_row(call):
     return looping
 
 
+def through_a_product(call):
+    """A product with the identity, which autocast rounds to bfloat16."""
+
+    def rounded(x, *inputs):
+        return call((x @ torch.eye(x.shape[-1], dtype=x.dtype)).to(x.dtype), *inputs)
+
+    return rounded
+
+
+def read_by_rows(call):
+    """The tensor is taken for a contiguous one, whatever its strides."""
+
+    def reading(x, *inputs):
+        return call(x.as_strided(x.shape, torch.empty(x.shape).stride()), *inputs)
+
+    return reading
+
+
 def by_place(x: Tensor, dim: int) -> Tensor:
     """Weights of mean 1 that depend on the place in the batch."""
     weights = 1 + 0.1 * (torch.arange(x.shape[dim], dtype=x.dtype) - (x.shape[dim] - 1) / 2)
     shape = [1] * x.ndim
     shape[dim] = -1
     return weights.view(shape)
+
+
+class RoughGradient(torch.autograd.Function):
+    """The identity, whose gradient is rounded to 8 bits."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return eight_bits(gradient)
 
 
 # --- Sinkhorn -------------------------------------------------------------------------------------
@@ -107,10 +147,6 @@ def shifted_rows(x: Tensor, temperature: float) -> Tensor:
 
 def rows_first(x: Tensor, temperature: float) -> Tensor:
     return log_sinkhorn(x.mT, temperature).mT * x.shape[0] / x.shape[1]
-
-
-def stored_by_rows(x: Tensor, temperature: float) -> Tensor:
-    return log_sinkhorn(x.as_strided(x.shape, (x.shape[1], 1)), temperature)
 
 
 def first_prototype_favoured(x: Tensor, temperature: float) -> Tensor:
@@ -149,13 +185,27 @@ SINKHORN = [
         sinkhorn.a_shift_of_a_prototype_changes_nothing,
     ),
     ("a favourite prototype", Sinkhorn(first_prototype_favoured), sinkhorn.order_does_not_matter),
-    ("strides are ignored", Sinkhorn(stored_by_rows), sinkhorn.memory_layout_does_not_matter),
+    (
+        "the temperature is left out",
+        Sinkhorn(lambda x, t: log_sinkhorn(x, 1.0)),
+        sinkhorn.logits_and_temperature_scale_together,
+    ),
+    (
+        "strides are ignored",
+        Sinkhorn(read_by_rows(log_sinkhorn)),
+        sinkhorn.memory_layout_does_not_matter,
+    ),
     ("logits are scaled in place", Sinkhorn(in_place(log_sinkhorn)), sinkhorn.leaves_no_trace),
     ("the teacher gets a gradient", Sinkhorn(with_gradient), sinkhorn.has_no_gradient),
     (
         "logits are rounded to 8 bits",
         Sinkhorn(lambda x, t: log_sinkhorn(eight_bits(x), t), sixteen_bit=BOTH),
         sinkhorn.sixteen_bit_logits_are_balanced_as_well,
+    ),
+    (
+        "a product in autocast",
+        Sinkhorn(through_a_product(log_sinkhorn), sixteen_bit=BOTH),
+        sinkhorn.autocast_does_not_make_it_less_exact,
     ),
     (
         "each process balances its own rows",
@@ -248,6 +298,21 @@ DINO_LOSS = [
         dino.sixteen_bit_logits_are_as_exact,
     ),
     (
+        "gradients are rounded to 8 bits",
+        DINO(lambda s, q: right_dino(RoughGradient.apply(s), q), sixteen_bit=BOTH),
+        dino.sixteen_bit_logits_are_as_exact,
+    ),
+    (
+        "strides are ignored",
+        DINO(read_by_rows(right_dino)),
+        dino.memory_layout_does_not_matter,
+    ),
+    (
+        "a product in autocast",
+        DINO(through_a_product(right_dino), sixteen_bit=BOTH),
+        dino.autocast_does_not_make_it_less_exact,
+    ),
+    (
         "the loss is divided by the number of processes",
         DINO(right_dino, on_ranks=dino_over_ranks),
         dino.processes_average_to_the_same,
@@ -298,6 +363,22 @@ def unsafe_ibot(student: Tensor, probs: Tensor, masks: Tensor) -> Tensor:
     return right_ibot(0.1 * (weights / weights.sum(dim=1, keepdim=True)).log(), probs, masks)
 
 
+def ibot_over_ranks(student: Tensor, probs: Tensor, masks: Tensor) -> Tensor:
+    return right_ibot(student, probs, masks) / dist.get_world_size()
+
+
+def nothing_masked_has_no_graph(student: Tensor, probs: Tensor, masks: Tensor) -> Tensor:
+    """The process takes no part in the backward pass, and the others wait for it."""
+    return right_ibot(student, probs, masks) if masks.any() else torch.zeros(())
+
+
+def over_all_ranks_patches(student: Tensor, probs: Tensor, masks: Tensor) -> Tensor:
+    total = torch.tensor(float(len(student)))
+    dist.all_reduce(total)
+    rows = textbook.cross_entropy(student, probs.detach(), 0.1)
+    return rows.sum() * dist.get_world_size() / total
+
+
 IBOT_LOSS = [
     ("masked patches are averaged over all", IBOT(over_patches), ibot.equals_the_double_loop),
     ("images without a mask do not count", IBOT(over_masked_images), ibot.equals_the_double_loop),
@@ -331,6 +412,31 @@ IBOT_LOSS = [
         "logits are rounded to 8 bits",
         IBOT(lambda s, q, m: right_ibot(eight_bits(s), q, m), sixteen_bit=BOTH),
         ibot.sixteen_bit_logits_are_as_exact,
+    ),
+    (
+        "strides are ignored",
+        IBOT(read_by_rows(right_ibot)),
+        ibot.memory_layout_does_not_matter,
+    ),
+    (
+        "a product in autocast",
+        IBOT(through_a_product(right_ibot), sixteen_bit=BOTH),
+        ibot.autocast_does_not_make_it_less_exact,
+    ),
+    (
+        "the loss is divided by the number of processes",
+        IBOT(right_ibot, on_ranks=ibot_over_ranks),
+        ibot.processes_average_to_the_same,
+    ),
+    (
+        "a process with nothing masked has no gradient",
+        IBOT(right_ibot, on_ranks=nothing_masked_has_no_graph),
+        ibot.processes_average_to_the_same,
+    ),
+    (
+        "one mean over the masked patches of all processes",
+        IBOT(right_ibot, on_ranks=over_all_ranks_patches),
+        ibot.processes_average_to_the_same,
     ),
     (
         "a loop over patches",
@@ -410,6 +516,11 @@ KOLEO = [
     ("the next row is taken for the nearest", KoLeo(next_row), koleo.order_does_not_matter),
     ("the logarithm of zero", KoLeo(no_floor), koleo.equal_rows_give_finite_numbers),
     ("NaN of one row", KoLeo(nan_of_one_row), koleo.one_row_gives_no_nan),
+    (
+        "strides are ignored",
+        KoLeo(read_by_rows(textbook.koleo)),
+        koleo.memory_layout_does_not_matter,
+    ),
     ("a statistic moves in forward", KoLeo(traced(textbook.koleo)), koleo.leaves_no_trace),
     (
         "features are rounded to 8 bits",
@@ -428,7 +539,7 @@ KOLEO = [
     ),
     (
         "a loop over rows",
-        KoLeo(row_by_row(textbook.koleo), compiles=True),
+        KoLeo(row_by_row(own.koleo_loss.call), compiles=True),
         koleo.compiles_in_few_graphs,
     ),
 ]
@@ -483,6 +594,7 @@ LOSS = [
         Loss(barlow_in_16_bits),
         loss.float32_is_as_exact_as_it_can_be,
     ),
+    ("a product in autocast", Loss(barlow, autocast=True), loss.autocast_changes_nothing),
     ("divided by a deviation of 0", Loss(standardised), loss.equal_rows_give_finite_numbers),
     ("a statistic moves in forward", Loss(traced(barlow)), loss.leaves_no_trace),
     (
@@ -647,6 +759,19 @@ def global_randomness(batch_size: int, generator: torch.Generator) -> Tensor:
     return right_masks(batch_size, torch.default_generator)
 
 
+class EveryThird:
+    """A counter of its own, beside the generator, says when to draw twice."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, batch_size, generator):
+        self.calls += 1
+        if self.calls % 3 == 0:
+            right_masks(batch_size, generator)
+        return right_masks(batch_size, generator)
+
+
 MASKS = [
     (
         "numbers instead of booleans",
@@ -668,6 +793,11 @@ MASKS = [
     ("scattered patches", masks_of(scattered, region="visible"), masks.a_region_is_connected),
     ("one mask for all", masks_of(always_the_same), masks.masks_differ),
     ("the global generator", masks_of(global_randomness), masks.randomness_is_the_generators),
+    (
+        "a counter beside the generator",
+        masks_of(EveryThird()),
+        masks.a_restored_generator_has_the_same_future,
+    ),
 ]
 
 # --- heads ----------------------------------------------------------------------------------------
@@ -812,6 +942,10 @@ class Counted:
         return right_schedule(step, total_steps=total_steps, **settings)
 
 
+def never_negative(step: int, **settings) -> float:
+    return max(right_schedule(step, **settings), 0.0)
+
+
 SCHEDULE = [
     (
         "a step late",
@@ -825,6 +959,7 @@ SCHEDULE = [
     ),
     ("an overshoot", Schedule(overshooting), schedule.never_leaves_its_range),
     ("it starts again at the end", Schedule(periodic), schedule.a_finished_schedule_stays),
+    ("negative values are cut off", Schedule(never_negative), schedule.values_scale_and_shift),
     ("a counter of its own", Schedule(Counted()), schedule.a_value_depends_on_the_step_alone),
 ]
 
@@ -1110,6 +1245,539 @@ SIGREG = [
     ),
 ]
 
+
+# --- centering ------------------------------------------------------------------------------------
+
+
+class Center(nn.Module):
+    """A centre that is right; the faulty ones change one method."""
+
+    def __init__(self, num_prototypes: int, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(num_prototypes))
+
+    @torch.no_grad()
+    def update(self, logits: Tensor) -> None:
+        if len(logits):
+            self.move(self.mean(logits))
+
+    def mean(self, logits: Tensor) -> Tensor:
+        return logits.float().mean(dim=0)
+
+    def move(self, mean: Tensor) -> None:
+        self.center.lerp_(mean, 1 - self.momentum)
+
+    def probs(self, logits: Tensor, temperature: float) -> Tensor:
+        return ((logits.detach() - self.center) / temperature).softmax(dim=1)
+
+
+class MomentumExchanged(Center):
+    def move(self, mean):
+        self.center.lerp_(mean, self.momentum)
+
+
+class MovesWhenAsked(Center):
+    def probs(self, logits, temperature):
+        found = super().probs(logits, temperature)
+        self.update(logits)
+        return found
+
+
+class FirstRow(Center):
+    def mean(self, logits):
+        return logits[0].float()
+
+
+class OneMean(Center):
+    """One number for all prototypes."""
+
+    def mean(self, logits):
+        return super().mean(logits).mean().expand(logits.shape[1])
+
+
+class MeanOfNothing(Center):
+    def update(self, logits):
+        with torch.no_grad():
+            self.move(self.mean(logits))
+
+
+class UnsafeSoftmax(Center):
+    def probs(self, logits, temperature):
+        weights = ((logits.detach() - self.center) / temperature).exp()
+        return weights / weights.sum(dim=1, keepdim=True)
+
+
+class TeacherHasGradient(Center):
+    def probs(self, logits, temperature):
+        return ((logits - self.center) / temperature).softmax(dim=1)
+
+
+class SumInSixteenBits(Center):
+    def mean(self, logits):
+        total = logits[:1].clone()[0]
+        for rows in logits.split(8):  # partial sums are rounded to the type of the logits
+            total = (total.float() + rows.float().sum(dim=0)).to(logits.dtype)
+        return (total - logits[0]).float() / len(logits)
+
+
+class UnsavedCenter(Center):
+    def __init__(self, num_prototypes, momentum):
+        super().__init__(num_prototypes, momentum)
+        self.register_buffer("center", torch.zeros(num_prototypes), persistent=False)
+
+
+class MeanOfMeans(Center):
+    """lightly's and DINO's: the ranks' means are averaged, whatever the numbers of their rows."""
+
+    def update(self, logits):
+        mean = self.mean(logits) if len(logits) else torch.zeros_like(self.center)
+        dist.all_reduce(mean)
+        self.move(mean / dist.get_world_size())
+
+
+def update_center(center: Center, logits: Tensor) -> None:
+    center.update(logits)
+
+
+def center_of(made: type[Center], **promises) -> Centering:
+    return Centering(made, made.update, made.probs, **promises)
+
+
+def in_a_loop(center: Center, logits: Tensor, temperature: float) -> Tensor:
+    return torch.stack([center.probs(row[None], temperature)[0] for row in logits])
+
+
+CENTERING = [
+    (
+        "momentum and rest exchanged",
+        center_of(MomentumExchanged),
+        centering.follows_the_recursion,
+    ),
+    (
+        "the centre moves before it is used again",
+        center_of(MovesWhenAsked),
+        centering.assigning_changes_nothing,
+    ),
+    ("the first row alone", center_of(FirstRow), centering.order_of_rows_does_not_matter),
+    (
+        "one mean for all prototypes",
+        center_of(OneMean),
+        centering.a_shift_of_a_prototype_is_centred_away,
+    ),
+    ("the mean of nothing", center_of(MeanOfNothing), centering.no_rows_leave_the_centre),
+    ("exp without a shift", center_of(UnsafeSoftmax), centering.is_finite_over_its_range),
+    ("the teacher gets a gradient", center_of(TeacherHasGradient), centering.has_no_gradient),
+    (
+        "a sum in 16 bits",
+        center_of(SumInSixteenBits, sixteen_bit=BOTH),
+        centering.many_sixteen_bit_rows_are_averaged_as_well,
+    ),
+    (
+        "the centre is not saved",
+        center_of(UnsavedCenter),
+        centering.a_resumed_centre_has_the_same_future,
+    ),
+    (
+        "a mean of the processes' means",
+        Centering(Center, update_center, Center.probs, on_ranks=MeanOfMeans),
+        centering.any_split_over_processes_gives_the_same,
+    ),
+    (
+        "a loop over rows",
+        Centering(Center, Center.update, in_a_loop, compiles=True),
+        centering.compiles_in_few_graphs,
+    ),
+]
+
+# --- AUROC ----------------------------------------------------------------------------------------
+
+
+def area(positive: Tensor, negative: Tensor, ties: float = 0.5) -> Tensor:
+    higher = (positive[:, None] > negative).double()
+    return (higher + ties * (positive[:, None] == negative)).mean()
+
+
+def without_ties(positive: Tensor, negative: Tensor) -> Tensor:
+    return area(positive, negative, ties=0.0)
+
+
+def sum_of_ranks(positive: Tensor, negative: Tensor) -> Tensor:
+    """Mann and Whitney's sum of ranks, ties ranked in the order in which they come."""
+    ranks = torch.cat([positive, negative]).argsort(stable=True).argsort() + 1.0
+    n, m = len(positive), len(negative)
+    return (ranks[:n].sum() - n * (n + 1) / 2) / (n * m)
+
+
+def of_pairs_in_order(positive: Tensor, negative: Tensor) -> Tensor:
+    n = min(len(positive), len(negative))
+    return (positive[:n] > negative[:n]).double().mean()
+
+
+def of_sigmoids(positive: Tensor, negative: Tensor) -> Tensor:
+    return area(positive.sigmoid(), negative.sigmoid())
+
+
+def at_least_half(positive: Tensor, negative: Tensor) -> Tensor:
+    found = area(positive, negative)
+    return torch.maximum(found, 1 - found)
+
+
+def with_a_few_thresholds(positive: Tensor, negative: Tensor) -> Tensor:
+    """A histogram of 50 bins, which small batches do not fill."""
+    both = torch.cat([positive, negative])
+    edges = both.unique() if both.numel() < 50 else torch.linspace(both.min(), both.max(), 50)
+    return area(torch.bucketize(positive, edges), torch.bucketize(negative, edges))
+
+
+AREA = [
+    ("ties count nothing", AUROC(without_ties), auroc.is_the_share_of_pairs),
+    ("ties are ranked as they come", AUROC(sum_of_ranks), auroc.ties_count_half),
+    ("pairs in the order of the items", AUROC(of_pairs_in_order), auroc.order_does_not_matter),
+    ("a sigmoid that saturates", AUROC(of_sigmoids), auroc.only_the_ranking_counts),
+    ("never below one half", AUROC(at_least_half), auroc.classes_may_be_exchanged),
+    ("a histogram", AUROC(with_a_few_thresholds), auroc.many_items_are_counted_exactly),
+    (
+        "scores are sorted in place",
+        AUROC(lambda p, n: area(p.copy_(p.sort().values).mul_(2), n)),
+        auroc.leaves_no_trace,
+    ),
+]
+
+# --- layer decay ----------------------------------------------------------------------------------
+
+
+def layers(vit: nn.Module, decay: float) -> list[dict]:
+    return own.groups(vit, decay)
+
+
+def grouped(vit: nn.Module, scale, decays=lambda name, p: p.ndim > 1) -> list[dict]:
+    """One group a parameter, by functions of its name."""
+    return [
+        {"params": [p], "lr_scale": scale(name), "weight_decay": float(decays(name, p))}
+        for name, p in vit.named_parameters()
+        if p.requires_grad
+    ]
+
+
+def in_the_order_of_names(vit: nn.Module, decay: float) -> list[dict]:
+    """blocks.10 stands before blocks.2."""
+    blocks = sorted({name.split(".")[1] for name, _ in vit.named_parameters() if "blocks" in name})
+
+    def layer(name: str) -> int:
+        if name.startswith("blocks."):
+            return blocks.index(name.split(".")[1]) + 1
+        return len(blocks) + 1 if name.startswith(("norm", "head")) else 0
+
+    return grouped(vit, lambda name: decay ** (len(blocks) + 1 - layer(name)))
+
+
+def from_the_wrong_end(vit: nn.Module, decay: float) -> list[dict]:
+    made = layers(vit, decay)
+    return [{**group, "lr_scale": decay ** len(vit.blocks) / group["lr_scale"]} for group in made]
+
+
+def without_the_head(vit: nn.Module, decay: float) -> list[dict]:
+    head = {id(p) for p in vit.head.parameters()}
+    made = layers(vit, decay)
+    return [{**g, "params": [p for p in g["params"] if id(p) not in head]} for g in made]
+
+
+def frozen_ones_too(vit: nn.Module, decay: float) -> list[dict]:
+    frozen = [p for p in vit.parameters() if not p.requires_grad]
+    return [*layers(vit, decay), {"params": frozen, "lr_scale": 1.0, "weight_decay": 0.0}]
+
+
+def biases_decay(vit: nn.Module, decay: float) -> list[dict]:
+    return [{**group, "weight_decay": 1.0} for group in layers(vit, decay)]
+
+
+def half_of_no_decay(vit: nn.Module, decay: float) -> list[dict]:
+    return [{**group, "lr_scale": group["lr_scale"] * 0.5} for group in layers(vit, decay)]
+
+
+def freezes_the_slowest(vit: nn.Module, decay: float) -> list[dict]:
+    made = layers(vit, decay)
+    vit.cls_token.requires_grad_(False)
+    return made
+
+
+LAYER_DECAY = [
+    (
+        "blocks in the order of their names",
+        LayerDecay(in_the_order_of_names),
+        layer_decay.rates_are_those_of_the_layers,
+    ),
+    (
+        "the head is in no group",
+        LayerDecay(without_the_head),
+        layer_decay.every_parameter_is_in_one_group,
+    ),
+    (
+        "frozen parameters are optimized",
+        LayerDecay(frozen_ones_too),
+        layer_decay.every_parameter_is_in_one_group,
+    ),
+    ("biases decay", LayerDecay(biases_decay), layer_decay.matrices_alone_decay),
+    (
+        "layers are counted from the head",
+        LayerDecay(from_the_wrong_end),
+        layer_decay.later_layers_are_not_slower,
+    ),
+    ("half of every rate", LayerDecay(half_of_no_decay), layer_decay.no_decay_is_one_rate),
+    (
+        "the slowest parameters are frozen",
+        LayerDecay(freezes_the_slowest),
+        layer_decay.leaves_the_model_alone,
+    ),
+]
+
+# --- RASA -----------------------------------------------------------------------------------------
+
+
+class Removal(nn.Module):
+    """Regression on the position, iterated: right; the faulty ones change one method."""
+
+    def __init__(self, dim: int, num_iterations: int) -> None:
+        super().__init__()
+        self.num_iterations = num_iterations
+        self.register_buffer("matrix", torch.eye(dim, dtype=torch.float64))
+
+    def fit(self, batches) -> None:
+        rows, targets = [], []
+        for x in batches:
+            B, H, W, _ = x.shape
+            grid = rasa.positions(H, W)
+            rows.append(self.read(x.double().flatten(0, 2)))
+            targets.append(torch.tensor(grid, dtype=torch.float64).repeat(B, 1))
+        x, p = torch.cat(rows), torch.cat(targets)
+        basis = x.new_zeros(0, x.shape[1])
+        for _ in range(self.num_iterations):
+            plane = self.plane(x - x @ basis.T @ basis, p)
+            if plane is None:
+                break
+            basis = torch.cat([basis, plane])
+        self.matrix.copy_(self.removal(basis))
+
+    def read(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def plane(self, x: Tensor, p: Tensor) -> Tensor | None:
+        """Orthonormal directions of the covariance with the position, while there is any."""
+        weight = (x - x.mean(dim=0)).T @ (p - p.mean(dim=0)) / len(x)
+        return torch.linalg.qr(weight).Q.T if weight.norm() > 0.1 else None
+
+    def removal(self, basis: Tensor) -> Tensor:
+        return torch.eye(basis.shape[1], dtype=torch.float64) - basis.T @ basis
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.double() @ self.matrix).to(x.dtype)
+
+
+class RowsAlone(Removal):
+    """The column of a patch is forgotten."""
+
+    def plane(self, x, p):
+        return super().plane(x, p[:, :1])
+
+
+class Everything(Removal):
+    def removal(self, basis):
+        return super().removal(torch.eye(basis.shape[1], dtype=torch.float64)[:-1])
+
+
+class HalfRemoved(Removal):
+    def removal(self, basis):
+        return (super().removal(basis) + torch.eye(basis.shape[1], dtype=torch.float64)) / 2
+
+
+class TenDirections(Removal):
+    def removal(self, basis):
+        return super().removal(torch.eye(basis.shape[1], dtype=torch.float64)[:10])
+
+
+class Centred(Removal):
+    def forward(self, x):
+        return super().forward(x - x.mean(dim=tuple(range(x.ndim - 1)), keepdim=True))
+
+
+class NotIdle(Removal):
+    def __init__(self, dim, num_iterations):
+        super().__init__(dim, num_iterations)
+        self.matrix[0, 0] = 0
+
+
+class LastBatch(Removal):
+    def fit(self, batches):
+        super().fit(batches[-1:])
+
+
+class GlobalSeed(Removal):
+    def read(self, rows):
+        return rows[torch.randperm(len(rows)).sort().values]
+
+
+class SixteenBits(Removal):
+    def forward(self, x):
+        return eight_bits(super().forward(x))
+
+
+class UnsavedMatrix(Removal):
+    def __init__(self, dim, num_iterations):
+        super().__init__(dim, num_iterations)
+        self.register_buffer("matrix", torch.eye(dim, dtype=torch.float64), persistent=False)
+
+
+def removal_of(made: type[Removal], **promises) -> RASA:
+    return RASA(made, made.fit, **promises)
+
+
+def basis_of(removal: Removal) -> Tensor:
+    values, vectors = torch.linalg.eigh(torch.eye(len(removal.matrix)) - removal.matrix)
+    return vectors.T[values > 0.5]
+
+
+def folded(removal: Removal, linear: nn.Linear) -> nn.Linear:
+    made = deepcopy(linear)
+    with torch.no_grad():
+        made.weight.copy_(removal.matrix @ linear.weight.double())
+        made.bias.copy_(removal.matrix @ linear.bias.double())
+    return made
+
+
+def folded_without_bias(removal: Removal, linear: nn.Linear) -> nn.Linear:
+    made = folded(removal, linear)
+    made.bias = linear.bias
+    return made
+
+
+POSITION = [
+    ("columns are left", removal_of(RowsAlone), rasa.position_is_gone),
+    ("all but one direction are removed", removal_of(Everything), rasa.content_is_kept),
+    ("half of the position is left", removal_of(HalfRemoved), rasa.is_an_exact_projector),
+    ("ten directions", removal_of(TenDirections), rasa.two_directions_an_iteration),
+    (
+        "a basis that is not normalised",
+        removal_of(Removal, basis=lambda removal: 2 * basis_of(removal)),
+        rasa.removes_the_span_of_its_basis,
+    ),
+    ("features are centred", removal_of(Centred), rasa.rows_do_not_mix),
+    ("a direction is always removed", removal_of(NotIdle), rasa.nothing_is_removed_before_the_fit),
+    ("the last batch alone", removal_of(LastBatch), rasa.batches_do_not_matter),
+    (
+        "the bias is not projected",
+        removal_of(Removal, fold=folded_without_bias),
+        rasa.a_folded_layer_is_the_same,
+    ),
+    ("the global generator", removal_of(GlobalSeed), rasa.leaves_no_trace),
+    (
+        "projected in 8 bits",
+        removal_of(SixteenBits, sixteen_bit=BOTH),
+        rasa.sixteen_bit_features_are_projected_as_exactly,
+    ),
+    ("the matrix is not saved", removal_of(UnsavedMatrix), rasa.a_loaded_module_is_the_same),
+]
+
+# --- encoders of crops ----------------------------------------------------------------------------
+
+
+class Attending(nn.Module):
+    """One layer of attention over the patches of an image, with masks: right."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.embed = nn.Conv2d(3, 4, 2, stride=2)
+            self.cls_token = nn.Parameter(torch.randn(1, 1, 4))
+            self.mask_token = nn.Parameter(torch.randn(4))
+            self.norm = nn.LayerNorm(4)
+
+    def patches(self, x, mask):
+        rows = self.embed(x).flatten(2).mT  # [B, N, 4]
+        if mask is not None:
+            rows = torch.where(mask.flatten(1)[..., None], self.mask_token, rows)
+        return rows
+
+    def attend(self, tokens):
+        return tokens + (tokens @ tokens.mT / 2).softmax(dim=-1) @ tokens
+
+    def encode(self, x, mask):
+        rows = self.patches(x, mask)
+        cls = self.cls_token.expand(len(x), -1, -1)
+        return self.norm(self.attend(torch.cat([cls, rows], dim=1)))
+
+    def many(self, crops, masks):
+        masks = [None] * len(crops) if masks is None else masks
+        return [self.encode(x, mask) for x, mask in zip(crops, masks, strict=True)]
+
+
+class SquareGrids(Attending):
+    def patches(self, x, mask):
+        side = min(x.shape[2:])
+        return super().patches(x[..., :side, :side], mask)
+
+
+class AttendingToAll(Attending):
+    """Packed crops without a mask of the attention: tokens of other crops are seen."""
+
+    def many(self, crops, masks):
+        found = super().many(crops, masks)
+        mean = torch.cat([tokens.flatten(0, 1) for tokens in found]).mean(dim=0)
+        return [tokens + 0.1 * mean for tokens in found] if len(found) > 1 else found
+
+
+class BatchCentred(Attending):
+    def attend(self, tokens):
+        return super().attend(tokens - tokens.mean(dim=0))
+
+
+class SeesMasked(Attending):
+    def attend(self, tokens):
+        return super().attend(tokens) + self.pixels * torch.arange(4.0)
+
+    def patches(self, x, mask):
+        self.pixels = x.mean()
+        return super().patches(x, mask)
+
+
+class SecondDetached(Attending):
+    def many(self, crops, masks):
+        first, *others = super().many(crops, masks)
+        return [first.detach() + 0 * others[0].sum(), *others] if others else [first]
+
+
+class Running(Attending):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def attend(self, tokens):
+        self.calls += 1
+        return super().attend(tokens)
+
+
+def encoder_of(made: type[Attending]) -> Encoder:
+    return Encoder(made, lambda module, crops, masks: module.many(crops, masks), patch_size=2)
+
+
+ENCODER = [
+    ("grids are cut to squares", encoder_of(SquareGrids), encoder.has_a_token_for_each_patch),
+    (
+        "attention over all packed crops",
+        encoder_of(AttendingToAll),
+        encoder.each_crop_is_encoded_as_if_alone,
+    ),
+    ("tokens are centred over the batch", encoder_of(BatchCentred), encoder.images_do_not_mix),
+    ("masked pixels are seen", encoder_of(SeesMasked), encoder.masked_patches_are_not_seen),
+    (
+        "the first of several resolutions is detached",
+        encoder_of(SecondDetached),
+        encoder.gradients_of_crops_add_up,
+    ),
+    ("forward counts its calls", encoder_of(Running), encoder.leaves_no_trace),
+]
+
 FAULTS = [
     *SINKHORN,
     *DINO_LOSS,
@@ -1124,6 +1792,11 @@ FAULTS = [
     *SCHEDULE,
     *NEIGHBOURS,
     *CONFUSION,
+    *CENTERING,
+    *AREA,
+    *LAYER_DECAY,
+    *POSITION,
+    *ENCODER,
 ]
 
 SOUND = {
@@ -1137,4 +1810,8 @@ SOUND = {
     "teacher": ema_of(Teacher),
     "head": Head(Levels),
     "neighbours": KNN(votes),
+    "centering": center_of(Center, sixteen_bit=BOTH, compiles=True),
+    "area": AUROC(area),
+    "removal": removal_of(Removal, basis=basis_of, fold=folded),
+    "encoder": encoder_of(Attending),
 }

@@ -91,11 +91,6 @@ def test_forward_keeps_its_precision_under_autocast():
     assert torch.equal(inside, rasa(x))
 
 
-def test_nothing_is_removed_before_the_fit():
-    x = torch.randn(3, D)
-    assert torch.equal(RASAProjector(D)(x), x)
-
-
 def test_state_dict_goes_into_a_fresh_module():
     rasa, file = with_planes(), io.BytesIO()
     torch.save(rasa.state_dict(), file)

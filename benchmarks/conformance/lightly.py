@@ -1,16 +1,35 @@
-"""Adapters of lightly's losses, Sinkhorn, momentum update and cosine."""
+"""Adapters of lightly's losses, Sinkhorn, centre, head, masks, momentum update, cosine and k-NN."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 
 import lightly.loss
 import torch
 from lightly.loss import BarlowTwinsLoss, DINOLoss, IBOTPatchLoss, KoLeoLoss, NTXentLoss
 from lightly.loss.swav_loss import sinkhorn
-from lightly.models.utils import update_momentum
+from lightly.models.modules.center import Center
+from lightly.models.modules.heads import DINOProjectionHead
+from lightly.models.utils import random_block_mask, update_momentum
+from lightly.utils.benchmarking.knn import knn_predict
 from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
-from sslkit.testing import DINO, EMA, IBOT, KoLeo, Loss, Schedule, SIGReg, Sinkhorn
+from benchmarks.conformance import OneLevel, seeded
+from sslkit.testing import (
+    DINO,
+    EMA,
+    IBOT,
+    KNN,
+    Centering,
+    Head,
+    KoLeo,
+    Loss,
+    Masks,
+    Schedule,
+    SIGReg,
+    Sinkhorn,
+)
 
 TEACHER_TEMP = 0.04
 
@@ -35,6 +54,35 @@ def balanced(logits: Tensor, temperature: float) -> Tensor:
 def balanced_on_ranks(logits: Tensor, temperature: float) -> Tensor:
     """Codes of this rank's rows, balanced with those of the other ranks."""
     return sinkhorn(logits, iterations=3, epsilon=temperature, gather_distributed=True)
+
+
+def center(num_prototypes: int, momentum: float) -> Center:
+    """Centre of its DINO loss."""
+    return Center((1, num_prototypes), momentum=momentum)
+
+
+def centred(made: Center, logits: Tensor, temperature: float) -> Tensor:
+    """Targets as its DINO loss has them."""
+    return ((logits - made.value) / temperature).softmax(dim=-1)
+
+
+def head(in_dim: int, num_prototypes: int, nesting_dims: Sequence[int]) -> nn.Module:
+    """Head of DINO."""
+    return OneLevel(DINOProjectionHead(in_dim, 6, 4, num_prototypes))
+
+
+def blocks(batch_size: int, generator: torch.Generator) -> Tensor:
+    """Masks of half of the images, drawn by Python's generator."""
+    with seeded(generator):
+        return random_block_mask((batch_size, 7, 9))
+
+
+def knn(
+    train: Tensor, labels: Tensor, test: Tensor, *, k: int, temperature: float, num_classes: int
+) -> Tensor:
+    """Predictions of features that the caller normalises, as its documentation asks."""
+    bank, queries = normalize(train, dim=1).T, normalize(test, dim=1)
+    return knn_predict(queries, bank, labels, num_classes, k, temperature)[:, 0]
 
 
 class MomentumCopy:
@@ -100,7 +148,14 @@ def sigreg_on_ranks(x: Tensor, slices: Tensor) -> Tensor:
 
 
 lightly_dino_loss = DINO(dino, on_ranks=dino, detaches=False)
-lightly_ibot_loss = IBOT(ibot, detaches=False)
+lightly_ibot_loss = IBOT(ibot, on_ranks=ibot, detaches=False)
+lightly_center = Centering(
+    center, Center.update, centred, on_ranks=center, uneven_ranks=False, detached=False
+)
+lightly_dino_head = Head(head, nested=False)
+# In practice fewer patches than the lower ratio can be masked, its documentation says.
+lightly_block_masks = Masks(blocks, (7, 9), mask_ratio=(0.0, 0.5), uniform=False)
+lightly_knn = KNN(knn)
 lightly_koleo_loss = KoLeo(KoLeoLoss())
 # Its logits are cosines, of normalised features and prototypes.
 lightly_sinkhorn = Sinkhorn(balanced, largest=1.0, on_ranks=balanced_on_ranks, uneven_ranks=False)

@@ -1,12 +1,14 @@
-"""Adapters of torchmetrics' confusion matrix and Jaccard index."""
+"""Adapters of torchmetrics' confusion matrix, Jaccard index and area under the ROC curve."""
 
+import torch
 from torch import Tensor
 from torchmetrics.functional.classification import (
+    binary_auroc,
     multiclass_confusion_matrix,
     multiclass_jaccard_index,
 )
 
-from sslkit.testing import Confusion
+from sslkit.testing import AUROC, Confusion
 
 
 def counts(truth: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
@@ -21,4 +23,12 @@ def iou(truth: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
     )
 
 
+def area(positive: Tensor, negative: Tensor) -> Tensor:
+    """Area of scores in one tensor, with the truth in another."""
+    truth = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).long()
+    return binary_auroc(torch.cat([positive, negative]), truth)
+
+
 torchmetrics_confusion = Confusion(counts, iou=iou)
+torchmetrics_auroc_of_probabilities = AUROC(area, scores=(0.0, 1.0))
+torchmetrics_auroc_of_logits = AUROC(area)

@@ -1,10 +1,13 @@
-"""Adapter of transformers' cosine schedule with warm-up."""
+"""Adapters of transformers' cosine schedule with warm-up and its DINOv2."""
+
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor, nn
 from torch.optim import SGD
-from transformers import get_cosine_schedule_with_warmup
+from transformers import Dinov2Config, Dinov2Model, get_cosine_schedule_with_warmup
 
-from sslkit.testing import Schedule
+from sslkit.testing import Encoder, Schedule
 
 
 def cosine(
@@ -22,4 +25,29 @@ def cosine(
     return low + (peak - low) * factor
 
 
+def dinov2() -> nn.Module:
+    """A small DINOv2, with weights that are always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = Dinov2Config(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+        )
+        module = Dinov2Model(config).eval()
+        for parameter in module.parameters():  # fresh weights are small
+            nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def tokens(
+    module: nn.Module, crops: Sequence[Tensor], masks: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """Class token and patches, resolution after resolution."""
+    flat = [None] * len(crops) if masks is None else [mask.flatten(1) for mask in masks]
+    return [
+        module(x, bool_masked_pos=mask).last_hidden_state
+        for x, mask in zip(crops, flat, strict=True)
+    ]
+
+
 transformers_cosine = Schedule(cosine, warmup="fraction", held=False)
+transformers_dinov2 = Encoder(dinov2, tokens, patch_size=4)

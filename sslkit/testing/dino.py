@@ -10,6 +10,7 @@ from torch import Tensor
 from sslkit.testing import faults, strategies, textbook
 from sslkit.testing.conformance import check
 from sslkit.testing.invariances import (
+    require_any_layout,
     require_few_graphs,
     require_no_nan_or_an_error,
     require_no_trace,
@@ -30,18 +31,21 @@ class DINO:
             probabilities, all positive; an adapter of a loss that takes the teacher's logits
             passes ``teacher_temp * log(probs)``, and a centre of zero.
         student_temp: what the loss divides the student's logits by.
+        teacher_views: numbers of teacher views that it takes.
         ignore_diagonal: whether student view v is not compared with teacher view v.
         pairs: whether the loss is a mean over the pairs of views, or a sum.
         samples: the same of the B samples.
         largest: magnitude of the student's logits up to which it is promised to be exact.
-        sixteen_bit: 16-bit types of the student's logits that it takes.
-        on_ranks: the same function for this rank's samples, in a process of the default group.
+        sixteen_bit: 16-bit types of the student's logits that it takes, computing in float32.
+        on_ranks: the same function for this rank's samples, in a process of the default group; a
+            mean is over these.
         detaches: whether it passes no gradient on to the targets, rather than its caller.
         compiles: whether `torch.compile` is promised to work.
     """
 
     call: Callable[[Tensor, Tensor], Tensor]
     student_temp: float = 0.1
+    teacher_views: tuple[int, ...] = (1, 2)
     ignore_diagonal: bool = True
     pairs: Literal["mean", "sum"] = "mean"
     samples: Literal["mean", "sum"] = "mean"
@@ -55,6 +59,11 @@ class DINO:
     def properties(self) -> tuple[Property, ...]:
         """What it is held to."""
         return PROPERTIES
+
+    @property
+    def takes_one_view(self) -> bool:
+        """Whether there may be a single teacher view."""
+        return 1 in self.teacher_views
 
     @property
     def mean_over_samples(self) -> bool:
@@ -176,13 +185,20 @@ def targets_get_no_gradient(loss: DINO, draw: Draw) -> None:
     require(probs.grad is None or not probs.grad.any(), "no gradient of the targets", probs.grad)
 
 
+def memory_layout_does_not_matter(loss: DINO, draw: Draw) -> None:
+    """Student logits that are a view of another tensor give the same loss."""
+    student, probs = _inputs(loss, draw)
+    tolerance = _tolerance(loss, student, probs)
+    require_any_layout(loss.call, student, probs, tolerance=tolerance)
+
+
 def leaves_no_trace(loss: DINO, draw: Draw) -> None:
     """A call changes neither its inputs nor what the next call gives."""
     require_no_trace(loss.call, *_inputs(loss, draw))
 
 
 def sixteen_bit_logits_are_as_exact(loss: DINO, draw: Draw) -> None:
-    """16-bit logits give the loss of the same numbers, as exactly as the formula in 16 bits."""
+    """16-bit logits give loss and gradient of the same numbers, as exactly as a 16-bit formula."""
     dtype = draw(strategies.choices(loss.sixteen_bit), "type")
     student, probs = _inputs(loss, draw)
     student = student.to(dtype)
@@ -192,27 +208,42 @@ def sixteen_bit_logits_are_as_exact(loss: DINO, draw: Draw) -> None:
     )
     error = abs(float(formula) - expected) + torch.finfo(dtype).eps * abs(expected)
     factor = _factor(loss, student, probs)
-    found = loss.call(student, probs).reshape(())
-    agree(found, torch.tensor(expected * factor), 2 * error * factor + 1e-6)
+    value, found = value_and_gradient(lambda x: loss.call(x, probs), student)
+    agree(value, torch.tensor(expected * factor), 2 * error * factor + 1e-6)
+    gradient = reference.dino_gradient(student, loss.student_temp, probs, loss.ignore_diagonal)
+    _, rough = value_and_gradient(
+        lambda x: textbook.dino(
+            x, probs.to(dtype), loss.student_temp, ignore_diagonal=loss.ignore_diagonal
+        ),
+        student,
+    )
+    error = float((rough - gradient).abs().max())
+    error += torch.finfo(dtype).eps * float(gradient.abs().max())
+    agree(found, gradient * factor, 2 * error * factor + 1e-6, "gradient")
+
+
+def autocast_does_not_make_it_less_exact(loss: DINO, draw: Draw) -> None:
+    """Inside autocast the loss of float32 logits, and its gradient, are still float32's."""
+    student, probs = _inputs(loss, draw)
+    expected = reference.dino(student, loss.student_temp, probs, loss.ignore_diagonal)
+    gradient = reference.dino_gradient(student, loss.student_temp, probs, loss.ignore_diagonal)
+    with torch.autocast("cpu", torch.bfloat16):
+        value, found = value_and_gradient(lambda x: loss.call(x, probs), student)
+    factor, tolerance = _factor(loss, student, probs), _tolerance(loss, student, probs)
+    agree(value, torch.tensor(expected * factor), tolerance)
+    agree(found, gradient * factor, tolerance / loss.student_temp, "gradient")
 
 
 def processes_average_to_the_same(loss: DINO, draw: Draw) -> None:
     """Samples on 1, 2 or 3 processes give the loss and the gradient of one process, averaged."""
     assert loss.on_ranks is not None
-    split = draw(strategies.splits(uneven=False, rows=2), "samples of each process")
-    rows = [draw(strategies.normal(sum(split), 6), name).double() for name in ("first", "second")]
-    probs = draw(strategies.probs(sum(split), 6), "probs").double()
-    require_the_same_on_ranks(_Views(loss.on_ranks), _Views(loss.call), [*rows, probs], split)
-
-
-@dataclass(frozen=True)
-class _Views:
-    """A loss of two student views and one of the teacher, as a function of rows alone."""
-
-    call: Callable[[Tensor, Tensor], Tensor]
-
-    def __call__(self, first: Tensor, second: Tensor, probs: Tensor) -> Tensor:
-        return self.call(torch.stack([first, second]), probs.detach()[None])
+    split = draw(strategies.splits(empty=False, rows=3), "samples of each process")
+    student = draw(strategies.normal(3, sum(split), 6), "student_logits").double()
+    probs = draw(strategies.probs(2, sum(split), 6), "probs").double()
+    # Where processes have different numbers of samples, their means weigh by these.
+    shares = [1.0 if loss.samples == "sum" else count / sum(split) for count in split]
+    parts = list(zip(student.split(split, dim=1), probs.split(split, dim=1), strict=True))
+    require_the_same_on_ranks(loss.on_ranks, loss.call, (student, probs), parts, shares=shares)
 
 
 def compiles_in_few_graphs(loss: DINO, draw: Draw) -> None:
@@ -225,7 +256,7 @@ def compiles_in_few_graphs(loss: DINO, draw: Draw) -> None:
         )
         for B in (4, 5, 6, 9, 12)
     ]
-    require_few_graphs(loss.call, batches)
+    require_few_graphs(loss.call, batches, differentiate=True)
 
 
 def _inputs(
@@ -236,7 +267,8 @@ def _inputs(
         strategies.tensors(strategies.sizes(2, 4), samples, strategies.sizes(2, 4)),  # type: ignore[arg-type]
         "student_logits",
     ).clamp(-loss.largest, loss.largest)
-    probs = draw(strategies.probs(strategies.sizes(1, 2), *student.shape[1:]), "probs")
+    views = strategies.choices(loss.teacher_views)
+    probs = draw(strategies.probs(views, *student.shape[1:]), "probs")
     return student, probs
 
 
@@ -255,7 +287,12 @@ def _tolerance(loss: DINO, student: Tensor, probs: Tensor) -> float:
 PROPERTIES = (
     Property(equals_the_double_loop, resembles=(faults.MISSING_VIEWS,), max_examples=40),
     Property(gradient_is_that_of_the_equation),
-    Property(one_view_gives_no_nan, resembles=(faults.SINGLE_VIEW,), max_examples=5),
+    Property(
+        one_view_gives_no_nan,
+        needs="takes_one_view",
+        resembles=(faults.SINGLE_VIEW,),
+        max_examples=5,
+    ),
     Property(order_of_samples_does_not_matter),
     Property(order_of_views_does_not_matter),
     Property(samples_do_not_mix),
@@ -264,7 +301,9 @@ PROPERTIES = (
     Property(micro_batches_accumulate, needs="mean_over_samples"),
     Property(targets_get_no_gradient, needs="detaches", max_examples=5),
     Property(leaves_no_trace, max_examples=5),
+    Property(memory_layout_does_not_matter, max_examples=10),
     Property(sixteen_bit_logits_are_as_exact, needs="sixteen_bit"),
+    Property(autocast_does_not_make_it_less_exact, needs="sixteen_bit", max_examples=10),
     Property(
         processes_average_to_the_same,
         needs="on_ranks",

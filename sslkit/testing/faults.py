@@ -34,11 +34,11 @@ ROW_SHIFT = Fault(
 )
 GRADIENT_OVER_RANKS = tuple(
     Fault("the gradient is divided by the number of processes", thread)
-    for thread in (
-        "lightly-ai/lightly#1920",
-        "lightly-ai/lightly#1977",
-        "galilai-group/stable-pretraining#415",
-    )
+    for thread in ("lightly-ai/lightly#1920", "lightly-ai/lightly#1977")
+)
+DROPPED_COLLECTIVE = Fault(
+    "what the other processes sent is dropped, or not counted",
+    "galilai-group/stable-pretraining#409",
 )
 MISSING_VIEWS = Fault("the loss leaves views out", "lightly-ai/lightly#2023")
 IBOT_NORMALISER = Fault(

@@ -185,7 +185,8 @@ def any_split_over_processes_gives_the_same(loss: Gram, draw: Draw) -> None:
     split = draw(strategies.splits(uneven=loss.uneven_ranks), "images of each process")
     shape = (sum(split), 3, 4)
     rows = [draw(strategies.normal(*shape), name).double() for name in ("student", "teacher")]
-    require_the_same_on_ranks(loss.on_ranks, loss.call, rows, split)
+    parts = list(zip(*(x.split(split) for x in rows), strict=True))
+    require_the_same_on_ranks(loss.on_ranks, loss.call, rows, parts, features=2)
 
 
 def compiles_in_few_graphs(loss: Gram, draw: Draw) -> None:

@@ -10,9 +10,11 @@ from torch import Tensor
 from sslkit.testing import faults, strategies, textbook
 from sslkit.testing.conformance import check
 from sslkit.testing.invariances import (
+    require_any_layout,
     require_few_graphs,
     require_no_nan_or_an_error,
     require_no_trace,
+    require_the_same_on_ranks,
     rounding,
     value_and_gradient,
 )
@@ -33,7 +35,9 @@ class IBOT:
             ``"images"`` (DINOv2), or those ``"masked"`` at all; or ``"patches"``, one mean over all
             M masked patches.
         largest: magnitude of the student's logits up to which it is promised to be exact.
-        sixteen_bit: 16-bit types of the student's logits that it takes.
+        sixteen_bit: 16-bit types of the student's logits that it takes, computing in float32.
+        on_ranks: the same function for this rank's images, in a process of the default group; a
+            mean is over these.
         detaches: whether it passes no gradient on to the targets, rather than its caller.
         compiles: whether `torch.compile` is promised to work.
     """
@@ -43,6 +47,7 @@ class IBOT:
     average: Literal["images", "masked", "patches"] = "images"
     largest: float = 1e4
     sixteen_bit: tuple[torch.dtype, ...] = ()
+    on_ranks: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     detaches: bool = True
     compiles: bool = False
 
@@ -167,13 +172,19 @@ def targets_get_no_gradient(loss: IBOT, draw: Draw) -> None:
     require(probs.grad is None or not probs.grad.any(), "no gradient of the targets", probs.grad)
 
 
+def memory_layout_does_not_matter(loss: IBOT, draw: Draw) -> None:
+    """Student logits that are a view of another tensor give the same loss."""
+    student, probs, masks = _inputs(loss, draw)
+    require_any_layout(loss.call, student, probs, masks, tolerance=_tolerance(loss, student))
+
+
 def leaves_no_trace(loss: IBOT, draw: Draw) -> None:
     """A call changes neither its inputs nor what the next call gives."""
     require_no_trace(loss.call, *_inputs(loss, draw))
 
 
 def sixteen_bit_logits_are_as_exact(loss: IBOT, draw: Draw) -> None:
-    """16-bit logits give the loss of the same numbers, as exactly as the formula in 16 bits."""
+    """16-bit logits give loss and gradient of the same numbers, as exactly as a 16-bit formula."""
     dtype = draw(strategies.choices(loss.sixteen_bit), "type")
     student, probs, masks = _inputs(loss, draw)
     student = student.to(dtype)
@@ -181,8 +192,51 @@ def sixteen_bit_logits_are_as_exact(loss: IBOT, draw: Draw) -> None:
     rows = textbook.cross_entropy(student, probs.to(dtype), loss.student_temp).double()
     exact = textbook.cross_entropy(student.double(), probs.double(), loss.student_temp)
     error = float((rows - exact).abs().max()) + torch.finfo(dtype).eps * abs(expected)
-    found = loss.call(student, probs, masks).reshape(())
-    agree(found, torch.tensor(expected), 2 * error + 1e-6)
+    value, found = value_and_gradient(lambda x: loss.call(x, probs, masks), student)
+    agree(value, torch.tensor(expected), 2 * error + 1e-6)
+    gradient = _gradient(loss, student, probs, masks)
+    _, rough = value_and_gradient(
+        lambda x: textbook.cross_entropy(x, probs.to(dtype), loss.student_temp).sum(), student
+    )
+    _, precise = value_and_gradient(
+        lambda x: textbook.cross_entropy(x, probs.double(), loss.student_temp).sum(),
+        student.double(),
+    )
+    error = float((rough - precise).abs().max())
+    error += torch.finfo(dtype).eps * float(gradient.abs().max())
+    agree(found, gradient, 2 * error + 1e-6, "gradient")
+
+
+def autocast_does_not_make_it_less_exact(loss: IBOT, draw: Draw) -> None:
+    """Inside autocast the loss of float32 logits, and its gradient, are still float32's."""
+    student, probs, masks = _inputs(loss, draw)
+    with torch.autocast("cpu", torch.bfloat16):
+        value, found = value_and_gradient(lambda x: loss.call(x, probs, masks), student)
+    tolerance = _tolerance(loss, student)
+    agree(value, torch.tensor(_expected(loss, student, probs, masks)), tolerance)
+    expected = _gradient(loss, student, probs, masks)
+    agree(found, expected, tolerance / loss.student_temp, "gradient")
+
+
+def processes_average_to_the_same(loss: IBOT, draw: Draw) -> None:
+    """Images on 1, 2 or 3 processes, some with nothing masked, average to one process's loss."""
+    assert loss.on_ranks is not None
+    split = draw(strategies.splits(empty=False, rows=2), "images of each process")
+    masks = draw(strategies.masks(sum(split), 3).filter(Tensor.any), "masks")
+    student = draw(strategies.normal(int(masks.sum()), 6), "student_logits").double()
+    probs = draw(strategies.probs(*student.shape), "probs").double()
+    own = masks.split(split)
+    counts = [int(mask.sum()) for mask in own]
+    parts = list(zip(student.split(counts), probs.split(counts), own, strict=True))
+    # Where processes have different numbers of what is averaged, their means weigh by these.
+    weights = {
+        "images": list(split),
+        "masked": [int(mask.any(dim=1).sum()) for mask in own],
+        "patches": counts,
+    }[loss.average]
+    shares = [weight / sum(weights) for weight in weights]
+    whole = (student, probs, masks)
+    require_the_same_on_ranks(loss.on_ranks, loss.call, whole, parts, shares=shares)
 
 
 def compiles_in_few_graphs(loss: IBOT, draw: Draw) -> None:
@@ -194,7 +248,7 @@ def compiles_in_few_graphs(loss: IBOT, draw: Draw) -> None:
         masks.view(-1)[torch.randperm(24, generator=generator)[:M]] = True
         student = torch.randn(M, 7, generator=generator)
         batches.append((student, torch.randn(M, 7, generator=generator).softmax(-1), masks))
-    require_few_graphs(loss.call, batches)
+    require_few_graphs(loss.call, batches, differentiate=True)
 
 
 _some_masks = strategies.masks(strategies.sizes(1, 3), strategies.sizes(1, 4)).filter(Tensor.any)
@@ -240,6 +294,14 @@ PROPERTIES = (
     Property(micro_batches_accumulate, needs="mean_over_images"),
     Property(targets_get_no_gradient, needs="detaches", max_examples=5),
     Property(leaves_no_trace, max_examples=5),
+    Property(memory_layout_does_not_matter, max_examples=10),
     Property(sixteen_bit_logits_are_as_exact, needs="sixteen_bit"),
+    Property(autocast_does_not_make_it_less_exact, needs="sixteen_bit", max_examples=10),
+    Property(
+        processes_average_to_the_same,
+        needs="on_ranks",
+        resembles=faults.GRADIENT_OVER_RANKS,
+        max_examples=15,
+    ),
     Property(compiles_in_few_graphs, needs="compiles", max_examples=1),
 )

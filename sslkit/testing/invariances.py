@@ -1,11 +1,13 @@
 """What holds of any function: no traces, any memory layout, few compiled graphs, any processes."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sslkit.testing import strategies
 from sslkit.testing.processes import run_on_ranks
 from sslkit.testing.properties import Violation, agree, require
 
@@ -44,8 +46,16 @@ def require_no_trace(call: Callable[..., Tensor], *inputs: Any) -> None:
     )
 
 
-def require_few_graphs(call: Callable[..., Tensor], batches: Sequence[tuple]) -> None:
-    """`torch.compile` gives the same numbers, and compiles nothing new from the fourth batch on."""
+def require_few_graphs(
+    call: Callable[..., Tensor], batches: Sequence[tuple], *, differentiate: bool = False
+) -> None:
+    """`torch.compile` gives the same numbers, and compiles nothing new from the fourth batch on.
+
+    Args:
+        call: function of a batch's tensors.
+        batches: arguments of each call.
+        differentiate: compare the gradients of the first argument, too; the function is a loss.
+    """
     graphs = [0]
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -55,9 +65,14 @@ def require_few_graphs(call: Callable[..., Tensor], batches: Sequence[tuple]) ->
     torch.compiler.reset()
     compiled = torch.compile(call, backend=backend)
     after = []
-    for batch in batches:
-        expected = call(*batch).detach()
-        agree(compiled(*batch), expected, 16 * rounding(expected), "compiled")
+    for x, *others in batches:
+        if differentiate:
+            expected, gradient = value_and_gradient(partial(_first, call, others), x)
+            found, found_gradient = value_and_gradient(partial(_first, compiled, others), x)
+            agree(found_gradient, gradient, 64 * rounding(gradient), "compiled: gradient")
+        else:
+            expected, found = call(x, *others).detach(), compiled(x, *others)
+        agree(found, expected, 16 * rounding(expected), "compiled")
         after.append(graphs[0])
     torch.compiler.reset()
     require(after[-1] > 0, "a compiled graph", "none: nothing of it was compiled")
@@ -65,6 +80,19 @@ def require_few_graphs(call: Callable[..., Tensor], batches: Sequence[tuple]) ->
         raise Violation(
             "no graph for the fourth batch size and those after it", f"graphs so far: {after}"
         )
+
+
+def _first(call: Callable[..., Tensor], others: Sequence[Any], x: Tensor) -> Tensor:
+    return call(x, *others)
+
+
+def require_any_layout(
+    call: Callable[..., Tensor], x: Tensor, *others: Any, tolerance: float
+) -> None:
+    """The result for x is the same if x is a view of another tensor."""
+    expected = call(x, *others)
+    for name, view in strategies.layouts(x):
+        agree(call(view, *others), expected, tolerance, name)
 
 
 def require_no_nan_or_an_error(call: Callable[[], Tensor], what: str) -> None:
@@ -79,37 +107,42 @@ def require_no_nan_or_an_error(call: Callable[[], Tensor], what: str) -> None:
 def require_the_same_on_ranks(
     on_ranks: Callable[..., Tensor],
     call: Callable[..., Tensor],
-    rows: Sequence[Tensor],
-    split: Sequence[int],
-    others: Sequence[Any] = (),
+    whole: Sequence[Tensor],
+    parts: Sequence[Sequence[Tensor]],
+    *,
+    shares: Sequence[float] | None = None,
+    features: int = 1,
 ) -> None:
-    """The loss of rows split over processes is that of one process, and so is its gradient.
+    """The loss of a batch split over processes is that of one process, and so is its gradient.
 
-    The rows [B, ..., D] of each tensor are multiplied with weights that all processes share, as
-    features are made by a network. The weights' gradient is averaged over the processes, as
-    DistributedDataParallel does, and so is the loss.
+    The first tensors [..., D] of a batch are multiplied with weights that all processes share, as
+    features are made by a network. The processes' losses and the weights' gradients are averaged,
+    as DistributedDataParallel does.
 
     Args:
-        on_ranks: loss of a process's own rows.
-        call: loss of all rows.
-        rows: float64 tensors [B, ..., D].
-        split: rows of each process, B in all.
-        others: further arguments of the loss.
+        on_ranks: loss of a process's own part.
+        call: loss of the whole batch.
+        whole: arguments of ``call``, the first of them float64.
+        parts: arguments of ``on_ranks`` in each process.
+        shares: weights of the processes in the average; equal ones by default.
+        features: how many tensors the network makes.
     """
-    weight = torch.eye(rows[0].shape[-1], dtype=rows[0].dtype)
-    value, gradient = _weight_gradient(call, rows, weight, others)
-    own = zip(*(x.split(list(split)) for x in rows), strict=True)
-    found = run_on_ranks(
-        _weight_gradient, [(on_ranks, each, weight, tuple(others)) for each in own]
-    )
+    weight = torch.eye(whole[0].shape[-1], dtype=whole[0].dtype)
+    value, gradient = _weight_gradient(call, whole, weight, features)
+    found = run_on_ranks(_weight_gradient, [(on_ranks, part, weight, features) for part in parts])
+    shares = shares or [1 / len(parts)] * len(parts)
     tolerance = 64 * max(rounding(value, value.dtype), rounding(gradient, value.dtype))
-    mean_value = torch.stack([each for each, _ in found]).mean(dim=0)
-    agree(mean_value, value, tolerance, f"mean of the losses of {len(split)} processes")
-    mean_gradient = torch.stack([each for _, each in found]).mean(dim=0)
-    agree(mean_gradient, gradient, tolerance, f"mean gradient of {len(split)} processes")
+    for index, expected, what in ((0, value, "loss"), (1, gradient, "gradient")):
+        mean = sum(
+            (share * each[index] for share, each in zip(shares, found, strict=True)),
+            torch.zeros_like(expected),
+        )
+        agree(mean, expected, tolerance, f"{what} averaged over {len(parts)} processes")
 
 
 def _weight_gradient(
-    loss: Callable[..., Tensor], rows: Sequence[Tensor], weight: Tensor, others: Sequence[Any]
+    loss: Callable[..., Tensor], batch: Sequence[Tensor], weight: Tensor, features: int
 ) -> tuple[Tensor, Tensor]:
-    return value_and_gradient(lambda w: loss(*(x @ w for x in rows), *others), weight)
+    return value_and_gradient(
+        lambda w: loss(*(x @ w for x in batch[:features]), *batch[features:]), weight
+    )

@@ -9,6 +9,7 @@ from torch import Tensor
 from sslkit.testing import faults, strategies, textbook
 from sslkit.testing.conformance import check
 from sslkit.testing.invariances import (
+    require_any_layout,
     require_few_graphs,
     require_no_nan_or_an_error,
     require_no_trace,
@@ -107,6 +108,12 @@ def one_row_gives_no_nan(loss: KoLeo, draw: Draw) -> None:
     require_no_nan_or_an_error(lambda: loss.call(x), "a single row")
 
 
+def memory_layout_does_not_matter(loss: KoLeo, draw: Draw) -> None:
+    """Features that are a view of another tensor give the same loss."""
+    x = _features(draw)
+    require_any_layout(loss.call, x, tolerance=_tolerance(x))
+
+
 def leaves_no_trace(loss: KoLeo, draw: Draw) -> None:
     """A call changes neither its input nor what the next call gives."""
     require_no_trace(loss.call, _features(draw))
@@ -126,8 +133,10 @@ def autocast_does_not_make_it_less_exact(loss: KoLeo, draw: Draw) -> None:
     """Inside autocast float32 features are still compared in float32."""
     x = _features(draw)
     with torch.autocast("cpu", torch.bfloat16):
-        found = loss.call(x)
-    agree(found, torch.tensor(reference.koleo(x, loss.eps)), _tolerance(x))
+        value, found = value_and_gradient(loss.call, x)
+    agree(value, torch.tensor(reference.koleo(x, loss.eps)), _tolerance(x))
+    expected = reference.koleo_gradient(x, loss.eps)
+    agree(found, expected, _tolerance(x) * float(expected.abs().max()), "gradient")
 
 
 def any_split_over_processes_gives_the_same(loss: KoLeo, draw: Draw) -> None:
@@ -136,14 +145,15 @@ def any_split_over_processes_gives_the_same(loss: KoLeo, draw: Draw) -> None:
     split = draw(strategies.splits(uneven=loss.uneven_ranks), "rows of each process")
     x = draw(strategies.normal(sum(split), 6), "x").double()
     if len(x) >= 2:
-        require_the_same_on_ranks(loss.on_ranks, loss.call, [x], split)
+        parts = [(rows,) for rows in x.split(split)]
+        require_the_same_on_ranks(loss.on_ranks, loss.call, (x,), parts)
 
 
 def compiles_in_few_graphs(loss: KoLeo, draw: Draw) -> None:
     """torch.compile gives the same numbers, and no new graph for a fourth number of rows."""
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(B, 7, generator=generator),) for B in (4, 5, 6, 9, 12)]
-    require_few_graphs(loss.call, batches)
+    require_few_graphs(loss.call, batches, differentiate=True)
 
 
 def _features(draw: Draw) -> Tensor:
@@ -166,13 +176,14 @@ PROPERTIES = (
     Property(order_does_not_matter),
     Property(equal_rows_give_finite_numbers),
     Property(one_row_gives_no_nan, max_examples=3),
+    Property(memory_layout_does_not_matter, max_examples=10),
     Property(leaves_no_trace, max_examples=5),
     Property(sixteen_bit_features_are_as_exact, needs="sixteen_bit"),
     Property(autocast_does_not_make_it_less_exact, needs="sixteen_bit"),
     Property(
         any_split_over_processes_gives_the_same,
         needs="on_ranks",
-        resembles=faults.GRADIENT_OVER_RANKS,
+        resembles=(*faults.GRADIENT_OVER_RANKS, faults.DROPPED_COLLECTIVE),
     ),
     Property(compiles_in_few_graphs, needs="compiles", max_examples=1),
 )

@@ -30,6 +30,7 @@ class Loss:
         symmetric: whether the views may be exchanged.
         ignores_lengths: whether rows are normalised inside.
         float64: whether float64 features are computed in float64.
+        autocast: whether bfloat16 autocast around it is promised to change nothing in float32.
         on_ranks: the same function for this rank's images, in a process of the default group, where
             features of all processes take part.
         uneven_ranks: whether processes may have different numbers of images, and none.
@@ -42,6 +43,7 @@ class Loss:
     symmetric: bool = False
     ignores_lengths: bool = False
     float64: bool = True
+    autocast: bool = False
     on_ranks: Callable[..., Tensor] | None = None
     uneven_ranks: bool = False
     compiles: bool = False
@@ -100,6 +102,16 @@ def float32_is_as_exact_as_it_can_be(loss: Loss, draw: Draw) -> None:
     agree(gradient, exact_gradient, _tolerance(exact_gradient), "gradient")
 
 
+def autocast_changes_nothing(loss: Loss, draw: Draw) -> None:
+    """Inside autocast the loss of float32 features, and its gradient, are still float32's."""
+    views = _views(loss, draw)
+    expected, gradient = value_and_gradient(lambda x: loss.call(*x), views)
+    with torch.autocast("cpu", torch.bfloat16):
+        value, found = value_and_gradient(lambda x: loss.call(*x), views)
+    agree(value, expected, _tolerance(expected))
+    agree(found, gradient, _tolerance(gradient), "gradient")
+
+
 def equal_rows_give_finite_numbers(loss: Loss, draw: Draw) -> None:
     """Collapsed features, all rows equal or zero, give a finite loss and a finite gradient."""
     numbers = strategies.choices([0.0, 1.0])
@@ -128,7 +140,8 @@ def processes_average_to_the_same(loss: Loss, draw: Draw) -> None:
     views = [
         draw(strategies.normal(sum(split), 4), f"view {v}").double() for v in range(loss.num_views)
     ]
-    require_the_same_on_ranks(loss.on_ranks, loss.call, views, split)
+    parts = list(zip(*(view.split(split) for view in views), strict=True))
+    require_the_same_on_ranks(loss.on_ranks, loss.call, views, parts, features=len(views))
 
 
 def compiles_in_few_graphs(loss: Loss, draw: Draw) -> None:
@@ -137,7 +150,7 @@ def compiles_in_few_graphs(loss: Loss, draw: Draw) -> None:
     batches = [
         tuple(torch.randn(loss.num_views, B, 7, generator=generator)) for B in (4, 5, 6, 9, 12)
     ]
-    require_few_graphs(loss.call, batches)
+    require_few_graphs(loss.call, batches, differentiate=True)
 
 
 def _views(loss: Loss, draw: Draw) -> Tensor:
@@ -156,12 +169,13 @@ PROPERTIES = (
     Property(every_view_has_a_gradient, resembles=(faults.MISSING_VIEWS,)),
     Property(lengths_do_not_matter, needs="ignores_lengths"),
     Property(float32_is_as_exact_as_it_can_be, needs="float64"),
+    Property(autocast_changes_nothing, needs="autocast", max_examples=10),
     Property(equal_rows_give_finite_numbers, max_examples=10),
     Property(leaves_no_trace, max_examples=5),
     Property(
         processes_average_to_the_same,
         needs="on_ranks",
-        resembles=faults.GRADIENT_OVER_RANKS,
+        resembles=(*faults.GRADIENT_OVER_RANKS, faults.DROPPED_COLLECTIVE),
     ),
     Property(compiles_in_few_graphs, needs="compiles", max_examples=1),
 )

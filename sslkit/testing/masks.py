@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sslkit.testing import strategies
+from sslkit.testing import faults, strategies
 from sslkit.testing.conformance import check
 from sslkit.testing.properties import Draw, Property, require
 from sslkit.testing.references.masking import num_regions
@@ -142,6 +142,19 @@ def randomness_is_the_generators(masks: Masks, draw: Draw) -> None:
     require(same, "PyTorch's global generator as it was", "its state has changed")
 
 
+def a_restored_generator_has_the_same_future(masks: Masks, draw: Draw) -> None:
+    """The generator's state is all that a run needs to go on with the same masks."""
+    generator = torch.Generator().manual_seed(draw(strategies.seeds, "seed"))
+    for _ in range(draw(strategies.sizes(1, 3), "batches before")):
+        masks.call(5, generator)
+    resumed = torch.Generator()
+    resumed.set_state(generator.get_state())
+    expected = [masks.call(5, generator) for _ in range(2)]
+    found = [masks.call(5, resumed) for _ in range(2)]
+    same = all(map(torch.equal, found, expected))
+    require(same, "the same two batches of masks from the same state", "others")
+
+
 def chi_square_pvalue(counts: Tensor) -> float:
     """Probability that equal frequencies give counts at least as unequal."""
     expected = counts.double().mean()
@@ -166,4 +179,10 @@ PROPERTIES = (
     Property(a_region_is_connected, needs="region"),
     Property(masks_differ, max_examples=2),
     Property(randomness_is_the_generators, needs="own_randomness", max_examples=5),
+    Property(
+        a_restored_generator_has_the_same_future,
+        needs="own_randomness",
+        resembles=(faults.LOST_COUNTER,),
+        max_examples=3,
+    ),
 )

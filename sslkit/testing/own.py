@@ -1,37 +1,48 @@
 """Adapters of sslkit's own parts: `sslkit conform sslkit.testing.own`."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from sslkit import backbones
 from sslkit.assignments import Assignments
+from sslkit.centering import EMACentering
 from sslkit.evaluation.confusion import confusion_matrix, iou
 from sslkit.evaluation.knn import knn_predict
+from sslkit.evaluation.ood import auroc
 from sslkit.gram import GramLoss
 from sslkit.losses import DINOLoss, KoLeoLoss, iBOTLoss
 from sslkit.masking import CyclicMaskGenerator
 from sslkit.matryoshka import MatryoshkaProjector
+from sslkit.rasa import RASAProjector
 from sslkit.schedules import warmup_cosine
 from sslkit.sigreg import sigreg
 from sslkit.sinkhorn import SinkhornKnopp
 from sslkit.teacher import EMATeacher
 from sslkit.testing import (
+    AUROC,
     DINO,
     EMA,
     IBOT,
     KNN,
+    RASA,
+    Centering,
     Confusion,
+    Encoder,
     Gram,
     Head,
     KoLeo,
+    LayerDecay,
     Masks,
     Schedule,
     SIGReg,
     Sinkhorn,
 )
+from sslkit.training.optim import parameter_groups
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -50,6 +61,21 @@ def assigned(probs: Tensor) -> Assignments:
     """Targets with these probabilities [B, K] that are never written as a matrix."""
     temperature = 0.07
     return Assignments(temperature * probs.log(), torch.zeros(probs.shape[1]), temperature)
+
+
+def centering(num_prototypes: int, momentum: float) -> EMACentering:
+    """A centre of the rows of one process."""
+    return EMACentering(num_prototypes, momentum=momentum)
+
+
+def centering_on_ranks(num_prototypes: int, momentum: float) -> EMACentering:
+    """A centre of the rows of all ranks."""
+    return EMACentering(num_prototypes, momentum=momentum, group=dist.group.WORLD)
+
+
+def centred(centering: EMACentering, logits: Tensor, temperature: float) -> Tensor:
+    """Targets around the present centre."""
+    return centering(logits, temperature).probs()
 
 
 def koleo_on_ranks(x: Tensor) -> Tensor:
@@ -82,11 +108,19 @@ sinkhorn = Sinkhorn(
 dino_loss = DINO(DINOLoss(), sixteen_bit=SIXTEEN_BIT, on_ranks=DINOLoss(), compiles=True)
 dino_loss_of_all_pairs = DINO(partial(DINOLoss(), ignore_diagonal=False), ignore_diagonal=False)
 dino_loss_of_assignments = DINO(lambda student, q: DINOLoss()(student, assigned(q.flatten(0, 1))))
-ibot_loss = IBOT(iBOTLoss(), sixteen_bit=SIXTEEN_BIT, compiles=True)
+ibot_loss = IBOT(iBOTLoss(), sixteen_bit=SIXTEEN_BIT, on_ranks=iBOTLoss(), compiles=True)
 ibot_loss_of_assignments = IBOT(
     lambda student, q, masks: iBOTLoss()(student, assigned(q), masks[:, None])  # [B, 1, N]
 )
 koleo_loss = KoLeo(KoLeoLoss(), sixteen_bit=SIXTEEN_BIT, on_ranks=koleo_on_ranks, compiles=True)
+ema_centering = Centering(
+    centering,
+    EMACentering.update,
+    centred,
+    sixteen_bit=SIXTEEN_BIT,
+    on_ranks=centering_on_ranks,
+    compiles=True,
+)
 gram_loss = Gram(
     GramLoss(), grids=True, sixteen_bit=SIXTEEN_BIT, on_ranks=gram_on_ranks, compiles=True
 )
@@ -138,3 +172,41 @@ confusion = Confusion(
     confusion_matrix,
     iou=lambda truth, prediction, C: iou(confusion_matrix(truth, prediction, C)),
 )
+auroc_of_confidences = AUROC(auroc, scores=(-1e4, 1e4))
+
+
+def groups(vit: nn.Module, layer_decay: float) -> list[dict[str, Any]]:
+    """Groups for a weight decay of 1."""
+    made = parameter_groups(vit, layer_decay=layer_decay)
+    return [{**group, "weight_decay": group["weight_decay_scale"]} for group in made]
+
+
+layer_decay_groups = LayerDecay(groups, patch_embed_lr_scale=0.2)
+rasa_projector = RASA(
+    lambda dim, num_iterations: RASAProjector(dim, num_iterations=num_iterations),
+    RASAProjector.fit,
+    basis=lambda rasa: rasa.basis,
+    fold=lambda rasa, linear: rasa.fold(linear, side="output"),
+    sixteen_bit=SIXTEEN_BIT,
+)
+
+
+def vit_encoder() -> backbones.ViTEncoder:
+    """A small ViT whose weights are always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = backbones.create("sslkit_vit_micro", img_size=(16, 16)).eval()
+        for parameter in encoder.parameters():  # fresh weights are small
+            nn.init.normal_(parameter, std=0.3)
+    return encoder
+
+
+def tokens_of_crops(
+    encoder: nn.Module, crops: Sequence[Tensor], masks: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """Class token and patches of each image, all resolutions in one pass."""
+    made = encoder.forward_many(crops, masks)  # type: ignore[operator]
+    return [torch.cat([t.cls[:, None], t.patches.flatten(1, 2)], dim=1) for t in made]
+
+
+encoder_of_crops = Encoder(vit_encoder, tokens_of_crops, patch_size=4)

@@ -82,6 +82,21 @@ def a_value_depends_on_the_step_alone(schedule: Schedule, draw: Draw) -> None:
     require(first == again, f"{first}", f"{again}")
 
 
+def values_scale_and_shift(schedule: Schedule, draw: Draw) -> None:
+    """Start, peak and final that are all scaled and shifted scale and shift every value."""
+    settings = _settings(draw)
+    scale, shift = draw(strategies.choices([2.0, -1.0]), "scale"), draw(_shifts, "shift")
+    step = draw(strategies.sizes(0, settings["total_steps"] - 1), "step")
+    moved = {name: scale * settings[name] + shift for name in ("start", "peak", "final")}
+    found = schedule.call(step, **{**settings, **moved})
+    expected = scale * schedule.call(step, **settings) + shift
+    slack = 1e-9 * max(1.0, *map(abs, moved.values()))
+    require(abs(found - expected) <= slack, f"{expected}", found)
+
+
+_shifts = strategies.numbers()
+
+
 def _settings(draw: Draw) -> dict[str, Any]:
     names = ("start", "peak", "final")
     values = {name: draw(strategies.numbers(), name) for name in names}
@@ -94,5 +109,6 @@ PROPERTIES = (
     Property(is_the_published_array, max_examples=40),
     Property(never_leaves_its_range),
     Property(a_finished_schedule_stays, needs="held"),
+    Property(values_scale_and_shift, max_examples=10),
     Property(a_value_depends_on_the_step_alone, max_examples=10),
 )

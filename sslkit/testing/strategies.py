@@ -69,13 +69,35 @@ def orders(count: int) -> st.SearchStrategy[list[int]]:
     return st.permutations(range(count))
 
 
-def splits(*, uneven: bool = True, rows: int = 4) -> st.SearchStrategy[tuple[int, ...]]:
-    """Rows of each of 1, 2 or 3 ranks; some ranks have none, but not all of them."""
+def splits(
+    *, uneven: bool = True, empty: bool = True, rows: int = 4
+) -> st.SearchStrategy[tuple[int, ...]]:
+    """Rows of each of 1, 2 or 3 ranks.
+
+    Args:
+        uneven: ranks may have different numbers of rows.
+        empty: some uneven ranks may have no row, but not all of them.
+        rows: the most that a rank has.
+    """
     ranks = st.integers(1, 3)
     if not uneven:
         return st.tuples(ranks, st.integers(1, rows)).map(lambda drawn: drawn[0] * (drawn[1],))
-    lengths = ranks.flatmap(lambda n: st.tuples(*[st.integers(0, rows)] * n))
+    fewest = 0 if empty else 1
+    lengths = ranks.flatmap(lambda n: st.tuples(*[st.integers(fewest, rows)] * n))
     return lengths.filter(any)
+
+
+@st.composite
+def crops(draw: st.DrawFn, patch_size: int, *, resolutions: Size = 2) -> list[Tensor]:
+    """Images [B, 3, h, w] of one batch of crops, a tensor for each resolution, of normal numbers.
+
+    Args:
+        patch_size: h and w are 1 to 3 times this, and may differ.
+        resolutions: how many tensors.
+    """
+    sides = st.integers(1, 3).map(lambda patches: patches * patch_size)
+    count = resolutions if isinstance(resolutions, int) else draw(resolutions)
+    return [draw(normal(st.integers(1, 2), 3, sides, sides)) for _ in range(count)]
 
 
 def layouts(x: Tensor) -> list[tuple[str, Tensor]]:
