@@ -31,7 +31,7 @@ class Settings(shared.Settings):
     patches: float = 1.0
     """Weight of the patches of the global crops; that of the class tokens of all crops is 1."""
     momentum: float = 0.99
-    """Of the average of the student that is kept; DINOv2: .994 to 1."""
+    """Momentum of the average of the student that is kept; DINOv2: .994 to 1."""
 
 
 PRESETS = {"demo": Settings(preset="demo", **shared.DEMO, freeze_prototypes=0.0)}

@@ -86,7 +86,7 @@ def matrices_alone_decay(groups: LayerDecay, draw: Draw) -> None:
 
 
 def later_layers_are_not_slower(groups: LayerDecay, draw: Draw) -> None:
-    """Of two blocks, the one that is nearer to the head has the higher rate."""
+    """The nearer a block is to the head, the higher is its rate."""
     depth, layer_decay, vit = _inputs(draw)
     found = _by_name(groups, vit, layer_decay, "lr_scale")
     rates = [found[f"blocks.{i}.attn.qkv.weight"] for i in range(depth)]

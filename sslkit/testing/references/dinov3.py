@@ -42,7 +42,7 @@ class SinkhornKnoppTeacher:
 
 
 class GramLoss:
-    """Of the two removals, that of the teacher alone leaves the student's negatives as they are."""
+    """Removing the teacher's negatives alone leaves the student's as they are."""
 
     def __init__(
         self,
