@@ -112,7 +112,7 @@ matryoshka(curves)
 # %% [markdown]
 # With 400 scenes, two points within five per cent of each other are not told apart. What ninety
 # steps have gained shows with all features, if at all, and not yet with the first ones. The curve
-# that nesting is for takes longer: [26 minutes on CIFAR-10](../cifar10.md#matryoshka).
+# that nesting is for takes longer: [5,000 steps on CIFAR-10](../cifar10.md#matryoshka).
 #
 # The encoder is kept for the pages that follow.
 
