@@ -1,7 +1,6 @@
 """The guide holds: its Python runs, its commands parse, its links lead somewhere."""
 
 import argparse
-import ast
 import contextlib
 import dataclasses
 import doctest
@@ -27,9 +26,10 @@ from PIL import Image
 from docs.gallery import run as gallery
 from docs.site import docstrings, figures, flags, maths, source_pages
 from docs.site.docstrings import as_markdown
-from docs.site.settings_page import descriptions, markdown
+from docs.site.settings_page import markdown
 from sslkit import backbones
 from sslkit.recipes.franca.presets import PRESETS
+from sslkit.training.help_text import documentation
 from tests.pages import ROOT, Block, anchors, blocks, commands, name_of, pages, prose
 
 PAGES = pages()
@@ -259,9 +259,25 @@ def test_flags_in_code_are_kept_whole() -> None:
     assert page == f"<p>a -- b <code>x {whole} 3</code> <pre>c--d</pre>"
 
 
+@dataclasses.dataclass
+class Described:
+    """Doc."""
+
+    x: int = 1
+    """What
+    x is."""
+    y: int = 2
+
+
+@dataclasses.dataclass
+class DescribedFurther(Described):
+    z: int = 3
+    """What z is."""
+
+
 def test_descriptions_are_the_strings_below_the_fields() -> None:
-    source = 'class A:\n    """Doc."""\n    x: int = 1\n    """What\n    x is."""\n    y: int = 2\n'
-    assert descriptions(ast.parse(source)) == {"A": {"": "Doc.", "x": "What x is."}}
+    assert documentation(Described) == {"x": "What x is."}
+    assert documentation(DescribedFurther) == {"x": "What x is.", "z": "What z is."}
 
 
 @pytest.mark.parametrize("module", [docstrings, gallery], ids=lambda module: module.__name__)

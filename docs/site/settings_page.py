@@ -1,14 +1,11 @@
 """The page "Every setting", made from the recipe's dataclasses whenever the site is built."""
 
-import ast
 import dataclasses
 import inspect
 from typing import Any
 
-from sslkit.recipes.franca import settings as franca
 from sslkit.recipes.franca.presets import PRESETS
-from sslkit.recipes.shared import settings as shared
-from sslkit.training import settings as engine
+from sslkit.training.help_text import documentation
 
 PAGE = "settings.md"
 INTRODUCTION = """# Every setting
@@ -32,12 +29,6 @@ def on_files(files: Any, config: Any) -> Any:
 def markdown() -> str:
     """The page: a table for each section of the settings."""
     presets = {name: preset for name, preset in PRESETS.items() if name != "vitb14_in21k"}
-    described = descriptions(ast.parse(inspect.getsource(engine)))
-    described |= descriptions(ast.parse(inspect.getsource(shared)))
-    own = descriptions(ast.parse(inspect.getsource(franca)))
-    for name, base in (("Settings", "RunSettings"), ("Evaluation", "Evaluation")):
-        own[name] = described[base] | own[name]
-    described |= own
     default = PRESETS["vitb14_in21k"]
     sections = [("", default)] + [
         (field.name, getattr(default, field.name))
@@ -46,8 +37,9 @@ def markdown() -> str:
     ]
     lines = [INTRODUCTION]
     for section, values in sections:
-        kind = type(values).__name__
-        lines += [f"## {kind}", "", described[kind][""], ""]
+        kind = type(values)
+        described = documentation(kind)
+        lines += [f"## {kind.__name__}", "", inspect.getdoc(kind) or "", ""]
         lines += ["| flag | default | other presets | what it is |", "| --- | --- | --- | --- |"]
         for field in dataclasses.fields(values):
             value = getattr(values, field.name)
@@ -59,30 +51,10 @@ def markdown() -> str:
             }
             flag = f"--{section}{'.' * bool(section)}{field.name}".replace("_", "-")
             cells = (f"`{flag}`", _code(value), _differing(value, others))
-            text = described[kind].get(field.name, "").replace("|", "\\|")
+            text = described.get(field.name, "").replace("|", "\\|")
             lines.append(f"| {' | '.join(cells)} | {text} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def descriptions(tree: ast.Module) -> dict[str, dict[str, str]]:
-    """Of each class its docstring, under "", and those below its fields, by field."""
-    found: dict[str, dict[str, str]] = {}
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef):
-            texts = {"": ast.get_docstring(node) or ""}
-            for field, below in zip(node.body, node.body[1:], strict=False):
-                text = _text(below)
-                if isinstance(field, ast.AnnAssign) and text is not None:
-                    texts[ast.unparse(field.target)] = text
-            found[node.name] = texts
-    return found
-
-
-def _text(node: ast.stmt) -> str | None:
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-        return " ".join(str(node.value.value).split())
-    return None
 
 
 def _differing(value: Any, others: dict[str, Any]) -> str:

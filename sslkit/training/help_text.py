@@ -4,7 +4,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Sequence
-from dataclasses import fields, make_dataclass
+from dataclasses import fields, is_dataclass, make_dataclass
 from typing import Annotated, Any, NoReturn, get_type_hints
 
 import tyro
@@ -49,6 +49,19 @@ def show_settings(default: Any, words: Sequence[str], *, program: str | None = N
     raise AssertionError("tyro exits after a help text")
 
 
+def documentation(cls: type) -> dict[str, str]:
+    """The docstrings below the fields of a dataclass and of its bases, each in one line."""
+    found: dict[str, str] = {}
+    for each in reversed(cls.__mro__[:-1]):
+        [tree] = ast.parse(textwrap.dedent(inspect.getsource(each))).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, below in zip(tree.body, tree.body[1:], strict=False):
+            match field, below:
+                case ast.AnnAssign(), ast.Expr(ast.Constant(str() as text)):
+                    found[ast.unparse(field.target)] = " ".join(text.split())
+    return found
+
+
 def _common(default: Any) -> Any:
     """A flat dataclass of the common settings, with their values."""
     columns = []
@@ -56,30 +69,15 @@ def _common(default: Any) -> Any:
         owner, _, name = path.rpartition(".")
         section = getattr(default, owner, None) if owner else default
         if section is not None and hasattr(section, name):
-            flag = tyro.conf.arg(
-                name=path, help=f"{_documentation(section, name)} Example: {example}"
-            )
-            kind: Any = Annotated[get_type_hints(type(section))[name], flag]
-            columns.append((path.replace(".", "_"), kind, getattr(section, name)))
+            kind = type(section)
+            text = f"{documentation(kind).get(name, '')} Example: {example}"
+            flag = tyro.conf.arg(name=path, help=text)
+            annotated: Any = Annotated[get_type_hints(kind)[name], flag]
+            columns.append((path.replace(".", "_"), annotated, getattr(section, name)))
     return make_dataclass("Settings", columns)()
-
-
-def _documentation(section: Any, name: str) -> str:
-    """The docstring of a field, in one line."""
-    for cls in type(section).__mro__[:-1]:
-        [tree] = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-        assert isinstance(tree, ast.ClassDef)
-        for field, text in zip(tree.body, tree.body[1:], strict=False):
-            match field, text:
-                case (
-                    ast.AnnAssign(target=ast.Name(id=found)),
-                    ast.Expr(ast.Constant(str() as documentation)),
-                ) if found == name:
-                    return " ".join(documentation.split())
-    return ""
 
 
 def _count(settings: Any) -> int:
     """Number of settings, those of sections included."""
     values = [getattr(settings, field.name) for field in fields(settings)]
-    return sum(_count(x) if hasattr(x, "__dataclass_fields__") else 1 for x in values)
+    return sum(_count(x) if is_dataclass(x) else 1 for x in values)
