@@ -195,7 +195,7 @@ def check(s: Settings, world_size: int) -> list[str]:
     return not_shares(s, ("momentum", "mask_ratio"))
 
 
-RECIPE = shared.two_stages(DINOv2, Network, presets=PRESETS, load=backbones.load, check=check)
+RECIPE = shared.recipe_of(DINOv2, Network, presets=PRESETS, load=backbones.load, check=check)
 
 if __name__ == "__main__":
     run_recipe(RECIPE)

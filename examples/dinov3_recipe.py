@@ -242,7 +242,7 @@ def check(s: Settings, world_size: int) -> list[str]:
 
 
 ANCHOR = {"anchor": lambda s: s.gram.steps}
-RECIPE = shared.two_stages(
+RECIPE = shared.recipe_of(
     DINOv3, Network, presets=PRESETS, load=backbones.load, check=check, further=ANCHOR
 )
 

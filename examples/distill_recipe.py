@@ -194,7 +194,7 @@ def check(s: Settings, world_size: int) -> list[str]:
     return problems + ["--accumulation must be 1"] * (s.accumulation > 1)
 
 
-RECIPE = shared.two_stages(Distill, Network, presets=PRESETS, load=backbones.load, check=check)
+RECIPE = shared.recipe_of(Distill, Network, presets=PRESETS, load=backbones.load, check=check)
 
 if __name__ == "__main__":
     run_recipe(RECIPE)

@@ -144,7 +144,7 @@ def check(s: Settings, world_size: int) -> list[str]:
     return problems
 
 
-RECIPE = shared.two_stages(LeJEPA, Network, presets=PRESETS, load=backbones.load, check=check)
+RECIPE = shared.recipe_of(LeJEPA, Network, presets=PRESETS, load=backbones.load, check=check)
 
 if __name__ == "__main__":
     run_recipe(RECIPE)

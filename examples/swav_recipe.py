@@ -143,7 +143,7 @@ def check(s: Settings, world_size: int) -> list[str]:
     return problems
 
 
-RECIPE = shared.two_stages(SwAV, Network, presets=PRESETS, load=backbones.load_cnn, check=check)
+RECIPE = shared.recipe_of(SwAV, Network, presets=PRESETS, load=backbones.load_cnn, check=check)
 
 if __name__ == "__main__":
     run_recipe(RECIPE)

@@ -98,10 +98,8 @@ def sigreg(
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         projections = x @ slices.detach().to(x)
         views = projections.unflatten(0, (1, -1)) if x.ndim == 2 else projections.flatten(0, -3)
-        mark = slices.flatten() @ torch.linspace(0, 1, slices.numel()).to(
-            slices
-        )  # tells them apart
-        return _EppsPulley.apply(views, mark.detach().to(x), t_max, num_points, group)
+        mark = None if group is None else _mark(slices.detach()).to(x)
+        return _EppsPulley.apply(views, mark, t_max, num_points, group)
 
 
 class SIGReg(nn.Module):
@@ -156,6 +154,11 @@ def _check_quadrature(t_max: float, num_points: int) -> None:
         )
 
 
+def _mark(slices: Tensor) -> Tensor:
+    """A number that differs between other slices."""
+    return slices.flatten() @ torch.linspace(0, 1, slices.numel()).to(slices)
+
+
 def _require_one_mark(mean: Tensor, own: Tensor) -> None:
     """Raise an error if this rank's slices are not those of all ranks."""
     alike = (mean - own).abs() <= 1e-4 * (1 + own.abs())
@@ -180,7 +183,7 @@ class _EppsPulley(torch.autograd.Function):
     def forward(
         ctx: Any,
         p: Tensor,
-        mark: Tensor,
+        mark: Tensor | None,
         t_max: float,
         num_points: int,
         group: "ProcessGroup | None",
@@ -198,6 +201,7 @@ class _EppsPulley(torch.autograd.Function):
         count = p.new_full((), B)
         num_ranks = 1
         if group is not None:
+            assert mark is not None
             num_ranks = dist.get_world_size(group)
             sums, count, marks = all_reduce_packed([sums, count, mark], "sum", group)
             _require_one_mark(marks / num_ranks, mark)

@@ -27,15 +27,17 @@ LONGEST_C = 48
 
 ``python -m benchmarks -k attention_cpu`` on a 2-core AMD EPYC with AVX512-BF16: forward and
 backward, the body in C takes 1.01 times as long as plain products at 37 tokens, 1.13 at 65 and 1.17
-at 257 (docs/benchmarks.md). With AMX tiles, whose products are faster still, it was not measured.
+at 257 (commit c29f1ee in benchmarks/results). With AMX tiles, whose products are faster still, it
+was not measured.
 """
 
 KEPT_FACTOR = 5
 """P is kept up to this many tokens for each feature of a head.
 
 The 257 tokens of a ViT/14 at 224 pixels are 4 for each of its 64 features. On a 2-core AMD EPYC
-with AVX512-BF16 they take .97 of the speed of plain products with P kept and .75 with P computed
-again (``python -m benchmarks -k attention_cpu``, docs/benchmarks.md).
+with AVX512-BF16, forward and backward, these products take .91 of the time of plain ones with P
+kept and 1.37 of it with P computed again (``python -m benchmarks -k attention_cpu``, the last two
+races of that size in benchmarks/results).
 """
 
 SCRATCH = 1 << 21

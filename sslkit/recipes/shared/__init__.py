@@ -19,7 +19,7 @@ _HOME = {
     "online_knn": "evaluation",
     "online_scores": "evaluation",
     "rates": "stages",
-    "two_stages": "stages",
+    "recipe_of": "stages",
 }
 
 __all__ = [
@@ -34,14 +34,14 @@ __all__ = [
     "online_knn",
     "online_scores",
     "rates",
-    "two_stages",
+    "recipe_of",
 ]
 
 if TYPE_CHECKING:
     from sslkit.recipes.shared.evaluation import evaluate_encoders, online_knn, online_scores
     from sslkit.recipes.shared.presets import CIFAR10, DEMO, SMOKE
     from sslkit.recipes.shared.settings import Crops, Evaluation, Losses, Settings
-    from sslkit.recipes.shared.stages import rates, two_stages
+    from sslkit.recipes.shared.stages import rates, recipe_of
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ from sslkit.training.run import Run
 S = TypeVar("S", bound=Settings)
 
 
-def two_stages(
+def recipe_of(
     make_method: Callable[..., Method],
     make_network: Callable[[Any], nn.Module],
     *,
